@@ -1,0 +1,39 @@
+import pytest
+
+from jaxalign.select import select
+
+
+def ipo(x, *, beta=0.1):
+    return x * beta
+
+
+TABLE = {"ipo": ipo}
+
+
+def test_a_bare_name_is_the_function_itself():
+    assert select("ipo", TABLE) is ipo
+
+
+def test_keywords_are_bound():
+    assert select("ipo(beta=0.5)", TABLE)(4.0) == 2.0
+
+
+def test_a_function_of_any_module_can_be_named():
+    assert select("math:sqrt", TABLE)(9.0) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ipoo", "did you mean 'ipo'"),
+        ("ipo(bta=1)", "has no keyword 'bta' .did you mean 'beta'"),
+        ("ipo(beta=__import__('os'))", "literal values"),
+        ("ipo(0.5)", "form name"),
+        ("ipo(beta=0.5", "form name"),
+        ("no_such_module:f", "cannot import 'no_such_module'"),
+        ("math:sqroot", "has no function 'sqroot'"),
+    ],
+)
+def test_a_mistake_is_named_with_the_way_out(text, message):
+    with pytest.raises(ValueError, match=message):
+        select(text, TABLE)
