@@ -58,6 +58,19 @@ class TokenBatch:
     segment_ids: jax.Array  # Int32[B T], 1, 2, ... for the sequences of a row; 0 is padding
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unembedding:
+    """From hidden states to logits: `softcap(hidden @ weightᵀ + bias)`, with softcap(x) = c tanh(x / c).
+
+    Models hand this over in place of logits, so that only `ops/` decides when, and how much of, [N, V] exists.
+    """
+
+    weight: jax.Array  # [V D], the tied embedding or the model's own output matrix, transposed
+    bias: jax.Array | None = None  # [V]
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
+
+
 def leaf_names(tree: PyTree) -> PyTree:
     """The tree with every leaf replaced by its path, as in `blocks/attention/query`."""
     return jax.tree_util.tree_map_with_path(
