@@ -1,0 +1,49 @@
+"""Supervised fine-tuning: the mean cross-entropy of the tokens that the model must produce."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from jaxalign.algorithms.base import Algorithm
+from jaxalign.losses.language import cross_entropy
+from jaxalign.ops.logprobs import next_token_logps
+from jaxalign.types import Average, PyTree, TokenBatch
+
+
+def sft(graphdef: Any, *, loss: Callable = cross_entropy, implementation: str | None = None) -> Algorithm:
+    """Minimise Σ loss(token) / number of tokens, over the `mask` of the whole batch.
+
+    A token mean over the global batch, not a mean of rows' means, nor of microbatches' means.
+
+    Args:
+      graphdef: the structure of a model that returns hidden states and has `unembed()`.
+      loss: one value per token, from `losses/language.py` or your own: `(logps, log_normalizer, mean_logit)` in nats.
+      implementation: of `next_token_logps`; None picks the best for the platform.
+
+    Logs `mean_token_accuracy` and `entropy` (nats) over the same tokens.
+    """
+
+    def token_loss(params: PyTree, batch: TokenBatch) -> tuple[Average, dict[str, Average]]:
+        model = nnx.merge(graphdef, params)
+        hidden = model(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+        token = next_token_logps(
+            hidden,
+            model.unembed(),
+            batch.tokens,
+            batch.mask,
+            entropy=True,
+            log_normalizer=True,
+            mean_logit=True,
+            correct=True,
+            implementation=implementation,
+        )
+        values = loss(token.logps, token.log_normalizer, token.mean_logit)
+        return Average.of(values, batch.mask), {
+            "mean_token_accuracy": Average.of(token.correct, batch.mask),
+            "entropy": Average.of(token.entropy, batch.mask),
+        }
+
+    return Algorithm(loss=token_loss)

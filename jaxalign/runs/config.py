@@ -1,0 +1,204 @@
+"""What a run is told: one frozen dataclass per command, shared by the command line and experiment files.
+
+Standard library only, so that `jaxalign --help` answers at once. The docstring under a field is its help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule and clipping."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the learning rate after warm-up; linear and cosine fall to 0 at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear rise to the peak."""
+    weight_decay: float = 0.0
+    """Decoupled decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    b1: float = 0.9
+    """Decay of Adam's first moment."""
+    b2: float = 0.999
+    """Decay of Adam's second moment."""
+    accumulator_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of Adam's first moment; bfloat16 halves its memory."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many ways each mesh axis cuts; -1 takes the devices that the others leave."""
+
+    data: int = 1
+    """Replicas of the model; each takes a share of the rows."""
+    fsdp: int = -1
+    """Shares of parameters, gradients, optimizer state and rows."""
+    tensor: int = 1
+    """Shares of heads, hidden units and vocabulary."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and what is kept."""
+
+    every: int = 200
+    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    keep_best: int = 0
+    """How many checkpoints with the lowest held-out loss stay besides."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go besides metrics.jsonl and the terminal."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder."""
+    wandb: str | None = None
+    """Weights & Biases project (pip install 'jaxalign[wandb]')."""
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning; with --model config:PATH, pretraining from scratch."""
+
+    model: str
+    """A Hugging Face folder or hub name, or config:PATH to start from random weights of that config.json."""
+    data: str
+    """File, folder or hub name; several with weights: 'a.jsonl*0.7,b.jsonl*0.3'; one split: 'a.jsonl:train'."""
+    output: Path
+    """The run folder; a folder that holds the same run is resumed."""
+    eval_data: str | None = None
+    """Held-out data; by default the held-out split of --data, if it has one."""
+    eval_share: float = 0.0
+    """Without held-out data: share of the rows of --data to hold out."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer, if it is not the model's."""
+    chat_template: str | None = None
+    """A named template (chatml, llama3, ...) or a Jinja file, in place of the tokenizer's own."""
+    turns: Literal["all", "last"] = "all"
+    """Which assistant turns of a conversation are learned."""
+    steps: int | None = None
+    """Optimizer updates; by default --epochs decides."""
+    epochs: float = 1.0
+    """Passes over the data, when --steps is not given."""
+    batch_size: int = 8
+    """Rows per step over all devices."""
+    microbatches: int = 1
+    """Gradient calls per step; more of them, less memory, the same result."""
+    max_length: int = 1024
+    """Tokens per row."""
+    packing: bool = True
+    """Put several sequences in a row, kept apart by segment ids."""
+    shuffle: bool = True
+    """Draw rows in a seeded random order, another one each epoch."""
+    seed: int = 0
+    """Seed of initial weights, shuffling and samples."""
+    loss: str = "cross_entropy"
+    """A loss of losses/language.py, 'cross_entropy(label_smoothing=0.1, z_loss=1e-4)', or 'my.module:function'."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of compute; auto is bfloat16 on TPU and GPU and float32 on CPU."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the trained parameters."""
+    remat: Literal["none", "dots", "blocks"] = "blocks"
+    """What the backward pass computes again: nothing, all but matrix products, whole blocks."""
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """Attention implementation; auto is the fastest that fits the platform and shapes."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: at the start and the end only."""
+    samples: int = 4
+    """Held-out prompts answered at each evaluation, in samples.jsonl."""
+    max_dropped: float = 0.1
+    """Share of rows without anything to learn above which the run refuses to start."""
+    resume: bool = True
+    """Continue the run that --output holds."""
+    profile: bool = False
+    """Write a profiler trace of a few steps into the run folder."""
+    distributed: bool = False
+    """Call jax.distributed.initialize() first: TPU pods, Slurm, or JAX_COORDINATOR_ADDRESS and its companions."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A finished or interrupted run as a Hugging Face folder."""
+
+    run: Path
+    """The run folder."""
+    output: Path
+    """The folder to write; it must not exist, or be empty."""
+    step: int | None = None
+    """The checkpoint to export; by default the newest."""
+    best: bool = False
+    """Export the kept checkpoint with the lowest held-out loss."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Answers of a model to prompts."""
+
+    model: str
+    """A Hugging Face folder (a run's final/ is one) or hub name."""
+    prompts: str
+    """A file of prompts (.jsonl with `prompt` or `messages`, .txt one a line), or the prompt itself."""
+    output: Path | None = None
+    """A .jsonl file of prompt and response; by default they are printed."""
+    max_new_tokens: int = 128
+    """Length limit of a response, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens that holds this share of the probability."""
+    top_k: int = 0
+    """Sample from the k most likely tokens; 0: from all."""
+    batch_size: int = 16
+    """Prompts answered together."""
+    seed: int = 0
+    """Seed of sampling."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of compute; auto is bfloat16 on TPU and GPU and float32 on CPU."""
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """The whole pipeline on an embedded tiny world: no network, no data, minutes on a laptop."""
+
+    output: Path = Path("quickstart")
+    """The folder for runs and the page of results."""
+    seed: int = 0
+    """Seed of the world, the weights and the samples."""
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """The config as plain JSON values; `from_json` is its inverse."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_json(kind: type, values: dict[str, Any], *, where: str = "config.json") -> Any:
+    """A config of `kind` from `to_json`'s values. Raises ValueError on a name that `kind` does not have."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{where}: {kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
+    hints = {name: globals().get(str(f.type).split(" | ")[0]) for name, f in fields.items()}
+    known = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_json(hints[name], value, where=f"{where}: {name}")
+        elif hints[name] is Path and value is not None:
+            value = Path(value)
+        known[name] = value
+    return kind(**known)

@@ -1,0 +1,109 @@
+"""Where arrays live: the mesh, one table from parameter paths to PartitionSpecs, and the one place that calls jit.
+
+Three mesh axes: `data` (replicas), `fsdp` (parameters, gradients and optimizer state in equal shares, gathered layer by
+layer) and `tensor` (heads, hidden units and vocabulary in equal shares). Rows of a batch go over `data` and `fsdp`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxalign.training.state import TrainState
+from jaxalign.training.step import TrainStep
+from jaxalign.types import PyTree, leaf_names
+
+log = logging.getLogger(__name__)
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = P(("data", "fsdp"))
+
+# The first pattern found in a leaf's path decides; optimizer state has the parameter's path at its end, so one table
+# serves both. The leading None of a block's leaf is its layer axis. A leaf that no pattern fits is replicated.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"embedding$", P("tensor", "fsdp")),
+    (r"unembedding/kernel$", P("fsdp", "tensor")),
+    (r"(query|key|value|gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"(output|down)/kernel$", P(None, "tensor", "fsdp")),
+    (r"(query|key|value|gate|up)/bias$", P(None, "tensor")),
+)
+
+
+def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | None = None) -> Mesh:
+    """A mesh of all devices; one of the three sizes may be -1, which takes what the others leave."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(free) > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
+        raise ValueError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fill {len(devices)} devices; the product of "
+            f"the three must be {len(devices)}, and at most one may be -1 (the rest)"
+        )
+    for name in free:
+        sizes[name] = len(devices) // fixed
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def shardings(tree: PyTree, mesh: Mesh, rules: tuple[tuple[str, P], ...] = RULES) -> PyTree:
+    """A NamedSharding for every leaf (arrays or ShapeDtypeStructs) of params, optimizer state or a TrainState.
+
+    A dimension that its mesh axes do not divide is replicated instead, and the log says so once a leaf.
+    """
+
+    def place(name: str, leaf: Any) -> NamedSharding:
+        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
+        if len(spec) > leaf.ndim:
+            spec = P()
+        return NamedSharding(mesh, _divisible(name, leaf.shape, spec, mesh.shape))
+
+    return jax.tree.map(place, leaf_names(tree), tree)
+
+
+def _divisible(name: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> P:
+    axes = []
+    for dim, axis in zip(shape, spec, strict=False):
+        if axis is not None and dim % sizes[axis]:
+            log.warning(
+                "%s: %d is not a multiple of the mesh axis %s=%d; replicated there", name, dim, axis, sizes[axis]
+            )
+            axis = None
+        axes.append(axis)
+    return P(*axes)
+
+
+def check_batch_size(batch_size: int, microbatches: int, mesh: Mesh) -> None:
+    """Raises ValueError unless every device owns an equal, whole number of rows of every microbatch."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    unit = devices * microbatches
+    if batch_size < 1 or batch_size % unit:
+        below, above = batch_size - batch_size % unit, batch_size + (-batch_size) % unit
+        nearest = f"{below} or {above}" if below > 0 else f"{max(above, unit)}"
+        raise ValueError(
+            f"batch_size={batch_size} is not a multiple of data ({mesh.shape['data']}) x fsdp ({mesh.shape['fsdp']}) x "
+            f"microbatches ({microbatches}) = {unit}; the nearest that is: {nearest}"
+        )
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Global arrays, rows over `data` and `fsdp`, from each process's own rows."""
+    sharding = NamedSharding(mesh, ROWS)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def jit_step(train_step: TrainStep, abstract_state: TrainState, frozen: PyTree, mesh: Mesh) -> Any:
+    """`train_step` compiled for the mesh: state donated and kept in place, batch by rows, metrics on every device."""
+    state = shardings(abstract_state, mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(state, shardings(frozen, mesh), NamedSharding(mesh, ROWS)),
+        out_shardings=(state, NamedSharding(mesh, P())),
+        donate_argnums=0,
+    )

@@ -1,0 +1,26 @@
+"""All that training changes. What is not here (reference, reward model) is never trained, donated or checkpointed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxalign.types import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    step: jax.Array  # Int32[], calls of the train step, the skipped ones included: step n is always batch n
+    params: PyTree
+    opt_state: optax.OptState
+    key: jax.Array  # typed PRNG key; a step uses fold_in(key, step)
+
+    @classmethod
+    def create(cls, params: PyTree, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+        """Step 0, with the optimizer's accumulators in float32 (or their own dtype) whatever the parameters are."""
+        wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(wide), key)

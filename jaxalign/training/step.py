@@ -1,0 +1,140 @@
+"""One training step for every algorithm: prepare, then for each minibatch the gradient of a total, divided once.
+
+Written against no mesh and not yet jitted; `training/sharding.py` does that, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxalign.algorithms.base import Algorithm, as_is
+from jaxalign.training.state import TrainState
+from jaxalign.types import Average, PyTree
+
+TrainStep = Callable[[TrainState, PyTree, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_train_step(
+    algorithm: Algorithm, optimizer: optax.GradientTransformation, *, microbatches: int = 1
+) -> TrainStep:
+    """A pure `train_step(state, frozen, batch) -> (state, metrics)`.
+
+    Gradients of the loss's `total` are summed over microbatches in float32 and divided by the summed `count` once,
+    so any number of microbatches and any sharding give the same update, also on ragged masks. `prepare` is cut into
+    the same microbatches, which bounds the activations of frozen models as well.
+
+    If the loss or a gradient is not finite, parameters and optimizer state stay as they were, and `skipped` is 1.
+
+    Metrics are float32 scalars: `loss`, `grad_norm` (before clipping), `skipped`, and the algorithm's own; over several
+    updates in one step (epochs, minibatches) they are merged, `grad_norm` being the largest.
+    """
+    prepare = _prepare_in_parts(algorithm, microbatches)
+    update = _make_update(algorithm, optimizer, microbatches)
+
+    def train_step(state: TrainState, frozen: PyTree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = prepare(state.params, frozen, batch)
+        trained = state.params, state.opt_state
+        if algorithm.epochs == algorithm.minibatches == 1:
+            trained, (averages, grad_norm, finite) = update(trained, batch)
+        else:
+            step_key = jax.random.fold_in(state.key, state.step)
+            trained, outcomes = jax.lax.scan(update, trained, _minibatches(algorithm, step_key, batch))
+            averages, grad_norm, finite = _merge(outcomes)
+        metrics = {name: average.compute() for name, average in averages.items()}
+        metrics |= {"grad_norm": grad_norm, "skipped": 1.0 - finite}
+        return TrainState(state.step + 1, *trained, state.key), metrics
+
+    return train_step
+
+
+def _make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, microbatches: int) -> Callable:
+    gradient = _accumulate(algorithm, microbatches)
+
+    def update(trained: tuple, batch: Any) -> tuple[tuple, tuple]:
+        params, opt_state = trained
+        grads, averages = gradient(params, batch)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(averages["loss"].total)
+        updates, new_opt_state = optimizer.update(grads, opt_state, params)
+        new = optax.apply_updates(params, updates), new_opt_state
+        kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, trained)
+        return kept, (averages, grad_norm, finite.astype(jnp.float32))
+
+    return update
+
+
+def _accumulate(algorithm: Algorithm, microbatches: int) -> Callable:
+    """(params, batch) -> (gradient of the mean in float32, Averages with `loss` among them)."""
+
+    def total(params: PyTree, batch: Any) -> tuple[jax.Array, dict[str, Average]]:
+        loss, metrics = algorithm.loss(params, batch)
+        return loss.total, {"loss": loss, **metrics}
+
+    def part(params: PyTree, batch: Any) -> tuple[PyTree, dict[str, Average]]:
+        (_, averages), grads = jax.value_and_grad(total, has_aux=True)(params, batch)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), averages
+
+    def gradient(params: PyTree, batch: Any) -> tuple[PyTree, dict[str, Average]]:
+        if microbatches == 1:
+            grads, averages = part(params, batch)
+        else:
+            parts = cut(batch, microbatches)
+            shapes = jax.eval_shape(part, params, jax.tree.map(lambda x: x[0], parts))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            add = lambda sums, rows: (jax.tree.map(jnp.add, sums, part(params, rows)), None)  # noqa: E731
+            (grads, averages), _ = jax.lax.scan(add, zeros, parts)
+        count = jnp.where(averages["loss"].count == 0, 1.0, averages["loss"].count)
+        return jax.tree.map(lambda g: g / count, grads), averages
+
+    return gradient
+
+
+def _prepare_in_parts(algorithm: Algorithm, microbatches: int) -> Callable:
+    if microbatches == 1 or algorithm.prepare is as_is:
+        return algorithm.prepare
+
+    def prepare(params: PyTree, frozen: PyTree, batch: Any) -> Any:
+        parts = jax.lax.map(lambda rows: algorithm.prepare(params, frozen, rows), cut(batch, microbatches))
+        return join(parts)
+
+    return prepare
+
+
+def _minibatches(algorithm: Algorithm, key: jax.Array, batch: Any) -> Any:
+    """[updates, rows / minibatches, ...]: in each epoch the rows are dealt anew."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    orders = [jax.random.permutation(epoch_key, rows) for epoch_key in jax.random.split(key, algorithm.epochs)]
+    epochs = [cut(jax.tree.map(lambda x, order=order: x[order], batch), algorithm.minibatches) for order in orders]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *epochs)
+
+
+def _merge(outcomes: tuple) -> tuple[dict[str, Average], jax.Array, jax.Array]:
+    averages, grad_norms, finite = outcomes
+    return jax.tree.map(jnp.sum, averages), jnp.max(grad_norms), jnp.min(finite)
+
+
+def cut(batch: Any, parts: int) -> Any:
+    """[B, ...] -> [parts, B / parts, ...], where part i takes rows i, i + parts, i + 2 parts, ...
+
+    Strided, because devices hold contiguous rows: each then owns an equal share of every part, and nothing moves.
+    """
+
+    def cut_leaf(x: jax.Array) -> jax.Array:
+        if x.shape[0] % parts:
+            raise ValueError(
+                f"batch_size={x.shape[0]} cannot be cut into {parts} equal parts; "
+                f"the largest batch that can is {x.shape[0] - x.shape[0] % parts}"
+            )
+        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(cut_leaf, batch)
+
+
+def join(parts: Any) -> Any:
+    """The inverse of `cut`: every row back in its place."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), parts)
