@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxalign.training.sharding import check_batch_size, make_mesh, put_batch, shardings
+from jaxalign.training.state import TrainState
+
+
+def abstract_params():
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
+    attention = {name: {"kernel": shape(3, 16, 16)} for name in ("query", "output")}
+    return {"embedding": shape(12, 16), "norm": {"scale": shape(16)}, "blocks": {"attention": attention}}
+
+
+def test_one_table_places_parameters_and_optimizer_state_alike():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    create = lambda params, key: TrainState.create(params, optax.adam(1.0), key)  # noqa: E731
+    placed = shardings(jax.eval_shape(create, abstract_params(), key), mesh)
+    for tree in (placed.params, placed.opt_state[0].mu, placed.opt_state[0].nu):
+        assert tree["embedding"].spec == P("tensor", "fsdp")
+        assert tree["blocks"]["attention"]["query"]["kernel"].spec == P(None, "fsdp", "tensor")
+        assert tree["blocks"]["attention"]["output"]["kernel"].spec == P(None, "tensor", "fsdp")
+        assert tree["norm"]["scale"].spec == P()
+    assert placed.step.spec == P()
+
+
+def test_a_dimension_that_the_mesh_does_not_divide_is_replicated_and_the_log_says_so(caplog):
+    placed = shardings({"embedding": jax.ShapeDtypeStruct((361, 16), jnp.float32)}, make_mesh(fsdp=4, tensor=2))
+    assert placed["embedding"].spec == P(None, "fsdp")
+    assert "embedding: 361 is not a multiple of the mesh axis tensor=2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"data": 2, "fsdp": 2, "tensor": 1}, {"fsdp": 0}]
+)
+def test_a_mesh_that_does_not_fill_the_devices_is_an_error(sizes):
+    with pytest.raises(ValueError, match="does not fill 8 devices"):
+        make_mesh(**sizes)
+
+
+def test_minus_one_takes_the_devices_that_are_left():
+    assert dict(make_mesh(data=2, fsdp=-1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+def test_a_batch_that_the_mesh_does_not_divide_names_the_nearest_that_it_does():
+    mesh = make_mesh(fsdp=8)
+    check_batch_size(16, 2, mesh)
+    with pytest.raises(ValueError, match=r"batch_size=20 .* = 16; the nearest that is: 16 or 32"):
+        check_batch_size(20, 2, mesh)
+    with pytest.raises(ValueError, match=r"the nearest that is: 16$"):
+        check_batch_size(3, 2, mesh)
+
+
+def test_rows_of_a_batch_go_over_data_and_fsdp():
+    batch = put_batch({"x": jnp.arange(16).reshape(8, 2)}, make_mesh(data=2, fsdp=2, tensor=2))
+    assert {shard.data.shape for shard in batch["x"].addressable_shards} == {(2, 2)}

@@ -1,0 +1,122 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxalign.algorithms.base import Algorithm
+from jaxalign.training.state import TrainState
+from jaxalign.training.step import cut, join, make_train_step
+from jaxalign.types import Average
+
+ROWS, WIDTH = 8, 3
+
+
+def squared_error(params, batch):
+    error = (batch["x"] @ params["w"] - batch["y"]) ** 2
+    return Average.of(error, batch["mask"]), {"bias": Average.of(batch["y"], batch["mask"])}
+
+
+def regression(seed=0):
+    x_key, y_key, mask_key = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "x": jax.random.normal(x_key, (ROWS, 5, WIDTH)),
+        "y": jax.random.normal(y_key, (ROWS, 5)),
+        "mask": jax.random.bernoulli(mask_key, 0.4, (ROWS, 5)),
+    }
+
+
+def start(optimizer, dtype=jnp.float32):
+    return TrainState.create({"w": jnp.ones(WIDTH, dtype)}, optimizer, jax.random.key(1))
+
+
+def test_any_number_of_microbatches_gives_the_same_step_on_ragged_masks():
+    optimizer, batch = optax.adam(0.1), regression()
+    outcomes = []
+    for microbatches in (1, 2, 4, 8):
+        step = jax.jit(make_train_step(Algorithm(squared_error), optimizer, microbatches=microbatches))
+        state = start(optimizer)
+        for _ in range(5):
+            state, metrics = step(state, None, batch)
+        outcomes.append((state.params["w"], metrics["loss"], metrics["grad_norm"], metrics["bias"]))
+    for other in outcomes[1:]:
+        chex.assert_trees_all_close(other, outcomes[0], atol=1e-6)
+
+
+def test_one_step_of_gradient_descent_is_the_gradient_of_the_masked_mean():
+    x, y = np.array([[[1.0, 0, 0], [0, 1.0, 0]]]), np.array([[3.0, 9.0]])
+    batch = {"x": jnp.array(x), "y": jnp.array(y), "mask": jnp.array([[True, False]])}
+    state, metrics = make_train_step(Algorithm(squared_error), optax.sgd(0.25))(start(optax.sgd(0.25)), None, batch)
+    # (1 - 3)^2 = 4 on the one token; d/dw_0 = 2 (1 - 3) = -4
+    np.testing.assert_allclose(state.params["w"], [2.0, 1.0, 1.0])
+    assert metrics["loss"] == 4.0 and metrics["grad_norm"] == 4.0 and metrics["skipped"] == 0.0
+    assert state.step == 1
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(bad):
+    optimizer, batch = optax.adam(0.1), regression()
+    step = jax.jit(make_train_step(Algorithm(squared_error), optimizer))
+    before, _ = step(start(optimizer), None, batch)
+    after, metrics = step(before, None, batch | {"y": batch["y"].at[0].set(bad), "mask": batch["mask"].at[0].set(True)})
+    assert metrics["skipped"] == 1.0
+    chex.assert_trees_all_equal((after.params, after.opt_state), (before.params, before.opt_state))
+    assert after.step == before.step + 1
+
+
+def test_a_batch_with_nothing_to_learn_changes_no_parameter():
+    optimizer, batch = optax.sgd(0.1), regression()
+    step = make_train_step(Algorithm(squared_error), optimizer)
+    state, metrics = step(start(optimizer), None, batch | {"mask": jnp.zeros_like(batch["mask"])})
+    np.testing.assert_array_equal(state.params["w"], jnp.ones(WIDTH))
+    assert metrics["loss"] == 0.0
+
+
+def test_prepare_sees_the_frozen_model_in_the_same_microbatches_and_rows_keep_their_places():
+    def prepare(params, frozen, batch):
+        assert batch["x"].shape[0] == ROWS // 4
+        return batch | {"y": batch["y"] + frozen}
+
+    optimizer, batch = optax.sgd(0.1), regression()
+    seen = make_train_step(Algorithm(squared_error, prepare), optimizer, microbatches=4)
+    same = make_train_step(Algorithm(squared_error), optimizer)
+    one, _ = seen(start(optimizer), jnp.float32(2.0), batch)
+    two, _ = same(start(optimizer), None, batch | {"y": batch["y"] + 2.0})
+    chex.assert_trees_all_close(one.params, two.params, atol=1e-6)
+
+
+def test_epochs_and_minibatches_update_once_each_and_draw_rows_from_the_step_key():
+    optimizer, batch = optax.sgd(0.05), regression()
+    algorithm = Algorithm(squared_error, epochs=2, minibatches=4)
+    step = jax.jit(make_train_step(algorithm, optimizer))
+    one, metrics = step(start(optimizer), None, batch)
+    two, _ = step(start(optimizer), None, batch)
+    chex.assert_trees_all_equal(one.params, two.params)
+    full, _ = make_train_step(Algorithm(squared_error), optimizer)(start(optimizer), None, batch)
+    assert float(jnp.abs(one.params["w"] - full.params["w"]).max()) > 1e-3
+    np.testing.assert_allclose(metrics["bias"], Average.of(batch["y"], batch["mask"]).compute(), rtol=1e-5)
+
+
+def test_a_step_is_traced_once_and_optimizer_state_keeps_its_dtype_with_bfloat16_parameters():
+    optimizer, batch = optax.adam(0.1), regression()
+    step = jax.jit(chex.assert_max_traces(make_train_step(Algorithm(squared_error), optimizer), n=1))
+    state = start(optimizer, jnp.bfloat16)
+    dtypes = jax.tree.map(lambda x: x.dtype, state)
+    for _ in range(3):
+        state, _ = step(state, None, batch)
+    assert jax.tree.map(lambda x: x.dtype, state) == dtypes
+    assert state.params["w"].dtype == jnp.bfloat16
+
+
+def test_cut_takes_every_kth_row_and_join_puts_them_back():
+    rows = jnp.arange(12).reshape(6, 2)
+    np.testing.assert_array_equal(cut(rows, 3)[1], rows[1::3])
+    np.testing.assert_array_equal(join(cut(rows, 3)), rows)
+
+
+def test_a_batch_that_cannot_be_cut_says_which_size_could():
+    with pytest.raises(
+        ValueError, match="batch_size=7 cannot be cut into 2 equal parts; the largest batch that can is 6"
+    ):
+        cut(jnp.zeros((7, 1)), 2)
