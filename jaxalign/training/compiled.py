@@ -1,0 +1,54 @@
+"""A jitted step with its executables in the open: one per batch shape, each compilation said, a late one warned of."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import jax
+
+log = logging.getLogger(__name__)
+
+
+class CompiledStep:
+    """Calls `jitted(state, frozen, batch)` through one executable per shape of `batch`.
+
+    A compilation costs seconds to minutes, so each is logged; one that comes after the first is a warning that names
+    the shape, unless the shape was announced (length buckets).
+    """
+
+    def __init__(self, jitted: Any, *, announced: int = 1):
+        """Args: announced: how many shapes the data is known to have."""
+        self._jitted = jitted
+        self._announced = announced
+        self._executables: dict[tuple, Any] = {}
+
+    def __call__(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(batch))
+        if shapes not in self._executables:
+            self._executables[shapes] = self._compile(shapes, state, frozen, batch)
+        return self._executables[shapes](state, frozen, batch)
+
+    def _compile(self, shapes: tuple, state: Any, frozen: Any, batch: Any) -> Any:
+        start = time.perf_counter()
+        executable = self._jitted.lower(state, frozen, batch).compile()
+        seconds = time.perf_counter() - start
+        late = len(self._executables) >= self._announced
+        log.log(
+            logging.WARNING if late else logging.INFO,
+            "the train step was compiled%s for a batch of %s in %.1f s%s",
+            " again" if self._executables else "",
+            " ".join(sorted({str(list(shape)) for shape, _ in shapes})),
+            seconds,
+            _memory(executable),
+        )
+        return executable
+
+
+def _memory(executable: Any) -> str:
+    analysis = executable.memory_analysis()
+    if analysis is None:
+        return ""
+    held, temporary = analysis.argument_size_in_bytes / 2**20, analysis.temp_size_in_bytes / 2**20
+    return f" (a device: arguments {held:,.0f} MiB, temporary {temporary:,.0f} MiB)"

@@ -1,0 +1,187 @@
+"""The training loop: next batch, step, one step later its metrics; evaluations, checkpoints and stopping in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.training.sharding import put_batch
+from jaxalign.training.signals import StopRequest
+from jaxalign.training.state import TrainState
+from jaxalign.types import PyTree, TokenBatch
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 3
+PROFILED_STEPS = range(3, 6)  # counted from where this process starts: after compilation and one warm step
+
+Row = dict[str, Any]
+
+
+class NotFiniteError(RuntimeError):
+    """Several steps in a row had a loss or gradient that is not finite."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the loop remembers between steps and across interruptions, besides the state and the data cursor."""
+
+    step: int = 0
+    tokens: int = 0  # trained on so far, padding aside
+    skipped: int = 0  # steps skipped so far
+    skipped_in_a_row: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What the loop calls; all of it is passed in, so the loop knows no disk format, no model and no terminal."""
+
+    record: Callable[[Row], None]
+    save: Callable[[TrainState, Progress, Row], None]  # the newest row says how good the state is
+    evaluate: Callable[[PyTree], Row] | None = None  # params -> metrics, `eval_loss` among them
+    learning_rate: Callable[[int], Any] | None = None  # of optimizer update n
+
+
+def fit(
+    train_step: Callable,
+    state: TrainState,
+    frozen: PyTree,
+    batches: Iterator[Any],
+    hooks: Hooks,
+    *,
+    mesh: Mesh,
+    steps: int,
+    progress: Progress | None = None,
+    eval_every: int = 0,
+    save_every: int = 0,
+    profile: Path | None = None,
+) -> tuple[TrainState, int | None]:
+    """Runs until `steps` and returns the state, and the signal that stopped it early, if one did.
+
+    The metrics of step n - 1 are fetched after step n is dispatched, so the device never waits for the host. Row n is
+    recorded before a checkpoint of step n is saved. A run that resumes records the same rows that it would have.
+
+    Args:
+      train_step: (state, frozen, batch) -> (state, metrics), jitted; it may donate the state.
+      batches: host-local numpy batches.
+      hooks: where rows and checkpoints go, and what evaluates.
+      eval_every: steps between evaluations; 0: before the first step and after the last only.
+      save_every: steps between checkpoints; the last step is always saved.
+      profile: folder for a profiler trace of a few steps.
+
+    Raises:
+      NotFiniteError: several steps in a row were skipped; the last checkpoint is as it was.
+    """
+    progress = progress or Progress()
+    clock = _Clock()
+    with StopRequest() as stop:
+        if progress.step == 0 and hooks.evaluate:
+            hooks.record({"step": 0, **hooks.evaluate(state.params)})
+            clock.reset()
+        pending: tuple[int, Any, int] | None = None
+        profiler = _Profiler(profile, progress.step)
+        for step in range(progress.step + 1, steps + 1):
+            batch = next(batches)
+            tokens = count_tokens(batch)
+            profiler.before(step)
+            state, metrics = train_step(state, frozen, put_batch(batch, mesh))
+            if pending:
+                hooks.record(_finish(pending, progress, hooks, clock))
+            pending = step, metrics, tokens
+
+            stopping = stop.agreed(step)
+            evaluating = hooks.evaluate and _due(step, eval_every, steps)
+            saving = stopping or _due(step, save_every, steps)
+            profiler.after(step, metrics)
+            if evaluating or saving:
+                row = _finish(pending, progress, hooks, clock)
+                pending = None
+                if evaluating:
+                    row |= hooks.evaluate(state.params)
+                hooks.record(row)
+                if saving:
+                    hooks.save(state, progress, row)
+                clock.reset()
+            if stopping:
+                return state, stop.signal
+    return state, None
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def _finish(pending: tuple[int, Any, int], progress: Progress, hooks: Hooks, clock: _Clock) -> Row:
+    """The row of a dispatched step; waits for the device."""
+    step, metrics, tokens = pending
+    row: Row = {"step": step} | {name: float(value) for name, value in jax.device_get(metrics).items()}
+    seconds = clock.lap()
+    update = step - 1 - progress.skipped
+    skipped = row.pop("skipped") > 0
+    progress.step = step
+    progress.tokens += tokens
+    progress.skipped += skipped
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+    if hooks.learning_rate:
+        row["learning_rate"] = float(hooks.learning_rate(update))
+    row |= {"skipped_steps": progress.skipped, "num_tokens": progress.tokens}
+    row |= {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
+    if skipped:
+        log.warning("step %d: loss %s, grad_norm %s; the step was skipped", step, row["loss"], row["grad_norm"])
+    if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        hooks.record(row)
+        raise NotFiniteError(
+            f"steps {step - MAX_SKIPPED_IN_A_ROW + 1} to {step} had a loss or gradient that is not finite; stopped. "
+            "The last checkpoint is good: lower --optimizer.learning-rate, or look at the rows of those steps"
+        )
+    return row
+
+
+def count_tokens(batch: Any) -> int:
+    """Tokens in a host-local batch over all hosts, padding aside (hosts hold equally many rows)."""
+    parts = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, TokenBatch))
+    local = sum(int(np.sum(part.segment_ids > 0)) for part in parts if isinstance(part, TokenBatch))
+    return local * jax.process_count()
+
+
+class _Clock:
+    """Seconds between the ends of steps, without what happened between `reset` and the next step's start."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        before, self._last = self._last, time.perf_counter()
+        return max(self._last - before, 1e-9)
+
+
+class _Profiler:
+    """A trace of `PROFILED_STEPS` of this process, if a folder was given."""
+
+    def __init__(self, folder: Path | None, start: int):
+        self._folder = folder
+        self._first, self._last = start + PROFILED_STEPS.start, start + PROFILED_STEPS.stop - 1
+        self._running = False
+
+    def before(self, step: int) -> None:
+        if self._folder and step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, outputs: Any) -> None:
+        if self._running and step == self._last:
+            jax.block_until_ready(outputs)
+            jax.profiler.stop_trace()
+            self._running = False
+            log.info("profiler trace of steps %d to %d: %s", self._first, self._last, self._folder)

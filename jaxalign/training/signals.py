@@ -1,0 +1,46 @@
+"""SIGTERM and SIGINT as a request that the loop honours after the current step, on every host at the same step."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+import jax
+import numpy as np
+
+
+class StopRequest:
+    """Within `with StopRequest() as stop:` the first SIGTERM or Ctrl-C sets `stop.signal`; the second acts at once."""
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in self.signals}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, step: int, *, every: int = 10) -> bool:
+        """Whether to stop after `step`. Several hosts ask each other every few steps, so that all stop together."""
+        if jax.process_count() == 1:
+            return self.signal is not None
+        if step % every:
+            return False
+        from jax.experimental import multihost_utils
+
+        seen = multihost_utils.process_allgather(np.int32(self.signal or 0))
+        self.signal = int(np.max(seen)) or None
+        return self.signal is not None
