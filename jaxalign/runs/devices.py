@@ -1,0 +1,29 @@
+"""What a process does before the first array: join the other hosts, keep compiled programs, choose a precision."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+
+def start(*, distributed: bool = False) -> None:
+    """Joins the other processes if asked, and turns on the persistent compilation cache.
+
+    The cache is in JAX_COMPILATION_CACHE_DIR, else in $XDG_CACHE_HOME/jaxalign (else ~/.cache/jaxalign); an empty
+    JAX_COMPILATION_CACHE_DIR turns it off.
+    """
+    if distributed and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "jaxalign" / "compiled"))
+
+
+def compute_dtype(precision: str) -> jnp.dtype:
+    """ "auto" is bfloat16 where matrix units are made for it, on TPU and GPU, and float32 on CPU."""
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(precision)

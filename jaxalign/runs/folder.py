@@ -1,0 +1,104 @@
+"""The run folder: which run it holds, and whether a command may continue it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jaxalign
+from jaxalign.runs.config import to_json
+
+# A continued run may differ in these: they change how long it runs and what it shows, not what step n computes.
+FREE_FIELDS = frozenset(
+    {"output", "resume", "profile", "checkpoint", "log", "samples", "distributed", "steps", "epochs"}
+)
+PACKAGES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "datasets", "safetensors"
+
+
+def open_run(config: Any, *, command: str, resume: bool, write: bool) -> bool:
+    """Makes `config.output` hold this run. True if it already held it, so that there may be something to continue.
+
+    Args:
+      command: the name under which the config runs.
+      resume: whether a folder with a run in it may be continued.
+      write: on one process only.
+
+    Raises:
+      ValueError: the folder holds another run, or resuming was refused, or it is something else than a run.
+    """
+    folder = Path(config.output)
+    path = folder / "config.json"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file; name a folder")
+    if path.exists():
+        _check_same(config, command, path, resume)
+        return True
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--output {folder} is not empty and holds no run (no config.json); name a new folder")
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(describe(config, command), indent=2) + "\n")
+        os.replace(partial, path)
+    return False
+
+
+def _check_same(config: Any, command: str, path: Path, resume: bool) -> None:
+    held = read_run(path.parent)
+    if not resume:
+        raise ValueError(f"--output {path.parent} holds a run already and --no-resume was given; name another folder")
+    if held["command"] != command:
+        raise ValueError(f"--output {path.parent} holds a run of `{held['command']}`, not of `{command}`")
+    asked = to_json(config)
+    changed = [
+        f"{name} was {held['config'].get(name)!r}, now {value!r}"
+        for name, value in asked.items()
+        if name not in FREE_FIELDS and held["config"].get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"--output {path.parent} holds another run: {'; '.join(changed)}. Name another folder, or repeat its "
+            f"settings with --from-config {path}"
+        )
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What config.json says. Raises ValueError when `folder` is not a run folder."""
+    path = Path(folder) / "config.json"
+    try:
+        held = json.loads(path.read_text())
+        if {"command", "config"} <= set(held):
+            return held
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder} is not a run folder: it has no config.json") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    raise ValueError(f"{path} does not describe a run of jaxalign (it has no `command` and `config`)")
+
+
+def describe(config: Any, command: str) -> dict[str, Any]:
+    """The config with what it ran on: versions, and the git commit of the working folder."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "command": command,
+        "config": to_json(config),
+        "jaxalign": jaxalign.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
