@@ -1,0 +1,119 @@
+"""Log-probabilities of chosen tokens, and what else the vocabulary's distribution says, from hidden states.
+
+The logits are z = softcap(h Wᵀ + b) / temperature. They are made in float32, tile by tile, and never kept.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxalign.ops import logprobs_chunked
+from jaxalign.types import Unembedding
+
+
+class TokenLogps(NamedTuple):
+    """One value per target, in nats and float32; None where not asked for; 0 (False) where the mask is False."""
+
+    logps: jax.Array  # log p(target) = z_target - log Σ exp z
+    entropy: jax.Array | None = None  # -Σ p log p
+    log_normalizer: jax.Array | None = None  # log Σ exp z
+    mean_logit: jax.Array | None = None  # Σ z / V
+    correct: jax.Array | None = None  # the target is the most likely token; an equal one with a lower id comes first
+
+
+def token_logps(
+    hidden: Float[Array, "*batch D"],
+    unembedding: Unembedding,
+    targets: Int[Array, "*batch"],
+    *,
+    mask: Bool[Array, "*batch"] | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    log_normalizer: bool = False,
+    mean_logit: bool = False,
+    correct: bool = False,
+    implementation: str | None = None,
+    vocabulary_chunk: int | None = None,
+) -> TokenLogps:
+    """log p(target | hidden) for each position, without a shift, and the extras that are asked for.
+
+    Args:
+      hidden: final hidden states, in the dtype of compute.
+      unembedding: weight [V D], bias, soft-cap.
+      targets: ids in [0, V).
+      mask: positions that count. Elsewhere everything is 0, nothing has a gradient, and hidden may be anything.
+      temperature: the logits are divided by it.
+      entropy: also return the entropy.
+      log_normalizer: also return log Σ exp z.
+      mean_logit: also return the mean of z over the vocabulary.
+      correct: also return whether the target is the argmax.
+      implementation: "reference" makes all logits at once; "chunked" holds one tile of [tokens, vocabulary_chunk] at a
+        time, forward and backward; None is "chunked".
+      vocabulary_chunk: columns of a tile; by default about 4M logits, 16 MiB, fit a tile.
+
+    Returns:
+      TokenLogps. For zero logits, logps is -log V and the entropy is log V.
+    """
+    if implementation not in (None, "reference", "chunked"):
+        raise ValueError(f"implementation={implementation!r} is not one of 'reference', 'chunked', None")
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} must be positive; greedy choices have no log-probability")
+    shape = targets.shape
+    flat_mask = jnp.ones(targets.size, bool) if mask is None else mask.reshape(-1)
+    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+    flat_hidden = jnp.where(flat_mask[:, None], flat_hidden, jnp.zeros((), hidden.dtype))
+    asked = {"entropy": entropy, "log_normalizer": log_normalizer, "mean_logit": mean_logit, "correct": correct}
+    if implementation == "reference":
+        values = _reference(flat_hidden, unembedding, targets.reshape(-1), temperature)
+    else:
+        wanted = tuple(name for name, yes in asked.items() if yes)
+        tile = vocabulary_chunk or logprobs_chunked.default_chunk(targets.size, unembedding.weight.shape[0])
+        values = logprobs_chunked.token_logps(
+            flat_hidden, unembedding, targets.reshape(-1), temperature=temperature, wanted=wanted, chunk=tile
+        )
+    kept = {name: values[name] for name, yes in {"logps": True, **asked}.items() if yes}
+    zero = lambda x: jnp.where(flat_mask, x, jnp.zeros((), x.dtype)).reshape(shape)  # noqa: E731
+    return TokenLogps(**{name: zero(value) for name, value in kept.items()})
+
+
+def next_token_logps(
+    hidden: Float[Array, "B T D"],
+    unembedding: Unembedding,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"] | None = None,
+    **options: object,
+) -> TokenLogps:
+    """`token_logps` with the shift of language models: x[:, t] is about tokens[:, t] given tokens[:, :t]; x[:, 0] = 0.
+
+    hidden[:, t - 1] predicts tokens[:, t]. A row may hold several sequences; `mask` is False on their first tokens,
+    which nothing in the row predicts. Takes the options of `token_logps`.
+    """
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+    # The targets move, not the wide hidden states; the last position, which wraps around, is masked.
+    targets, wanted = jnp.roll(tokens, -1, axis=1), jnp.roll(mask, -1, axis=1).at[:, -1].set(False)
+    values = token_logps(hidden, unembedding, targets, mask=wanted, **options)
+    return TokenLogps(*(None if x is None else jnp.roll(x, 1, axis=1) for x in values))
+
+
+def _reference(
+    hidden: Float[Array, "N D"], unembedding: Unembedding, targets: Int[Array, "N"], temperature: float
+) -> dict[str, jax.Array]:
+    weight, bias, softcap = unembedding.weight, unembedding.bias, unembedding.softcap
+    logits = jnp.einsum("nd,vd->nv", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits += bias.astype(jnp.float32)[None, :]
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits /= temperature
+    all_logps = jax.nn.log_softmax(logits, axis=-1)
+    return {
+        "logps": jnp.take_along_axis(all_logps, targets[:, None], axis=1)[:, 0],
+        "entropy": -jnp.sum(jnp.exp(all_logps) * all_logps, axis=-1),
+        "log_normalizer": jax.nn.logsumexp(logits, axis=-1),
+        "mean_logit": jnp.mean(logits, axis=-1),
+        "correct": jnp.argmax(logits, axis=-1) == targets,
+    }

@@ -1,0 +1,179 @@
+"""The memory-bounded implementation of `ops/logprobs.py`: one tile [N, chunk] of logits at a time, on any platform.
+
+Forward: an online log-sum-exp over the tiles. Backward makes each tile again. With p = softmax(z), H the entropy and
+g the gradients with respect to logps, entropy, log_normalizer and mean_logit,
+
+    dz = g_logps (onehot - p) - g_entropy p (log p + H) + g_log_normalizer p + g_mean_logit / V
+
+then through temperature and soft-cap to the raw logits, dhidden += draw W_tile and dW_tile = drawᵀ hidden.
+
+Memory besides inputs and gradients: one tile in float32 with a few elementwise copies of it, and dhidden in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.types import Unembedding
+
+TILE_LOGITS = 2**22  # 16 MiB in float32
+
+
+class _Options(NamedTuple):
+    softcap: float | None
+    temperature: float
+    wanted: tuple[str, ...]
+    chunk: int
+
+
+class _Stats(NamedTuple):
+    """Of the tiles seen so far, [N] each."""
+
+    peak: jax.Array  # largest logit
+    mass: jax.Array  # Σ exp(z - peak)
+    weighted: jax.Array  # Σ exp(z - peak) (z - peak)
+    total: jax.Array  # Σ z
+    chosen: jax.Array  # z of the target
+    best: jax.Array  # id of the largest logit, the lowest such id
+
+
+def default_chunk(tokens: int, vocabulary: int) -> int:
+    """Columns of a tile: tokens x chunk ~ 4M logits, a multiple of 128 between 512 and the vocabulary."""
+    columns = max(512, TILE_LOGITS // max(tokens, 1) // 128 * 128)
+    return min(columns, vocabulary)
+
+
+def token_logps(
+    hidden: jax.Array,
+    unembedding: Unembedding,
+    targets: jax.Array,
+    *,
+    temperature: float,
+    wanted: tuple[str, ...],
+    chunk: int,
+) -> dict[str, jax.Array]:
+    """logps and the `wanted` extras of hidden [N D], one value per token."""
+    bias = unembedding.bias
+    bias = None if bias is None else bias.astype(jnp.float32)
+    options = _Options(unembedding.softcap, temperature, wanted, min(chunk, unembedding.weight.shape[0]))
+    return _logps(options, hidden, unembedding.weight, bias, targets)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logps(
+    options: _Options, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, targets: jax.Array
+) -> dict[str, jax.Array]:
+    return _forward(options, hidden, weight, bias, targets)[0]
+
+
+def _forward(options: _Options, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, targets: jax.Array):
+    vocabulary, rows = weight.shape[0], hidden.shape[0]
+
+    def see(stats: _Stats, i: jax.Array) -> tuple[_Stats, None]:
+        z, _, ids, fresh = _tile(options, hidden, weight, bias, i)
+        seen = jnp.where(fresh, z, -jnp.inf)
+        top = jnp.max(seen, axis=1)
+        peak = jnp.maximum(stats.peak, top)
+        shifted = seen - peak[:, None]
+        mass, old = jnp.exp(shifted), jnp.exp(stats.peak - peak)
+        sums = {"mass": stats.mass * old + jnp.sum(mass, axis=1)}
+        if "entropy" in options.wanted:
+            # Σ exp(z - new) (z - new) of the old tiles, from what they summed to against the old peak
+            moved = stats.weighted + jnp.where(stats.mass > 0, (stats.peak - peak) * stats.mass, 0.0)
+            sums["weighted"] = moved * old + jnp.sum(jnp.where(fresh, mass * shifted, 0.0), axis=1)
+        if "mean_logit" in options.wanted:
+            sums["total"] = stats.total + jnp.sum(jnp.where(fresh, z, 0.0), axis=1)
+        if "correct" in options.wanted:
+            sums["best"] = jnp.where(top > stats.peak, ids[jnp.argmax(seen, axis=1)], stats.best)
+        hit = fresh & (ids[None, :] == targets[:, None])
+        chosen = stats.chosen + jnp.sum(jnp.where(hit, z, 0.0), axis=1)
+        return stats._replace(peak=peak, chosen=chosen, **sums), None
+
+    zeros = jnp.zeros(rows, jnp.float32)
+    start = _Stats(jnp.full(rows, -jnp.inf), zeros, zeros, zeros, zeros, jnp.zeros(rows, jnp.int32))
+    stats, _ = jax.lax.scan(see, start, jnp.arange(_tiles(vocabulary, options.chunk)))
+    log_normalizer = stats.peak + jnp.log(stats.mass)
+    values = {
+        "logps": stats.chosen - log_normalizer,
+        "entropy": jnp.log(stats.mass) - stats.weighted / stats.mass,
+        "log_normalizer": log_normalizer,
+        "mean_logit": stats.total / vocabulary,
+        "correct": stats.best == targets,
+    }
+    kept = {name: values[name] for name in ("logps", *options.wanted)}
+    return kept, (hidden, weight, bias, targets, log_normalizer, kept.get("entropy"))
+
+
+def _backward(options: _Options, residuals: tuple, gradients: dict[str, jax.Array]):
+    hidden, weight, bias, targets, log_normalizer, entropy = residuals
+    vocabulary = weight.shape[0]
+    column = {name: g[:, None] for name, g in gradients.items() if name != "correct"}
+
+    def back(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
+        d_hidden, d_weight, d_bias = carry
+        z, slope, ids, fresh = _tile(options, hidden, weight, bias, i)
+        log_p = z - log_normalizer[:, None]
+        p = jnp.exp(log_p)
+        scale = -column["logps"] + column.get("log_normalizer", 0.0)
+        if entropy is not None:
+            scale = scale - column["entropy"] * (log_p + entropy[:, None])
+        dz = scale * p + jnp.where(ids[None, :] == targets[:, None], column["logps"], 0.0)
+        if "mean_logit" in column:
+            dz = dz + column["mean_logit"] / vocabulary
+        d_raw = jnp.where(fresh, dz * slope, 0.0)
+        start = _start(vocabulary, options.chunk, i)
+        narrow = d_raw.astype(hidden.dtype)
+        tile = _columns(weight, start, options.chunk).astype(hidden.dtype)
+        d_hidden += jnp.einsum("nc,cd->nd", narrow, tile, preferred_element_type=jnp.float32)
+        d_tile = jnp.einsum("nc,nd->cd", narrow, hidden, preferred_element_type=jnp.float32)
+        d_weight = _add_columns(d_weight, d_tile, start)
+        d_bias = None if d_bias is None else _add_columns(d_bias, jnp.sum(d_raw, axis=0), start)
+        return (d_hidden, d_weight, d_bias), None
+
+    zeros = (
+        jnp.zeros(hidden.shape, jnp.float32),
+        jnp.zeros_like(weight),
+        None if bias is None else jnp.zeros_like(bias),
+    )
+    (d_hidden, d_weight, d_bias), _ = jax.lax.scan(back, zeros, jnp.arange(_tiles(vocabulary, options.chunk)))
+    return d_hidden.astype(hidden.dtype), d_weight, d_bias, None
+
+
+_logps.defvjp(_forward, _backward)
+
+
+def _tile(options: _Options, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, i: jax.Array) -> tuple:
+    """(z, dz/draw, ids, fresh) of tile i. The last tile is moved back to end at V; `fresh` is False on its overlap."""
+    start = _start(weight.shape[0], options.chunk, i)
+    ids = start + jnp.arange(options.chunk)
+    columns = _columns(weight, start, options.chunk).astype(hidden.dtype)
+    raw = jnp.einsum("nd,cd->nc", hidden, columns, preferred_element_type=jnp.float32)
+    if bias is not None:
+        raw = raw + _columns(bias, start, options.chunk)[None, :]
+    slope = 1.0 / options.temperature
+    if options.softcap is not None:
+        squashed = jnp.tanh(raw / options.softcap)
+        raw, slope = options.softcap * squashed, (1.0 - squashed**2) * slope
+    return raw / options.temperature, slope, ids, (ids >= i * options.chunk)[None, :]
+
+
+def _tiles(vocabulary: int, chunk: int) -> int:
+    return -(-vocabulary // chunk)
+
+
+def _start(vocabulary: int, chunk: int, i: jax.Array) -> jax.Array:
+    return jnp.minimum(i * chunk, vocabulary - chunk)
+
+
+def _columns(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _add_columns(x: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+    """x with `part` added from `start` on: the last tile overlaps the one before, where its part is zero."""
+    summed = _columns(x, start, part.shape[0]) + part.astype(x.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(x, summed, start, 0)

@@ -1,0 +1,38 @@
+"""Sums, means and variances over the True positions of a mask; statistics in float32."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+
+def masked_sum(values: Num[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
+    """Σ values where mask; what stands elsewhere may be NaN."""
+    return jnp.sum(jnp.where(mask, values, 0).astype(jnp.float32))
+
+
+def masked_mean(values: Num[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
+    """Σ values / number of True; 0 where nothing is True."""
+    return masked_sum(values, mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def masked_var(values: Num[Array, "*shape"], mask: Bool[Array, "*shape"], *, unbiased: bool = True) -> Float[Array, ""]:
+    """Σ (values - mean)² / (n - 1), or / n when not `unbiased`; 0 for fewer than two values."""
+    centred = jnp.where(mask, values.astype(jnp.float32) - masked_mean(values, mask), 0.0)
+    count = jnp.sum(mask) - (1 if unbiased else 0)
+    return jnp.sum(centred**2) / jnp.maximum(count, 1)
+
+
+def whiten(
+    values: Num[Array, "*shape"], mask: Bool[Array, "*shape"], *, shift_mean: bool = True, eps: float = 1e-8
+) -> Float[Array, "*shape"]:
+    """(values - mean) / sqrt(var + eps) over the mask, 0 elsewhere; without `shift_mean` the mean is put back."""
+    mean = masked_mean(values, mask)
+    white = (values.astype(jnp.float32) - mean) / jnp.sqrt(masked_var(values, mask) + eps)
+    return jnp.where(mask, white if shift_mean else white + mean, 0.0)
+
+
+def last_token_index(mask: Bool[Array, "B T"]) -> Int[Array, "B"]:
+    """Index of the last True of each row; -1 in a row without one. From the mask, never from ids: pad may equal EOS."""
+    indices = jnp.arange(mask.shape[1])[None, :]
+    return jnp.max(jnp.where(mask, indices, -1), axis=1)
