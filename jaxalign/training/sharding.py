@@ -29,7 +29,6 @@ ROWS = P(("data", "fsdp"))
 # serves both. The leading None of a block's leaf is its layer axis. A leaf that no pattern fits is replicated.
 RULES: tuple[tuple[str, P], ...] = (
     (r"embedding$", P("tensor", "fsdp")),
-    (r"unembedding/kernel$", P("fsdp", "tensor")),
     (r"(query|key|value|gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"(output|down)/kernel$", P(None, "tensor", "fsdp")),
     (r"(query|key|value|gate|up)/bias$", P(None, "tensor")),

@@ -1,0 +1,202 @@
+"""One decoder for every family: its blocks are stacked on a layer axis and run by one scan.
+
+    graphdef, abstract_params = make_decoder(config)
+    params = init_params(config, key)          # or models/huggingface.py: load_params
+    model = nnx.merge(graphdef, params)        # first line of a pure function
+    hidden = model(tokens, positions=positions, segment_ids=segment_ids)
+
+Compile time does not grow with depth. Initial weights are normal with the config's initializer_range; what writes to
+the residual stream starts smaller by sqrt(2 L) (GPT-2). Dropout is not applied: this is a model for alignment, whose
+policies and references must agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxalign.models.cache import Cache
+from jaxalign.models.config import LayerKind, ModelConfig
+from jaxalign.models.layers import MLP, Attention, Compute, Embedding, Norm, Where, rotate
+from jaxalign.types import PyTree, Unembedding
+
+REMAT = ("none", "dots", "blocks")
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each added to the residual stream, with norms where the family has them."""
+
+    def __init__(self, config: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+        before, after = config.norm_places in ("pre", "both"), config.norm_places in ("post", "both")
+        norm = lambda present: Norm(config, config.hidden_size, compute) if present else None  # noqa: E731
+        self.config = config
+        self.attention_norm, self.attention_post_norm = norm(before), norm(after)
+        self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
+        self.attention = Attention(config, compute, rngs)
+        self.mlp = MLP(config, compute, rngs)
+
+    def __call__(
+        self, x: jax.Array, where: Where, kind: jax.Array, cache: Cache | None = None, layer: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        query, key, value = self.attention.project(_maybe(self.attention_norm, x))
+        attend = [self._attend_as(kind_, where) for kind_ in self.config.kinds]
+        if cache is None:
+            mixed = _switch(kind, [lambda q, k, v, f=f: f(q, k, v, None, None)[0] for f in attend], query, key, value)
+        else:
+            branches = [lambda q, k, v, f=f: f(q, k, v, cache, layer) for f in attend]
+            mixed, cache = _switch(kind, branches, query, key, value)
+        mixed = _maybe(self.attention_post_norm, mixed)
+        if self.config.parallel:
+            return x + mixed + self.mlp(_maybe(self.mlp_norm, x)), cache
+        x = x + mixed
+        return x + _maybe(self.mlp_post_norm, self.mlp(_maybe(self.mlp_norm, x))), cache
+
+    def _attend_as(self, kind: LayerKind, where: Where) -> Any:
+        def attend(query, key, value, cache: Cache | None, layer: jax.Array | None):
+            query, key = rotate(query, where.positions, kind.rope), rotate(key, where.positions, kind.rope)
+            if cache is not None:
+                cache, key, value = _remember(cache, layer, key, value)
+            return self.attention.attend(query, key, value, where, kind), cache
+
+        return attend
+
+
+def _maybe(norm: Norm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
+
+
+def _switch(kind: jax.Array, branches: list, *operands: jax.Array) -> Any:
+    return branches[0](*operands) if len(branches) == 1 else jax.lax.switch(kind, branches, *operands)
+
+
+def _remember(cache: Cache, layer: jax.Array, key: jax.Array, value: jax.Array) -> tuple[Cache, jax.Array, jax.Array]:
+    """The cache with this layer's new keys and values in place, and all keys and values of the layer."""
+    at = (layer, 0, cache.index, 0, 0)
+    keys = jax.lax.dynamic_update_slice(cache.key, key[None].astype(cache.key.dtype), at)
+    values = jax.lax.dynamic_update_slice(cache.value, value[None].astype(cache.value.dtype), at)
+    held = dataclasses.replace(cache, key=keys, value=values)
+    return held, keys[layer].astype(key.dtype), values[layer].astype(value.dtype)
+
+
+class Decoder(nnx.Module):
+    """Token ids in, hidden states after the final norm out."""
+
+    def __init__(self, config: ModelConfig, *, compute: Compute = Compute(), rngs: nnx.Rngs):  # noqa: B008
+        self.config, self.compute = config, compute
+        std, width = config.initializer_range, config.hidden_size
+        table = lambda size: Embedding(size, width, std=std, compute=compute, rngs=rngs) if size else None  # noqa: E731
+        self.embed = table(config.vocab_size)
+        self.embed_positions = table(config.learned_positions)
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        make = lambda key: Block(config, compute, nnx.Rngs(params=key))  # noqa: E731
+        stacked = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(make(key))))(keys)
+        self.blocks = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: make(keys[0]))), stacked)
+        self.norm = Norm(config, width, compute)
+        self.unembedding = table(0 if config.tied else config.vocab_size)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """Hidden states [B T D] in the dtype of compute; with a cache, (hidden states, the filled cache).
+
+        Args:
+          tokens: Int32[B T].
+          positions: Int32[B T]; by default 0, 1, 2, ...
+          segment_ids: Int32[B T]; by default all one segment.
+          cache: what was read before; the T tokens are added to it.
+        """
+        length = tokens.shape[1]
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(length)[None], tokens.shape)
+        if segment_ids is None:
+            segment_ids = jnp.ones(tokens.shape, jnp.int32)
+        x = self.embed(tokens)
+        if self.config.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions)
+        if cache is not None:
+            cache = cache.place(positions, segment_ids)
+            where = Where(positions, segment_ids, cache.positions, cache.segment_ids)
+        else:
+            where = Where(positions, segment_ids, positions, segment_ids)
+        x, cache = self._run_blocks(x, where, cache)
+        x = self.norm(x)
+        if cache is None:
+            return x
+        return x, dataclasses.replace(cache, index=cache.index + length)
+
+    def _run_blocks(self, x: jax.Array, where: Where, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        graphdef, state = nnx.split(self.blocks)
+        layout = self.compute.layout
+
+        def body(carry: tuple, layer: tuple) -> tuple[tuple, None]:
+            x, cache = carry
+            params, kind, index = layer
+            if layout is not None:
+                x = layout.constrain_hidden(x)
+            return nnx.merge(graphdef, params)(x, where, kind, cache, index), None
+
+        kinds = jnp.asarray(self.config.layer_kinds, jnp.int32)
+        layers = nnx.to_pure_dict(state), kinds, jnp.arange(self.config.num_layers)
+        (x, cache), _ = jax.lax.scan(_rematerialised(body, self.compute.remat), (x, cache), layers)
+        return x, cache
+
+    def unembed(self) -> Unembedding:
+        """From hidden states to logits, in the parameters' own dtype."""
+        table = self.embed if self.unembedding is None else self.unembedding
+        return Unembedding(table.embedding[...], None, self.config.final_softcap)
+
+
+def _rematerialised(body: Any, policy: str) -> Any:
+    if policy == "none":
+        return body
+    # prevent_cse guards against undoing the recomputation, which a scan does not need
+    if policy == "dots":
+        return jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    return jax.checkpoint(body, prevent_cse=False)
+
+
+def make_decoder(
+    config: ModelConfig,
+    *,
+    compute_dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    remat: str = "none",
+    attention: str | None = None,
+    layout: Any = None,
+) -> tuple[Any, PyTree]:
+    """(graphdef, abstract params): the structure, and a nested dict of shapes and dtypes. No array is made.
+
+    Args:
+      compute_dtype: of activations; parameters are cast to it where they are used.
+      param_dtype: of the parameters.
+      remat: what the backward pass computes again: "none", "dots" (all but matrix products), "blocks" (all).
+      attention: an implementation of `models/attention.py`, or None for the best on the platform.
+      layout: the mesh that cuts activations, or None for one device.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r} is not one of {', '.join(REMAT)}")
+    compute = Compute(jnp.dtype(compute_dtype), jnp.dtype(param_dtype), remat, attention, layout)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, compute=compute, rngs=nnx.Rngs(0))))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def init_params(
+    config: ModelConfig, key: jax.Array, *, param_dtype: Any = jnp.float32, shardings: Any = None
+) -> PyTree:
+    """Random parameters, made in place on the devices that `shardings` (a tree like params) names."""
+    compute = Compute(param_dtype=jnp.dtype(param_dtype))
+
+    def make(key: jax.Array) -> PyTree:
+        return nnx.to_pure_dict(nnx.state(Decoder(config, compute=compute, rngs=nnx.Rngs(params=key))))
+
+    return jax.jit(make, out_shardings=shardings)(key)

@@ -1,0 +1,108 @@
+"""Where a model comes from: a Hugging Face folder, a hub name, or config:PATH for random weights. Config and tokenizer.
+
+Weights are read by `models/load.py` and written by `models/save.py`. Only safetensors are read: the older formats run
+whatever their file says.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxalign.models.config import ModelConfig
+from jaxalign.models.families import model_config
+
+RANDOM = "config:"
+_WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+
+
+def is_random(source: str) -> bool:
+    """Whether the source asks for random weights."""
+    return source.startswith(RANDOM)
+
+
+def folder(source: str, *, revision: str | None = None) -> Path:
+    """The local folder of a source; a hub name is downloaded into the hub's cache first.
+
+    Raises:
+      FileNotFoundError: neither a local folder nor a name that the hub knows or that can be reached.
+    """
+    path = Path(source.removeprefix(RANDOM)).expanduser()
+    if is_random(source):
+        if not path.exists():
+            raise FileNotFoundError(f"{source}: there is no {path}; config: takes a config.json or its folder")
+        return path if path.is_dir() else path.parent
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"{source} is a file; name the folder that holds config.json and *.safetensors")
+    if source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{source}: no such folder")
+    return _download(source, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{name!r} is no local folder and could not be fetched from the hub ({type(error).__name__}: {first}). "
+            "Check the spelling and the network; gated models need `hf auth login`"
+        ) from None
+
+
+def read_hf_config(source: str, *, revision: str | None = None) -> dict[str, Any]:
+    """config.json as it is."""
+    path = Path(source.removeprefix(RANDOM)).expanduser()
+    if not (is_random(source) and path.is_file()):
+        path = folder(source, revision=revision) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no config.json; is it a Hugging Face model folder?")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def read_config(source: str, *, revision: str | None = None) -> ModelConfig:
+    """The neutral config of a source. Raises ValueError, naming the source, when the architecture is not supported."""
+    try:
+        return model_config(read_hf_config(source, revision=revision))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def load_tokenizer(source: str) -> Any:
+    """The transformers tokenizer of a source."""
+    from transformers import AutoTokenizer
+
+    path = folder(source)
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise FileNotFoundError(f"{path} has no tokenizer (tokenizer.json); name one with --tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"the tokenizer in {path} cannot be read: {error}") from None
+
+
+def terminators(source: str, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a text: generation_config.json's, then config.json's, then the tokenizer's eos token.
+
+    The first one is what training appends. Models may end texts with another token than the tokenizer's eos: a tie is
+    decided by generation_config.json, whose first id comes first.
+    """
+    path = folder(source)
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        file = path / name
+        if file.exists():
+            ids = json.loads(file.read_text()).get("eos_token_id")
+            found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if tokenizer.eos_token_id is not None:
+        found.append(tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(int(i) for i in found))

@@ -1,0 +1,176 @@
+"""Safetensors to sharded arrays, tensor by tensor: the host never holds more than one tensor and its shard's copy.
+
+Everything that can be wrong with the files is found from their headers, before an array is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxalign.models.config import ModelConfig
+from jaxalign.models.decoder import make_decoder
+from jaxalign.models.families import TensorMap, ignored_tensors, tensor_maps
+from jaxalign.models.huggingface import folder
+from jaxalign.types import PyTree, leaf_names
+
+INDEX = "model.safetensors.index.json"
+
+
+def load_params(
+    source: str, config: ModelConfig, *, param_dtype: Any = jnp.float32, shardings: PyTree | None = None
+) -> PyTree:
+    """The parameters of a Hugging Face folder or hub name.
+
+    Args:
+      source: local folder or hub name with *.safetensors.
+      config: what `read_config` says of it.
+      param_dtype: tensors are cast to it, one by one.
+      shardings: a tree like params; by default everything is on the first device.
+
+    Raises:
+      FileNotFoundError: no safetensors, or a listed file is absent.
+      ValueError: a tensor is missing, too many or of the wrong shape, or a file is truncated; the message names it.
+    """
+    path = folder(source)
+    _, abstract = make_decoder(config, param_dtype=param_dtype)
+    if shardings is None:
+        one = SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: one, abstract)
+    with contextlib.ExitStack() as stack:
+        files = _open(path, stack)
+        plan = _plan(path, files, config, abstract)
+        filled = _fill(plan, dict(_leaves(abstract)), dict(_leaves(shardings)))
+    return jax.tree.map(lambda name: filled[name], leaf_names(abstract))
+
+
+def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Every tensor's name and the open file that holds it."""
+    import safetensors
+
+    files = {}
+    for file in _files(path):
+        try:
+            handle = stack.enter_context(safetensors.safe_open(file, framework="np"))
+        except safetensors.SafetensorError as error:
+            size = file.stat().st_size
+            raise ValueError(f"{file} ({size:,} bytes) is truncated or damaged: {error}; fetch it again") from None
+        files |= dict.fromkeys(handle.keys(), handle)
+    return files
+
+
+def _files(path: Path) -> list[Path]:
+    if (path / INDEX).exists():
+        names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+        absent = [name for name in names if not (path / name).exists()]
+        if absent:
+            raise FileNotFoundError(f"{path / INDEX} lists {', '.join(absent)}, which is not there; fetch it again")
+        return [path / name for name in names]
+    found = sorted(path.glob("*.safetensors"))
+    if found:
+        return found
+    old = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+    if old:
+        raise FileNotFoundError(
+            f"{path} holds {', '.join(old)} but no *.safetensors. Such files can run code when opened; convert "
+            "them once in transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    raise FileNotFoundError(f"{path} has no *.safetensors; start from random weights with config:{path}")
+
+
+def _plan(path: Path, files: dict[str, Any], config: ModelConfig, abstract: PyTree) -> list[tuple]:
+    """(tensor's handle and name, its map, its layer) for all tensors; raises on what does not fit."""
+    shapes = {name: leaf.shape for name, leaf in _leaves(abstract)}
+    plan, used = [], set()
+    for tensor in tensor_maps(config):
+        for layer in _layers(tensor, config):
+            name = _found_as(_named(tensor, layer), files)
+            if name is None:
+                raise ValueError(f"{path}: tensor {_named(tensor, layer)} of {config.architecture} is missing")
+            _check_shape(path, name, files[name].get_slice(name).get_shape(), tensor, layer, shapes)
+            plan.append((files[name], name, tensor, layer))
+            used.add(name)
+    ignored = ignored_tensors(config)
+    extra = sorted(n for n in files if n not in used and not any(re.search(p, n) for p in ignored))
+    if extra:
+        more = f" and {len(extra) - 5} more" if len(extra) > 5 else ""
+        raise ValueError(f"{path}: {config.architecture} has no place for {', '.join(extra[:5])}{more}")
+    return plan
+
+
+def _found_as(name: str, files: dict[str, Any]) -> str | None:
+    """Some checkpoints, the hub's gpt2 among them, leave out the base model's prefix."""
+    return next((n for n in (name, name.partition(".")[2]) if n in files), None)
+
+
+def _layers(tensor: TensorMap, config: ModelConfig) -> list[int | None]:
+    return list(range(config.num_layers)) if "{layer}" in tensor.name else [None]
+
+
+def _named(tensor: TensorMap, layer: int | None) -> str:
+    return tensor.name if layer is None else tensor.name.format(layer=layer)
+
+
+def _check_shape(
+    path: Path, name: str, found: list[int], tensor: TensorMap, layer: int | None, shapes: dict[str, tuple]
+) -> None:
+    wanted = [shapes[leaf] if layer is None else shapes[leaf][1:] for leaf in tensor.leaves]
+    expected = tensor.to_hf(tuple(np.broadcast_to(np.int8(0), shape) for shape in wanted)).shape
+    if tuple(found) != expected:
+        raise ValueError(f"{path}: tensor {name} has shape {list(found)}, config.json implies {list(expected)}")
+
+
+def _fill(plan: list[tuple], abstract: dict[str, Any], shardings: dict[str, Any]) -> dict[str, jax.Array]:
+    filled: dict[str, jax.Array] = {}
+    for handle, name, tensor, layer in plan:
+        parts = tensor.to_ours(handle.get_tensor(name))
+        for leaf, part in zip(tensor.leaves, parts, strict=True):
+            like, sharding = abstract[leaf], shardings[leaf]
+            if layer is None:
+                filled[leaf] = _put(part, like.dtype, sharding)
+                continue
+            if leaf not in filled:
+                filled[leaf] = _zeros(like.shape, like.dtype, sharding)
+            one = _put(part, like.dtype, _without_layer_axis(sharding))
+            filled[leaf] = _write_layer(sharding)(filled[leaf], one, layer)
+    return filled
+
+
+def _put(x: np.ndarray, dtype: Any, sharding: Any) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x[index], dtype, order="C"))
+
+
+def _without_layer_axis(sharding: Any) -> Any:
+    return NamedSharding(sharding.mesh, P(*sharding.spec[1:])) if isinstance(sharding, NamedSharding) else sharding
+
+
+@functools.lru_cache
+def _zeros_maker(sharding: Any) -> Any:
+    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+    return _zeros_maker(sharding)(shape, dtype)
+
+
+@functools.lru_cache
+def _write_layer(sharding: Any) -> Any:
+    def write(stack: jax.Array, one: jax.Array, layer: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, one, layer, 0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+
+
+def _leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
+    return zip(jax.tree.leaves(leaf_names(tree)), jax.tree.leaves(tree), strict=True)
