@@ -1,0 +1,1 @@
+"""Floor 4, beside models: from files to batches of ids and masks, on the host."""

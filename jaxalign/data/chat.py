@@ -1,0 +1,126 @@
+"""Chat templates, rendered turn by turn, so that what the assistant must write is known without template markers.
+
+For each assistant turn, the text up to and including the generation prompt is context; what the template adds for the
+turn, up to its terminator, is the response; what follows the terminator (a newline, often) is context of the next turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Message = dict[str, str]
+
+# Small templates for tokenizers without one. Each ends a turn of the assistant with the tokenizer's own eos token.
+TEMPLATES: dict[str, str] = {
+    "plain": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}"
+        "{% else %}{{ m.role | capitalize }}: {{ m.content }}{% endif %}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}Assistant: {% endif %}"
+    ),
+    "alpaca": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'assistant' %}### Response:\n{{ m.content }}{{ eos_token }}\n\n"
+        "{% elif m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
+        "{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}### Response:\n{% endif %}"
+    ),
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+        "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+}
+
+
+class Span(NamedTuple):
+    """A stretch of rendered text."""
+
+    text: str
+    learned: bool
+
+
+def choose_template(tokenizer: Any, choice: str | None) -> None:
+    """Sets the tokenizer's template: a name of TEMPLATES, a Jinja file, or, with None, what it has.
+
+    Raises:
+      ValueError: no such template, or one whose markers the tokenizer does not know as tokens.
+    """
+    if choice is None:
+        return
+    if choice in TEMPLATES:
+        text = TEMPLATES[choice]
+        markers = re.findall(r"<\|[a-z_]+\|>", text)
+        unknown = sorted({m for m in markers if len(tokenizer(m, add_special_tokens=False)["input_ids"]) != 1})
+        if unknown:
+            raise ValueError(
+                f"chat template {choice!r} needs the tokens {', '.join(unknown)}, which this tokenizer does not have; "
+                "'plain' and 'alpaca' need none"
+            )
+        tokenizer.chat_template = text
+    elif Path(choice).is_file():
+        tokenizer.chat_template = Path(choice).read_text()
+    else:
+        raise ValueError(f"chat template {choice!r} is neither a file nor one of {', '.join(TEMPLATES)}")
+
+
+def require_template(tokenizer: Any) -> None:
+    """Raises ValueError, with the way out, when the tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the data are conversations, but the tokenizer has no chat template; choose one with --chat-template "
+            f"({', '.join(TEMPLATES)}, or a Jinja file)"
+        )
+
+
+def spans(tokenizer: Any, messages: Sequence[Message], *, terminators: Sequence[str], turns: str = "all") -> list[Span]:
+    """The rendered conversation as stretches of context and response; all of it that a terminator token ends.
+
+    Args:
+      tokenizer: with a chat template.
+      messages: the conversation; what follows the last assistant turn is left out.
+      terminators: texts of the tokens that may end a turn.
+      turns: "all" assistant turns are responses, or the "last" one.
+
+    Raises:
+      ValueError: no assistant turn, or the template changes earlier turns when later ones are added.
+    """
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not answers:
+        raise ValueError("a conversation without a turn of the assistant")
+    found, done = [], ""
+    for i in answers:
+        before = _render(tokenizer, messages[:i], True)
+        after = _render(tokenizer, messages[: i + 1], False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise ValueError(
+                f"the chat template renders turn {i + 1} in a way that changes what stands before it, so the response "
+                "cannot be told from its context; use another with --chat-template"
+            )
+        response = _until_terminator(after[len(before) :], terminators)
+        found.append(Span(before[len(done) :], False))
+        found.append(Span(response, turns == "all" or i == answers[-1]))
+        done = before + response
+    return found
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], generation: bool) -> str:
+    import jinja2
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise ValueError(f"the chat template refuses a conversation of {roles}: {error}") from None
+
+
+def _until_terminator(text: str, terminators: Sequence[str]) -> str:
+    ends = [text.rfind(t) + len(t) for t in terminators if t and t in text]
+    return text[: max(ends)] if ends else text.rstrip("\n")

@@ -1,0 +1,156 @@
+"""The formats of instruction data, recognised from their columns, and three normal forms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Every token is learned."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptCompletion:
+    """The completion is learned."""
+
+    prompt: str
+    completion: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """The assistant's turns are learned. Messages are {"role": system | user | assistant | tool, "content": text}."""
+
+    messages: tuple[dict[str, str], ...]
+
+
+Normal = Text | PromptCompletion | Conversation
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """`columns` must all be present; the first format of FORMATS that fits decides."""
+
+    name: str
+    columns: tuple[str, ...]
+    convert: Callable[[Row], Normal]
+
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+
+
+def _role(name: str) -> str:
+    if name not in ROLES:
+        raise ValueError(f"role {name!r} is not one of {', '.join(ROLES)}")
+    return ROLES[name]
+
+
+def messages(turns: Sequence[Row], role: str = "role", content: str = "content") -> Conversation:
+    return Conversation(tuple({"role": _role(t[role]), "content": t[content] or ""} for t in turns))
+
+
+def _instruction(instruction: str, context: str, response: str) -> Conversation:
+    asked = f"{instruction}\n\n{context}" if context and context.strip() else instruction
+    return Conversation(({"role": "user", "content": asked}, {"role": "assistant", "content": response}))
+
+
+def _prompt_completion(row: Row) -> Normal:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return PromptCompletion(prompt, completion)
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    return messages([*prompt, *completion])
+
+
+def _oasst_tree(row: Row) -> Conversation:
+    """The thread of best-ranked replies from the root."""
+    turns, node = [], row["prompt"]
+    while node is not None:
+        turns.append({"role": node["role"], "content": node["text"]})
+        replies = [reply for reply in node.get("replies") or [] if not reply.get("deleted")]
+        node = min(replies, key=_rank) if replies else None
+    return messages(turns[: len(turns) - (turns[-1]["role"] == "prompter")])
+
+
+def _rank(reply: Row) -> float:
+    return float("inf") if reply.get("rank") is None else reply["rank"]
+
+
+def _best_of_pair(row: Row) -> Conversation:
+    prompt = row["prompt"]
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return messages([*turns, {"role": "assistant", "content": row["chosen"]}])
+
+
+def _self_instruct(row: Row) -> Conversation:
+    first = row["instances"][0]
+    return _instruction(row["instruction"], first.get("input", ""), first["output"])
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("messages", ("messages",), lambda row: messages(row["messages"])),
+    Format("ShareGPT", ("conversations",), lambda row: messages(row["conversations"], "from", "value")),
+    Format("OASST tree", ("message_tree_id", "prompt"), _oasst_tree),
+    Format("prompt+completion", ("prompt", "completion"), _prompt_completion),
+    Format("chosen of a pair", ("prompt", "chosen"), _best_of_pair),
+    Format(
+        "Alpaca",
+        ("instruction", "output"),
+        lambda row: _instruction(row["instruction"], row.get("input", ""), row["output"]),
+    ),
+    Format("self-instruct", ("instruction", "instances"), _self_instruct),
+    Format(
+        "Dolly",
+        ("instruction", "context", "response"),
+        lambda row: _instruction(row["instruction"], row["context"], row["response"]),
+    ),
+    Format(
+        "Alpaca with response",
+        ("instruction", "response"),
+        lambda row: _instruction(row["instruction"], row.get("input", ""), row["response"]),
+    ),
+    Format("FLAN", ("inputs", "targets"), lambda row: PromptCompletion(row["inputs"], row["targets"])),
+    Format("question and answer", ("question", "answer"), lambda row: _instruction(row["question"], "", row["answer"])),
+    Format("text", ("text",), lambda row: Text(row["text"])),
+)
+
+
+def recognise(columns: Iterable[str], *, where: str) -> Format:
+    """The format of rows with these columns. Raises ValueError that tells the columns and what would be known."""
+    columns = set(columns)
+    for form in FORMATS:
+        if columns.issuperset(form.columns):
+            return form
+    known = "; ".join(f"{'+'.join(form.columns)} ({form.name})" for form in FORMATS)
+    raise ValueError(f"{where}: columns {', '.join(sorted(columns))} are no known format; known are {known}")
+
+
+def normalise(form: Format, row: Row, *, where: str) -> Normal:
+    """The row in its normal form. Raises ValueError, with the place, when a column holds something else."""
+    try:
+        return form.convert(row)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{where}: not a row of format {form.name} ({type(error).__name__}: {error})") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

@@ -1,0 +1,205 @@
+"""From `--data` to rows: files, folders and hub names, mixed by weight.
+
+stories.jsonl.gz                 a file: .jsonl .json .csv .parquet .txt, the text ones also .gz
+stories.jsonl.gz:train           the rows whose `split` says so
+name  name:split  name:config:split      a set on the Hugging Face hub
+a.jsonl*0.7,b.jsonl*0.3          a mixture; without weights every row counts once
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+TRAIN_NAMES = ("train", "training")
+HELD_NAMES = ("test", "validation", "valid", "val", "held", "heldout", "dev", "eval")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet", ".txt", ".txt.gz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One set of a mixture."""
+
+    name: str
+    split: str | None = None
+    config: str | None = None
+    weight: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Rows, with the number of each in its file for messages, and which part of the file they are."""
+
+    rows: Sequence[Row]
+    split: str | None = None  # the split that was taken
+    splits: tuple[str, ...] = ()  # the splits there are
+
+
+def parse(spec: str) -> list[Source]:
+    """The sources of a spec. Raises ValueError on a weight that is not a positive number, or given to some only."""
+    sources = [_parse_one(part.strip()) for part in spec.split(",") if part.strip()]
+    if not sources:
+        raise ValueError(f"data {spec!r} names nothing")
+    weighted = [source for source in sources if source.weight is not None]
+    if weighted and len(weighted) != len(sources):
+        raise ValueError(f"data {spec!r}: give every source a weight (name*0.5), or none")
+    return sources
+
+
+def _parse_one(text: str) -> Source:
+    name, star, weight = text.rpartition("*")
+    if not star:
+        name, weight = text, ""
+    value = None
+    if star:
+        try:
+            value = float(weight)
+        except ValueError:
+            raise ValueError(f"data {text!r}: {weight!r} is not a weight; write name*0.5") from None
+        if not value > 0:
+            raise ValueError(f"data {text!r}: weight {value} must be positive")
+    if Path(name).exists():
+        return Source(name, weight=value)
+    parts = name.split(":")
+    if len(parts) > 3:
+        raise ValueError(f"data {text!r}: at most name:config:split")
+    config = parts[1] if len(parts) == 3 else None
+    return Source(parts[0], split=parts[-1] if len(parts) > 1 else None, config=config, weight=value)
+
+
+def load(source: Source, *, held_out: bool = False) -> Loaded:
+    """The rows of a source. Without a split, a set that has several gives its training (or held-out) part.
+
+    Raises:
+      FileNotFoundError: no such file, folder or reachable hub name.
+      ValueError: an empty or malformed file (with the line), or no such split.
+    """
+    path = Path(source.name).expanduser()
+    if path.is_dir():
+        return _pick(source, _load_folder(path), held_out)
+    if path.exists():
+        return _pick(source, _by_split_column(_read_file(path), path), held_out)
+    if path.name.endswith(SUFFIXES) or source.name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"data file {source.name} does not exist{_nearby(path)}")
+    return _pick(source, _load_hub(source), held_out)
+
+
+def _nearby(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f": there is no folder {path.parent}"
+    names = sorted(p.name for p in path.parent.iterdir())
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    return f"; {path.parent} has {', '.join(close or names[:5]) or 'nothing'}"
+
+
+def _pick(source: Source, splits: dict[str | None, Sequence[Row]], held_out: bool) -> Loaded:
+    names = tuple(name for name in splits if name is not None)
+    if source.split is not None:
+        if source.split not in splits:
+            raise ValueError(f"{source.name} has no split {source.split!r}; it has {', '.join(names) or 'no splits'}")
+        return Loaded(splits[source.split], source.split, names)
+    if not names:
+        return Loaded([] if held_out else splits[None], None, ())
+    wanted = HELD_NAMES if held_out else TRAIN_NAMES
+    found = next((name for name in wanted if name in splits), None)
+    if found is None and held_out:
+        return Loaded([], None, names)
+    if found is None and len(names) > 1:
+        raise ValueError(f"{source.name} has splits {', '.join(names)}; choose one: {source.name}:{names[0]}")
+    found = found or names[0]
+    return Loaded(splits[found], found, names)
+
+
+def _by_split_column(rows: Sequence[Row], path: Path) -> dict[str | None, Sequence[Row]]:
+    if not rows:
+        raise ValueError(f"data file {path} is empty")
+    if not isinstance(rows[0].get("split"), str):
+        return {None: rows}
+    splits: dict[str | None, list[Row]] = {}
+    for row in rows:
+        splits.setdefault(row.get("split"), []).append(row)
+    return splits if len(splits) > 1 else {None: rows}
+
+
+def _read_file(path: Path) -> Sequence[Row]:
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".jsonl"):
+        return list(_read_jsonl(path))
+    if name.endswith(".txt"):
+        text = _text(path)
+        return [{"text": text}] if text.strip() else []
+    if name.endswith(".json"):
+        return _read_json(path)
+    if name.endswith((".csv", ".parquet")):
+        from datasets import Dataset
+
+        read = Dataset.from_csv if name.endswith(".csv") else Dataset.from_parquet
+        try:
+            return read(str(path))
+        except Exception as error:  # whatever arrow raises, under many names
+            raise ValueError(f"data file {path} cannot be read as {path.suffix}: {error}") from None
+    raise ValueError(f"data file {path}: unknown kind {path.suffix!r}; known are {', '.join(SUFFIXES)}")
+
+
+def _text(path: Path) -> str:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return raw.decode("utf-8")
+    except (OSError, EOFError) as error:
+        raise ValueError(f"data file {path} is not readable: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data file {path} is not UTF-8 at byte {error.start}") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"data file {path}, line {number}: not JSON ({error.msg}): {line[:60]!r}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"data file {path}, line {number}: a {type(row).__name__}, not an object of columns")
+        yield row
+
+
+def _read_json(path: Path) -> list[Row]:
+    try:
+        rows = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"data file {path}, line {error.lineno}: not JSON ({error.msg})") from None
+    if isinstance(rows, dict):
+        rows = next((v for v in rows.values() if isinstance(v, list)), None)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"data file {path} is not a list of objects")
+    return rows
+
+
+def _load_folder(path: Path) -> dict[str | None, Sequence[Row]]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found = load_from_disk(str(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"data folder {path} is not a dataset saved with save_to_disk") from None
+    return dict(found) if isinstance(found, DatasetDict) else {None: found}
+
+
+def _load_hub(source: Source) -> dict[str | None, Sequence[Row]]:
+    from datasets import load_dataset
+
+    try:
+        return dict(load_dataset(source.name, source.config))
+    except Exception as error:  # the hub client raises under many names
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise FileNotFoundError(
+            f"data {source.name!r} is no local file and could not be fetched from the hub "
+            f"({type(error).__name__}: {first}). Check the spelling and the network"
+        ) from None
