@@ -1,0 +1,1 @@
+"""Floor 5, beside algorithms: text out of models."""
