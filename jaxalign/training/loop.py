@@ -46,7 +46,7 @@ class Hooks:
 
     record: Callable[[Row], None]
     save: Callable[[TrainState, Progress, Row], None]  # the newest row says how good the state is
-    evaluate: Callable[[PyTree], Row] | None = None  # params -> metrics, `eval_loss` among them
+    evaluate: Callable[[PyTree, int], Row] | None = None  # (params, step) -> metrics, `eval_loss` among them
     learning_rate: Callable[[int], Any] | None = None  # of optimizer update n
 
 
@@ -84,7 +84,7 @@ def fit(
     clock = _Clock()
     with StopRequest() as stop:
         if progress.step == 0 and hooks.evaluate:
-            hooks.record({"step": 0, **hooks.evaluate(state.params)})
+            hooks.record({"step": 0, **hooks.evaluate(state.params, 0)})
             clock.reset()
         pending: tuple[int, Any, int] | None = None
         profiler = _Profiler(profile, progress.step)
@@ -105,7 +105,7 @@ def fit(
                 row = _finish(pending, progress, hooks, clock)
                 pending = None
                 if evaluating:
-                    row |= hooks.evaluate(state.params)
+                    row |= hooks.evaluate(state.params, step)
                 hooks.record(row)
                 if saving:
                     hooks.save(state, progress, row)

@@ -1,0 +1,36 @@
+"""Metrics of held-out batches, merged exactly: sums over sums, on every host alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxalign.algorithms.base import Algorithm
+from jaxalign.training.sharding import put_batch
+from jaxalign.types import PyTree
+
+
+def make_evaluate(
+    algorithm: Algorithm, batches: Sequence[Any], mesh: Mesh, frozen: PyTree = None
+) -> Callable[[PyTree], dict[str, float]]:
+    """params -> {"eval_loss": ..., "eval_<metric>": ...}: the algorithm's own loss over all of `batches`."""
+
+    def averages(params: PyTree, frozen: PyTree, batch: Any) -> dict[str, Any]:
+        loss, metrics = algorithm.loss(params, algorithm.prepare(params, frozen, batch))
+        return {"loss": loss, **metrics}
+
+    compiled = jax.jit(averages, out_shardings=NamedSharding(mesh, P()))
+
+    def evaluate(params: PyTree) -> dict[str, float]:
+        total = None
+        for batch in batches:
+            part = compiled(params, frozen, put_batch(batch, mesh))
+            is_average = lambda x: hasattr(x, "compute")  # noqa: E731
+            total = part if total is None else jax.tree.map(lambda a, b: a + b, total, part, is_leaf=is_average)
+        return {f"eval_{name}": float(average.compute()) for name, average in total.items()}
+
+    return evaluate

@@ -1,0 +1,193 @@
+"""Where rows of metrics go: metrics.jsonl always, TensorBoard and Weights & Biases on request, and the terminal.
+
+A row's values follow from the run alone, except CLOCK_FIELDS, which tell how fast this machine was: an interrupted and
+resumed run writes the same rows as one that was not, those fields aside.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+Row = dict[str, Any]
+CLOCK_FIELDS = ("step_seconds", "tokens_per_second", "mfu")
+
+
+def deterministic(row: Row) -> Row:
+    """The row without what a clock measured."""
+    return {name: value for name, value in row.items() if name not in CLOCK_FIELDS}
+
+
+class JsonLines:
+    """One JSON object a line, flushed line by line. NaN and infinities are written as null, which JSON has."""
+
+    def __init__(self, path: Path, *, keep_until: int = -1):
+        """Rows of steps after `keep_until` are dropped, and a half-written last line with them."""
+        self.path = path
+        if path.exists():
+            self._truncate(keep_until)
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def _truncate(self, keep_until: int) -> None:
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= keep_until]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, self.path)
+
+    def write(self, row: Row) -> None:
+        self._file.write(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All whole rows of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines() if _step(line) < math.inf]
+
+
+class Recorder:
+    """Sends each row to every place; only the first process has one."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        resumed_at: int = -1,
+        flops_per_token: float = 0.0,
+        peak_flops: float | None = None,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+        stream: IO[str] | None = None,
+    ):
+        self._lines = JsonLines(folder / "metrics.jsonl", keep_until=resumed_at)
+        self._console = Console(total_steps, stream or sys.stderr)
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._board = _tensorboard(folder, resumed_at) if tensorboard else None
+        self._wandb = _wandb(folder, wandb) if wandb else None
+
+    def __call__(self, row: Row) -> None:
+        if self._peak_flops and "tokens_per_second" in row:
+            row["mfu"] = row["tokens_per_second"] * self._flops_per_token / self._peak_flops
+        self._lines.write(row)
+        self._console.show(row)
+        numbers = {n: v for n, v in row.items() if n != "step" and isinstance(v, int | float)}
+        if self._board:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, row["step"])
+        if self._wandb:
+            self._wandb.log(numbers, step=row["step"])
+
+    def close(self) -> None:
+        self._lines.close()
+        self._console.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+class Silent:
+    """The recorder of every process but the first."""
+
+    def __call__(self, row: Row) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _tensorboard(folder: Path, resumed_at: int) -> Any:
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at > 0 else None)
+
+
+def _wandb(folder: Path, project: str) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--log.wandb needs the package wandb: pip install 'jaxalign[wandb]'") from None
+    path = folder / "wandb_run_id"
+    if not path.exists():
+        path.write_text(wandb.util.generate_id())
+    return wandb.init(project=project, dir=str(folder), id=path.read_text(), resume="allow")
+
+
+class Console:
+    """In a terminal one line that changes; elsewhere a line now and then."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, total_steps: int, stream: IO[str]):
+        self._total, self._stream = total_steps, stream
+        self._live = stream.isatty()
+        self._last = -math.inf
+
+    def show(self, row: Row) -> None:
+        text, now = format_row(row, self._total), time.monotonic()
+        lasting = "eval_loss" in row or row["step"] in (1, self._total)
+        if self._live:
+            self._stream.write(f"\r\x1b[K{text}" + ("\n" if lasting else ""))
+        elif lasting or now - self._last >= self.SECONDS_BETWEEN_LINES:
+            self._stream.write(text + "\n")
+            self._last = now
+        self._stream.flush()
+
+    def close(self) -> None:
+        if self._live:
+            self._stream.write("\n")
+
+
+def format_row(row: Row, total_steps: int) -> str:
+    """`step 20/100  loss 1.2345  eval_loss 1.3  123 tokens/s  MFU 40.1 %  1:20 left`."""
+    parts = [f"step {row['step']}/{total_steps}"]
+    parts += [f"{name} {row[name]:.4f}" for name in ("loss", "eval_loss") if isinstance(row.get(name), float)]
+    if "tokens_per_second" in row:
+        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in row:
+        parts.append(f"MFU {100 * row['mfu']:.1f} %")
+    if row.get("skipped_steps"):
+        parts.append(f"skipped {row['skipped_steps']}")
+    if "step_seconds" in row and row["step"] > 1:
+        left = round((total_steps - row["step"]) * row["step_seconds"])
+        parts.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+    return "  ".join(parts)
+
+
+# Dense bfloat16 FLOP/s of one chip as jax counts devices, from https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
+# and https://www.nvidia.com/en-us/data-center/h100/ (h200, a100 alike).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of the chip, by the longest known name that its kind starts with; None where it is not known."""
+    fits = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
+    return PEAK_FLOPS[max(fits, key=len)] if fits else None
