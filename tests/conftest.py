@@ -8,7 +8,7 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 # Shape annotations are checked where every argument is an array: not on pytree dataclasses, which tree.map rebuilds.
 install_import_hook(["jaxalign.ops", "jaxalign.losses", "jaxalign.kernels"], "beartype.beartype")

@@ -28,6 +28,7 @@ def save_pretrained(
     model_card: str = "",
     max_shard_bytes: int = 5_000_000_000,
     dtype: Any = None,
+    extra: dict[str, Any] | None = None,
 ) -> None:
     """Writes the folder, whole or not at all. Every process calls it; the first one writes.
 
@@ -43,6 +44,7 @@ def save_pretrained(
       model_card: the text of README.md.
       max_shard_bytes: a file holds at most so much, unless one tensor is larger.
       dtype: cast to it; by default the parameters' own.
+      extra: more JSON files, by name.
     """
     directory = Path(directory)
     if directory.is_dir() and any(directory.iterdir()):
@@ -59,6 +61,8 @@ def save_pretrained(
     _write_json(partial / "config.json", _without_dtype(hf_config) | {"dtype": dtype.name})
     if generation_config:
         _write_json(partial / "generation_config.json", generation_config)
+    for name, value in (extra or {}).items():
+        _write_json(partial / name, value)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     if model_card:

@@ -80,14 +80,16 @@ class SFTConfig:
     """The run folder; a folder that holds the same run is resumed."""
     eval_data: str | None = None
     """Held-out data; by default the held-out split of --data, if it has one."""
-    eval_share: float = 0.0
-    """Without held-out data: share of the rows of --data to hold out."""
+    eval_share: float = 0.05
+    """Without held-out data: share of the examples to hold out, at most 512; 0: none."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer, if it is not the model's."""
     chat_template: str | None = None
     """A named template (chatml, llama3, ...) or a Jinja file, in place of the tokenizer's own."""
     turns: Literal["all", "last"] = "all"
     """Which assistant turns of a conversation are learned."""
+    long_text: Literal["truncate", "split"] = "truncate"
+    """Texts longer than --max-length keep their first tokens, or are split; plain text files are always split."""
     steps: int | None = None
     """Optimizer updates; by default --epochs decides."""
     epochs: float = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -27,3 +28,22 @@ def compute_dtype(precision: str) -> jnp.dtype:
     if precision == "auto":
         precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(precision)
+
+
+def start_log() -> None:
+    """What jaxalign says goes to stderr, in plain lines, from the first process; warnings of all processes."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain())
+    root = logging.getLogger("jaxalign")
+    root.handlers, root.propagate = [handler], False
+    root.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
+    for name in ("transformers", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _Plain(logging.Formatter):
+    """The message, with its level in front when it is more than information."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"

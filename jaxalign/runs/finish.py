@@ -1,0 +1,80 @@
+"""The end of a run: `final/`, a Hugging Face folder with a model card that says where it came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jaxalign
+from jaxalign.models import huggingface
+from jaxalign.models.config import ModelConfig
+from jaxalign.models.save import save_pretrained
+from jaxalign.training.metrics import read_rows
+from jaxalign.training.state import TrainState
+
+MARK = "trained_steps"
+
+
+def is_finished(output: Path, steps: int) -> bool:
+    """Whether `final/` holds the model after that many steps."""
+    try:
+        return json.loads((Path(output) / "final" / "jaxalign.json").read_text())[MARK] == steps
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def export_final(config: Any, model: ModelConfig, tokenizer: Any, state: TrainState) -> None:
+    """Writes `final/`; an older one, of fewer steps, is put aside as `final-<steps>`."""
+    final = Path(config.output) / "final"
+    if final.exists():
+        final.rename(final.with_name(f"final-{_trained_steps(final)}"))
+    export(final, config, model, tokenizer, state.params, int(state.step))
+
+
+def _trained_steps(final: Path) -> Any:
+    try:
+        return json.loads((final / "jaxalign.json").read_text())[MARK]
+    except (OSError, ValueError, KeyError):
+        return "unknown"
+
+
+def export(directory: Path, config: Any, model: ModelConfig, tokenizer: Any, params: Any, step: int) -> None:
+    """The parameters after `step` as a Hugging Face folder."""
+    source = config.tokenizer or config.model
+    save_pretrained(
+        directory,
+        params,
+        model,
+        huggingface.read_hf_config(config.model),
+        tokenizer=tokenizer,
+        generation_config=_generation_config(source),
+        model_card=_model_card(config, step),
+        extra={"jaxalign.json": {MARK: step, "jaxalign": jaxalign.__version__}},
+    )
+
+
+def _generation_config(source: str) -> dict[str, Any] | None:
+    path = huggingface.folder(source) / "generation_config.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _model_card(config: Any, step: int) -> str:
+    rows = [row for row in read_rows(Path(config.output) / "metrics.jsonl") if row["step"] <= step]
+    held = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [jaxalign, sft]",
+        "---",
+        "",
+        f"# {Path(config.output).name}",
+        "",
+    ]
+    lines += [f"{Path(config.model).name} after {step} steps of supervised fine-tuning on {Path(config.data).name}"]
+    lines += [f"with jaxalign {jaxalign.__version__}: batch {config.batch_size} x {config.max_length} tokens, AdamW at"]
+    lines += [f"{config.optimizer.learning_rate:g} ({config.optimizer.schedule}), seed {config.seed}.", ""]
+    if held:
+        lines += ["| step | held-out loss (nats a token) |", "|---|---|"]
+        lines += [f"| {at} | {loss:.4f} |" for at, loss in held]
+    return "\n".join(lines) + "\n"

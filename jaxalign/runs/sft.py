@@ -1,0 +1,254 @@
+"""`jaxalign sft`: a checkpoint and a dataset in, a better checkpoint out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.algorithms.sft import sft
+from jaxalign.data import batches as batching
+from jaxalign.data import chat, supervised
+from jaxalign.losses.language import LANGUAGE_LOSSES
+from jaxalign.models import huggingface
+from jaxalign.models.config import ModelConfig, train_flops_per_token
+from jaxalign.models.decoder import init_params, make_decoder
+from jaxalign.models.layout import Layout
+from jaxalign.models.load import load_params
+from jaxalign.runs import devices, finish, samples
+from jaxalign.runs.config import SFTConfig
+from jaxalign.runs.folder import open_run
+from jaxalign.select import select
+from jaxalign.training import loop, metrics, optimizer, sharding
+from jaxalign.training.checkpoint import Checkpoints
+from jaxalign.training.compiled import CompiledStep
+from jaxalign.training.evaluate import make_evaluate
+from jaxalign.training.state import TrainState
+from jaxalign.training.step import make_train_step
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a run is made of, once everything that can be wrong was found."""
+
+    config: SFTConfig
+    mesh: Mesh
+    model: ModelConfig
+    tokenizer: Any
+    terminators: tuple[int, ...]
+    data: supervised.SupervisedData
+    batches: batching.TrainBatches
+    held_out: list[Any]
+    loss: Callable
+
+    @property
+    def announced(self) -> int:
+        """Shapes of batches that will occur."""
+        return 1 if self.config.packing else len(batching.bucket_widths(self.config.max_length))
+
+
+def run(config: SFTConfig) -> int:
+    """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
+    devices.start(distributed=config.distributed)
+    devices.start_log()
+    parts = _gather(config)
+    held = open_run(config, command="sft", resume=config.resume, write=jax.process_index() == 0)
+    if held and finish.is_finished(config.output, parts.batches.steps):
+        log.info("this run is complete: %s", Path(config.output) / "final")
+        return 0
+    state, stopped_by = _train(parts)
+    if stopped_by is not None:
+        log.warning("stopped by signal %d after step %d; the same command continues", stopped_by, int(state.step))
+        return 128 + stopped_by
+    if jax.process_index() == 0:
+        log.info("the model is in %s", Path(config.output) / "final")
+    return 0
+
+
+def _gather(config: SFTConfig) -> _Parts:
+    """Everything on the host, so that mistakes are told before device work."""
+    loss = select(config.loss, LANGUAGE_LOSSES)
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    sharding.check_batch_size(config.batch_size, config.microbatches, mesh)
+    model = huggingface.read_config(config.model)
+    if model.learned_positions and config.max_length > model.learned_positions:
+        raise ValueError(f"--max-length {config.max_length}: {config.model} has {model.learned_positions} positions")
+    if config.max_length > model.max_length:
+        log.warning("--max-length %d is more than the %d the model was made for", config.max_length, model.max_length)
+    source = config.tokenizer or config.model
+    tokenizer = huggingface.load_tokenizer(source)
+    if len(tokenizer) > model.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens and the model {model.vocab_size}; they do not fit")
+    terminators = huggingface.terminators(source, tokenizer)
+    if not terminators:
+        raise ValueError(f"{source} names no eos token, so nothing can end a response; set eos_token_id in its config")
+    chat.choose_template(tokenizer, config.chat_template)
+    data = supervised.load(config.data, tokenizer, _data_options(config, terminators), eval_spec=config.eval_data)
+    batches, held_out = _batches(config, data)
+    return _Parts(config, mesh, model, tokenizer, terminators, data, batches, held_out, loss)
+
+
+def _data_options(config: SFTConfig, terminators: tuple[int, ...]) -> supervised.Options:
+    return supervised.Options(
+        max_length=config.max_length,
+        terminators=terminators,
+        turns=config.turns,
+        long_text=config.long_text,
+        max_dropped=config.max_dropped,
+        eval_share=config.eval_share,
+        seed=config.seed,
+    )
+
+
+def _batches(config: SFTConfig, data: supervised.SupervisedData) -> tuple[batching.TrainBatches, list[Any]]:
+    plan = batching.Plan(config.batch_size, config.max_length, config.packing, config.shuffle, config.seed)
+    host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = batching.TrainBatches(data.train, plan, steps=1, **host)
+    per_epoch = batches.rows_per_epoch() / config.batch_size
+    batches.steps = config.steps if config.steps is not None else max(1, math.ceil(config.epochs * per_epoch))
+    if batches.steps < 1:
+        raise ValueError(f"--steps {batches.steps} must be at least 1")
+    log.info("%d steps, %.1f of them an epoch", batches.steps, per_epoch)
+    return batches, batching.eval_batches(data.held_out, plan, **host)
+
+
+def _train(parts: _Parts) -> tuple[TrainState, int | None]:
+    config, mesh = parts.config, parts.mesh
+    layout = Layout(mesh) if mesh.size > 1 else None
+    attention = None if config.attention == "auto" else config.attention
+    graphdef, abstract = make_decoder(
+        parts.model,
+        compute_dtype=devices.compute_dtype(config.precision),
+        param_dtype=config.param_dtype,
+        remat=config.remat,
+        attention=attention,
+        layout=layout,
+    )
+    rate = optimizer.learning_rate_schedule(
+        config.optimizer.learning_rate,
+        schedule=config.optimizer.schedule,
+        steps=parts.batches.steps,
+        warmup_steps=config.optimizer.warmup_steps,
+    )
+    adamw = _optimizer(config, rate)
+    algorithm = sft(graphdef, loss=parts.loss)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    like = jax.eval_shape(lambda p, k: TrainState.create(p, adamw, k), abstract, key)
+    placed = sharding.shardings(like, mesh)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed)
+
+    checkpoints = Checkpoints(
+        Path(config.output) / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
+    )
+    state, progress, iterator = _start_or_resume(parts, checkpoints, like, placed, adamw)
+    recorder = _recorder(parts, progress.step)
+    sampler = samples.Sampler(parts.config, graphdef, parts.model, parts.tokenizer, parts.terminators, progress.step)
+    evaluate = _evaluation(parts, algorithm, sampler)
+    rates = np.asarray(jax.vmap(rate)(jnp.arange(parts.batches.steps)), np.float64)
+
+    def save(state: TrainState, progress: loop.Progress, row: loop.Row) -> None:
+        extras = {"progress": dataclasses.asdict(progress), "data": parts.data.train.examples.fingerprint()}
+        checkpoints.save(progress.step, state, extras, metric=row.get("eval_loss"))
+
+    train_step = make_train_step(algorithm, adamw, microbatches=config.microbatches)
+    try:
+        state, stopped_by = loop.fit(
+            CompiledStep(sharding.jit_step(train_step, like, None, mesh), announced=parts.announced),
+            state,
+            None,
+            iterator,
+            loop.Hooks(recorder, save, evaluate, lambda update: rates[update]),
+            mesh=mesh,
+            steps=parts.batches.steps,
+            progress=progress,
+            eval_every=config.eval_every,
+            save_every=config.checkpoint.every,
+            profile=Path(config.output) / "profile" if config.profile else None,
+        )
+    finally:
+        recorder.close()
+        checkpoints.close()
+    if stopped_by is None:
+        finish.export_final(config, parts.model, parts.tokenizer, state)
+    return state, stopped_by
+
+
+def _optimizer(config: SFTConfig, rate: Any) -> Any:
+    return optimizer.adamw(
+        rate,
+        weight_decay=config.optimizer.weight_decay,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        b1=config.optimizer.b1,
+        b2=config.optimizer.b2,
+        accumulator_dtype=config.optimizer.accumulator_dtype,
+    )
+
+
+def _start_or_resume(
+    parts: _Parts, checkpoints: Checkpoints, like: TrainState, placed: TrainState, adamw: Any
+) -> tuple[TrainState, loop.Progress, Any]:
+    iterator = batching.iterate(parts.batches)
+    restored = checkpoints.restore(like)
+    if restored is None:
+        return _new_state(parts, like, placed, adamw), loop.Progress(), iterator
+    state, extras = restored
+    if extras["data"] != parts.data.train.examples.fingerprint():
+        raise ValueError(
+            f"the data of --data {parts.config.data} changed since {parts.config.output} was started, so the run "
+            "cannot continue bit for bit; restore them, or name a new --output"
+        )
+    progress = loop.Progress(**extras["progress"])
+    iterator.set_state({"next_index": progress.step})
+    log.info("continuing after step %d of %d", progress.step, parts.batches.steps)
+    return state, progress, iterator
+
+
+def _new_state(parts: _Parts, like: TrainState, placed: TrainState, adamw: Any) -> TrainState:
+    config, dtype = parts.config, parts.config.param_dtype
+    params_key, state_key = jax.random.split(jax.random.key(config.seed))
+    if huggingface.is_random(config.model):
+        params = init_params(parts.model, params_key, param_dtype=dtype, shardings=placed.params)
+    else:
+        params = load_params(config.model, parts.model, param_dtype=dtype, shardings=placed.params)
+    create = jax.jit(lambda p, k: TrainState.create(p, adamw, k), out_shardings=placed, donate_argnums=0)
+    return create(params, state_key)
+
+
+def _recorder(parts: _Parts, resumed_at: int) -> Callable:
+    if jax.process_index() != 0:
+        return metrics.Silent()
+    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    return metrics.Recorder(
+        Path(parts.config.output),
+        total_steps=parts.batches.steps,
+        resumed_at=resumed_at if resumed_at else -1,
+        flops_per_token=train_flops_per_token(parts.model, parts.config.max_length),
+        peak_flops=None if peak is None else peak * parts.mesh.size,
+        tensorboard=parts.config.log.tensorboard,
+        wandb=parts.config.log.wandb,
+        stream=sys.stderr,
+    )
+
+
+def _evaluation(parts: _Parts, algorithm: Any, sampler: samples.Sampler) -> Callable | None:
+    """Held-out loss and, beside it, a few answers; None without held-out data."""
+    if not parts.held_out:
+        return None
+    held_out_metrics = make_evaluate(algorithm, parts.held_out, parts.mesh)
+
+    def evaluate(params: Any, step: int) -> dict[str, float]:
+        sampler.write(params, step, parts.data.prompts)
+        return held_out_metrics(params)
+
+    return evaluate
