@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # two workers may compile for TPUs at once
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -26,3 +27,61 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder.name}: it is not part of the project")
     return folder
+
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "the", "a", "cat", "dog", "sees", "likes", "runs", "to", "from"]
+WORDS += ["red", "blue", "one", "two", "Human", "Assistant", ":", ".", "?", "\n"]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random Llama with a tokenizer of words, as a Hugging Face folder; its pad token is its eos."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from jaxalign.models.decoder import init_params
+    from jaxalign.models.families import model_config
+    from jaxalign.models.save import save_pretrained
+
+    hf = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 32,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.1,
+    }
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r" |(?=[:.?\n])|(?<=\n)"), "removed")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+    )
+    config = model_config(hf)
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    save_pretrained(path, init_params(config, jax.random.key(0)), config, hf, tokenizer=tokenizer)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """200 rows of prompt and completion of ragged length, and a split of 20 held out."""
+    import json
+    import random
+
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    with path.open("w") as file:
+        for i in range(220):
+            asked = " ".join(draw.choices(WORDS[4:17], k=draw.randint(2, 9)))
+            answer = " ".join(["the", "cat"] * draw.randint(1, 6))
+            row = {"prompt": f"{asked} ?", "completion": f"{answer} .", "split": "test" if i % 11 == 0 else "train"}
+            file.write(json.dumps(row) + "\n")
+    return path

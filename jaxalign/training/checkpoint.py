@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
 BEST = "best_metric"
+LEAVES = "leaves"
 SPARE = 1.1  # a checkpoint needs this much of its arrays' bytes on disk
 
 
@@ -60,7 +61,7 @@ class Checkpoints:
         """
         self.wait()
         self._check_space(state)
-        extras = {**extras, BEST: metric}
+        extras = {**extras, BEST: metric, LEAVES: _shapes(state)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -105,16 +106,38 @@ class Checkpoints:
         steps = self.steps()
         if step is not None and step not in steps:
             raise ValueError(f"{self.directory} has no checkpoint of step {step}; it has {steps or 'none'}")
+        damaged: list[int] = []
         for candidate in [step] if step is not None else reversed(steps):
             problem = self._damage(candidate)
             if problem is None:
-                return self._read(candidate, like)
-            log.warning("checkpoint of step %d is damaged (%s); trying the one before", candidate, problem)
+                restored = self._read(candidate, like)
+                self._put_aside(damaged)
+                return restored
+            log.warning("checkpoint of step %d is damaged (%s); taking the one before", candidate, problem)
+            damaged.append(candidate)
         if steps:
             raise ValueError(
                 f"every checkpoint in {self.directory} is damaged; delete the folder to start again from the beginning"
             )
         return None
+
+    def _put_aside(self, damaged: list[int]) -> None:
+        """Damaged steps move to `damaged/` beside the checkpoints, since training will save them again."""
+        if not damaged:
+            return
+        if jax.process_index() == 0:
+            aside = self.directory.with_name("damaged")
+            aside.mkdir(exist_ok=True)
+            for step in damaged:
+                shutil.rmtree(aside / str(step), ignore_errors=True)
+                (self.directory / str(step)).rename(aside / str(step))
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("damaged checkpoints put aside")
+        for step in damaged:
+            self._metrics.pop(step, None)
+        self._manager.reload()
 
     def _read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         self._check_structure(step, like)
@@ -128,9 +151,7 @@ class Checkpoints:
 
     def _check_structure(self, step: int, like: PyTree) -> None:
         """Raises ValueError naming the first leaf that differs from what is on disk."""
-        found = self._manager.item_metadata(step)["state"]
-        saved = {n: tuple(x.shape) for n, x in _named(getattr(found, "tree", found))}
-        asked = {n: tuple(x.shape) for n, x in _named(_abstract(_without_keys(like)))}
+        saved, asked = self._extras(step)[LEAVES], _shapes(like)
         for name in [*asked, *saved]:
             if saved.get(name) != asked.get(name):
                 raise ValueError(
@@ -162,9 +183,12 @@ class Checkpoints:
 
     def _metric_of(self, step: int) -> float | None:
         try:
-            return json.loads((self.directory / str(step) / "extras" / "metadata").read_text()).get(BEST)
+            return self._extras(step).get(BEST)
         except (OSError, ValueError):
             return None
+
+    def _extras(self, step: int) -> dict[str, Any]:
+        return json.loads((self.directory / str(step) / "extras" / "metadata").read_text())
 
     def _check_space(self, state: PyTree) -> None:
         needed = int(SPARE * sum(_local_bytes(x) for x in jax.tree.leaves(state)))
@@ -195,10 +219,8 @@ def _content(folder: Path) -> list[Path]:
     return sorted(f for f in inside if f.is_file() and f.name != "commit_success.txt")
 
 
-def _named(tree: PyTree) -> list[tuple[str, Any]]:
-    is_leaf = lambda x: hasattr(x, "shape")  # noqa: E731
-    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-    return [(jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in flat if hasattr(x, "shape")]
+def _shapes(tree: PyTree) -> dict[str, list[int]]:
+    return {name: list(x.shape) for name, x in _without_keys(tree).items()}
 
 
 def _is_key(x: Any) -> bool:

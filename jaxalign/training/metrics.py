@@ -24,14 +24,13 @@ def deterministic(row: Row) -> Row:
 
 
 class JsonLines:
-    """One JSON object a line, flushed line by line. NaN and infinities are written as null, which JSON has."""
+    """One JSON object a line, on disk line by line. NaN and infinities are written as null, which JSON has."""
 
     def __init__(self, path: Path, *, keep_until: int = -1):
         """Rows of steps after `keep_until` are dropped, and a half-written last line with them."""
         self.path = path
         if path.exists():
             self._truncate(keep_until)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def _truncate(self, keep_until: int) -> None:
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= keep_until]
@@ -40,11 +39,9 @@ class JsonLines:
         os.replace(partial, self.path)
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        line = json.dumps({name: _plain(value) for name, value in row.items()})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def _step(line: str) -> float:
@@ -97,7 +94,6 @@ class Recorder:
             self._wandb.log(numbers, step=row["step"])
 
     def close(self) -> None:
-        self._lines.close()
         self._console.close()
         if self._board:
             self._board.close()

@@ -1,0 +1,212 @@
+"""`jaxalign sft` as a user runs it: from a folder and a file to a folder, interrupted in every way on the way."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxalign.runs import sft
+from jaxalign.runs.config import CheckpointConfig, MeshConfig, OptimizerConfig, SFTConfig
+from jaxalign.training.metrics import deterministic, read_rows
+
+STEPS = 60
+
+
+def config_of(tiny_model, tiny_data, output, **changes):
+    config = SFTConfig(
+        model=str(tiny_model),
+        data=str(tiny_data),
+        output=output,
+        steps=8,
+        batch_size=16,
+        max_length=48,
+        remat="none",
+        samples=2,
+        mesh=MeshConfig(data=1, fsdp=1),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        checkpoint=CheckpointConfig(every=4),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """The run's mesh is made of the first device only."""
+    from jaxalign.training import sharding
+
+    whole = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+
+
+def final(output):
+    return load_file(Path(output) / "final" / "model.safetensors")
+
+
+def rows(output):
+    return [deterministic(row) for row in read_rows(Path(output) / "metrics.jsonl")]
+
+
+def test_a_run_lowers_the_held_out_loss_and_leaves_a_folder_that_transformers_loads(
+    tiny_model, tiny_data, tmp_path, one_device
+):
+    output = tmp_path / "run"
+    assert sft.run(config_of(tiny_model, tiny_data, output, steps=40, eval_every=20)) == 0
+    held = {row["step"]: row["eval_loss"] for row in rows(output) if "eval_loss" in row}
+    assert list(held) == [0, 20, 40] and held[40] < held[20] < held[0]
+    assert [row["step"] for row in rows(output)] == list(range(41))
+    samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 0, 20, 20, 40, 40]
+    described = json.loads((output / "config.json").read_text())
+    assert described["config"]["steps"] == 40 and "jax" in described["versions"]
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(output / "final")
+    assert AutoTokenizer.from_pretrained(output / "final").eos_token == "</s>"
+    answer = model.generate(torch.tensor([[1, 4, 6]]), max_new_tokens=3, do_sample=False, pad_token_id=2)
+    assert answer.shape[1] > 3
+
+
+def test_a_finished_run_says_so_and_other_settings_are_refused(tiny_model, tiny_data, tmp_path, one_device):
+    config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=2, eval_data=str(tiny_data))
+    assert sft.run(config) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert sft.run(config) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    with pytest.raises(ValueError, match="holds another run: seed was 0, now 1"):
+        sft.run(dataclasses.replace(config, seed=1))
+    with pytest.raises(ValueError, match="holds a run already and --no-resume was given"):
+        sft.run(dataclasses.replace(config, resume=False))
+
+
+def test_more_steps_continue_a_finished_run_and_keep_its_old_result(tiny_model, tiny_data, tmp_path, one_device):
+    config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=2)
+    sft.run(config)
+    assert sft.run(dataclasses.replace(config, steps=3)) == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
+    assert (tmp_path / "run" / "final-2").is_dir()
+
+
+def command(tiny_model, tiny_data, output, *more):
+    flags = ["--steps", STEPS, "--batch-size", 16, "--max-length", 48, "--eval-every", 20, "--checkpoint.every", 7]
+    flags += ["--optimizer.learning-rate", 3e-3, "--remat", "none", *more]
+    run = [sys.executable, "-m", "jaxalign.cli.main", "sft", "--model", tiny_model, "--data", tiny_data]
+    return [str(part) for part in [*run, "--output", output, *flags]]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Runs of their own process, on one device, that share compiled programs."""
+    cache = tmp_path_factory.mktemp("compiled")
+    options = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    return os.environ | options | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+@pytest.fixture(scope="module", params=["--packing", "--no-packing"])
+def whole_run(request, tiny_model, tiny_data, tmp_path_factory, environment):
+    output = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run(command(tiny_model, tiny_data, output, request.param), env=environment, check=True)
+    return request.param, output
+
+
+def interrupt(run, environment, output, number, after):
+    """Starts the run, sends the signal when metrics.jsonl has `after` rows, and returns the exit status and stderr."""
+    with subprocess.Popen(run, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        path = output / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while (not path.exists() or path.read_text().count("\n") < after) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(number)
+        said = process.communicate()[1]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(
+    whole_run, tiny_model, tiny_data, tmp_path, environment, number
+):
+    packing, whole = whole_run
+    run = command(tiny_model, tiny_data, tmp_path / "run", packing)
+    after = random.Random().randint(3, STEPS - 20)
+    status, said = interrupt(run, environment, tmp_path / "run", number, after)
+    if number == signal.SIGTERM:
+        assert status == 128 + signal.SIGTERM and "the same command continues" in said
+    else:
+        assert status == -signal.SIGKILL
+    done = subprocess.run(run, env=environment, check=True, capture_output=True, text=True)
+    assert "continuing after step" in done.stderr or after <= 8, done.stderr
+    assert rows(tmp_path / "run") == rows(whole), f"killed after {after} rows"
+    expected, found = final(whole), final(tmp_path / "run")
+    assert all(expected[name].tobytes() == found[name].tobytes() for name in expected)
+    assert (tmp_path / "run" / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "half-written"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    damage, tiny_model, tiny_data, tmp_path, one_device, capfd
+):
+    config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=8)
+    sft.run(config)
+    expected = final(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "8"
+    data = max((newest / "state" / "d").iterdir(), key=lambda f: f.stat().st_size)
+    if damage == "truncate":
+        data.write_bytes(data.read_bytes()[:-7])
+    elif damage == "flip":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    else:
+        newest.rename(newest.with_name("8.orbax-checkpoint-tmp"))
+    (tmp_path / "run" / "final").rename(tmp_path / "first")
+    sft.run(config)
+    said = capfd.readouterr().err
+    assert "continuing after step 4 of 8" in said
+    assert damage == "half-written" or "checkpoint of step 8 is damaged (state/d/" in said
+    found = final(tmp_path / "run")
+    assert all(expected[name].tobytes() == found[name].tobytes() for name in expected)
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(9))
+
+
+MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+
+@pytest.fixture(scope="module")
+def one_microbatch_on_one_device(tiny_model, tiny_data, tmp_path_factory):
+    from jaxalign.training import sharding
+
+    whole = sharding.make_mesh
+    output = tmp_path_factory.mktemp("reference") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        sft.run(config_of(tiny_model, tiny_data, output, steps=5, batch_size=32, packing=False))
+    return final(output)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+@pytest.mark.parametrize("mesh", [None, *MESHES], ids=str)
+def test_microbatches_and_meshes_give_the_same_parameters(
+    mesh, microbatches, one_microbatch_on_one_device, tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    from jaxalign.training import sharding
+
+    if mesh is None:
+        whole = sharding.make_mesh
+        monkeypatch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+    config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=5, batch_size=32, packing=False)
+    sizes = MeshConfig(**{"data": 1, "fsdp": 1, **(mesh or {})})
+    sft.run(dataclasses.replace(config, mesh=sizes, microbatches=microbatches))
+    found = final(tmp_path / "run")
+    for name, expected in one_microbatch_on_one_device.items():
+        np.testing.assert_allclose(found[name], expected, atol=1e-5, err_msg=name)
