@@ -1,0 +1,303 @@
+"""SFT of a 26M-parameter Llama on a CPU: jaxalign beside TRL, Tunix and a hand-written torch loop, in one run.
+
+    pip install torch==2.13.0 && pip install -e '.[bench]'
+    python experiments/benchmarks/sft_vs_peers.py --rounds 3
+
+The model: hidden 384, 8 layers, 6 heads, MLP 1,600, vocabulary 8,192, untied. Rows of at most 256 tokens,
+8 to a batch, fp32, AdamW, 2 threads. `full`: every row has 256 tokens. `ragged`: lengths are log-normal (median 85,
+90th percentile 230, cut at 256), like instructions and their answers; tokens are counted without padding, and TRL runs
+with its defaults (no packing).
+
+Each contender runs in a process of its own, in turns, so that a noisy machine treats all alike. Tokens a second is the
+median over rounds of (tokens / seconds) after two warm steps; peak memory is the process's largest resident set,
+imports included; time to the first step is from after the imports to the end of the first step, with no compilation
+cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+VOCABULARY, HIDDEN, LAYERS, HEADS, MLP, LENGTH, BATCH = 8192, 384, 8, 6, 1600, 256, 8
+LEARNING_RATE, WARM = 3e-4, 2
+
+
+def rows_of(kind: str, steps: int) -> list[list[int]]:
+    """Token ids of enough rows for `steps` batches, the same for every contender."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    lengths = [LENGTH] * (steps * BATCH)
+    if kind == "ragged":
+        lengths = np.clip(np.exp(rng.normal(4.44, 0.78, steps * BATCH)), 8, LENGTH).astype(int).tolist()
+    return [rng.integers(4, VOCABULARY, length).tolist() for length in lengths]
+
+
+def hf_config():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        intermediate_size=MLP,
+        max_position_embeddings=LENGTH,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def jaxalign_sft(rows: list[list[int]], mark, *, remat: str, packing: bool) -> None:
+    import jax
+    import numpy as np
+    from jaxalign.data.tokens import Examples
+    from jaxalign.models import decoder, families
+
+    from jaxalign.algorithms.sft import sft
+    from jaxalign.training import optimizer as optimizers
+    from jaxalign.training import sharding
+    from jaxalign.training.state import TrainState
+    from jaxalign.training.step import make_train_step
+
+    mark("imported", 0)
+    mesh = sharding.make_mesh()
+    config = families.model_config(hf_config().to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    graphdef, _ = decoder.make_decoder(config, remat=remat)
+    params = decoder.init_params(config, jax.random.key(0))
+    adamw = optimizers.adamw(optimizers.learning_rate_schedule(LEARNING_RATE, schedule="constant", steps=1))
+    state = jax.jit(lambda p, k: TrainState.create(p, adamw, k))(params, jax.random.key(1))
+    step = sharding.jit_step(make_train_step(sft(graphdef), adamw), state, None, mesh)
+    del params
+    previous = None
+    for batch in batches_of(Examples, rows, packing):
+        state, metrics = step(state, None, sharding.put_batch(batch, mesh))
+        if previous is not None:
+            float(previous[0]["loss"])
+            mark("step", previous[1])
+        previous = metrics, int(np.sum(batch.segment_ids > 0))
+    float(previous[0]["loss"])
+    mark("step", previous[1])
+
+
+def torch_loop(rows: list[list[int]], mark) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.set_num_threads(2)
+    mark("imported", 0)
+    model = LlamaForCausalLM(hf_config())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True, weight_decay=0.0)
+    for start in range(0, len(rows), BATCH):
+        ids, attention = pad(rows[start : start + BATCH])
+        ids, attention = torch.tensor(ids), torch.tensor(attention)
+        labels = ids.masked_fill(attention == 0, -100)
+        loss = model(input_ids=ids, attention_mask=attention, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        mark("step", int(attention.sum()))
+
+
+def trl_sft(rows: list[list[int]], mark, *, checkpointing: bool) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    torch.set_num_threads(2)
+    mark("imported", 0)
+
+    class Mark(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            start = (state.global_step - 1) * BATCH
+            mark("step", sum(map(len, rows[start : start + BATCH])))
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(
+            output_dir=folder,
+            per_device_train_batch_size=BATCH,
+            max_length=LENGTH,
+            num_train_epochs=1,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            bf16=False,
+            gradient_checkpointing=checkpointing,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            train_sampling_strategy="sequential",
+        )
+        trainer = SFTTrainer(
+            model=LlamaForCausalLM(hf_config()),
+            args=args,
+            train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
+            processing_class=word_tokenizer(PreTrainedTokenizerFast),
+            callbacks=[Mark()],
+        )
+        trainer.train()
+
+
+def word_tokenizer(kind):
+    """A tokenizer that TRL can hold; the rows are ids already."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3")
+    return kind(tokenizer_object=Tokenizer(words), pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3")
+
+
+def tunix_sft(rows: list[list[int]], mark) -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from flax import nnx
+    from tunix.models.llama3.model import Llama3, ModelConfig
+    from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
+
+    mark("imported", 0)
+    config = ModelConfig(
+        num_layers=LAYERS,
+        vocab_size=VOCABULARY,
+        embed_dim=HIDDEN,
+        hidden_dim=MLP,
+        num_heads=HEADS,
+        head_dim=HIDDEN // HEADS,
+        num_kv_heads=HEADS,
+        rope_theta=10_000,
+        norm_eps=1e-6,
+    )
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def batches():
+        for start in range(0, len(rows), BATCH):
+            ids, attention = pad(rows[start : start + BATCH], LENGTH)
+            yield TrainingInput(input_tokens=np.array(ids), input_mask=np.array(attention))
+
+    def model_input(batch):
+        positions = jnp.broadcast_to(jnp.arange(LENGTH)[None], batch.input_tokens.shape)
+        causal = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None] & (batch.input_mask[:, None, :] > 0)
+        return {
+            "input_tokens": batch.input_tokens,
+            "input_mask": batch.input_mask,
+            "positions": positions,
+            "attention_mask": causal,
+        }
+
+    class Marked(PeftTrainer):
+        def _post_process_train_step(self, aux):
+            start = self.train_steps * BATCH
+            jax.block_until_ready(nnx.state(self.model, nnx.Param))
+            mark("step", sum(map(len, rows[start : start + BATCH])))
+
+    with mesh:
+        model = Llama3(config, rngs=nnx.Rngs(0))
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=0.0))
+        trainer = Marked(model, optimizer, TrainingConfig(eval_every_n_steps=10**9, max_steps=len(rows) // BATCH))
+        trainer.with_gen_model_input_fn(model_input).train(batches())
+
+
+def pad(rows: list[list[int]], width: int | None = None) -> tuple[list[list[int]], list[list[int]]]:
+    width = width or max(map(len, rows))
+    ids = [row + [0] * (width - len(row)) for row in rows]
+    return ids, [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+
+
+CONTENDERS = {
+    "full": {
+        "jaxalign": lambda rows, mark: jaxalign_sft(rows, mark, remat="blocks", packing=False),
+        "jaxalign, no remat": lambda rows, mark: jaxalign_sft(rows, mark, remat="none", packing=False),
+        "TRL": lambda rows, mark: trl_sft(rows, mark, checkpointing=True),
+        "TRL, no checkpointing": lambda rows, mark: trl_sft(rows, mark, checkpointing=False),
+        "torch loop": torch_loop,
+        "Tunix": tunix_sft,
+    },
+    "ragged": {
+        "jaxalign, packed": lambda rows, mark: jaxalign_sft(rows, mark, remat="blocks", packing=True),
+        "jaxalign, packed, no remat": lambda rows, mark: jaxalign_sft(rows, mark, remat="none", packing=True),
+        "TRL": lambda rows, mark: trl_sft(rows, mark, checkpointing=True),
+        "TRL, no checkpointing": lambda rows, mark: trl_sft(rows, mark, checkpointing=False),
+        "Tunix": tunix_sft,
+    },
+}
+
+
+def run_one(kind: str, name: str, steps: int) -> None:
+    """In the contender's own process: prints one JSON line of what was measured."""
+    times: list[tuple[float, int]] = []
+    imported = 0.0
+
+    def mark(event: str, tokens: int) -> None:
+        nonlocal imported
+        if event == "imported":
+            imported = time.perf_counter()
+        else:
+            times.append((time.perf_counter(), tokens))
+
+    CONTENDERS[kind][name](rows_of(kind, steps), mark)
+    seconds = times[-1][0] - times[WARM - 1][0]
+    print(
+        json.dumps(
+            {
+                "tokens_per_second": sum(tokens for _, tokens in times[WARM:]) / seconds,
+                "first_step_seconds": times[0][0] - imported,
+                "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            }
+        )
+    )
+
+
+def measure(kind: str, name: str, steps: int) -> dict[str, float]:
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    command = [sys.executable, __file__, "--contender", name, "--kind", kind, "--steps", str(steps)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith('{"tokens')][-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="steps each contender takes, two of them warm-up")
+    parser.add_argument("--kind", choices=CONTENDERS, help="only full or only ragged rows")
+    parser.add_argument("--only", nargs="*", help="only these contenders")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.contender:
+        return run_one(args.kind, args.contender, args.steps)
+    for kind in [args.kind] if args.kind else CONTENDERS:
+        names = [name for name in CONTENDERS[kind] if not args.only or name in args.only]
+        rounds = [{name: measure(kind, name, args.steps) for name in names} for _ in range(args.rounds)]
+        report(kind, names, rounds)
+
+
+def report(kind: str, names: list[str], rounds: list[dict]) -> None:
+    print(f"\n{kind} rows: medians of {len(rounds)} rounds (lowest to highest)")
+    print(f"{'':28}{'tokens/s':>22}{'ratio to first':>16}{'peak GiB':>10}{'first step s':>14}", flush=True)
+    median = lambda name, field: statistics.median(r[name][field] for r in rounds)  # noqa: E731
+    for name in names:
+        speeds = [r[name]["tokens_per_second"] for r in rounds]
+        ratio = statistics.median(r[name]["tokens_per_second"] / r[names[0]]["tokens_per_second"] for r in rounds)
+        speed = f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})"
+        memory, first = median(name, "peak_gib"), median(name, "first_step_seconds")
+        print(f"{name:28}{speed:>22}{ratio:>16.2f}{memory:>10.2f}{first:>14.1f}")
+
+
+if __name__ == "__main__":
+    main()
