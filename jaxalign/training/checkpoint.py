@@ -121,6 +121,29 @@ class Checkpoints:
             )
         return None
 
+    def restore_part(self, prefix: str, like: PyTree, *, step: int | None = None) -> tuple[PyTree, int] | None:
+        """(the leaves under `prefix` of the state, the step) of the newest whole checkpoint; the rest is not read.
+
+        Args:
+          prefix: "params".
+          like: a tree of ShapeDtypeStructs with shardings, as it lies under the prefix.
+          step: that one, or an error.
+        """
+        whole = [s for s in self.steps() if step in (None, s) and self._damage(s) is None]
+        if not whole:
+            if step is None and not self.steps():
+                return None
+            raise ValueError(f"{self.directory}: no undamaged checkpoint of {f'step {step}' if step else 'any step'}")
+        names = jax.tree.map(lambda name: f"{prefix}.{name.replace('/', '.')}", leaf_names(like))
+        item = dict(zip(jax.tree.leaves(names), jax.tree.leaves(like), strict=True))
+        args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), item)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            folder = self.directory / str(whole[-1]) / "state"
+            found = checkpointer.restore(
+                folder, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+            )
+        return jax.tree.map(lambda name: found[name], names), whole[-1]
+
     def _put_aside(self, damaged: list[int]) -> None:
         """Damaged steps move to `damaged/` beside the checkpoints, since training will save them again."""
         if not damaged:

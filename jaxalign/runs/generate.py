@@ -1,0 +1,103 @@
+"""`jaxalign generate`: answers of a model to prompts from a file or the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxalign.data import sources
+from jaxalign.models import huggingface
+from jaxalign.models.decoder import make_decoder
+from jaxalign.models.load import load_params
+from jaxalign.rollout.generate import Sampling, generate_ids
+from jaxalign.runs import devices
+from jaxalign.runs.config import GenerateConfig
+
+Prompt = str | Sequence[dict[str, str]]  # a text to continue, or messages to answer
+
+
+def run(config: GenerateConfig) -> int:
+    """Prints the responses, or writes {"prompt", "response", "finished"} lines to --output."""
+    devices.start()
+    devices.start_log()
+    prompts = read_prompts(config.prompts)
+    found = respond(
+        config.model,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        batch_size=min(config.batch_size, len(prompts)),
+        seed=config.seed,
+        precision=config.precision,
+    )
+    rows = [
+        {"prompt": prompt, "response": text, "finished": ended}
+        for prompt, (text, ended) in zip(prompts, found, strict=True)
+    ]
+    if config.output is None:
+        print(
+            "\n\n".join(row["response"] if len(rows) == 1 else f"> {row['prompt']}\n{row['response']}" for row in rows)
+        )
+    else:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        config.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return 0
+
+
+def read_prompts(text: str) -> list[Prompt]:
+    """Prompts of a file (`prompt` or `messages` of each row; lines of a .txt), or the text itself."""
+    if not text.endswith(sources.SUFFIXES):
+        return [text]
+    loaded = sources.load(sources.parse(text)[0])
+    if text.removesuffix(".gz").endswith(".txt"):
+        return [line for line in loaded.rows[0]["text"].splitlines() if line.strip()]
+    column = next((name for name in ("prompt", "messages") if name in loaded.rows[0]), None)
+    if column is None:
+        raise ValueError(f"{text}: rows have {', '.join(loaded.rows[0])}; prompts are in `prompt` or `messages`")
+    return [row[column] for row in loaded.rows]
+
+
+def respond(
+    model: str,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    batch_size: int = 16,
+    seed: int = 0,
+    precision: str = "auto",
+) -> list[tuple[str, bool]]:
+    """(response, whether it ended by itself) for each prompt. Texts are continued, messages are answered."""
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
+        raise ValueError(
+            f"temperature={temperature} must be at least 0, top_p={top_p} in (0, 1], top_k={top_k} at least 0 and "
+            f"max_new_tokens={max_new_tokens} at least 1"
+        )
+    config = huggingface.read_config(model)
+    tokenizer = huggingface.load_tokenizer(model)
+    ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    longest = max(map(len, ids)) + max_new_tokens
+    if config.learned_positions and longest > config.learned_positions:
+        raise ValueError(f"prompt and response of {longest} tokens: {model} has {config.learned_positions} positions")
+    dtype = devices.compute_dtype(precision)
+    graphdef, _ = make_decoder(config, compute_dtype=dtype, param_dtype=dtype)
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, huggingface.terminators(model, tokenizer))
+    params = load_params(model, config, param_dtype=dtype)
+    found = generate_ids(graphdef, params, ids, jax.random.key(seed), sampling=sampling, batch_size=batch_size)
+    return [(tokenizer.decode(response, skip_special_tokens=True), ended) for response, ended in found]
+
+
+def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    if not tokenizer.chat_template:
+        raise ValueError("the prompts are messages, but the tokenizer has no chat template; give texts instead")
+    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
