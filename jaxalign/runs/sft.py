@@ -8,13 +8,14 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign.algorithms.base import Algorithm
 from jaxalign.algorithms.sft import sft
 from jaxalign.data import batches as batching
 from jaxalign.data import chat, supervised
@@ -123,54 +124,67 @@ def _batches(config: SFTConfig, data: supervised.SupervisedData) -> tuple[batchi
     return batches, batching.eval_batches(data.held_out, plan, **host)
 
 
-def _train(parts: _Parts) -> tuple[TrainState, int | None]:
-    config, mesh = parts.config, parts.mesh
-    layout = Layout(mesh) if mesh.size > 1 else None
-    attention = None if config.attention == "auto" else config.attention
+class Program(NamedTuple):
+    """What is compiled, and the shapes and places of what it is compiled for."""
+
+    graphdef: Any
+    algorithm: Algorithm
+    adamw: Any
+    rate: Callable
+    like: TrainState  # ShapeDtypeStructs with shardings
+    step: Any  # the jitted train step
+
+
+def make_program(config: SFTConfig, model: ModelConfig, mesh: Mesh, *, loss: Callable, steps: int) -> Program:
+    """The train step of a config on a mesh; the mesh may be of devices that are not there."""
     graphdef, abstract = make_decoder(
-        parts.model,
+        model,
         compute_dtype=devices.compute_dtype(config.precision),
         param_dtype=config.param_dtype,
         remat=config.remat,
-        attention=attention,
-        layout=layout,
+        attention=None if config.attention == "auto" else config.attention,
+        layout=Layout(mesh) if mesh.size > 1 else None,
     )
     rate = optimizer.learning_rate_schedule(
         config.optimizer.learning_rate,
         schedule=config.optimizer.schedule,
-        steps=parts.batches.steps,
+        steps=steps,
         warmup_steps=config.optimizer.warmup_steps,
     )
     adamw = _optimizer(config, rate)
-    algorithm = sft(graphdef, loss=parts.loss)
+    algorithm = sft(graphdef, loss=loss)
     key = jax.eval_shape(lambda: jax.random.key(0))
     like = jax.eval_shape(lambda p, k: TrainState.create(p, adamw, k), abstract, key)
     placed = sharding.shardings(like, mesh)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed)
+    train_step = make_train_step(algorithm, adamw, microbatches=config.microbatches)
+    return Program(graphdef, algorithm, adamw, rate, like, sharding.jit_step(train_step, like, None, mesh))
 
+
+def _train(parts: _Parts) -> tuple[TrainState, int | None]:
+    config, steps = parts.config, parts.batches.steps
+    program = make_program(config, parts.model, parts.mesh, loss=parts.loss, steps=steps)
     checkpoints = Checkpoints(
         Path(config.output) / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
     )
-    state, progress, iterator = _start_or_resume(parts, checkpoints, like, placed, adamw)
+    state, progress, iterator = _start_or_resume(parts, checkpoints, program)
     recorder = _recorder(parts, progress.step)
-    sampler = samples.Sampler(parts.config, graphdef, parts.model, parts.tokenizer, parts.terminators, progress.step)
-    evaluate = _evaluation(parts, algorithm, sampler)
-    rates = np.asarray(jax.vmap(rate)(jnp.arange(parts.batches.steps)), np.float64)
+    rates = np.asarray(jax.vmap(program.rate)(jnp.arange(steps)), np.float64)
+    fingerprint = parts.data.train.examples.fingerprint()
 
     def save(state: TrainState, progress: loop.Progress, row: loop.Row) -> None:
-        extras = {"progress": dataclasses.asdict(progress), "data": parts.data.train.examples.fingerprint()}
+        extras = {"progress": dataclasses.asdict(progress), "data": fingerprint}
         checkpoints.save(progress.step, state, extras, metric=row.get("eval_loss"))
 
-    train_step = make_train_step(algorithm, adamw, microbatches=config.microbatches)
     try:
         state, stopped_by = loop.fit(
-            CompiledStep(sharding.jit_step(train_step, like, None, mesh), announced=parts.announced),
+            CompiledStep(program.step, announced=parts.announced),
             state,
             None,
             iterator,
-            loop.Hooks(recorder, save, evaluate, lambda update: rates[update]),
-            mesh=mesh,
-            steps=parts.batches.steps,
+            loop.Hooks(recorder, save, _evaluation(parts, program, progress.step), lambda update: rates[update]),
+            mesh=parts.mesh,
+            steps=steps,
             progress=progress,
             eval_every=config.eval_every,
             save_every=config.checkpoint.every,
@@ -196,12 +210,12 @@ def _optimizer(config: SFTConfig, rate: Any) -> Any:
 
 
 def _start_or_resume(
-    parts: _Parts, checkpoints: Checkpoints, like: TrainState, placed: TrainState, adamw: Any
+    parts: _Parts, checkpoints: Checkpoints, program: Program
 ) -> tuple[TrainState, loop.Progress, Any]:
     iterator = batching.iterate(parts.batches)
-    restored = checkpoints.restore(like)
+    restored = checkpoints.restore(program.like)
     if restored is None:
-        return _new_state(parts, like, placed, adamw), loop.Progress(), iterator
+        return _new_state(parts, program), loop.Progress(), iterator
     state, extras = restored
     if extras["data"] != parts.data.train.examples.fingerprint():
         raise ValueError(
@@ -214,14 +228,15 @@ def _start_or_resume(
     return state, progress, iterator
 
 
-def _new_state(parts: _Parts, like: TrainState, placed: TrainState, adamw: Any) -> TrainState:
+def _new_state(parts: _Parts, program: Program) -> TrainState:
     config, dtype = parts.config, parts.config.param_dtype
+    placed = jax.tree.map(lambda x: x.sharding, program.like)
     params_key, state_key = jax.random.split(jax.random.key(config.seed))
     if huggingface.is_random(config.model):
         params = init_params(parts.model, params_key, param_dtype=dtype, shardings=placed.params)
     else:
         params = load_params(config.model, parts.model, param_dtype=dtype, shardings=placed.params)
-    create = jax.jit(lambda p, k: TrainState.create(p, adamw, k), out_shardings=placed, donate_argnums=0)
+    create = jax.jit(lambda p, k: TrainState.create(p, program.adamw, k), out_shardings=placed, donate_argnums=0)
     return create(params, state_key)
 
 
@@ -241,11 +256,14 @@ def _recorder(parts: _Parts, resumed_at: int) -> Callable:
     )
 
 
-def _evaluation(parts: _Parts, algorithm: Any, sampler: samples.Sampler) -> Callable | None:
+def _evaluation(parts: _Parts, program: Program, resumed_at: int) -> Callable | None:
     """Held-out loss and, beside it, a few answers; None without held-out data."""
     if not parts.held_out:
         return None
-    held_out_metrics = make_evaluate(algorithm, parts.held_out, parts.mesh)
+    sampler = samples.Sampler(
+        parts.config, program.graphdef, parts.model, parts.tokenizer, parts.terminators, resumed_at
+    )
+    held_out_metrics = make_evaluate(program.algorithm, parts.held_out, parts.mesh)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
         sampler.write(params, step, parts.data.prompts)
