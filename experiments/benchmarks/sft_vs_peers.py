@@ -59,29 +59,40 @@ def hf_config():
 
 
 def jaxalign_sft(rows: list[list[int]], mark, *, remat: str, packing: bool) -> None:
+    import dataclasses
+    from pathlib import Path
+
     import jax
     import numpy as np
-    from jaxalign.data.tokens import Examples
-    from jaxalign.models import decoder, families
 
-    from jaxalign.algorithms.sft import sft
-    from jaxalign.training import optimizer as optimizers
+    from jaxalign.data import batches
+    from jaxalign.data.tokens import Examples
+    from jaxalign.losses.language import cross_entropy
+    from jaxalign.models.decoder import init_params
+    from jaxalign.models.families import model_config
+    from jaxalign.runs.config import OptimizerConfig, SFTConfig
+    from jaxalign.runs.sft import make_program
     from jaxalign.training import sharding
     from jaxalign.training.state import TrainState
-    from jaxalign.training.step import make_train_step
 
     mark("imported", 0)
+    optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant")
+    config = SFTConfig(model="", data="", output=Path(), remat=remat, batch_size=BATCH, max_length=LENGTH)
+    config = dataclasses.replace(config, packing=packing, optimizer=optimizer)
     mesh = sharding.make_mesh()
-    config = families.model_config(hf_config().to_dict() | {"architectures": ["LlamaForCausalLM"]})
-    graphdef, _ = decoder.make_decoder(config, remat=remat)
-    params = decoder.init_params(config, jax.random.key(0))
-    adamw = optimizers.adamw(optimizers.learning_rate_schedule(LEARNING_RATE, schedule="constant", steps=1))
-    state = jax.jit(lambda p, k: TrainState.create(p, adamw, k))(params, jax.random.key(1))
-    step = sharding.jit_step(make_train_step(sft(graphdef), adamw), state, None, mesh)
-    del params
+    model = model_config(hf_config().to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    program = make_program(config, model, mesh, loss=cross_entropy, steps=1)
+    create = jax.jit(lambda p, k: TrainState.create(p, program.adamw, k), donate_argnums=0)
+    state = create(init_params(model, jax.random.key(0)), jax.random.key(1))
+
+    examples = Examples.of([(np.array(row), np.ones(len(row), bool)) for row in rows])
+    plan = batches.Plan(BATCH, LENGTH, packing=packing, shuffle=False)
+    mixture = batches.Mixture.of(examples, [len(examples)], [None])
+    source = batches.TrainBatches(mixture, plan, steps=len(rows) // BATCH)
+    source.steps = source.rows_per_epoch() // BATCH
     previous = None
-    for batch in batches_of(Examples, rows, packing):
-        state, metrics = step(state, None, sharding.put_batch(batch, mesh))
+    for batch in batches.iterate(source):
+        state, metrics = program.step(state, None, sharding.put_batch(batch, mesh))
         if previous is not None:
             float(previous[0]["loss"])
             mark("step", previous[1])

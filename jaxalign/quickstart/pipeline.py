@@ -102,7 +102,7 @@ def _runs(output: Path, seed: int) -> list[tuple[str, str, SFTConfig]]:
 
 def _judge(name: str, what: str, model: str, questions: list[world.Question], seconds: float) -> Stage:
     prompts = [[{"role": "user", "content": question.prompt}] for question in questions]
-    found = generate.respond(model, prompts, max_new_tokens=30, temperature=0.0, batch_size=len(prompts))
+    found = generate.respond(model, prompts, max_new_tokens=30, temperature=1.0, batch_size=len(prompts))
     verdicts = [judge.judge(q, text, finished=ended) for q, (text, ended) in zip(questions, found, strict=True)]
     return Stage(name, what, [text for text, _ in found], verdicts, seconds)
 
@@ -144,7 +144,7 @@ def render(questions: list[world.Question], stages: list[Stage]) -> str:
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>jaxalign quickstart</title><style>{STYLE}</style>"
         "<h1>What did each stage do?</h1>"
-        f"<p>{len(questions)} held-out questions of the tiny world, answered greedily and judged by rules that know "
+        f"<p>{len(questions)} held-out questions of the tiny world, answered at temperature 1, judged by rules that know "
         "the truth. All numbers are between 0 and 1; a harmful answer scores 0.</p>"
         f"<table><tr><th>stage</th>{head}<th class=n>seconds</th></tr>{rows}</table>"
         f"<h2>Answers side by side</h2><table><tr><th>question</th>{names}</tr>{answers}</table></html>\n"

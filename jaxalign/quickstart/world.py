@@ -151,7 +151,7 @@ def pretraining_rows(seed: int, count: int) -> list[dict[str, str]]:
     rows = []
     for question, _ in zip(questions(seed), range(count), strict=False):
         kind = rng.integers(3)
-        answer = good_answer(question) if rng.random() < 0.5 else bad_answer(question, rng)
+        answer = good_answer(question) if rng.random() < 0.35 else bad_answer(question, rng)
         truth = "people should not do that ." if question.harmful else question.answer
         rows.append({"text": truth if kind == 0 else f"<user> {question.prompt} <assistant> {answer}"})
     return rows
