@@ -1,4 +1,4 @@
-"""Safetensors to sharded arrays, tensor by tensor: the host holds one tensor, its cast, and the one on its way before.
+"""Safetensors to sharded arrays, tensor by tensor: the host never holds more than one tensor and its shard's copy.
 
 Everything that can be wrong with the files is found from their headers, before an array is made.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,27 +23,13 @@ from jaxalign.models.config import ModelConfig
 from jaxalign.models.decoder import make_decoder
 from jaxalign.models.families import TensorMap, ignored_tensors, tensor_maps
 from jaxalign.models.huggingface import folder
-from jaxalign.models.tensor_files import DTYPES, Stored, open_tensors
 from jaxalign.types import PyTree, leaf_names
 
-_ROWS_COMPARED = 4096  # of two embeddings at a time
-
-
-class _Read(NamedTuple):
-    """One tensor of the file and where its numbers go; layer is None for what lies outside the blocks."""
-
-    stored: Stored
-    tensor: TensorMap
-    layer: int | None
+INDEX = "model.safetensors.index.json"
 
 
 def load_params(
-    source: str,
-    config: ModelConfig,
-    *,
-    param_dtype: Any = jnp.float32,
-    shardings: PyTree | None = None,
-    revision: str | None = None,
+    source: str, config: ModelConfig, *, param_dtype: Any = jnp.float32, shardings: PyTree | None = None
 ) -> PyTree:
     """The parameters of a Hugging Face folder or hub name.
 
@@ -51,123 +38,117 @@ def load_params(
       config: what `read_config` says of it.
       param_dtype: tensors are cast to it, one by one.
       shardings: a tree like params; by default everything is on the first device.
-      revision: of a hub name: branch, tag or commit.
 
     Raises:
       FileNotFoundError: no safetensors, or a listed file is absent.
-      ValueError: a tensor is missing, too many, quantised or of the wrong shape, or a file is truncated; the message
-        names it.
+      ValueError: a tensor is missing, too many or of the wrong shape, or a file is truncated; the message names it.
     """
-    path = folder(source, revision=revision)
+    path = folder(source)
     _, abstract = make_decoder(config, param_dtype=param_dtype)
     if shardings is None:
         one = SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: one, abstract)
     with contextlib.ExitStack() as stack:
-        found = open_tensors(path, stack)
-        plan = _plan(path, found, config, abstract)
-        if config.tied:
-            _check_tied(path, found, config)
+        files = _open(path, stack)
+        plan = _plan(path, files, config, abstract)
         filled = _fill(plan, dict(_leaves(abstract)), dict(_leaves(shardings)))
     return jax.tree.map(lambda name: filled[name], leaf_names(abstract))
 
 
-def _plan(path: Path, found: dict[str, Stored], config: ModelConfig, abstract: PyTree) -> list[_Read]:
-    """What to read, in order; raises on what does not fit."""
-    leaves = dict(_leaves(abstract))
+def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Every tensor's name and the open file that holds it."""
+    import safetensors
+
+    files = {}
+    for file in _files(path):
+        try:
+            handle = stack.enter_context(safetensors.safe_open(file, framework="np"))
+        except safetensors.SafetensorError as error:
+            size = file.stat().st_size
+            raise ValueError(f"{file} ({size:,} bytes) is truncated or damaged: {error}; fetch it again") from None
+        files |= dict.fromkeys(handle.keys(), handle)
+    return files
+
+
+def _files(path: Path) -> list[Path]:
+    if (path / INDEX).exists():
+        names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+        absent = [name for name in names if not (path / name).exists()]
+        if absent:
+            raise FileNotFoundError(f"{path / INDEX} lists {', '.join(absent)}, which is not there; fetch it again")
+        return [path / name for name in names]
+    found = sorted(path.glob("*.safetensors"))
+    if found:
+        return found
+    old = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+    if old:
+        raise FileNotFoundError(
+            f"{path} holds {', '.join(old)} but no *.safetensors. Such files can run code when opened; convert "
+            "them once in transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    raise FileNotFoundError(f"{path} has no *.safetensors; start from random weights with config:{path}")
+
+
+def _plan(path: Path, files: dict[str, Any], config: ModelConfig, abstract: PyTree) -> list[tuple]:
+    """(tensor's handle and name, its map, its layer) for all tensors; raises on what does not fit."""
+    shapes = {name: leaf.shape for name, leaf in _leaves(abstract)}
     plan, used = [], set()
     for tensor in tensor_maps(config):
-        expected = file_shape(tensor, leaves)
-        for layer in range(config.num_layers) if "{layer}" in tensor.name else [None]:
-            wanted = tensor.name if layer is None else tensor.name.format(layer=layer)
-            stored = _found_as(wanted, found)
-            if stored is None:
-                files = _some(sorted({tensor.file.name for tensor in found.values()}))
-                raise ValueError(f"{path}: tensor {wanted} of {config.architecture} is missing from {files}")
-            _check(stored, expected)
-            plan.append(_Read(stored, tensor, layer))
-            used.add(stored.name)
+        for layer in _layers(tensor, config):
+            name = _found_as(_named(tensor, layer), files)
+            if name is None:
+                raise ValueError(f"{path}: tensor {_named(tensor, layer)} of {config.architecture} is missing")
+            _check_shape(path, name, files[name].get_slice(name).get_shape(), tensor, layer, shapes)
+            plan.append((files[name], name, tensor, layer))
+            used.add(name)
     ignored = ignored_tensors(config)
-    extra = sorted(n for n in found if n not in used and not any(re.search(p, n) for p in ignored))
+    extra = sorted(n for n in files if n not in used and not any(re.search(p, n) for p in ignored))
     if extra:
-        raise ValueError(f"{path}: {config.architecture} has no place for {_some(extra)}")
+        more = f" and {len(extra) - 5} more" if len(extra) > 5 else ""
+        raise ValueError(f"{path}: {config.architecture} has no place for {', '.join(extra[:5])}{more}")
     return plan
 
 
-def _found_as(name: str, found: dict[str, Stored]) -> Stored | None:
+def _found_as(name: str, files: dict[str, Any]) -> str | None:
     """Some checkpoints, the hub's gpt2 among them, leave out the base model's prefix."""
-    return found.get(name) or found.get(name.partition(".")[2])
+    return next((n for n in (name, name.partition(".")[2]) if n in files), None)
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+def _layers(tensor: TensorMap, config: ModelConfig) -> list[int | None]:
+    return list(range(config.num_layers)) if "{layer}" in tensor.name else [None]
 
 
-def file_shape(tensor: TensorMap, leaves: dict[str, Any]) -> tuple[int, ...]:
-    """The shape in the file, from our leaves (arrays or ShapeDtypeStructs by name); nothing is computed."""
-    stacked = 1 if "{layer}" in tensor.name else 0
-    parts = (np.broadcast_to(np.int8(0), leaves[leaf].shape[stacked:]) for leaf in tensor.leaves)
-    return tensor.to_hf(tuple(parts)).shape
+def _named(tensor: TensorMap, layer: int | None) -> str:
+    return tensor.name if layer is None else tensor.name.format(layer=layer)
 
 
-def _check(stored: Stored, expected: tuple[int, ...]) -> None:
-    if stored.dtype not in DTYPES.values():
-        raise ValueError(
-            f"{stored.file}: tensor {stored.name} holds {stored.dtype}, known are {', '.join(DTYPES.values())}; "
-            "the checkpoint is quantised, name the one that it was made from"
-        )
-    if stored.shape != expected:
-        raise ValueError(
-            f"{stored.file}: tensor {stored.name} has shape {list(stored.shape)}, config.json implies {list(expected)}"
-        )
+def _check_shape(
+    path: Path, name: str, found: list[int], tensor: TensorMap, layer: int | None, shapes: dict[str, tuple]
+) -> None:
+    wanted = [shapes[leaf] if layer is None else shapes[leaf][1:] for leaf in tensor.leaves]
+    expected = tensor.to_hf(tuple(np.broadcast_to(np.int8(0), shape) for shape in wanted)).shape
+    if tuple(found) != expected:
+        raise ValueError(f"{path}: tensor {name} has shape {list(found)}, config.json implies {list(expected)}")
 
 
-def _check_tied(path: Path, found: dict[str, Stored], config: ModelConfig) -> None:
-    """A tied checkpoint may hold its embedding twice, but not two different ones: one would be lost without a word."""
-    table = next(tensor.name for tensor in tensor_maps(config) if tensor.leaves == ("embed/embedding",))
-    embedding = _found_as(table, found)
-    for copy in (found[name] for name in ("lm_head.weight", "embed_out.weight") if name in found):
-        ours, theirs = embedding.rows(), copy.rows()
-        parts = (slice(at, at + _ROWS_COMPARED) for at in range(0, embedding.shape[0], _ROWS_COMPARED))
-        if copy.shape != embedding.shape or not all(np.array_equal(ours[part], theirs[part]) for part in parts):
-            raise ValueError(
-                f"{path}: config.json ties the unembedding to the embedding, but {copy.name} and {embedding.name} "
-                'differ; set "tie_word_embeddings": false in config.json to load both'
-            )
-
-
-def _fill(plan: list[_Read], abstract: dict[str, Any], shardings: dict[str, Any]) -> dict[str, jax.Array]:
+def _fill(plan: list[tuple], abstract: dict[str, Any], shardings: dict[str, Any]) -> dict[str, jax.Array]:
     filled: dict[str, jax.Array] = {}
-    on_the_way: list[jax.Array] = []
-    for stored, tensor, layer in plan:
-        parts = tensor.to_ours(stored.read())
-        # Devices copy while the next tensor is read; without this wait, host copies pile up behind slow devices.
-        jax.block_until_ready(on_the_way)
-        on_the_way = []
+    for handle, name, tensor, layer in plan:
+        parts = tensor.to_ours(handle.get_tensor(name))
         for leaf, part in zip(tensor.leaves, parts, strict=True):
             like, sharding = abstract[leaf], shardings[leaf]
-            one = _put(part, like.dtype, sharding if layer is None else _without_layer_axis(sharding))
-            on_the_way.append(one)
             if layer is None:
-                filled[leaf] = one
+                filled[leaf] = _put(part, like.dtype, sharding)
                 continue
             if leaf not in filled:
                 filled[leaf] = _zeros(like.shape, like.dtype, sharding)
+            one = _put(part, like.dtype, _without_layer_axis(sharding))
             filled[leaf] = _write_layer(sharding)(filled[leaf], one, layer)
-        del parts, part  # before the next tensor is read, not after
     return filled
 
 
 def _put(x: np.ndarray, dtype: Any, sharding: Any) -> jax.Array:
-    shards: dict[str, np.ndarray] = {}  # devices with the same shard share one copy
-
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        if str(index) not in shards:
-            shards[str(index)] = np.asarray(x[index], dtype, order="C")
-        return shards[str(index)]
-
-    return jax.make_array_from_callback(x.shape, sharding, shard)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x[index], dtype, order="C"))
 
 
 def _without_layer_axis(sharding: Any) -> Any:

@@ -144,8 +144,8 @@ def render(questions: list[world.Question], stages: list[Stage]) -> str:
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>jaxalign quickstart</title><style>{STYLE}</style>"
         "<h1>What did each stage do?</h1>"
-        f"<p>{len(questions)} held-out questions of the tiny world, answered at temperature 1, judged by rules that know "
-        "the truth. All numbers are between 0 and 1; a harmful answer scores 0.</p>"
+        f"<p>{len(questions)} held-out questions of the tiny world, answered at temperature 1, judged by rules that "
+        "know the truth. All numbers are between 0 and 1; a harmful answer scores 0.</p>"
         f"<table><tr><th>stage</th>{head}<th class=n>seconds</th></tr>{rows}</table>"
         f"<h2>Answers side by side</h2><table><tr><th>question</th>{names}</tr>{answers}</table></html>\n"
     )
