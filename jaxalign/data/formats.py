@@ -65,19 +65,31 @@ def _role(name: str) -> str:
     return ROLES[name]
 
 
+def _text(row: Row, column: str) -> str:
+    """An absent value is an empty text, as an empty cell of a CSV file is."""
+    value = row[column]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"column {column} holds {value!r}, not text")
+    return value
+
+
 def messages(turns: Sequence[Row], role: str = "role", content: str = "content") -> Conversation:
-    return Conversation(tuple({"role": _role(t[role]), "content": t[content] or ""} for t in turns))
+    return Conversation(tuple({"role": _role(t[role]), "content": _text(t, content)} for t in turns))
 
 
-def _instruction(instruction: str, context: str, response: str) -> Conversation:
-    asked = f"{instruction}\n\n{context}" if context and context.strip() else instruction
-    return Conversation(({"role": "user", "content": asked}, {"role": "assistant", "content": response}))
+def _instruction(row: Row, instruction: str, context: str, response: str) -> Conversation:
+    """From the columns of these names; `context` may be absent."""
+    asked, more = _text(row, instruction), _text(row, context) if context in row else ""
+    asked = f"{asked}\n\n{more}" if more.strip() else asked
+    return Conversation(({"role": "user", "content": asked}, {"role": "assistant", "content": _text(row, response)}))
 
 
 def _prompt_completion(row: Row) -> Normal:
     prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return PromptCompletion(prompt, completion)
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return PromptCompletion(_text(row, "prompt"), _text(row, "completion"))
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     return messages([*prompt, *completion])
@@ -105,7 +117,7 @@ def _best_of_pair(row: Row) -> Conversation:
 
 def _self_instruct(row: Row) -> Conversation:
     first = row["instances"][0]
-    return _instruction(row["instruction"], first.get("input", ""), first["output"])
+    return _instruction({"instruction": row["instruction"], **first}, "instruction", "input", "output")
 
 
 FORMATS: tuple[Format, ...] = (
@@ -114,25 +126,21 @@ FORMATS: tuple[Format, ...] = (
     Format("OASST tree", ("message_tree_id", "prompt"), _oasst_tree),
     Format("prompt+completion", ("prompt", "completion"), _prompt_completion),
     Format("chosen of a pair", ("prompt", "chosen"), _best_of_pair),
-    Format(
-        "Alpaca",
-        ("instruction", "output"),
-        lambda row: _instruction(row["instruction"], row.get("input", ""), row["output"]),
-    ),
+    Format("Alpaca", ("instruction", "output"), lambda row: _instruction(row, "instruction", "input", "output")),
     Format("self-instruct", ("instruction", "instances"), _self_instruct),
     Format(
         "Dolly",
         ("instruction", "context", "response"),
-        lambda row: _instruction(row["instruction"], row["context"], row["response"]),
+        lambda row: _instruction(row, "instruction", "context", "response"),
     ),
     Format(
         "Alpaca with response",
         ("instruction", "response"),
-        lambda row: _instruction(row["instruction"], row.get("input", ""), row["response"]),
+        lambda row: _instruction(row, "instruction", "input", "response"),
     ),
-    Format("FLAN", ("inputs", "targets"), lambda row: PromptCompletion(row["inputs"], row["targets"])),
-    Format("question and answer", ("question", "answer"), lambda row: _instruction(row["question"], "", row["answer"])),
-    Format("text", ("text",), lambda row: Text(row["text"])),
+    Format("FLAN", ("inputs", "targets"), lambda row: PromptCompletion(_text(row, "inputs"), _text(row, "targets"))),
+    Format("question and answer", ("question", "answer"), lambda row: _instruction(row, "question", "", "answer")),
+    Format("text", ("text",), lambda row: Text(_text(row, "text"))),
 )
 
 

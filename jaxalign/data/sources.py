@@ -150,7 +150,7 @@ def _read_file(path: Path) -> Sequence[Row]:
 def _text(path: Path) -> str:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return raw.decode("utf-8")
+        return raw.decode("utf-8-sig")
     except (OSError, EOFError) as error:
         raise ValueError(f"data file {path} is not readable: {error}") from None
     except UnicodeDecodeError as error:
@@ -158,7 +158,8 @@ def _text(path: Path) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    # lines end with \n alone: str.splitlines would also cut at U+2028 and others that JSON strings may hold
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

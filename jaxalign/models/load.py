@@ -1,4 +1,4 @@
-"""Safetensors to sharded arrays, tensor by tensor: the host never holds more than one tensor and its shard's copy.
+"""Safetensors to sharded arrays, tensor by tensor: the host holds one that is read and one that travels to the devices.
 
 Everything that can be wrong with the files is found from their headers, before an array is made.
 """
@@ -132,9 +132,11 @@ def _check_shape(
 
 
 def _fill(plan: list[tuple], abstract: dict[str, Any], shardings: dict[str, Any]) -> dict[str, jax.Array]:
+    """Reads a tensor while the one before travels, and waits for that one, lest a slow device let them pile up."""
     filled: dict[str, jax.Array] = {}
-    for handle, name, tensor, layer in plan:
-        parts = tensor.to_ours(handle.get_tensor(name))
+    travelling: list[jax.Array] = []
+
+    def send(tensor: TensorMap, layer: int | None, parts: tuple[np.ndarray, ...]) -> list[jax.Array]:
         for leaf, part in zip(tensor.leaves, parts, strict=True):
             like, sharding = abstract[leaf], shardings[leaf]
             if layer is None:
@@ -144,6 +146,13 @@ def _fill(plan: list[tuple], abstract: dict[str, Any], shardings: dict[str, Any]
                 filled[leaf] = _zeros(like.shape, like.dtype, sharding)
             one = _put(part, like.dtype, _without_layer_axis(sharding))
             filled[leaf] = _write_layer(sharding)(filled[leaf], one, layer)
+        return [filled[leaf] for leaf in tensor.leaves]
+
+    for handle, name, tensor, layer in plan:
+        parts = tensor.to_ours(handle.get_tensor(name))
+        jax.block_until_ready(travelling)
+        travelling = send(tensor, layer, parts)
+        del parts
     return filled
 
 

@@ -87,7 +87,7 @@ def test_every_device_gets_its_share_and_the_values_are_the_same(llama, sizes):
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // cut}
 
 
-def test_the_host_holds_about_one_tensor_at_a_time(tmp_path):
+def test_the_host_holds_two_tensors_at_a_time(tmp_path):
     hf = {**LLAMA, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24, "vocab_size": 512}
     config, params = write(tmp_path / "big", hf, max_shard_bytes=10_000_000)
     model_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
@@ -99,7 +99,8 @@ def test_the_host_holds_about_one_tensor_at_a_time(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert model_bytes > 80 * largest
-    assert peak < 4 * largest, f"{peak:,} bytes on the host for a model of {model_bytes:,}"
+    # the tensor that is read and the one that travels, each as read and as a transposed copy; 0.3 is names and headers
+    assert peak < 4.5 * largest, f"{peak:,} bytes on the host for a model of {model_bytes:,}"
 
 
 def test_a_checkpoint_without_the_base_prefix_loads(tmp_path):

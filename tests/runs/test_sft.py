@@ -115,8 +115,13 @@ def environment(tmp_path_factory):
 @pytest.fixture(scope="module", params=["--packing", "--no-packing"])
 def whole_run(request, tiny_model, tiny_data, tmp_path_factory, environment):
     output = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run(command(tiny_model, tiny_data, output, request.param), env=environment, check=True)
+    subprocess.run(command(tiny_model, tiny_data, output, request.param, "--profile"), env=environment, check=True)
     return request.param, output
+
+
+def test_profile_writes_a_trace(whole_run):
+    # in a process of its own: the profiler crashes in one that has loaded libtpu without a TPU
+    assert list((whole_run[1] / "profile").rglob("*.xplane.pb"))
 
 
 def interrupt(run, environment, output, number, after):

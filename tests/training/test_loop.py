@@ -124,8 +124,3 @@ def test_tokens_are_counted_without_padding_in_every_part_of_a_batch():
     ids = np.array([[1, 1, 2, 0], [0, 0, 1, 1]])
     part = TokenBatch(tokens=ids, mask=ids > 0, positions=ids, segment_ids=ids)
     assert count_tokens({"chosen": part, "rejected": part, "x": ids}) == 10
-
-
-def test_profile_writes_a_trace(tmp_path):
-    run([1.0] * 7, Recorder(), steps=7, profile=tmp_path)
-    assert list(tmp_path.rglob("*.xplane.pb"))

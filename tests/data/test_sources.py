@@ -1,0 +1,132 @@
+"""What `--data` may say, which part of a set is taken, and what is said of a file that cannot be read."""
+
+import gzip
+import json
+
+import pytest
+
+from jaxalign.data import sources
+from jaxalign.data.sources import Source, load, parse
+
+ROWS = [{"text": f"row {i}"} for i in range(3)]
+
+
+def write(path, rows):
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+def test_a_spec_names_sets_splits_configs_and_weights(tmp_path):
+    assert parse("org/set") == [Source("org/set")]
+    assert parse("org/set:test") == [Source("org/set", split="test")]
+    assert parse("org/set:main:test") == [Source("org/set", split="test", config="main")]
+    assert parse("a*0.7, b:train*0.3") == [Source("a", weight=0.7), Source("b", split="train", weight=0.3)]
+    odd = tmp_path / "with:colon.jsonl"
+    odd.write_text("{}")
+    assert parse(str(odd)) == [Source(str(odd))]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "names nothing"),
+        ("a*0.5,b", "give every source a weight"),
+        ("a*half", "'half' is not a weight; write name"),
+        ("a*0", "weight 0.0 must be positive"),
+        ("a*nan", "weight nan must be positive"),
+        ("a:b:c:d", "at most name:config:split"),
+    ],
+)
+def test_a_spec_that_says_nothing_sensible_is_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        parse(spec)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_json_lines_are_read_plain_and_zipped_with_any_character_inside(tmp_path, name):
+    rows = [{"text": "one\u2028line, and \x85 two"}, {"text": "é"}]
+    assert load(parse(write(tmp_path / name, rows))[0]).rows == rows
+
+
+def test_other_kinds_of_files_give_the_same_rows(tmp_path):
+    from datasets import Dataset
+
+    (tmp_path / "rows.json").write_text(json.dumps({"version": 1, "data": ROWS}))
+    Dataset.from_list(ROWS).to_csv(tmp_path / "rows.csv")
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    for name in ("rows.json", "rows.csv", "rows.parquet"):
+        assert list(load(Source(str(tmp_path / name))).rows) == ROWS, name
+    (tmp_path / "play.txt").write_text("\ufeffto be\nor not")
+    assert load(Source(str(tmp_path / "play.txt"))).rows == [{"text": "to be\nor not"}]
+
+
+def test_a_saved_dataset_gives_its_train_split_and_holds_out_its_test_split(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}).save_to_disk(tmp_path / "d")
+    source = parse(str(tmp_path / "d"))[0]
+    assert (len(load(source).rows), load(source).split) == (3, "train")
+    assert (len(load(source, held_out=True).rows), load(source, held_out=True).split) == (1, "test")
+
+
+def test_a_split_column_divides_a_file(tmp_path):
+    rows = [{"text": "a", "split": "train"}, {"text": "b", "split": "heldout"}, {"text": "c", "split": "train"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert [row["text"] for row in load(Source(path)).rows] == ["a", "c"]
+    assert [row["text"] for row in load(Source(path), held_out=True).rows] == ["b"]
+    assert [row["text"] for row in load(Source(path, split="heldout")).rows] == ["b"]
+    with pytest.raises(ValueError, match=r"has no split 'dev'; it has train, heldout"):
+        load(Source(path, split="dev"))
+
+
+def test_splits_that_name_no_training_part_must_be_chosen(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "a", "split": "easy"}, {"text": "b", "split": "hard"}])
+    with pytest.raises(ValueError, match=r"has splits easy, hard; choose one: .*:easy"):
+        load(Source(path))
+
+
+def test_a_malformed_line_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*['{"text": "x"}'] * 6, '{"text": "x"', '{"text": "x"}']))
+    with pytest.raises(ValueError, match=r"line 7: not JSON .*'\{\"text\": \"x\"'"):
+        load(Source(str(path)))
+    path.write_text('{"text": "x"}\n["x"]\n')
+    with pytest.raises(ValueError, match="line 2: a list, not an object of columns"):
+        load(Source(str(path)))
+
+
+def test_files_that_cannot_be_read_say_why(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}')
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}' * 99)[:-9])
+    (tmp_path / "odd.xml").write_text("<a/>")
+    (tmp_path / "bad.json").write_text('{"rows": 3}')
+    (tmp_path / "bad.parquet").write_text("no")
+    for name, message in {
+        "empty.jsonl": "is empty",
+        "latin.jsonl": "not UTF-8 at byte 13",
+        "cut.jsonl.gz": "is not readable",
+        "odd.xml": "unknown kind '.xml'; known are .jsonl",
+        "bad.json": "is not a list of objects",
+        "bad.parquet": "cannot be read as .parquet",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load(Source(str(tmp_path / name)))
+
+
+def test_an_absent_file_names_those_that_are_alike(tmp_path):
+    write(tmp_path / "stories.jsonl", ROWS)
+    with pytest.raises(FileNotFoundError, match=r"storys.jsonl does not exist; .* has stories.jsonl"):
+        load(Source(str(tmp_path / "storys.jsonl")))
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*elsewhere"):
+        load(Source(str(tmp_path / "elsewhere" / "rows.jsonl")))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError, match="not a dataset saved with save_to_disk"):
+        load(Source(str(tmp_path / "folder")))
+
+
+def test_a_hub_name_that_cannot_be_reached_says_so(monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="'org/nothing' is no local file and could not be fetched"):
+        sources.load(Source("org/nothing"))
