@@ -40,6 +40,10 @@ TEMPLATES: dict[str, str] = {
 }
 
 
+# The marker that ends an assistant's turn, where that is not the tokenizer's eos token.
+ENDINGS: dict[str, str] = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
+
+
 class Span(NamedTuple):
     """A stretch of rendered text."""
 
@@ -47,28 +51,33 @@ class Span(NamedTuple):
     learned: bool
 
 
-def choose_template(tokenizer: Any, choice: str | None) -> None:
+def choose_template(tokenizer: Any, choice: str | None) -> str | None:
     """Sets the tokenizer's template: a name of TEMPLATES, a Jinja file, or, with None, what it has.
+
+    Returns the token that ends an assistant's turn, if a named template has one of its own.
 
     Raises:
       ValueError: no such template, or one whose markers the tokenizer does not know as tokens.
     """
     if choice is None:
-        return
+        return None
     if choice in TEMPLATES:
-        text = TEMPLATES[choice]
-        markers = re.findall(r"<\|[a-z_]+\|>", text)
-        unknown = sorted({m for m in markers if len(tokenizer(m, add_special_tokens=False)["input_ids"]) != 1})
-        if unknown:
-            raise ValueError(
-                f"chat template {choice!r} needs the tokens {', '.join(unknown)}, which this tokenizer does not have; "
-                "'plain' and 'alpaca' need none"
-            )
-        tokenizer.chat_template = text
-    elif Path(choice).is_file():
+        tokenizer.chat_template = TEMPLATES[choice]
+        _check_markers(tokenizer, choice)
+        return ENDINGS.get(choice)
+    if Path(choice).is_file():
         tokenizer.chat_template = Path(choice).read_text()
-    else:
-        raise ValueError(f"chat template {choice!r} is neither a file nor one of {', '.join(TEMPLATES)}")
+        return None
+    raise ValueError(f"chat template {choice!r} is neither a file nor one of {', '.join(TEMPLATES)}")
+
+
+def _check_markers(tokenizer: Any, choice: str) -> None:
+    unknown = sorted(set(re.findall(r"<\|[a-z_]+\|>", TEMPLATES[choice])) - set(tokenizer.get_vocab()))
+    if unknown:
+        raise ValueError(
+            f"chat template {choice!r} needs the tokens {', '.join(unknown)}, which this tokenizer does not have; "
+            "'plain' and 'alpaca' need none"
+        )
 
 
 def require_template(tokenizer: Any) -> None:

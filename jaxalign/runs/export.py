@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from jaxalign.data import chat
 from jaxalign.models import huggingface
 from jaxalign.models.decoder import make_decoder
 from jaxalign.runs import devices, finish
 from jaxalign.runs.config import ExportConfig, SFTConfig, from_json
 from jaxalign.runs.folder import read_run
+from jaxalign.runs.vocabulary import load_vocabulary
 from jaxalign.training.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -39,9 +39,7 @@ def run(config: ExportConfig) -> int:
         raise ValueError(f"{config.run} has no checkpoint yet")
     params, step = found
     checkpoints.close()
-    tokenizer = huggingface.load_tokenizer(held.tokenizer or held.model)
-    chat.choose_template(tokenizer, held.chat_template)
-    finish.export(Path(config.output), held, model, tokenizer, params, step)
+    finish.export(Path(config.output), held, model, load_vocabulary(held, model), params, step)
     log.info("step %d of %s is in %s", step, config.run, config.output)
     return 0
 

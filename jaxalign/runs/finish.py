@@ -10,6 +10,7 @@ import jaxalign
 from jaxalign.models import huggingface
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.save import save_pretrained
+from jaxalign.runs.vocabulary import Vocabulary
 from jaxalign.training.metrics import read_rows
 from jaxalign.training.state import TrainState
 
@@ -24,12 +25,12 @@ def is_finished(output: Path, steps: int) -> bool:
         return False
 
 
-def export_final(config: Any, model: ModelConfig, tokenizer: Any, state: TrainState) -> None:
+def export_final(config: Any, model: ModelConfig, vocabulary: Vocabulary, state: TrainState) -> None:
     """Writes `final/`; an older one, of fewer steps, is put aside as `final-<steps>`."""
     final = Path(config.output) / "final"
     if final.exists():
         final.rename(final.with_name(f"final-{_trained_steps(final)}"))
-    export(final, config, model, tokenizer, state.params, int(state.step))
+    export(final, config, model, vocabulary, state.params, int(state.step))
 
 
 def _trained_steps(final: Path) -> Any:
@@ -39,24 +40,25 @@ def _trained_steps(final: Path) -> Any:
         return "unknown"
 
 
-def export(directory: Path, config: Any, model: ModelConfig, tokenizer: Any, params: Any, step: int) -> None:
+def export(directory: Path, config: Any, model: ModelConfig, vocabulary: Vocabulary, params: Any, step: int) -> None:
     """The parameters after `step` as a Hugging Face folder."""
-    source = config.tokenizer or config.model
     save_pretrained(
         directory,
         params,
         model,
         huggingface.read_hf_config(config.model),
-        tokenizer=tokenizer,
-        generation_config=_generation_config(source),
+        tokenizer=vocabulary.tokenizer,
+        generation_config=_generation_config(config.tokenizer or config.model, vocabulary.terminators),
         model_card=_model_card(config, step),
         extra={"jaxalign.json": {MARK: step, "jaxalign": jaxalign.__version__}},
     )
 
 
-def _generation_config(source: str) -> dict[str, Any] | None:
+def _generation_config(source: str, terminators: tuple[int, ...]) -> dict[str, Any]:
+    """The source's, and in it the tokens that ended texts in training."""
     path = huggingface.folder(source) / "generation_config.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    held = json.loads(path.read_text()) if path.exists() else {}
+    return held | {"eos_token_id": terminators[0] if len(terminators) == 1 else list(terminators)}
 
 
 def _model_card(config: Any, step: int) -> str:

@@ -10,6 +10,7 @@ import jax
 
 from jaxalign.models.config import ModelConfig
 from jaxalign.rollout.generate import Sampling, generate_ids
+from jaxalign.runs.vocabulary import Vocabulary
 from jaxalign.training.metrics import JsonLines
 
 MAX_NEW_TOKENS = 64
@@ -23,14 +24,13 @@ class Sampler:
         config: Any,
         graphdef: Any,
         model: ModelConfig,
-        tokenizer: Any,
-        terminators: tuple[int, ...],
+        vocabulary: Vocabulary,
         resumed_at: int,
     ):
         room = MAX_NEW_TOKENS if not model.learned_positions else min(MAX_NEW_TOKENS, model.learned_positions // 2)
         self._count = config.samples if jax.process_count() == 1 else 0
-        self._graphdef, self._tokenizer, self._room = graphdef, tokenizer, room
-        self._sampling = Sampling(max_new_tokens=room, temperature=0.0, terminators=terminators)
+        self._graphdef, self._tokenizer = graphdef, vocabulary.tokenizer
+        self._sampling = Sampling(max_new_tokens=room, temperature=0.0, terminators=vocabulary.terminators)
         self._longest = max(1, model.max_length - room)
         keep = resumed_at if resumed_at else -1
         self._lines = JsonLines(Path(config.output) / "samples.jsonl", keep_until=keep) if self._count else None

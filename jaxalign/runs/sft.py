@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxalign.algorithms.base import Algorithm
 from jaxalign.algorithms.sft import sft
 from jaxalign.data import batches as batching
-from jaxalign.data import chat, supervised
+from jaxalign.data import supervised
 from jaxalign.losses.language import LANGUAGE_LOSSES
 from jaxalign.models import huggingface
 from jaxalign.models.config import ModelConfig, train_flops_per_token
@@ -28,6 +28,7 @@ from jaxalign.models.load import load_params
 from jaxalign.runs import devices, finish, samples
 from jaxalign.runs.config import SFTConfig
 from jaxalign.runs.folder import open_run
+from jaxalign.runs.vocabulary import Vocabulary, load_vocabulary
 from jaxalign.select import select
 from jaxalign.training import loop, metrics, optimizer, sharding
 from jaxalign.training.checkpoint import Checkpoints
@@ -46,8 +47,7 @@ class _Parts:
     config: SFTConfig
     mesh: Mesh
     model: ModelConfig
-    tokenizer: Any
-    terminators: tuple[int, ...]
+    vocabulary: Vocabulary
     data: supervised.SupervisedData
     batches: batching.TrainBatches
     held_out: list[Any]
@@ -87,17 +87,11 @@ def _gather(config: SFTConfig) -> _Parts:
         raise ValueError(f"--max-length {config.max_length}: {config.model} has {model.learned_positions} positions")
     if config.max_length > model.max_length:
         log.warning("--max-length %d is more than the %d the model was made for", config.max_length, model.max_length)
-    source = config.tokenizer or config.model
-    tokenizer = huggingface.load_tokenizer(source)
-    if len(tokenizer) > model.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens and the model {model.vocab_size}; they do not fit")
-    terminators = huggingface.terminators(source, tokenizer)
-    if not terminators:
-        raise ValueError(f"{source} names no eos token, so nothing can end a response; set eos_token_id in its config")
-    chat.choose_template(tokenizer, config.chat_template)
-    data = supervised.load(config.data, tokenizer, _data_options(config, terminators), eval_spec=config.eval_data)
+    vocabulary = load_vocabulary(config, model)
+    options = _data_options(config, vocabulary.terminators)
+    data = supervised.load(config.data, vocabulary.tokenizer, options, eval_spec=config.eval_data)
     batches, held_out = _batches(config, data)
-    return _Parts(config, mesh, model, tokenizer, terminators, data, batches, held_out, loss)
+    return _Parts(config, mesh, model, vocabulary, data, batches, held_out, loss)
 
 
 def _data_options(config: SFTConfig, terminators: tuple[int, ...]) -> supervised.Options:
@@ -194,7 +188,7 @@ def _train(parts: _Parts) -> tuple[TrainState, int | None]:
         recorder.close()
         checkpoints.close()
     if stopped_by is None:
-        finish.export_final(config, parts.model, parts.tokenizer, state)
+        finish.export_final(config, parts.model, parts.vocabulary, state)
     return state, stopped_by
 
 
@@ -260,9 +254,7 @@ def _evaluation(parts: _Parts, program: Program, resumed_at: int) -> Callable | 
     """Held-out loss and, beside it, a few answers; None without held-out data."""
     if not parts.held_out:
         return None
-    sampler = samples.Sampler(
-        parts.config, program.graphdef, parts.model, parts.tokenizer, parts.terminators, resumed_at
-    )
+    sampler = samples.Sampler(parts.config, program.graphdef, parts.model, parts.vocabulary, resumed_at)
     held_out_metrics = make_evaluate(program.algorithm, parts.held_out, parts.mesh)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:

@@ -1,0 +1,35 @@
+"""A run's tokenizer, with the chat template that was asked for, and the tokens that end a text."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jaxalign.data import chat
+from jaxalign.models import huggingface
+from jaxalign.models.config import ModelConfig
+
+
+class Vocabulary(NamedTuple):
+    """What turns text into ids and back in a run."""
+
+    tokenizer: Any
+    terminators: tuple[int, ...]  # the first is appended in training; all of them stop generation
+
+
+def load_vocabulary(config: Any, model: ModelConfig) -> Vocabulary:
+    """From `config.tokenizer`, else `config.model`, with `config.chat_template`.
+
+    Raises:
+      ValueError: more tokens than the model has, a template that does not fit, or nothing that could end a response.
+    """
+    source = config.tokenizer or config.model
+    tokenizer = huggingface.load_tokenizer(source)
+    if len(tokenizer) > model.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens and the model {model.vocab_size}; they do not fit")
+    ending = chat.choose_template(tokenizer, config.chat_template)
+    terminators = huggingface.terminators(source, tokenizer)
+    if ending is not None:
+        terminators = tuple(dict.fromkeys([tokenizer.convert_tokens_to_ids(ending), *terminators]))
+    if not terminators:
+        raise ValueError(f"{source} names no eos token, so nothing can end a response; set eos_token_id in its config")
+    return Vocabulary(tokenizer, terminators)
