@@ -1,0 +1,139 @@
+"""From `--data` to examples: what is read, held out, dropped and refused."""
+
+import json
+import logging
+
+import pytest
+
+from jaxalign.data.supervised import Options, load
+
+EOS = 2
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pairs(count, **more):
+    return [{"prompt": "the cat", "completion": " ".join(["sees"] * (1 + i % 4)), **more} for i in range(count)]
+
+
+def read(path, tokenizer, *, eval_spec=None, **options):
+    return load(
+        str(path), tokenizer, Options(**{"max_length": 16, "terminators": (EOS,), **options}), eval_spec=eval_spec
+    )
+
+
+def test_a_share_is_held_out_by_the_seed_and_never_trained_on(tokenizer, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "the", "completion": f"{'cat ' * i}dog"} for i in range(1, 13)])
+    found, again, other = (read(path, tokenizer, eval_share=0.25, seed=seed) for seed in (0, 0, 1))
+    held, kept = set(found.held_out.lengths), set(found.train.examples.lengths)
+    assert len(held) == 3 and held | kept == set(range(4, 16)) and not held & kept
+    assert held == set(again.held_out.lengths) != set(other.held_out.lengths)
+
+
+def test_held_out_rows_come_from_their_own_file_or_split_before_a_share(tokenizer, tmp_path):
+    rows = [*pairs(8, split="train"), *pairs(3, split="test")]
+    path = write(tmp_path / "rows.jsonl", rows)
+    found = read(path, tokenizer, eval_share=0.5)
+    assert (len(found.train.examples), len(found.held_out)) == (8, 3)
+    held = write(tmp_path / "held.jsonl", pairs(5))
+    assert len(read(path, tokenizer, eval_spec=held).held_out) == 5
+    assert len(read(path, tokenizer, eval_spec=f"{path}:train").held_out) == 8
+
+
+def test_a_mixture_holds_out_a_share_of_every_set_and_weighs_the_rest(tokenizer, tmp_path):
+    a, b = write(tmp_path / "a.jsonl", pairs(20)), write(tmp_path / "b.jsonl", pairs(60))
+    found = read(f"{a}*0.5,{b}*0.5", tokenizer, eval_share=0.1)
+    assert found.train.sizes == (18, 54) and found.train.per_epoch == (36, 36)
+    assert len(found.held_out) == 8
+
+
+def test_prompts_for_samples_end_where_learning_begins(tokenizer, tmp_path):
+    found = read(write(tmp_path / "rows.jsonl", pairs(4)), tokenizer, eval_share=0.5)
+    assert [tokenizer.decode(prompt) for prompt in found.prompts] == ["the cat", "the cat"]
+
+
+def test_plain_text_files_are_split_into_windows_and_rows_of_text_only_on_request(tokenizer, tmp_path):
+    text = "the cat sees a dog " * 20
+    (tmp_path / "book.txt").write_text(text)
+    assert read(tmp_path / "book.txt", tokenizer).train.examples.lengths.sum() == 101
+    path = write(tmp_path / "rows.jsonl", [{"text": text}])
+    assert read(path, tokenizer).train.examples.lengths.tolist() == [16]
+    assert read(path, tokenizer, long_text="split").train.examples.lengths.sum() == 101
+
+
+def test_the_log_says_what_was_read_dropped_and_shortened_and_shows_an_example(tokenizer, tmp_path, caplog):
+    long = {"prompt": "the cat", "completion": "sees " * 30}
+    path = write(tmp_path / "rows.jsonl", [*pairs(18), {"prompt": "a", "completion": ""}, long])
+    with caplog.at_level(logging.INFO, "jaxalign"):
+        found = read(path, tokenizer)
+    assert len(found.train.examples) == 19
+    said = caplog.text
+    assert "format prompt+completion, 20 rows, 19 examples" in said
+    assert f"dropped 1 rows: 1 x empty response (first: {path}, row 19)" in said
+    assert "1 rows longer than 16 tokens were shortened to their first tokens" in said
+    assert "the cat⟦sees </s>⟧" in said
+
+
+def test_losing_many_rows_stops_the_run_unless_allowed(tokenizer, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [*pairs(3), {"prompt": "a", "completion": " "}])
+    with pytest.raises(ValueError, match=r"1 of 4 rows have nothing to learn: 1 x empty response \(first: .*row 4\)"):
+        read(path, tokenizer)
+    assert len(read(path, tokenizer, max_dropped=0.25).train.examples) == 3
+    path = write(tmp_path / "long.jsonl", [{"prompt": "the cat " * 20, "completion": "sees"}])
+    with pytest.raises(ValueError, match=r"1 x the prompt fills the window .*raise --max-length \(16\)"):
+        read(path, tokenizer, max_dropped=1.0)
+
+
+def test_conversations_need_a_template_and_the_error_says_how_to_get_one(tokenizer, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "a"}]}])
+    with pytest.raises(ValueError, match=r"rows.jsonl: the data are conversations, .*--chat-template"):
+        read(path, tokenizer)
+
+
+def test_a_broken_row_in_the_middle_is_named(tokenizer, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [*pairs(2), {"prompt": "a"}])
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 3: not a row of format prompt\+completion"):
+        read(path, tokenizer)
+
+
+REAL = {
+    "alpaca-eval/gpt4_pairs_vs_davinci003.jsonl.gz": "chosen of a pair",
+    "gpteacher/roleplay-instruct.jsonl.gz": "Alpaca with response",
+    "gsm8k/test.jsonl.gz": "question and answer",
+    "llama-factory-demos/alpaca_en_demo.jsonl.gz": "Alpaca",
+    "llama-factory-demos/c4_demo.jsonl.gz": "text",
+    "llms-from-scratch/instruction-data.jsonl.gz": "Alpaca",
+    "oasst/en_100_tree.jsonl.gz": "OASST tree",
+    "self-instruct/seed_tasks.jsonl.gz": "self-instruct",
+    "tinyshakespeare/input.txt.gz": "text",
+    "tinystories/sample.jsonl.gz": "text",
+    "sst2/dev.jsonl.gz": "text",
+    "xstest/xstest_v2_completions.jsonl.gz": "prompt+completion",
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_files_are_recognised_and_their_masks_hold_what_is_answered(shared_data, name, caplog):
+    from jaxalign.data.chat import choose_template
+    from jaxalign.models.huggingface import load_tokenizer
+
+    tokenizer = load_tokenizer(str(shared_data / "tokenizers" / "mistral-v1"))
+    choose_template(tokenizer, "alpaca")
+    with caplog.at_level(logging.INFO, "jaxalign"):
+        found = read(shared_data / name, tokenizer, max_length=512, max_dropped=0.3, eval_share=0.1)
+    assert f"format {REAL[name]}," in caplog.text
+    examples = found.train.examples
+    assert len(found.held_out) and examples.lengths.max() <= 512
+    starts, ends = examples.offsets[:-1], examples.offsets[1:] - 1
+    whole = examples.lengths < 512
+    assert not examples.mask[starts].any()
+    assert (examples.ids[ends][whole] == EOS).all() and examples.mask[ends][whole].all()
+    if REAL[name] == "text":
+        assert examples.mask.sum() == len(examples.ids) - len(examples)
+    else:
+        assert all(0 < mask.sum() < len(mask) - 1 for _, mask in map(examples.__getitem__, range(len(examples))))
+    if REAL[name] not in ("text", "OASST tree"):  # one turn, one terminator
+        assert (examples.ids == EOS).sum() == (examples.ids[ends] == EOS).sum()
