@@ -133,12 +133,9 @@ def _splash(
             attn_logits_soft_cap=softcap,
         )
         heads_first = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
-        repeat = lambda x: jnp.repeat(x, query.shape[2] // x.shape[2], axis=2)  # noqa: E731
         run = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(q=ids, kv=ids))  # noqa: E731
         scaled = (query * scale).astype(query.dtype)
-        return heads_first(
-            jax.vmap(run)(heads_first(scaled), heads_first(repeat(key)), heads_first(repeat(value)), segment_ids)
-        )
+        return heads_first(jax.vmap(run)(*map(heads_first, (scaled, key, value)), segment_ids))
 
     if layout is None:
         return local(query, key, value, segment_ids)
