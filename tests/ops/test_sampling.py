@@ -1,0 +1,56 @@
+"""Which tokens may be drawn, how often each is, and what its log-probability is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.ops.sampling import keep_top_k, keep_top_p, sample
+
+LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+
+
+def test_top_k_keeps_the_k_largest():
+    assert keep_top_k(LOGITS, 2).tolist() == [[True, True, False, False]]
+    assert keep_top_k(LOGITS, 0).all() and keep_top_k(LOGITS, 9).all()
+
+
+@pytest.mark.parametrize(("p", "kept"), [(0.4, 1), (0.5, 1), (0.6, 2), (0.81, 3), (0.999, 4), (1.0, 4)])
+def test_top_p_keeps_the_smallest_set_that_holds_p(p, kept):
+    assert keep_top_p(LOGITS, p).sum() == kept
+    shuffled = LOGITS[:, jnp.array([2, 0, 3, 1])]
+    assert np.array_equal(keep_top_p(shuffled, p), keep_top_p(LOGITS, p)[:, jnp.array([2, 0, 3, 1])])
+
+
+def test_temperature_zero_takes_the_largest_and_the_first_of_equals():
+    logits = jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, -1.0]])
+    tokens, logps = sample(jax.random.split(jax.random.key(0), 2), logits, temperature=0.0)
+    assert tokens.tolist() == [1, 0]
+    np.testing.assert_allclose(logps, jax.nn.log_softmax(logits)[jnp.arange(2), tokens], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.5, 0.3, 0.15, 0.05]),
+        ({"temperature": 0.5}, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
+        ({"top_k": 2}, [0.625, 0.375, 0, 0]),
+        ({"top_p": 0.9}, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+    ],
+)
+def test_tokens_come_as_often_as_their_probability_and_logps_are_its_logarithm(options, expected):
+    count = 20_000
+    keys = jax.random.split(jax.random.key(1), count)
+    tokens, logps = sample(keys, jnp.repeat(LOGITS, count, axis=0), **options)
+    found = np.bincount(tokens, minlength=4) / count
+    # four standard deviations of a share of 20,000 draws
+    np.testing.assert_allclose(found, expected, atol=4 * 0.5 / np.sqrt(count))
+    np.testing.assert_allclose(np.exp(logps), np.array(expected)[np.asarray(tokens)], rtol=1e-5)
+
+
+def test_a_row_draws_the_same_whatever_its_neighbours_are():
+    keys = jax.random.split(jax.random.key(2), 8)
+    logits = jax.random.normal(jax.random.key(3), (8, 50))
+    whole, _ = sample(keys, logits)
+    parts = [sample(keys[i : i + 1], logits[i : i + 1])[0][0] for i in range(8)]
+    assert whole.tolist() == parts
