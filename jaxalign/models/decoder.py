@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxalign.models.attention import IMPLEMENTATIONS
 from jaxalign.models.cache import Cache
 from jaxalign.models.config import LayerKind, ModelConfig
 from jaxalign.models.layers import MLP, Attention, Compute, Embedding, Norm, Where, rotate
@@ -109,15 +110,17 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: Int32[B T].
-          positions: Int32[B T]; by default 0, 1, 2, ...
+          positions: Int32[B T]; by default 0, 1, 2, ... from the start of each run of equal segment ids.
           segment_ids: Int32[B T]; by default all one segment.
-          cache: what was read before; the T tokens are added to it.
+          cache: what was read before; the T tokens are added to it, and their positions must be given.
         """
         length = tokens.shape[1]
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(length)[None], tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
+        if positions is None:
+            if cache is not None:
+                raise ValueError("with a cache the positions of the new tokens must be given")
+            positions = positions_in(segment_ids)
         x = self.embed(tokens)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
@@ -156,6 +159,13 @@ class Decoder(nnx.Module):
         return Unembedding(table.embedding[...], None, self.config.final_softcap)
 
 
+def positions_in(segment_ids: jax.Array) -> jax.Array:
+    """Int32[B T]: how far each token is from the first of its run of equal segment ids."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
 def _rematerialised(body: Any, policy: str) -> Any:
     if policy == "none":
         return body
@@ -185,6 +195,8 @@ def make_decoder(
     """
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r} is not one of {', '.join(REMAT)}")
+    if attention not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"attention={attention!r} is not one of {', '.join(IMPLEMENTATIONS)}, or None for the best")
     compute = Compute(jnp.dtype(compute_dtype), jnp.dtype(param_dtype), remat, attention, layout)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, compute=compute, rngs=nnx.Rngs(0))))
     return graphdef, nnx.to_pure_dict(state)

@@ -87,9 +87,10 @@ def test_packed_sequences_do_not_see_each_other(checkpoint):
     tokens = np.concatenate([*rows, [0, 0]])[None]
     positions = np.concatenate([np.arange(12), np.arange(7), [0, 0]])[None]
     segments = np.array([[1] * 12 + [2] * 7 + [0] * 2])
-    found = run(config, params, tokens, positions, segments)[0]
-    agree(found[:12], expected[0])
-    agree(found[12:19], expected[1])
+    for given in (positions, None):  # by default each segment's positions start from 0
+        found = run(config, params, tokens, given, segments)[0]
+        agree(found[:12], expected[0])
+        agree(found[12:19], expected[1])
 
 
 def test_a_whole_row_without_positions_and_a_cache_filled_in_two_calls(checkpoint):
@@ -151,3 +152,42 @@ def test_a_llama_config_of_before_transformers_five_means_the_same():
     old |= {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
     assert model_config(old) == model_config(new)
     assert json.loads(json.dumps(old)) == old
+
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_field_that_is_left_out_means_what_it_means_to_transformers(name):
+    from transformers import AutoConfig
+
+    sizes = {"vocab_size": 151_936, "num_hidden_layers": 8, "num_attention_heads": 16}
+    sizes |= {"hidden_size": 64, "intermediate_size": 96}
+    if name == "gpt2":
+        sizes = {"vocab_size": 151_936, "n_embd": 64, "n_layer": 8, "n_head": 16, "n_positions": 64}
+    whole = AutoConfig.for_model(name, **sizes).to_dict()
+    named = {"architectures": [ARCHITECTURES[name]]}
+    assert model_config(sizes | named) == model_config(whole | named)
+
+
+def test_a_decoder_refuses_what_it_would_get_wrong():
+    config = model_config({"architectures": ["LlamaForCausalLM"], **TINY["llama"]})
+    with pytest.raises(ValueError, match="attention='flash' is not one of xla, splash, cudnn"):
+        make_decoder(config, attention="flash")
+    with pytest.raises(ValueError, match="remat='some' is not one of none, dots, blocks"):
+        make_decoder(config, remat="some")
+    graphdef, abstract = make_decoder(config)
+    tokens, cache = jnp.ones((1, 2), jnp.int32), empty_cache(config, 1, 4)
+    with pytest.raises(ValueError, match="with a cache the positions of the new tokens must be given"):
+        jax.eval_shape(lambda params: nnx.merge(graphdef, params)(tokens, cache=cache), abstract)

@@ -18,6 +18,22 @@ from jaxalign.models.families.base import (
     transposed,
 )
 
+# What a field means to transformers where a config leaves it out, and where that is not Llama's value.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+    "gemma2": {"num_key_value_heads": 4, "max_position_embeddings": 8192, "final_logit_softcapping": 30.0},
+    "gemma3": {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+    },
+    "olmo2": {"rms_norm_eps": 1e-5},
+    "phi3": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+}
+
 
 def llama(hf: HfConfig) -> ModelConfig:
     bias = bool(hf.get("attention_bias", False))
@@ -31,25 +47,30 @@ def llama(hf: HfConfig) -> ModelConfig:
 
 
 def mistral(hf: HfConfig) -> ModelConfig:
-    return ModelConfig(**_common(hf), **_uniform(hf, hf.get("sliding_window", 4096)))
+    hf = DEFAULTS["mistral"] | dict(hf)
+    return ModelConfig(**_common(hf), **_uniform(hf, hf["sliding_window"]))
 
 
 def qwen2(hf: HfConfig) -> ModelConfig:
+    hf = DEFAULTS["qwen2"] | dict(hf)
     return ModelConfig(**_common(hf), **_qwen_layers(hf), qkv_bias=True)
 
 
 def qwen3(hf: HfConfig) -> ModelConfig:
+    hf = DEFAULTS["qwen3"] | dict(hf)
     bias = bool(hf.get("attention_bias", False))
     return ModelConfig(**_common(hf), **_qwen_layers(hf), qkv_bias=bias, output_bias=bias, qk_norm="head")
 
 
 def gemma2(hf: HfConfig) -> ModelConfig:
+    hf = DEFAULTS["gemma2"] | dict(hf)
     count = hf["num_hidden_layers"]
     types = layer_types(hf, ["full_attention" if i % 2 else "sliding_attention" for i in range(count)])
     return ModelConfig(**_gemma(hf, types), attention_softcap=hf.get("attn_logit_softcapping", 50.0))
 
 
 def gemma3(hf: HfConfig) -> ModelConfig:
+    hf = DEFAULTS["gemma3"] | dict(hf)
     count, period = hf["num_hidden_layers"], hf.get("sliding_window_pattern") or 6
     types = layer_types(hf, ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(count)])
     require(hf, use_bidirectional_attention=False)
@@ -57,6 +78,7 @@ def gemma3(hf: HfConfig) -> ModelConfig:
 
 
 def olmo2(hf: HfConfig) -> ModelConfig:
+    hf = DEFAULTS["olmo2"] | dict(hf)
     bias = bool(hf.get("attention_bias", False))
     return ModelConfig(
         **_common(hf), **_uniform(hf, None), qkv_bias=bias, output_bias=bias, qk_norm="full", norm_places="post"
@@ -64,6 +86,7 @@ def olmo2(hf: HfConfig) -> ModelConfig:
 
 
 def phi3(hf: HfConfig) -> ModelConfig:
+    hf = DEFAULTS["phi3"] | dict(hf)
     return ModelConfig(**_common(hf), **_uniform(hf, hf.get("sliding_window")))
 
 
