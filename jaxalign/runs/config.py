@@ -127,7 +127,7 @@ class SFTConfig:
     profile: bool = False
     """Write a profiler trace of a few steps into the run folder."""
     distributed: bool = False
-    """Call jax.distributed.initialize() first: TPU pods, Slurm, or JAX_COORDINATOR_ADDRESS and its companions."""
+    """Join the other hosts first: those of a TPU pod or Slurm job, or that JAX_COORDINATOR_ADDRESS leads to."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -9,15 +9,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jaxalign.runs import hosts
+
 
 def start(*, distributed: bool = False) -> None:
-    """Joins the other processes if asked, and turns on the persistent compilation cache.
+    """Joins the other hosts if asked, and turns on the persistent compilation cache.
 
     The cache is in JAX_COMPILATION_CACHE_DIR, else in $XDG_CACHE_HOME/jaxalign (else ~/.cache/jaxalign); an empty
     JAX_COMPILATION_CACHE_DIR turns it off.
     """
-    if distributed and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
+    if distributed:
+        hosts.join()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "jaxalign" / "compiled"))

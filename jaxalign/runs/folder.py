@@ -20,13 +20,14 @@ FREE_FIELDS = frozenset(
 PACKAGES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "datasets", "safetensors"
 
 
-def open_run(config: Any, *, command: str, resume: bool, write: bool) -> bool:
+def open_run(config: Any, *, command: str, resume: bool) -> bool:
     """Makes `config.output` hold this run. True if it already held it, so that there may be something to continue.
+
+    Of several hosts, the first alone calls it.
 
     Args:
       command: the name under which the config runs.
       resume: whether a folder with a run in it may be continued.
-      write: on one process only.
 
     Raises:
       ValueError: the folder holds another run, or resuming was refused, or it is something else than a run.
@@ -40,11 +41,10 @@ def open_run(config: Any, *, command: str, resume: bool, write: bool) -> bool:
         return True
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"--output {folder} is not empty and holds no run (no config.json); name a new folder")
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(describe(config, command), indent=2) + "\n")
-        os.replace(partial, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(describe(config, command), indent=2) + "\n")
+    os.replace(partial, path)
     return False
 
 

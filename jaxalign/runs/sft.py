@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import sys
@@ -25,8 +26,8 @@ from jaxalign.models.config import ModelConfig, train_flops_per_token
 from jaxalign.models.decoder import init_params, make_decoder
 from jaxalign.models.layout import Layout
 from jaxalign.models.load import load_params
-from jaxalign.runs import devices, finish, samples
-from jaxalign.runs.config import SFTConfig
+from jaxalign.runs import devices, finish, hosts, samples
+from jaxalign.runs.config import SFTConfig, to_json
 from jaxalign.runs.folder import open_run
 from jaxalign.runs.vocabulary import Vocabulary, load_vocabulary
 from jaxalign.select import select
@@ -64,8 +65,10 @@ def run(config: SFTConfig) -> int:
     devices.start(distributed=config.distributed)
     devices.start_log()
     parts = _gather(config)
-    held = open_run(config, command="sft", resume=config.resume, write=jax.process_index() == 0)
-    if held and finish.is_finished(config.output, parts.batches.steps):
+    steps = parts.batches.steps
+    hosts.agree(settings=json.dumps(to_json(config)), data=parts.data.train.examples.fingerprint(), steps=steps)
+    open_ = lambda: open_run(config, command="sft", resume=config.resume)  # noqa: E731
+    if hosts.first_decides(lambda: open_() and finish.is_finished(config.output, steps)):
         log.info("this run is complete: %s", Path(config.output) / "final")
         return 0
     state, stopped_by = _train(parts)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.training.sharding import put_batch
 from jaxalign.training.signals import StopRequest
 from jaxalign.training.state import TrainState
-from jaxalign.types import PyTree, TokenBatch
+from jaxalign.types import PyTree
 
 log = logging.getLogger(__name__)
 
@@ -86,16 +85,15 @@ def fit(
         if progress.step == 0 and hooks.evaluate:
             hooks.record({"step": 0, **hooks.evaluate(state.params, 0)})
             clock.reset()
-        pending: tuple[int, Any, int] | None = None
+        pending: tuple[int, Any] | None = None
         profiler = _Profiler(profile, progress.step)
         for step in range(progress.step + 1, steps + 1):
             batch = next(batches)
-            tokens = count_tokens(batch)
             profiler.before(step)
             state, metrics = train_step(state, frozen, put_batch(batch, mesh))
             if pending:
                 hooks.record(_finish(pending, progress, hooks, clock))
-            pending = step, metrics, tokens
+            pending = step, metrics
 
             stopping = stop.agreed(step)
             evaluating = hooks.evaluate and _due(step, eval_every, steps)
@@ -119,13 +117,13 @@ def _due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def _finish(pending: tuple[int, Any, int], progress: Progress, hooks: Hooks, clock: _Clock) -> Row:
+def _finish(pending: tuple[int, Any], progress: Progress, hooks: Hooks, clock: _Clock) -> Row:
     """The row of a dispatched step; waits for the device."""
-    step, metrics, tokens = pending
+    step, metrics = pending
     row: Row = {"step": step} | {name: float(value) for name, value in jax.device_get(metrics).items()}
     seconds = clock.lap()
     update = step - 1 - progress.skipped
-    skipped = row.pop("skipped") > 0
+    skipped, tokens = row.pop("skipped") > 0, int(row.pop("tokens"))
     progress.step = step
     progress.tokens += tokens
     progress.skipped += skipped
@@ -143,13 +141,6 @@ def _finish(pending: tuple[int, Any, int], progress: Progress, hooks: Hooks, clo
             "The last checkpoint is good: lower --optimizer.learning-rate, or look at the rows of those steps"
         )
     return row
-
-
-def count_tokens(batch: Any) -> int:
-    """Tokens in a host-local batch over all hosts, padding aside (hosts hold equally many rows)."""
-    parts = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, TokenBatch))
-    local = sum(int(np.sum(part.segment_ids > 0)) for part in parts if isinstance(part, TokenBatch))
-    return local * jax.process_count()
 
 
 class _Clock:

@@ -14,7 +14,7 @@ import optax
 
 from jaxalign.algorithms.base import Algorithm, as_is
 from jaxalign.training.state import TrainState
-from jaxalign.types import Average, PyTree
+from jaxalign.types import Average, PyTree, TokenBatch
 
 TrainStep = Callable[[TrainState, PyTree, Any], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -30,13 +30,15 @@ def make_train_step(
 
     If the loss or a gradient is not finite, parameters and optimizer state stay as they were, and `skipped` is 1.
 
-    Metrics are float32 scalars: `loss`, `grad_norm` (before clipping), `skipped`, and the algorithm's own; over several
-    updates in one step (epochs, minibatches) they are merged, `grad_norm` being the largest.
+    Metrics are scalars: `loss`, `grad_norm` (before clipping), `skipped`, `tokens` (of the batch, padding aside), and
+    the algorithm's own; over several updates in one step (epochs, minibatches) they are merged, `grad_norm` being the
+    largest.
     """
     prepare = _prepare_in_parts(algorithm, microbatches)
     update = _make_update(algorithm, optimizer, microbatches)
 
     def train_step(state: TrainState, frozen: PyTree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        tokens = count_tokens(batch)
         batch = prepare(state.params, frozen, batch)
         trained = state.params, state.opt_state
         if algorithm.epochs == algorithm.minibatches == 1:
@@ -46,7 +48,7 @@ def make_train_step(
             trained, outcomes = jax.lax.scan(update, trained, _minibatches(algorithm, step_key, batch))
             averages, grad_norm, finite = _merge(outcomes)
         metrics = {name: average.compute() for name, average in averages.items()}
-        metrics |= {"grad_norm": grad_norm, "skipped": 1.0 - finite}
+        metrics |= {"grad_norm": grad_norm, "skipped": 1.0 - finite, "tokens": tokens}
         return TrainState(state.step + 1, *trained, state.key), metrics
 
     return train_step
@@ -116,6 +118,12 @@ def _minibatches(algorithm: Algorithm, key: jax.Array, batch: Any) -> Any:
 def _merge(outcomes: tuple) -> tuple[dict[str, Average], jax.Array, jax.Array]:
     averages, grad_norms, finite = outcomes
     return jax.tree.map(jnp.sum, averages), jnp.max(grad_norms), jnp.min(finite)
+
+
+def count_tokens(batch: Any) -> jax.Array:
+    """Tokens of the TokenBatches in a batch, over all devices and hosts; padding is not one."""
+    parts = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, TokenBatch))
+    return sum(jnp.sum(part.segment_ids > 0) for part in parts if isinstance(part, TokenBatch)) + jnp.int32(0)
 
 
 def cut(batch: Any, parts: int) -> Any:

@@ -10,12 +10,12 @@ import optax
 import pytest
 
 from jaxalign.algorithms.base import Algorithm
-from jaxalign.training.loop import Hooks, NotFiniteError, Progress, count_tokens, fit
+from jaxalign.training.loop import Hooks, NotFiniteError, Progress, fit
 from jaxalign.training.sharding import make_mesh
 from jaxalign.training.signals import StopRequest
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
-from jaxalign.types import Average, TokenBatch
+from jaxalign.types import Average
 
 OPTIMIZER = optax.sgd(0.5)
 
@@ -118,9 +118,3 @@ def test_a_second_signal_acts_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_tokens_are_counted_without_padding_in_every_part_of_a_batch():
-    ids = np.array([[1, 1, 2, 0], [0, 0, 1, 1]])
-    part = TokenBatch(tokens=ids, mask=ids > 0, positions=ids, segment_ids=ids)
-    assert count_tokens({"chosen": part, "rejected": part, "x": ids}) == 10

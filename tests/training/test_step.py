@@ -7,8 +7,8 @@ import pytest
 
 from jaxalign.algorithms.base import Algorithm
 from jaxalign.training.state import TrainState
-from jaxalign.training.step import cut, join, make_train_step
-from jaxalign.types import Average
+from jaxalign.training.step import count_tokens, cut, join, make_train_step
+from jaxalign.types import Average, TokenBatch
 
 ROWS, WIDTH = 8, 3
 
@@ -120,3 +120,9 @@ def test_a_batch_that_cannot_be_cut_says_which_size_could():
         ValueError, match="batch_size=7 cannot be cut into 2 equal parts; the largest batch that can is 6"
     ):
         cut(jnp.zeros((7, 1)), 2)
+
+
+def test_tokens_are_counted_without_padding_in_every_part_of_a_batch():
+    ids = np.array([[1, 1, 2, 0], [0, 0, 1, 1]])
+    part = TokenBatch(tokens=ids, mask=ids > 0, positions=ids, segment_ids=ids)
+    assert count_tokens({"chosen": part, "rejected": part, "x": ids}) == 10

@@ -1,0 +1,78 @@
+"""Several hosts as one run: they join, and agree before the first step that they run the same thing."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+
+def join() -> None:
+    """Joins the other processes of the run.
+
+    TPU pods, Slurm, Open MPI and Kubernetes tell JAX who they are; elsewhere JAX_COORDINATOR_ADDRESS (host:port of the
+    first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
+
+    Raises:
+      ValueError: only some of the three are set, or one is not a number.
+    """
+    if jax.distributed.is_initialized():
+        return
+    names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+    given = [os.environ.get(name) for name in names]
+    if not any(given):
+        jax.distributed.initialize()
+        return
+    absent = [name for name, value in zip(names, given, strict=True) if not value]
+    if absent:
+        raise ValueError(f"--distributed: {', '.join(absent)} is not set, though others of {', '.join(names)} are")
+    if not (given[1].isdigit() and given[2].isdigit()):
+        raise ValueError(f"--distributed: JAX_NUM_PROCESSES={given[1]} and JAX_PROCESS_ID={given[2]} must be numbers")
+    jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
+
+
+def agree(**values: str | int) -> None:
+    """Raises ValueError on every host when one of `values` is not the same on all of them.
+
+    Hosts that run other settings, or read other data, would train on without a word, or hang in the first collective.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    digests = np.array([zlib.crc32(str(value).encode()) for value in values.values()], np.uint32)
+    seen = multihost_utils.process_allgather(digests)
+    names = np.array(list(values))
+    others, which = np.flatnonzero((seen != seen[0]).any(1)), (seen != seen[0]).any(0)
+    if others.size:
+        raise ValueError(
+            f"the hosts differ in {', '.join(names[which])}: hosts {', '.join(map(str, others))} have another than "
+            f"host 0 (this is host {jax.process_index()}). Start the same command on the same files everywhere"
+        )
+
+
+def first_decides(decide: Callable[[], bool]) -> bool:
+    """What `decide` says on the first host, on all of them: it alone looks at a folder while it makes it.
+
+    Raises:
+      RuntimeError: it raised there.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    from jax.experimental import multihost_utils
+
+    said, error = -1, None
+    if jax.process_index() == 0:
+        try:
+            said = int(decide())
+        except (ValueError, OSError) as raised:
+            error = raised
+    said = int(multihost_utils.broadcast_one_to_all(np.int32(said)))
+    if error is not None:
+        raise error
+    if said < 0:
+        raise RuntimeError("host 0 refused to start; its message says why")
+    return bool(said)
