@@ -6,7 +6,9 @@ What is heavy is imported when a command runs. A mistake of the user is one line
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import sys
@@ -45,9 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str]) -> tuple[str, Any]:
-    """The command's name and its config. Exits with tyro's message on an unknown flag or a value of the wrong type."""
-    import tyro
-
+    """The command's name and its config. Raises ValueError on an unknown flag or a value of the wrong type."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         raise SystemExit(0)
@@ -61,22 +61,58 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         raise ValueError(f"unknown command {command!r}; there are {', '.join(COMMANDS)}")
     kind, _ = COMMANDS[command]
     default, rest = _from_config(kind, rest)
-    return command, tyro.cli(kind, args=rest, default=default, prog=f"jaxalign {command}")
+    return command, _flags(kind, rest, default, f"jaxalign {command}")
+
+
+def _flags(kind: type, arguments: list[str], default: Any, program: str) -> Any:
+    """tyro's reading of the flags, with its box of what is wrong as one line."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=arguments, default=default, prog=program)
+    except SystemExit as end:
+        if end.code in (0, None):  # --help
+            raise
+        raise ValueError(f"{_one_line(said.getvalue())}; see {program} --help") from None
+
+
+def _one_line(box: str) -> str:
+    """What a box of tyro says: its first section, and of the others the names of flags that they offer.
+
+    Help of fields, which stands further in, is left out: `--help` has it.
+    """
+    inside = [line.strip("│").rstrip() for line in box.splitlines() if line.startswith("│")]
+    sections = " ".join(line for line in inside if not line.startswith(" " * 6)).split("─")
+    first, *others = [" ".join(section.split()) for section in sections if section.strip()] or [" ".join(box.split())]
+    offered = [o for o in others if not o.startswith(("For full helptext", "Argument helptext"))]
+    return "; ".join([first.rstrip("."), *offered])
 
 
 def _from_config(kind: type, arguments: list[str]) -> tuple[Any, list[str]]:
     """`--from-config FILE` gives the values that the other flags then override."""
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--from-config=") else [a])]
     if "--from-config" not in arguments:
         return None, arguments
     at = arguments.index("--from-config")
     if at + 1 == len(arguments):
         raise ValueError("--from-config needs a file: the config.json of a run folder")
-    path = Path(arguments[at + 1])
+    path, rest = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
+    path = path / "config.json" if path.is_dir() else path
     try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    return config.from_json(kind, values.get("config", values), where=str(path)), arguments[:at] + arguments[at + 2 :]
+        held = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"--from-config {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"--from-config {path} is damaged: {error}") from None
+    values = held.get("config", held) if isinstance(held, dict) else None
+    if not isinstance(values, dict):
+        raise ValueError(f"--from-config {path} is no config: it holds no names and values")
+    names = [name for name, (known, _) in COMMANDS.items() if known is kind]
+    if held.get("command", names[0]) not in names:
+        raise ValueError(f"--from-config {path} is of `jaxalign {held['command']}`, not of `jaxalign {names[0]}`")
+    return config.from_json(kind, values, where=str(path)), rest
 
 
 def _overview() -> str:
