@@ -28,6 +28,8 @@ def folder(source: str, *, revision: str | None = None) -> Path:
     Raises:
       FileNotFoundError: neither a local folder nor a name that the hub knows or that can be reached.
     """
+    if not source.removeprefix(RANDOM):
+        raise ValueError(f"model {source!r} names nothing; give a folder, a hub name (owner/name) or config:PATH")
     path = Path(source.removeprefix(RANDOM)).expanduser()
     if is_random(source):
         if not path.exists():
@@ -38,7 +40,9 @@ def folder(source: str, *, revision: str | None = None) -> Path:
     if path.exists():
         raise FileNotFoundError(f"{source} is a file; name the folder that holds config.json and *.safetensors")
     if source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{source}: no such folder")
+        raise FileNotFoundError(
+            f"{source}: no such folder; a model is a Hugging Face folder, a hub name (owner/name) or config:PATH"
+        )
     return _download(source, revision)
 
 
@@ -64,15 +68,19 @@ def read_hf_config(source: str, *, revision: str | None = None) -> dict[str, Any
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} has no config.json; is it a Hugging Face model folder?")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        held = json.loads(path.read_text())
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{path} is not JSON: {error}; fetch it again") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} holds a {type(held).__name__}, not the config of a model")
+    return held
 
 
 def read_config(source: str, *, revision: str | None = None) -> ModelConfig:
     """The neutral config of a source. Raises ValueError, naming the source, when the architecture is not supported."""
+    held = read_hf_config(source, revision=revision)
     try:
-        return model_config(read_hf_config(source, revision=revision))
+        return model_config(held)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
@@ -86,8 +94,12 @@ def load_tokenizer(source: str) -> Any:
         raise FileNotFoundError(f"{path} has no tokenizer (tokenizer.json); name one with --tokenizer")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"the tokenizer in {path} cannot be read: {error}") from None
+    except Exception as error:  # transformers and its parts raise under many names
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"the tokenizer in {path} cannot be read ({type(error).__name__}: {first}); fetch it again, or name "
+            "another with --tokenizer"
+        ) from error
 
 
 def terminators(source: str, tokenizer: Any) -> tuple[int, ...]:

@@ -55,6 +55,14 @@ def load_params(
     return jax.tree.map(lambda name: filled[name], leaf_names(abstract))
 
 
+def check_files(source: str, config: ModelConfig) -> None:
+    """Raises what `load_params` would of these files, from their headers alone; no array is made."""
+    path = folder(source)
+    _, abstract = make_decoder(config)
+    with contextlib.ExitStack() as stack:
+        _plan(path, _open(path, stack), config, abstract)
+
+
 def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Every tensor's name and the open file that holds it."""
     import safetensors
@@ -72,7 +80,7 @@ def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
 
 def _files(path: Path) -> list[Path]:
     if (path / INDEX).exists():
-        names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+        names = _listed(path / INDEX)
         absent = [name for name in names if not (path / name).exists()]
         if absent:
             raise FileNotFoundError(f"{path / INDEX} lists {', '.join(absent)}, which is not there; fetch it again")
@@ -87,6 +95,13 @@ def _files(path: Path) -> list[Path]:
             "them once in transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
     raise FileNotFoundError(f"{path} has no *.safetensors; start from random weights with config:{path}")
+
+
+def _listed(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from None
 
 
 def _plan(path: Path, files: dict[str, Any], config: ModelConfig, abstract: PyTree) -> list[tuple]:

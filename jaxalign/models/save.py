@@ -47,6 +47,8 @@ def save_pretrained(
       extra: more JSON files, by name.
     """
     directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; name a new folder")
     if directory.is_dir() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; name a new folder")
     writes = jax.process_index() == 0

@@ -35,6 +35,7 @@ FAMILIES: dict[str, Family] = {
 def model_config(hf: HfConfig) -> ModelConfig:
     """The neutral config of a Hugging Face config.json. Raises ValueError on what is not supported, by name."""
     names = hf.get("architectures") or []
+    names = [names] if isinstance(names, str) else names
     if len(names) != 1 or names[0] not in FAMILIES:
         raise ValueError(
             f"architecture {', '.join(names) or 'unknown (config.json has no `architectures`)'} is not supported; "
@@ -44,9 +45,33 @@ def model_config(hf: HfConfig) -> ModelConfig:
     if missing:
         raise ValueError(f"config.json has no {', '.join(missing)}")
     try:
-        return FAMILIES[names[0]].config(hf)
+        config = FAMILIES[names[0]].config({**hf, "architectures": names})
     except KeyError as error:
         raise ValueError(f"config.json of a {names[0]} has no field {error.args[0]!r}") from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"config.json of a {names[0]} has a field of the wrong type or zero ({error})") from None
+    _check_sizes(config)
+    return config
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+    ):
+        size = getattr(config, name)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"config.json implies {name}={size!r}; it must be a whole number above 0")
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"config.json has {config.num_heads} attention heads for {config.num_kv_heads} key heads; the one must be "
+            "a multiple of the other"
+        )
 
 
 def tensor_maps(config: ModelConfig) -> list[TensorMap]:
