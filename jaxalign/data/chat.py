@@ -125,6 +125,8 @@ def _render(tokenizer: Any, messages: Sequence[Message], generation: bool) -> st
 
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is not Jinja, line {error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:
         roles = ", ".join(m["role"] for m in messages)
         raise ValueError(f"the chat template refuses a conversation of {roles}: {error}") from None

@@ -76,6 +76,8 @@ def _text(row: Row, column: str) -> str:
 
 
 def messages(turns: Sequence[Row], role: str = "role", content: str = "content") -> Conversation:
+    if isinstance(turns, str) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{repr(turns)[:60]} is not a list of turns, each with `{role}` and `{content}`")
     return Conversation(tuple({"role": _role(t[role]), "content": _text(t, content)} for t in turns))
 
 
@@ -158,7 +160,9 @@ def normalise(form: Format, row: Row, *, where: str) -> Normal:
     """The row in its normal form. Raises ValueError, with the place, when a column holds something else."""
     try:
         return form.convert(row)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except KeyError as error:
+        raise ValueError(f"{where}: {error} is missing, which the format {form.name} of the first row needs") from None
+    except (TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{where}: not a row of format {form.name} ({type(error).__name__}: {error})") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

@@ -12,6 +12,8 @@ import dataclasses
 import difflib
 import gzip
 import json
+import math
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,8 +64,8 @@ def _parse_one(text: str) -> Source:
             value = float(weight)
         except ValueError:
             raise ValueError(f"data {text!r}: {weight!r} is not a weight; write name*0.5") from None
-        if not value > 0:
-            raise ValueError(f"data {text!r}: weight {value} must be positive")
+        if not 0 < value < math.inf:
+            raise ValueError(f"data {text!r}: weight {value} must be positive and finite")
     if Path(name).exists():
         return Source(name, weight=value)
     parts = name.split(":")
@@ -80,14 +82,21 @@ def load(source: Source, *, held_out: bool = False) -> Loaded:
       FileNotFoundError: no such file, folder or reachable hub name.
       ValueError: an empty or malformed file (with the line), or no such split.
     """
+    check_exists(source)
     path = Path(source.name).expanduser()
     if path.is_dir():
         return _pick(source, _load_folder(path), held_out)
     if path.exists():
         return _pick(source, _by_split_column(_read_file(path), path), held_out)
-    if path.name.endswith(SUFFIXES) or source.name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"data file {source.name} does not exist{_nearby(path)}")
     return _pick(source, _load_hub(source), held_out)
+
+
+def check_exists(source: Source) -> None:
+    """Raises FileNotFoundError when the name can only be that of a local file, and there is none."""
+    path = Path(source.name).expanduser()
+    local = path.name.endswith(SUFFIXES) or source.name.startswith((".", "/", "~")) or source.name.count("/") > 1
+    if local and not path.exists():
+        raise FileNotFoundError(f"data file {source.name} does not exist{_nearby(path)}")
 
 
 def _nearby(path: Path) -> str:
@@ -143,7 +152,9 @@ def _read_file(path: Path) -> Sequence[Row]:
         try:
             return read(str(path))
         except Exception as error:  # whatever arrow raises, under many names
-            raise ValueError(f"data file {path} cannot be read as {path.suffix}: {error}") from None
+            causes = [error, error.__cause__ or error]  # `datasets` says "an error occurred", and why in the cause
+            reason = (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
+            raise ValueError(f"data file {path} cannot be read as {path.suffix}: {reason}") from None
     raise ValueError(f"data file {path}: unknown kind {path.suffix!r}; known are {', '.join(SUFFIXES)}")
 
 
@@ -151,10 +162,10 @@ def _text(path: Path) -> str:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return raw.decode("utf-8-sig")
-    except (OSError, EOFError) as error:
-        raise ValueError(f"data file {path} is not readable: {error}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"data file {path} is not readable: {error}; is it whole, and of the kind it says?") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"data file {path} is not UTF-8 at byte {error.start}") from None
+        raise ValueError(f"data file {path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -196,11 +207,32 @@ def _load_folder(path: Path) -> dict[str | None, Sequence[Row]]:
 def _load_hub(source: Source) -> dict[str | None, Sequence[Row]]:
     from datasets import load_dataset
 
+    unreachable = _go_offline_if_unreachable(source.name)
     try:
         return dict(load_dataset(source.name, source.config))
     except Exception as error:  # the hub client raises under many names
-        first = (str(error).strip().splitlines() or [""])[0]
+        first = unreachable or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         raise FileNotFoundError(
-            f"data {source.name!r} is no local file and could not be fetched from the hub "
-            f"({type(error).__name__}: {first}). Check the spelling and the network"
+            f"data {source.name!r} is no local file and could not be fetched from the hub ({first}). Check the spelling "
+            "and the network"
         ) from None
+
+
+def _go_offline_if_unreachable(name: str) -> str | None:
+    """One request decides whether the hub can be reached; if not, its client is told so for the rest of this process.
+
+    Otherwise it asks five times for each file, half a minute in all, before it looks into its cache. Returns why the
+    hub cannot be reached.
+    """
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        return None  # reached; what it says of the name, load_dataset says too
+    except Exception as error:  # httpx's errors of connection, under many names
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return None

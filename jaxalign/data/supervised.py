@@ -47,11 +47,12 @@ def load(spec: str, tokenizer: Any, options: Options, *, eval_spec: str | None =
     Raises:
       ValueError: a source is malformed, empty, of unknown columns, or loses more than `max_dropped` of its rows.
     """
-    found = sources.parse(spec)
+    found, apart = sources.parse(spec), sources.parse(eval_spec) if eval_spec is not None else []
+    for source in [*found, *apart]:  # before the first is read, which may take long
+        sources.check_exists(source)
+    held = [_examples(source, tokenizer, options, held_out=True) for source in apart]
     train = [_examples(source, tokenizer, options, held_out=False) for source in found]
-    if eval_spec is not None:
-        held = [_examples(source, tokenizer, options, held_out=True) for source in sources.parse(eval_spec)]
-    else:
+    if eval_spec is None:
         held = [_examples(s, tokenizer, options, held_out=True, optional=True) for s in found if s.split is None]
     held_out = joined(held)
     if not len(held_out) and options.eval_share > 0:
@@ -109,10 +110,11 @@ def _report(where: str, form: formats.Format, encoder: Encoder, parts: list, row
     dropped = sum(encoder.dropped.values())
     reasons = "; ".join(f"{n} x {r} (first: {encoder.first_dropped[r]})" for r, n in encoder.dropped.items())
     if dropped > options.max_dropped * rows or not parts:
+        allowed = f"more than {options.max_dropped:.0%}" if parts else "all of them"
+        or_allow = ", or allow it with --max-dropped" if parts else ""
         raise ValueError(
-            f"{where}: {dropped} of {rows} rows have nothing to learn: {reasons}. That is more than "
-            f"{options.max_dropped:.0%}; mend them, raise --max-length ({options.max_length}), or allow it with "
-            "--max-dropped"
+            f"{where}: {dropped} of {rows} rows have nothing to learn: {reasons}. That is {allowed}; "
+            f"mend them, or raise --max-length ({options.max_length}){or_allow}"
         )
     tokens, learned = sum(len(ids) for ids, _ in parts), sum(int(mask[1:].sum()) for _, mask in parts)
     log.info("%s: format %s, %d rows, %d examples", where, form.name, rows, len(parts))
