@@ -62,10 +62,16 @@ def _look_up(name: str, table: Mapping[str, Callable]) -> Callable:
 
 def _import(target: str, text: str) -> Callable:
     module_name, _, name = target.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"{text!r} is not of the form package.module:function")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{text!r}: cannot import {module_name!r} ({error}); is its folder on PYTHONPATH?") from error
+    except Exception as error:  # a module of the user's runs as it is imported
+        absent = isinstance(error, ModuleNotFoundError) and error.name in (module_name, module_name.split(".")[0])
+        hint = "is its folder on PYTHONPATH?" if absent else "JAXALIGN_TRACEBACK=1 shows where"
+        raise ValueError(
+            f"{text!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); {hint}"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         public = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
