@@ -213,8 +213,8 @@ def _load_hub(source: Source) -> dict[str | None, Sequence[Row]]:
     except Exception as error:  # the hub client raises under many names
         first = unreachable or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         raise FileNotFoundError(
-            f"data {source.name!r} is no local file and could not be fetched from the hub ({first}). Check the spelling "
-            "and the network"
+            f"data {source.name!r} is no local file and could not be fetched from the hub ({first}). Check the "
+            "spelling and the network"
         ) from None
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from jaxalign.quickstart import judge, tokenizer, world
 from jaxalign.runs import devices, generate, sft
-from jaxalign.runs.config import CheckpointConfig, OptimizerConfig, QuickstartConfig, SFTConfig
+from jaxalign.runs.config import CheckpointConfig, OptimizerConfig, QuickstartConfig, SFTConfig, check
+from jaxalign.runs.folder import check_writable
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,13 @@ class Stage(NamedTuple):
 
 def run(config: QuickstartConfig) -> int:
     """Writes OUTPUT/index.html; a second call continues, or shows the result again."""
+    check(config)
     devices.start()
     devices.start_log()
     output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; name a folder")
+    check_writable(output)
     _write_world(output / "world", config.seed)
     questions = world.held_out_questions(config.seed, QUESTIONS)
     stages = []

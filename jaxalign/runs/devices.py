@@ -32,6 +32,17 @@ def compute_dtype(precision: str) -> jnp.dtype:
     return jnp.dtype(precision)
 
 
+def check_attention(attention: str, max_length: int) -> None:
+    """Raises ValueError when a forced implementation does not run on these devices, or not on such rows."""
+    needs, here = {"splash": "tpu", "cudnn": "gpu"}.get(attention), jax.default_backend()
+    if needs not in (None, here):
+        raise ValueError(
+            f"--attention {attention} runs on {needs.upper()}, not on {here.upper()}; auto picks what fits"
+        )
+    if attention == "splash" and max_length % 128:
+        raise ValueError(f"--attention splash needs rows of a multiple of 128 tokens, not --max-length {max_length}")
+
+
 def start_log() -> None:
     """What jaxalign says goes to stderr, in plain lines, from the first process; warnings of all processes."""
     handler = logging.StreamHandler()

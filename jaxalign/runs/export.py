@@ -12,34 +12,48 @@ from jax.sharding import SingleDeviceSharding
 from jaxalign.models import huggingface
 from jaxalign.models.decoder import make_decoder
 from jaxalign.runs import devices, finish
-from jaxalign.runs.config import ExportConfig, SFTConfig, from_json
-from jaxalign.runs.folder import read_run
+from jaxalign.runs.config import ExportConfig, SFTConfig, check, from_json
+from jaxalign.runs.folder import check_writable, read_run
 from jaxalign.runs.vocabulary import load_vocabulary
 from jaxalign.training.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
 
+NOTHING_YET = "has no checkpoint yet; run its command again, which continues it"
+
 
 def run(config: ExportConfig) -> int:
     """Writes --output from the newest whole checkpoint, the best, or the one of --step."""
+    check(config)
+    if config.best and config.step is not None:
+        raise ValueError(f"--best and --step {config.step} name two checkpoints; give one of them")
     devices.start()
     devices.start_log()
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; name a new folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"--output {output} is not empty; name a new folder")
+    check_writable(output)
     held = from_json(SFTConfig, read_run(config.run)["config"], where=str(config.run / "config.json"))
     folder = Path(config.run) / "checkpoints"
     if not folder.is_dir():
-        raise ValueError(f"{config.run} has no checkpoints yet")
+        raise ValueError(f"{config.run} {NOTHING_YET}")
     checkpoints = Checkpoints(folder)
     step = checkpoints.best_step() if config.best else config.step
     if config.best and step is None:
-        raise ValueError(f"{config.run} kept no checkpoint with a held-out loss")
+        raise ValueError(
+            f"{config.run} kept no checkpoint with a held-out loss, so none is best; leave out --best for the newest, "
+            f"or name one with --step ({', '.join(map(str, checkpoints.steps()))})"
+        )
     model = huggingface.read_config(held.model)
     _, abstract = make_decoder(model, param_dtype=held.param_dtype)
     found = checkpoints.restore_part("params", _on_host(abstract), step=step)
     if found is None:
-        raise ValueError(f"{config.run} has no checkpoint yet")
+        raise ValueError(f"{config.run} {NOTHING_YET}")
     params, step = found
     checkpoints.close()
-    finish.export(Path(config.output), held, model, load_vocabulary(held, model), params, step)
+    finish.export(output, held, model, load_vocabulary(held, model), params, step)
     log.info("step %d of %s is in %s", step, config.run, config.output)
     return 0
 

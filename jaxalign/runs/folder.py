@@ -41,11 +41,26 @@ def open_run(config: Any, *, command: str, resume: bool) -> bool:
         return True
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"--output {folder} is not empty and holds no run (no config.json); name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(describe(config, command), indent=2) + "\n")
-    os.replace(partial, path)
+    check_writable(folder)
+    if write:
+        partial = path.with_suffix(".partial")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(describe(config, command), indent=2) + "\n")
+            os.replace(partial, path)
+        except OSError as error:
+            raise ValueError(f"--output {folder} cannot be written ({error.strerror}); name another folder") from None
     return False
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError unless `path` can be made: the nearest part of it that exists is a folder open to us."""
+    path = path.absolute()
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"--output {path}: {nearest} is a file, so nothing can be made in it; name another place")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"--output {path}: {nearest} is read-only for this user; name another place")
 
 
 def _check_same(config: Any, command: str, path: Path, resume: bool) -> None:
@@ -75,7 +90,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         if {"command", "config"} <= set(held):
             return held
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder} is not a run folder: it has no config.json") from None
+        raise ValueError(f"{folder} is not a run folder: it has no config.json of a run") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     raise ValueError(f"{path} does not describe a run of jaxalign (it has no `command` and `config`)")

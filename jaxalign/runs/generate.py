@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxalign.data import sources
+from jaxalign.data import formats, sources
 from jaxalign.models import huggingface
+from jaxalign.models.config import ModelConfig
 from jaxalign.models.decoder import make_decoder
 from jaxalign.models.load import load_params
 from jaxalign.rollout.generate import Sampling, generate_ids
 from jaxalign.runs import devices
-from jaxalign.runs.config import GenerateConfig
+from jaxalign.runs.config import GenerateConfig, check
+from jaxalign.runs.folder import check_writable
+from jaxalign.runs.vocabulary import check_fits
+
+log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[dict[str, str]]  # a text to continue, or messages to answer
 
 
 def run(config: GenerateConfig) -> int:
     """Prints the responses, or writes {"prompt", "response", "finished"} lines to --output."""
+    check(config)
+    if config.output is not None:
+        _check_output(config.output)
     devices.start()
     devices.start_log()
     prompts = read_prompts(config.prompts)
@@ -49,9 +60,15 @@ def run(config: GenerateConfig) -> int:
     return 0
 
 
+def _check_output(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder; name a .jsonl file")
+    check_writable(path.parent)
+
+
 def read_prompts(text: str) -> list[Prompt]:
     """Prompts of a file (`prompt` or `messages` of each row; lines of a .txt), or the text itself."""
-    if not text.endswith(sources.SUFFIXES):
+    if not text.endswith(sources.SUFFIXES) and not (os.sep in text and os.path.exists(text)):
         return [text]
     loaded = sources.load(sources.parse(text)[0])
     if text.removesuffix(".gz").endswith(".txt"):
@@ -59,7 +76,15 @@ def read_prompts(text: str) -> list[Prompt]:
     column = next((name for name in ("prompt", "messages") if name in loaded.rows[0]), None)
     if column is None:
         raise ValueError(f"{text}: rows have {', '.join(loaded.rows[0])}; prompts are in `prompt` or `messages`")
-    return [row[column] for row in loaded.rows]
+    return [_prompt(row.get(column), f"{text}, row {number}", column) for number, row in enumerate(loaded.rows, 1)]
+
+
+def _prompt(value: Any, where: str, column: str) -> Prompt:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        return formats.messages(value).messages
+    raise ValueError(f"{where}: `{column}` holds {value!r}; it must be a text, or a list of messages")
 
 
 def respond(
@@ -80,18 +105,31 @@ def respond(
             f"temperature={temperature} must be at least 0, top_p={top_p} in (0, 1], top_k={top_k} at least 0 and "
             f"max_new_tokens={max_new_tokens} at least 1"
         )
+    if huggingface.is_random(model):
+        raise ValueError(f"--model {model} has random weights, which answer nothing; name a folder with *.safetensors")
     config = huggingface.read_config(model)
     tokenizer = huggingface.load_tokenizer(model)
+    check_fits(tokenizer, config, model)
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
-    longest = max(map(len, ids)) + max_new_tokens
-    if config.learned_positions and longest > config.learned_positions:
-        raise ValueError(f"prompt and response of {longest} tokens: {model} has {config.learned_positions} positions")
+    _check_lengths(ids, max_new_tokens, config, model)
     dtype = devices.compute_dtype(precision)
     graphdef, _ = make_decoder(config, compute_dtype=dtype, param_dtype=dtype)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, huggingface.terminators(model, tokenizer))
     params = load_params(model, config, param_dtype=dtype)
     found = generate_ids(graphdef, params, ids, jax.random.key(seed), sampling=sampling, batch_size=batch_size)
     return [(tokenizer.decode(response, skip_special_tokens=True), ended) for response, ended in found]
+
+
+def _check_lengths(ids: list[list[int]], max_new_tokens: int, config: ModelConfig, model: str) -> None:
+    """Raises ValueError on an empty prompt, or one that leaves no room in learned positions; warns beyond others."""
+    if [] in ids:
+        raise ValueError(f"prompt {ids.index([]) + 1} has no tokens, so there is nothing to continue")
+    longest = max(map(len, ids))
+    said = f"the longest prompt has {longest} tokens, which with --max-new-tokens {max_new_tokens} is more than the"
+    if config.learned_positions and longest + max_new_tokens > config.learned_positions:
+        raise ValueError(f"{said} {config.learned_positions} positions of {model}; shorten the one or lower the other")
+    if longest + max_new_tokens > config.max_length:
+        log.warning("%s %d that %s was made for", said, config.max_length, model)
 
 
 def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:

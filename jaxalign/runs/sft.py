@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.base import Algorithm
-from jaxalign.algorithms.sft import sft
+from jaxalign.algorithms.sft import check_loss, sft
 from jaxalign.data import batches as batching
 from jaxalign.data import supervised
 from jaxalign.losses.language import LANGUAGE_LOSSES
@@ -25,9 +25,9 @@ from jaxalign.models import huggingface
 from jaxalign.models.config import ModelConfig, train_flops_per_token
 from jaxalign.models.decoder import init_params, make_decoder
 from jaxalign.models.layout import Layout
-from jaxalign.models.load import load_params
+from jaxalign.models.load import check_files, load_params
 from jaxalign.runs import devices, finish, hosts, samples
-from jaxalign.runs.config import SFTConfig, to_json
+from jaxalign.runs.config import SFTConfig, check, to_json
 from jaxalign.runs.folder import open_run
 from jaxalign.runs.vocabulary import Vocabulary, load_vocabulary
 from jaxalign.select import select
@@ -62,13 +62,15 @@ class _Parts:
 
 def run(config: SFTConfig) -> int:
     """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
+    check(config)
     devices.start(distributed=config.distributed)
     devices.start_log()
-    parts = _gather(config)
+    open_ = lambda write: open_run(config, command="sft", resume=config.resume, write=write)  # noqa: E731
+    held = hosts.first_decides(lambda: open_(False))
+    parts = _gather(config, starts=not held)
     steps = parts.batches.steps
     hosts.agree(settings=json.dumps(to_json(config)), data=parts.data.train.examples.fingerprint(), steps=steps)
-    open_ = lambda: open_run(config, command="sft", resume=config.resume)  # noqa: E731
-    if hosts.first_decides(lambda: open_() and finish.is_finished(config.output, steps)):
+    if hosts.first_decides(lambda: open_(True) and finish.is_finished(config.output, steps)):
         log.info("this run is complete: %s", Path(config.output) / "final")
         return 0
     state, stopped_by = _train(parts)
@@ -80,20 +82,30 @@ def run(config: SFTConfig) -> int:
     return 0
 
 
-def _gather(config: SFTConfig) -> _Parts:
-    """Everything on the host, so that mistakes are told before device work."""
+def _gather(config: SFTConfig, *, starts: bool) -> _Parts:
+    """Everything on the host, so that mistakes are told before device work, and before the run folder is made."""
     loss = select(config.loss, LANGUAGE_LOSSES)
+    check_loss(loss, config.loss)
+    devices.check_attention(config.attention, config.max_length)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     sharding.check_batch_size(config.batch_size, config.microbatches, mesh)
     model = huggingface.read_config(config.model)
     if model.learned_positions and config.max_length > model.learned_positions:
-        raise ValueError(f"--max-length {config.max_length}: {config.model} has {model.learned_positions} positions")
+        raise ValueError(
+            f"--max-length {config.max_length}: {config.model} has {model.learned_positions} learned positions, and no "
+            "more can be used"
+        )
     if config.max_length > model.max_length:
         log.warning("--max-length %d is more than the %d the model was made for", config.max_length, model.max_length)
     vocabulary = load_vocabulary(config, model)
+    if starts and not huggingface.is_random(config.model):
+        check_files(config.model, model)
     options = _data_options(config, vocabulary.terminators)
     data = supervised.load(config.data, vocabulary.tokenizer, options, eval_spec=config.eval_data)
     batches, held_out = _batches(config, data)
+    _rate(config, batches.steps)
+    if config.checkpoint.keep_best and not held_out:
+        raise ValueError(f"--checkpoint.keep-best {config.checkpoint.keep_best} needs held-out data; give --eval-data")
     return _Parts(config, mesh, model, vocabulary, data, batches, held_out, loss)
 
 
@@ -115,8 +127,6 @@ def _batches(config: SFTConfig, data: supervised.SupervisedData) -> tuple[batchi
     batches = batching.TrainBatches(data.train, plan, steps=1, **host)
     per_epoch = batches.rows_per_epoch() / config.batch_size
     batches.steps = config.steps if config.steps is not None else max(1, math.ceil(config.epochs * per_epoch))
-    if batches.steps < 1:
-        raise ValueError(f"--steps {batches.steps} must be at least 1")
     log.info("%d steps, %.1f of them an epoch", batches.steps, per_epoch)
     return batches, batching.eval_batches(data.held_out, plan, **host)
 
@@ -142,12 +152,7 @@ def make_program(config: SFTConfig, model: ModelConfig, mesh: Mesh, *, loss: Cal
         attention=None if config.attention == "auto" else config.attention,
         layout=Layout(mesh) if mesh.size > 1 else None,
     )
-    rate = optimizer.learning_rate_schedule(
-        config.optimizer.learning_rate,
-        schedule=config.optimizer.schedule,
-        steps=steps,
-        warmup_steps=config.optimizer.warmup_steps,
-    )
+    rate = _rate(config, steps)
     adamw = _optimizer(config, rate)
     algorithm = sft(graphdef, loss=loss)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -195,6 +200,15 @@ def _train(parts: _Parts) -> tuple[TrainState, int | None]:
     return state, stopped_by
 
 
+def _rate(config: SFTConfig, steps: int) -> Callable:
+    return optimizer.learning_rate_schedule(
+        config.optimizer.learning_rate,
+        schedule=config.optimizer.schedule,
+        steps=steps,
+        warmup_steps=config.optimizer.warmup_steps,
+    )
+
+
 def _optimizer(config: SFTConfig, rate: Any) -> Any:
     return optimizer.adamw(
         rate,
@@ -210,13 +224,19 @@ def _start_or_resume(
     parts: _Parts, checkpoints: Checkpoints, program: Program
 ) -> tuple[TrainState, loop.Progress, Any]:
     iterator = batching.iterate(parts.batches)
+    done = max(checkpoints.steps(), default=0)
+    if done > parts.batches.steps:
+        raise ValueError(
+            f"{parts.config.output} has trained {done} steps already, more than the {parts.batches.steps} asked for; "
+            "raise --steps, or export an earlier checkpoint with `jaxalign export --step`"
+        )
     restored = checkpoints.restore(program.like)
     if restored is None:
         return _new_state(parts, program), loop.Progress(), iterator
     state, extras = restored
     if extras["data"] != parts.data.train.examples.fingerprint():
         raise ValueError(
-            f"the data of --data {parts.config.data} changed since {parts.config.output} was started, so the run "
+            f"the data of --data {parts.config.data} have changed since {parts.config.output} was started, so the run "
             "cannot continue bit for bit; restore them, or name a new --output"
         )
     progress = loop.Progress(**extras["progress"])

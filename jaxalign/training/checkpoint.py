@@ -104,8 +104,7 @@ class Checkpoints:
           ValueError: the checkpoint is of another model or optimizer, `step` does not exist or is damaged, or all are.
         """
         steps = self.steps()
-        if step is not None and step not in steps:
-            raise ValueError(f"{self.directory} has no checkpoint of step {step}; it has {steps or 'none'}")
+        self._check_exists(step)
         damaged: list[int] = []
         for candidate in [step] if step is not None else reversed(steps):
             problem = self._damage(candidate)
@@ -129,11 +128,13 @@ class Checkpoints:
           like: a tree of ShapeDtypeStructs with shardings, as it lies under the prefix.
           step: that one, or an error.
         """
+        if not self.steps():
+            return None
+        self._check_exists(step)
         whole = [s for s in self.steps() if step in (None, s) and self._damage(s) is None]
         if not whole:
-            if step is None and not self.steps():
-                return None
-            raise ValueError(f"{self.directory}: no undamaged checkpoint of {f'step {step}' if step else 'any step'}")
+            which = "every checkpoint" if step is None else f"the checkpoint of step {step}"
+            raise ValueError(f"{which} in {self.directory} is damaged")
         names = jax.tree.map(lambda name: f"{prefix}.{name.replace('/', '.')}", leaf_names(like))
         item = dict(zip(jax.tree.leaves(names), jax.tree.leaves(like), strict=True))
         args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), item)
@@ -143,6 +144,12 @@ class Checkpoints:
                 folder, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
             )
         return jax.tree.map(lambda name: found[name], names), whole[-1]
+
+    def _check_exists(self, step: int | None) -> None:
+        steps = self.steps()
+        if step is not None and step not in steps:
+            kept = ", ".join(map(str, steps)) or "none"
+            raise ValueError(f"{self.directory} has no checkpoint of step {step}; those kept are {kept}")
 
     def _put_aside(self, damaged: list[int]) -> None:
         """Damaged steps move to `damaged/` beside the checkpoints, since training will save them again."""
