@@ -79,15 +79,18 @@ def _flags(kind: type, arguments: list[str], default: Any, program: str) -> Any:
 
 
 def _one_line(box: str) -> str:
-    """What a box of tyro says: its first section, and of the others the names of flags that they offer.
+    """What a box of tyro says, or its plain form where the terminal has no lines to draw with.
 
-    Help of fields, which stands further in, is left out: `--help` has it.
+    The help of fields, which stands further in, is left out: `--help` has it.
     """
-    inside = [line.strip("│").rstrip() for line in box.splitlines() if line.startswith("│")]
-    sections = " ".join(line for line in inside if not line.startswith(" " * 6)).split("─")
-    first, *others = [" ".join(section.split()) for section in sections if section.strip()] or [" ".join(box.split())]
-    offered = [o for o in others if not o.startswith(("For full helptext", "Argument helptext"))]
-    return "; ".join([first.rstrip("."), *offered])
+    sections: list[list[str]] = [[]]
+    for line in (line.strip("│").rstrip() for line in box.splitlines()[1:] if not line.startswith("╰")):
+        if line and not line.strip(" ─-"):
+            sections.append([])
+        elif not line.startswith(" " * 8):
+            sections[-1] += line.split()
+    said = [" ".join(words).rstrip(".") for words in sections if words]
+    return "; ".join(text for text in said if not text.startswith(("For full helptext", "Argument helptext")))
 
 
 def _from_config(kind: type, arguments: list[str]) -> tuple[Any, list[str]]:

@@ -146,10 +146,13 @@ def _read_file(path: Path) -> Sequence[Row]:
     if name.endswith(".json"):
         return _read_json(path)
     if name.endswith((".csv", ".parquet")):
+        import pyarrow.parquet
         from datasets import Dataset
 
         read = Dataset.from_csv if name.endswith(".csv") else Dataset.from_parquet
         try:
+            if name.endswith(".parquet"):  # raises what `datasets` would also log
+                pyarrow.parquet.read_schema(path)
             return read(str(path))
         except Exception as error:  # whatever arrow raises, under many names
             causes = [error, error.__cause__ or error]  # `datasets` says "an error occurred", and why in the cause

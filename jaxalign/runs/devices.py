@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,15 @@ def start_log() -> None:
     root.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
     for name in ("transformers", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # when a write fails, Orbax logs a traceback from every thread, and leaves callbacks to a loop that it has closed;
+    # what went wrong is in the error that Checkpoints raises
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _all_but_closed_loops
+
+
+def _all_but_closed_loops(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 class _Plain(logging.Formatter):

@@ -78,7 +78,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # of the writing thread, whatever it met
             raise OSError(
-                f"a checkpoint could not be written to {self.directory} ({error}); {self._last_good()}"
+                f"a checkpoint could not be written to {self.directory} ({error}); {self._last_good()}. Make room and "
+                "run the same command again"
             ) from error
         kept = set(self.steps()[-self._keep :])
         ranked = sorted((m, s) for s, m in self._metrics.items() if s in self.steps())

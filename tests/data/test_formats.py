@@ -70,8 +70,8 @@ def test_unknown_columns_are_told_with_those_that_would_be_known():
     ("row", "message"),
     [
         ({"messages": [{"role": "narrator", "content": "x"}]}, "row 3: role 'narrator' is not one of human, user"),
-        ({"messages": [{"content": "x"}]}, r"row 3: not a row of format messages \(KeyError: 'role'\)"),
-        ({"messages": "hello"}, "row 3: not a row of format messages"),
+        ({"messages": [{"content": "x"}]}, "row 3: 'role' is missing, which the format messages"),
+        ({"messages": "hello"}, "row 3: 'hello' is not a list of turns"),
         ({"instruction": "do", "instances": []}, "row 3: not a row of format self-instruct"),
     ],
 )

@@ -95,7 +95,7 @@ def test_conversations_need_a_template_and_the_error_says_how_to_get_one(tokeniz
 
 def test_a_broken_row_in_the_middle_is_named(tokenizer, tmp_path):
     path = write(tmp_path / "rows.jsonl", [*pairs(2), {"prompt": "a"}])
-    with pytest.raises(ValueError, match=r"rows.jsonl, row 3: not a row of format prompt\+completion"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 3: 'completion' is missing"):
         read(path, tokenizer)
 
 

@@ -1,0 +1,111 @@
+"""The program itself: its overview, the help of every field, and --from-config."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxalign
+from jaxalign.cli.main import COMMANDS, main, parse
+from jaxalign.runs import config
+from jaxalign.runs.config import SFTConfig, from_json, to_json
+
+
+def fields(kind, prefix="--"):
+    """Every flag of a config, dotted where configs are nested, with the class and field that it stands for."""
+    for field in dataclasses.fields(kind):
+        flag = prefix + field.name.replace("_", "-")
+        inner = getattr(config, str(field.type), None)
+        if dataclasses.is_dataclass(inner):
+            yield from fields(inner, f"{flag}.")
+        else:
+            yield flag, kind, field.name
+
+
+def help_line(kind, name):
+    """The docstring under a field, as it stands in the source."""
+    lines = Path(config.__file__).read_text().split(f"class {kind.__name__}:")[1].splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(f"    {name}: "))
+    return lines[at + 1].strip().strip('"')
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_every_field_with_its_line(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    shown = "".join(capsys.readouterr().out.replace("│", " ").split())
+    found = list(fields(COMMANDS[command][0]))
+    assert found
+    for flag, kind, name in found:
+        told = help_line(kind, name)
+        assert len(told) > 10 and "".join(told.split()) in shown, flag
+        assert flag in shown, flag
+
+
+def test_the_overview_names_every_command_with_its_first_line(capsys):
+    for arguments in ([], ["--help"], ["-h"]):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        shown = capsys.readouterr().out
+        assert end.value.code == 0
+        for command, (kind, _) in COMMANDS.items():
+            assert f"  {command}" in shown and kind.__doc__.splitlines()[0] in shown
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out.strip() == jaxalign.__version__
+
+
+def test_help_and_a_wrong_flag_load_nothing_heavy():
+    heavy = "jax", "flax", "transformers", "datasets", "orbax", "grain", "numpy"
+    code = (
+        "import sys; from jaxalign.cli.main import main\n"
+        "for words in (['--help'], ['sft', '--help'], ['sft', '--lr', '1']):\n"
+        "    try: main(words)\n"
+        "    except SystemExit: pass\n"
+        f"print([m for m in {heavy!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_config_survives_json_and_every_command_has_one_that_is_complete(tmp_path):
+    changed = SFTConfig(model="m", data="d", output=tmp_path, steps=3, mesh=config.MeshConfig(data=2))
+    again = from_json(SFTConfig, json.loads(json.dumps(to_json(changed))))
+    assert again == changed and isinstance(again.output, Path)
+    with pytest.raises(ValueError, match="has no data, output, which SFTConfig needs"):
+        from_json(SFTConfig, {"model": "m"})
+    with pytest.raises(ValueError, match=r"optimizer: b1 is True, and must be float"):
+        from_json(SFTConfig, to_json(changed) | {"optimizer": {"b1": True}})
+
+
+@pytest.mark.parametrize("form", ["--from-config {run}/config.json", "--from-config={run}/config.json"])
+def test_other_flags_override_what_from_config_gives(form, tmp_path):
+    held = SFTConfig(model="m", data="d", output=tmp_path / "run", steps=3, optimizer=config.OptimizerConfig(b2=0.5))
+    (tmp_path / "config.json").write_text(json.dumps({"command": "sft", "config": to_json(held)}))
+    given = form.format(run=tmp_path).split(" ")
+    assert parse(["sft", *given]) == ("sft", held)
+    _, chosen = parse(["sft", *given, "--steps", "5", "--optimizer.b1", "0.7"])
+    optimizer = dataclasses.replace(held.optimizer, b1=0.7)
+    assert chosen == dataclasses.replace(held, steps=5, optimizer=optimizer)
+
+
+def test_from_config_repeats_a_run_bit_for_bit(tiny_model, tiny_data, tmp_path, monkeypatch):
+    import jax
+
+    from jaxalign.training import sharding
+
+    whole = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+    flags = ["--steps", "2", "--max-length", "48", "--remat", "none", "--samples", "0"]
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert main(["sft", "--model", str(tiny_model), "--data", str(tiny_data), "--output", str(first), *flags]) == 0
+    assert main(["sft", "--from-config", str(first / "config.json"), "--output", str(again)]) == 0
+    weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (first, again)]
+    assert weights[0] == weights[1]
