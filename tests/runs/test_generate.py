@@ -1,0 +1,121 @@
+"""`jaxalign generate`: prompts from a file or the command line, answers in a file or on the terminal."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxalign.models import huggingface
+from jaxalign.models.decoder import make_decoder
+from jaxalign.models.load import load_params
+from jaxalign.runs import generate
+from jaxalign.runs.config import GenerateConfig
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant : {{ m.content }} {{ eos_token }}\n"
+    "{% else %}Human : {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant : {% endif %}"
+)
+PROMPTS = ["the cat sees", "a dog", "one red dog runs to the"]
+
+
+@pytest.fixture(scope="module")
+def chat_model(tiny_model, tmp_path_factory):
+    """The tiny model with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(tiny_model, folder)
+    described = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(described | {"chat_template": TEMPLATE}))
+    return str(folder)
+
+
+def answers(model, prompts, **options):
+    return generate.respond(str(model), prompts, **{"max_new_tokens": 12, "batch_size": 4, **options})
+
+
+def test_a_file_of_prompts_becomes_a_file_of_answers_in_the_same_order(tiny_model, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n")
+    found = []
+    for name in ("prompts.jsonl", "prompts.txt"):
+        output = tmp_path / "made" / f"{name}.out"
+        config = GenerateConfig(str(tiny_model), str(tmp_path / name), output, max_new_tokens=12, temperature=0.0)
+        assert generate.run(config) == 0
+        found.append([json.loads(line) for line in output.read_text().splitlines()])
+    assert found[0] == found[1]
+    assert [row["prompt"] for row in found[0]] == PROMPTS
+    alone = [answers(tiny_model, [prompt], temperature=0.0)[0] for prompt in PROMPTS]
+    assert [(row["response"], row["finished"]) for row in found[0]] == alone
+
+
+def test_a_prompt_on_the_command_line_is_answered_on_the_terminal(tiny_model, capsys):
+    config = GenerateConfig(str(tiny_model), "the cat sees", max_new_tokens=12, temperature=0.0)
+    assert generate.run(config) == 0
+    assert capsys.readouterr().out == answers(tiny_model, ["the cat sees"], temperature=0.0)[0][0] + "\n"
+
+
+def test_messages_are_answered_through_the_chat_template(chat_model, tmp_path):
+    talk = [{"role": "user", "content": "the cat ?"}]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    prompts = generate.read_prompts(str(tmp_path / "talks.jsonl"))
+    rendered = "Human : the cat ?\nAssistant : "  # the tokenizer adds no <s>, and the template does
+    tokenizer = huggingface.load_tokenizer(chat_model)
+    ids = tokenizer("<s>" + rendered, add_special_tokens=False)["input_ids"]
+    assert generate._encode(tokenizer, prompts[0]) == ids and ids[0] == 1
+    assert answers(chat_model, prompts, temperature=0.0) == answers(chat_model, ["<s>" + rendered], temperature=0.0)
+
+
+def test_greedy_answers_are_the_most_likely_tokens_of_a_model_without_a_cache(tiny_model):
+    from flax import nnx
+
+    config = huggingface.read_config(str(tiny_model))
+    graphdef, _ = make_decoder(config)
+    model = nnx.merge(graphdef, load_params(str(tiny_model), config))
+    tokenizer = huggingface.load_tokenizer(str(tiny_model))
+    ids = tokenizer("the cat sees")["input_ids"]
+    expected = []
+    for _ in range(5):
+        hidden = model(jnp.array([ids + expected]))[0, -1]
+        expected.append(int(np.argmax(hidden @ model.unembed().weight.T)))
+    assert 2 not in expected
+    [(text, _)] = answers(tiny_model, ["the cat sees"], temperature=0.0, max_new_tokens=5)
+    assert text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_samples_follow_from_the_seed(tiny_model):
+    first, again, other = (answers(tiny_model, PROMPTS, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_an_answer_stops_at_its_terminator_and_says_so(tiny_model, tmp_path):
+    # the terminator's embedding, which is its unembedding too, is made to point where the last hidden state does
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    table = weights["model.embed_tokens.weight"]
+    hidden = _last_hidden(tiny_model, "the cat sees")
+    table[2] = 100 * hidden / np.linalg.norm(hidden)
+    save_file(weights, folder / "model.safetensors")
+    assert answers(folder, ["the cat sees"], temperature=0.0) == [("", True)]
+    [(text, finished)] = answers(tiny_model, ["the cat sees"], temperature=0.0, max_new_tokens=3)
+    assert text and not finished
+
+
+def _last_hidden(folder, prompt):
+    from flax import nnx
+
+    config = huggingface.read_config(str(folder))
+    model = nnx.merge(make_decoder(config)[0], load_params(str(folder), config))
+    ids = huggingface.load_tokenizer(str(folder))(prompt)["input_ids"]
+    return np.asarray(jax.device_get(model(jnp.array([ids]))[0, -1]))
+
+
+def test_prompts_are_read_from_files_and_anything_else_is_the_prompt_itself(tmp_path):
+    assert generate.read_prompts("tell me of prompts") == ["tell me of prompts"]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text('{"prompt": "a"}\n{"other": "b"}\n')
+    with pytest.raises(ValueError, match=r"mixed.jsonl, row 2: `prompt` holds None"):
+        generate.read_prompts(str(path))
