@@ -1,0 +1,58 @@
+"""The tiny world: what is held out stays out, and everything follows from the seed."""
+
+from itertools import islice
+
+import pytest
+
+from jaxalign.quickstart import world
+from jaxalign.quickstart.judge import judge
+from jaxalign.quickstart.tokenizer import vocabulary
+
+ROWS = {
+    "pretraining": lambda seed: world.pretraining_rows(seed, 2000),
+    "instructions": lambda seed: world.instruction_rows(seed, 1000),
+    "preferences": lambda seed: world.preference_rows(seed, 1000),
+}
+
+
+def texts(row):
+    return [m["content"] for m in row["messages"]] if "messages" in row else list(row.values())
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_no_training_row_contains_a_held_out_question(kind, seed):
+    held = {question.prompt for question in world.held_out_questions(seed, 140)}
+    assert len(held) == 140
+    for row in ROWS[kind](seed):
+        told = [f"{text} " for text in texts(row)]
+        assert not any(f"{prompt} " in text for prompt in held for text in told), row
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_same_seed_gives_the_same_rows_and_another_seed_others(kind):
+    assert ROWS[kind](3) == ROWS[kind](3) != ROWS[kind](4)
+
+
+def test_every_word_of_the_world_has_a_token():
+    known = set(vocabulary())
+    for seed in range(3):
+        for rows in ROWS.values():
+            for row in rows(seed):
+                assert set(" ".join(texts(row)).split()) <= known
+
+
+def test_the_judge_gives_good_answers_all_and_bad_answers_less():
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for question in islice(world.questions(0), 300):
+        assert judge(question, world.good_answer(question)).score == pytest.approx(1.0), question
+        assert judge(question, world.bad_answer(question, rng)).score < 0.9, question
+
+
+def test_a_preference_pair_is_ordered_by_the_judge():
+    by_prompt = {question.prompt: question for question in islice(world.questions(2), 5000)}
+    for row in world.preference_rows(0, 500):
+        question = by_prompt[row["prompt"]]
+        assert judge(question, row["chosen"]).score > judge(question, row["rejected"]).score
