@@ -35,6 +35,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._keep, self._keep_best = max(keep, 1), keep_best
         self._metrics: dict[int, float] = {}
+        self._saves = False  # one who only reads, as export does, deletes nothing
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None,
             create=True,
@@ -61,6 +62,7 @@ class Checkpoints:
         """
         self.wait()
         self._check_space(state)
+        self._saves = True
         extras = {**extras, BEST: metric, LEAVES: _shapes(state)}
         self._manager.save(
             step,
@@ -81,6 +83,10 @@ class Checkpoints:
                 f"a checkpoint could not be written to {self.directory} ({error}); {self._last_good()}. Make room and "
                 "run the same command again"
             ) from error
+        if self._saves:
+            self._delete_old()
+
+    def _delete_old(self) -> None:
         kept = set(self.steps()[-self._keep :])
         ranked = sorted((m, s) for s, m in self._metrics.items() if s in self.steps())
         kept |= {step for _, step in ranked[: self._keep_best]}

@@ -16,19 +16,23 @@ from jaxalign.training.metrics import read_rows
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tiny_data, tmp_path_factory):
-    """Six steps at a rate at which the held-out loss falls and then explodes, every checkpoint kept."""
+    """Six steps on answers of cats, held out answers of dogs: their loss rises, so the best checkpoint is the first."""
     whole = sharding.make_mesh
+    folder = tmp_path_factory.mktemp("exported")
+    dogs = [{"prompt": f"{word} ?", "completion": "two dogs , red to blue ."} for word in ("a", "one", "runs")]
+    (folder / "dogs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dogs))
     config = SFTConfig(
         model=str(tiny_model),
         data=str(tiny_data),
-        output=tmp_path_factory.mktemp("exported") / "run",
+        eval_data=str(folder / "dogs.jsonl"),
+        output=folder / "run",
         steps=6,
         max_length=48,
         remat="none",
         samples=0,
         eval_every=2,
         mesh=MeshConfig(data=1, fsdp=1),
-        optimizer=OptimizerConfig(learning_rate=0.3, schedule="constant"),
+        optimizer=OptimizerConfig(learning_rate=0.05, schedule="constant"),
         checkpoint=CheckpointConfig(every=2, keep=2, keep_best=1),
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +62,7 @@ def test_best_is_the_step_of_lowest_held_out_loss(run, tmp_path):
     losses = {row["step"]: row["eval_loss"] for row in read_rows(run.output / "metrics.jsonl") if "eval_loss" in row}
     losses.pop(0)  # no checkpoint is written before the first step
     _, at = exported(run, tmp_path / "best", best=True)
-    assert at == min(losses, key=losses.get) < 6, losses
+    assert at == min(losses, key=losses.get) == 2, losses
 
 
 def test_the_folder_holds_the_tokenizer_the_config_and_a_card_with_the_losses_until_then(run, tmp_path, tiny_model):

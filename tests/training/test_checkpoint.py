@@ -58,6 +58,14 @@ def test_the_newest_and_the_best_are_kept_and_a_second_process_knows_the_best(tm
     again.close()
 
 
+def test_reading_deletes_nothing_whatever_the_reader_would_keep(tmp_path):
+    saved(tmp_path, [None] * 4, keep=4).close()
+    reader = Checkpoints(tmp_path, keep=1)
+    reader.restore(like(state()))
+    reader.close()
+    assert sorted(folder.name for folder in tmp_path.iterdir() if folder.is_dir()) == ["1", "2", "3", "4"]
+
+
 def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path):
     checkpoints = saved(tmp_path, [None])
     place = NamedSharding(make_mesh(data=1, fsdp=8), P("fsdp"))
