@@ -20,7 +20,7 @@ FREE_FIELDS = frozenset(
 PACKAGES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "datasets", "safetensors"
 
 
-def open_run(config: Any, *, command: str, resume: bool) -> bool:
+def open_run(config: Any, *, command: str, resume: bool, write: bool) -> bool:
     """Makes `config.output` hold this run. True if it already held it, so that there may be something to continue.
 
     Of several hosts, the first alone calls it.
@@ -28,6 +28,7 @@ def open_run(config: Any, *, command: str, resume: bool) -> bool:
     Args:
       command: the name under which the config runs.
       resume: whether a folder with a run in it may be continued.
+      write: make the folder; else only look.
 
     Raises:
       ValueError: the folder holds another run, or resuming was refused, or it is something else than a run.

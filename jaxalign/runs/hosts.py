@@ -17,14 +17,20 @@ def join() -> None:
     first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
 
     Raises:
-      ValueError: only some of the three are set, or one is not a number.
+      ValueError: there is no sign of others, only some of the three are set, or one is not a number.
     """
     if jax.distributed.is_initialized():
         return
     names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
     given = [os.environ.get(name) for name in names]
     if not any(given):
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                f"--distributed found no other processes ({error}); a TPU pod or Slurm tells them, elsewhere set "
+                f"{', '.join(names)}"
+            ) from None
         return
     absent = [name for name, value in zip(names, given, strict=True) if not value]
     if absent:
