@@ -11,6 +11,8 @@ from jaxalign.types import Average, PyTree
 LossFn = Callable[[PyTree, Any], tuple[Average, dict[str, Average]]]
 # (params, frozen, batch) -> batch
 PrepareFn = Callable[[PyTree, PyTree, Any], Any]
+# (trained params, frozen) -> the params that loss and prepare see
+AssembleFn = Callable[[PyTree, PyTree], PyTree]
 
 
 def as_is(params: PyTree, frozen: PyTree, batch: Any) -> Any:
@@ -18,14 +20,23 @@ def as_is(params: PyTree, frozen: PyTree, batch: Any) -> Any:
     return batch
 
 
+def trained_only(params: PyTree, frozen: PyTree) -> PyTree:
+    """The params of methods that train all of them."""
+    return params
+
+
 class Algorithm(NamedTuple):
     """Pure functions made by a factory, as an optimizer is in optax.
 
     `loss` sees only params and batch, so it can be tested without a reference model, and what frozen models say
     about a batch can equally come from disk.
+
+    Where only a part of the model is trained (adapters), `assemble` lays the trained leaves over the frozen ones:
+    `loss` and `prepare` see whole params, and the gradient stays with the trained leaves.
     """
 
     loss: LossFn  # differentiated with respect to params
     prepare: PrepareFn = as_is  # no gradient; the only place where frozen models run
     epochs: int = 1  # passes over a prepared batch (PPO)
     minibatches: int = 1  # optimizer updates in each pass (PPO)
+    assemble: AssembleFn = trained_only  # LoRA: models/lora.py: join

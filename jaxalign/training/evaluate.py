@@ -20,6 +20,7 @@ def make_evaluate(
     """params -> {"eval_loss": ..., "eval_<metric>": ...}: the algorithm's own loss over all of `batches`."""
 
     def averages(params: PyTree, frozen: PyTree, batch: Any) -> dict[str, Any]:
+        params = algorithm.assemble(params, frozen)
         loss, metrics = algorithm.loss(params, algorithm.prepare(params, frozen, batch))
         return {"loss": loss, **metrics}
 

@@ -27,11 +27,17 @@ ROWS = P(("data", "fsdp"))
 
 # The first pattern found in a leaf's path decides; optimizer state has the parameter's path at its end, so one table
 # serves both. The leading None of a block's leaf is its layer axis. A leaf that no pattern fits is replicated.
+# Codes and scales of a quantised kernel lie as the kernel does. An adapter's A [in, r] is cut as the kernel's inputs
+# are and its B [r, out] as its outputs are, so that x A and (x A) B are made where x W is; the small r stays whole.
 RULES: tuple[tuple[str, P], ...] = (
     (r"embedding$", P("tensor", "fsdp")),
-    (r"(query|key|value|gate|up)/kernel$", P(None, "fsdp", "tensor")),
-    (r"(output|down)/kernel$", P(None, "tensor", "fsdp")),
-    (r"(query|key|value|gate|up)/bias$", P(None, "tensor")),
+    (r"(query|key|value|gate|up)/kernel(/codes|/scales)?$", P(None, "fsdp", "tensor")),
+    (r"(output|down)/kernel(/codes|/scales)?$", P(None, "tensor", "fsdp")),
+    (r"(query|key|value|gate|up)/(bias|adapter/magnitude)$", P(None, "tensor")),
+    (r"(query|key|value|gate|up)/adapter/a$", P(None, "fsdp", None)),
+    (r"(query|key|value|gate|up)/adapter/b$", P(None, None, "tensor")),
+    (r"(output|down)/adapter/a$", P(None, "tensor", None)),
+    (r"(output|down)/adapter/b$", P(None, None, "fsdp")),
 )
 
 
@@ -64,6 +70,12 @@ def shardings(tree: PyTree, mesh: Mesh, rules: tuple[tuple[str, P], ...] = RULES
         return NamedSharding(mesh, _divisible(name, leaf.shape, spec, mesh.shape))
 
     return jax.tree.map(place, leaf_names(tree), tree)
+
+
+def placed(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The tree as ShapeDtypeStructs that carry their shardings."""
+    struct = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
+    return jax.tree.map(struct, tree, shardings(tree, mesh))
 
 
 def _divisible(name: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> P:

@@ -26,7 +26,8 @@ def make_train_step(
 
     Gradients of the loss's `total` are summed over microbatches in float32 and divided by the summed `count` once,
     so any number of microbatches and any sharding give the same update, also on ragged masks. `prepare` is cut into
-    the same microbatches, which bounds the activations of frozen models as well.
+    the same microbatches, which bounds the activations of frozen models as well. Both see what `assemble` makes of the
+    trained parameters and `frozen`; the gradient is of `state.params` alone.
 
     If the loss or a gradient is not finite, parameters and optimizer state stay as they were, and `skipped` is 1.
 
@@ -39,13 +40,14 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: PyTree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = count_tokens(batch)
-        batch = prepare(state.params, frozen, batch)
+        batch = prepare(algorithm.assemble(state.params, frozen), frozen, batch)
         trained = state.params, state.opt_state
         if algorithm.epochs == algorithm.minibatches == 1:
-            trained, (averages, grad_norm, finite) = update(trained, batch)
+            trained, (averages, grad_norm, finite) = update(trained, frozen, batch)
         else:
             step_key = jax.random.fold_in(state.key, state.step)
-            trained, outcomes = jax.lax.scan(update, trained, _minibatches(algorithm, step_key, batch))
+            next_update = lambda trained, rows: update(trained, frozen, rows)  # noqa: E731
+            trained, outcomes = jax.lax.scan(next_update, trained, _minibatches(algorithm, step_key, batch))
             averages, grad_norm, finite = _merge(outcomes)
         metrics = {name: average.compute() for name, average in averages.items()}
         metrics |= {"grad_norm": grad_norm, "skipped": 1.0 - finite, "tokens": tokens}
@@ -57,9 +59,9 @@ def make_train_step(
 def _make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, microbatches: int) -> Callable:
     gradient = _accumulate(algorithm, microbatches)
 
-    def update(trained: tuple, batch: Any) -> tuple[tuple, tuple]:
+    def update(trained: tuple, frozen: PyTree, batch: Any) -> tuple[tuple, tuple]:
         params, opt_state = trained
-        grads, averages = gradient(params, batch)
+        grads, averages = gradient(params, frozen, batch)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(averages["loss"].total)
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
@@ -71,24 +73,24 @@ def _make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, 
 
 
 def _accumulate(algorithm: Algorithm, microbatches: int) -> Callable:
-    """(params, batch) -> (gradient of the mean in float32, Averages with `loss` among them)."""
+    """(params, frozen, batch) -> (gradient of the mean in float32, Averages with `loss` among them)."""
 
-    def total(params: PyTree, batch: Any) -> tuple[jax.Array, dict[str, Average]]:
-        loss, metrics = algorithm.loss(params, batch)
+    def total(params: PyTree, frozen: PyTree, batch: Any) -> tuple[jax.Array, dict[str, Average]]:
+        loss, metrics = algorithm.loss(algorithm.assemble(params, frozen), batch)
         return loss.total, {"loss": loss, **metrics}
 
-    def part(params: PyTree, batch: Any) -> tuple[PyTree, dict[str, Average]]:
-        (_, averages), grads = jax.value_and_grad(total, has_aux=True)(params, batch)
+    def part(params: PyTree, frozen: PyTree, batch: Any) -> tuple[PyTree, dict[str, Average]]:
+        (_, averages), grads = jax.value_and_grad(total, has_aux=True)(params, frozen, batch)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), averages
 
-    def gradient(params: PyTree, batch: Any) -> tuple[PyTree, dict[str, Average]]:
+    def gradient(params: PyTree, frozen: PyTree, batch: Any) -> tuple[PyTree, dict[str, Average]]:
         if microbatches == 1:
-            grads, averages = part(params, batch)
+            grads, averages = part(params, frozen, batch)
         else:
             parts = cut(batch, microbatches)
-            shapes = jax.eval_shape(part, params, jax.tree.map(lambda x: x[0], parts))
+            shapes = jax.eval_shape(part, params, frozen, jax.tree.map(lambda x: x[0], parts))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            add = lambda sums, rows: (jax.tree.map(jnp.add, sums, part(params, rows)), None)  # noqa: E731
+            add = lambda sums, rows: (jax.tree.map(jnp.add, sums, part(params, frozen, rows)), None)  # noqa: E731
             (grads, averages), _ = jax.lax.scan(add, zeros, parts)
         count = jnp.where(averages["loss"].count == 0, 1.0, averages["loss"].count)
         return jax.tree.map(lambda g: g / count, grads), averages

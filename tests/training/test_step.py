@@ -86,6 +86,47 @@ def test_prepare_sees_the_frozen_model_in_the_same_microbatches_and_rows_keep_th
     chex.assert_trees_all_close(one.params, two.params, atol=1e-6)
 
 
+def lay_over(params, frozen):
+    return {"w": frozen["w"] + params["shift"]}
+
+
+@pytest.mark.parametrize("options", [{}, {"epochs": 2, "minibatches": 2}], ids=str)
+def test_assemble_lays_trained_leaves_over_frozen_ones_and_only_the_trained_change(options):
+    # w = frozen + shift has the gradient of w, so training the shift from 0 is training w from the frozen value.
+    optimizer, batch = optax.adam(0.1), regression()
+    start_w = jnp.array([0.5, -1.0, 2.0])
+    part = make_train_step(Algorithm(squared_error, assemble=lay_over, **options), optimizer, microbatches=2)
+    whole = make_train_step(Algorithm(squared_error, **options), optimizer, microbatches=2)
+    one = TrainState.create({"shift": jnp.zeros(WIDTH)}, optimizer, jax.random.key(1))
+    two = TrainState.create({"w": start_w}, optimizer, jax.random.key(1))
+    for _ in range(3):
+        one, said = part(one, {"w": start_w}, batch)
+        two, expected = whole(two, None, batch)
+    assert list(one.params) == ["shift"]
+    chex.assert_trees_all_close(start_w + one.params["shift"], two.params["w"], atol=1e-6)
+    chex.assert_trees_all_close(said, expected, atol=1e-5)
+
+
+def test_the_frozen_leaves_are_a_base_for_the_loss_and_a_reference_for_prepare():
+    """What preference methods with adapters rest on: at step 0 the policy is the reference, and then it moves."""
+
+    def prepare(params, frozen, batch):
+        return batch | {"reference": batch["x"] @ frozen["w"], "before": batch["x"] @ params["w"]}
+
+    def loss(params, batch):
+        moved = batch["x"] @ params["w"] - batch["reference"]
+        same = batch["before"] - batch["reference"]
+        return squared_error(params, batch)[0], {"moved": Average.of(moved**2), "before": Average.of(same**2)}
+
+    optimizer, base = optax.sgd(0.1), {"w": jnp.array([0.5, -1.0, 2.0])}
+    step = jax.jit(make_train_step(Algorithm(loss, prepare, assemble=lay_over), optimizer, microbatches=2))
+    state = TrainState.create({"shift": jnp.zeros(WIDTH)}, optimizer, jax.random.key(1))
+    state, first = step(state, base, regression())
+    _, second = step(state, base, regression())
+    assert first["moved"] == first["before"] == 0.0
+    assert second["moved"] == second["before"] > 0.0
+
+
 def test_epochs_and_minibatches_update_once_each_and_draw_rows_from_the_step_key():
     optimizer, batch = optax.sgd(0.05), regression()
     algorithm = Algorithm(squared_error, epochs=2, minibatches=4)
