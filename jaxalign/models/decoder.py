@@ -23,6 +23,8 @@ from jaxalign.models.attention import IMPLEMENTATIONS
 from jaxalign.models.cache import Cache
 from jaxalign.models.config import LayerKind, ModelConfig
 from jaxalign.models.layers import MLP, Attention, Compute, Embedding, Norm, Where, rotate
+from jaxalign.models.lora import Lora, attach
+from jaxalign.models.quantise import quantise_layers
 from jaxalign.types import PyTree, Unembedding
 
 REMAT = ("none", "dots", "blocks")
@@ -183,6 +185,8 @@ def make_decoder(
     remat: str = "none",
     attention: str | None = None,
     layout: Any = None,
+    lora: Lora | None = None,
+    quantise: str = "none",
 ) -> tuple[Any, PyTree]:
     """(graphdef, abstract params): the structure, and a nested dict of shapes and dtypes. No array is made.
 
@@ -192,13 +196,20 @@ def make_decoder(
       remat: what the backward pass computes again: "none", "dots" (all but matrix products), "blocks" (all).
       attention: an implementation of `models/attention.py`, or None for the best on the platform.
       layout: the mesh that cuts activations, or None for one device.
+      lora: adapters that the blocks carry, or None.
+      quantise: of the blocks' kernels: "none", "int8" or "nf4".
     """
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r} is not one of {', '.join(REMAT)}")
     if attention not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"attention={attention!r} is not one of {', '.join(IMPLEMENTATIONS)}, or None for the best")
     compute = Compute(jnp.dtype(compute_dtype), jnp.dtype(param_dtype), remat, attention, layout)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, compute=compute, rngs=nnx.Rngs(0))))
+    decoder = nnx.eval_shape(lambda: Decoder(config, compute=compute, rngs=nnx.Rngs(0)))
+    if quantise != "none":
+        quantise_layers(decoder.blocks, quantise)
+    if lora is not None:
+        attach(decoder.blocks, lora, compute.dtype)
+    graphdef, state = nnx.split(decoder)
     return graphdef, nnx.to_pure_dict(state)
 
 

@@ -147,15 +147,22 @@ class MLP(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x W + b with W [in, out], cast to the dtype of compute where it is used."""
+    """x W + b with W [in, out], cast to the dtype of compute where it is used.
+
+    `make_decoder` may put a `quantise.QuantisedKernel` in the kernel's place, and a `lora.Adapter` beside it.
+    """
 
     def __init__(self, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype):
         self.kernel = nnx.Param(kernel)
         self.bias = None if bias is None else nnx.Param(bias)
+        self.adapter = nnx.data(None)
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(self.dtype)
+        plain = isinstance(self.kernel, nnx.Param)
+        y = x @ self.kernel[...].astype(self.dtype) if plain else self.kernel.product(x)
+        if self.adapter is not None:
+            y = self.adapter(x, y, self.kernel[...])
         return y if self.bias is None else y + _along_last(self.bias[...].astype(self.dtype), x.ndim)
 
 

@@ -23,13 +23,19 @@ from jaxalign.models.config import ModelConfig
 from jaxalign.models.decoder import make_decoder
 from jaxalign.models.families import TensorMap, ignored_tensors, tensor_maps
 from jaxalign.models.huggingface import folder
+from jaxalign.models.quantise import Quantised, quantise_kernel
 from jaxalign.types import PyTree, leaf_names
 
 INDEX = "model.safetensors.index.json"
 
 
 def load_params(
-    source: str, config: ModelConfig, *, param_dtype: Any = jnp.float32, shardings: PyTree | None = None
+    source: str,
+    config: ModelConfig,
+    *,
+    param_dtype: Any = jnp.float32,
+    shardings: PyTree | None = None,
+    quantise: str = "none",
 ) -> PyTree:
     """The parameters of a Hugging Face folder or hub name.
 
@@ -38,20 +44,22 @@ def load_params(
       config: what `read_config` says of it.
       param_dtype: tensors are cast to it, one by one.
       shardings: a tree like params; by default everything is on the first device.
+      quantise: "int8" or "nf4" kernels of the blocks, quantised layer by layer: no more than one is held as floats.
 
     Raises:
       FileNotFoundError: no safetensors, or a listed file is absent.
       ValueError: a tensor is missing, too many or of the wrong shape, or a file is truncated; the message names it.
     """
     path = folder(source)
-    _, abstract = make_decoder(config, param_dtype=param_dtype)
+    _, plain = make_decoder(config, param_dtype=param_dtype)
+    _, abstract = make_decoder(config, param_dtype=param_dtype, quantise=quantise)
     if shardings is None:
         one = SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: one, abstract)
     with contextlib.ExitStack() as stack:
         files = _open(path, stack)
-        plan = _plan(path, files, config, abstract)
-        filled = _fill(plan, dict(_leaves(abstract)), dict(_leaves(shardings)))
+        plan = _plan(path, files, config, plain)
+        filled = _fill(plan, dict(_leaves(abstract)), dict(_leaves(shardings)), quantise)
     return jax.tree.map(lambda name: filled[name], leaf_names(abstract))
 
 
@@ -146,22 +154,25 @@ def _check_shape(
         raise ValueError(f"{path}: tensor {name} has shape {list(found)}, config.json implies {list(expected)}")
 
 
-def _fill(plan: list[tuple], abstract: dict[str, Any], shardings: dict[str, Any]) -> dict[str, jax.Array]:
+def _fill(
+    plan: list[tuple], abstract: dict[str, Any], shardings: dict[str, Any], quantise: str
+) -> dict[str, jax.Array]:
     """Reads a tensor while the one before travels, and waits for that one, lest a slow device let them pile up."""
     filled: dict[str, jax.Array] = {}
     travelling: list[jax.Array] = []
 
     def send(tensor: TensorMap, layer: int | None, parts: tuple[np.ndarray, ...]) -> list[jax.Array]:
+        sent = {}
         for leaf, part in zip(tensor.leaves, parts, strict=True):
-            like, sharding = abstract[leaf], shardings[leaf]
             if layer is None:
-                filled[leaf] = _put(part, like.dtype, sharding)
+                filled[leaf] = sent[leaf] = _put(part, abstract[leaf].dtype, shardings[leaf])
                 continue
-            if leaf not in filled:
-                filled[leaf] = _zeros(like.shape, like.dtype, sharding)
-            one = _put(part, like.dtype, _without_layer_axis(sharding))
-            filled[leaf] = _write_layer(sharding)(filled[leaf], one, layer)
-        return [filled[leaf] for leaf in tensor.leaves]
+            for name, one in _layer_parts(leaf, part, abstract, shardings, quantise).items():
+                like, sharding = abstract[name], shardings[name]
+                if name not in filled:
+                    filled[name] = _zeros(like.shape, like.dtype, sharding)
+                filled[name] = sent[name] = _write_layer(sharding)(filled[name], one, layer)
+        return list(sent.values())
 
     for handle, name, tensor, layer in plan:
         parts = tensor.to_ours(handle.get_tensor(name))
@@ -169,6 +180,22 @@ def _fill(plan: list[tuple], abstract: dict[str, Any], shardings: dict[str, Any]
         travelling = send(tensor, layer, parts)
         del parts
     return filled
+
+
+def _layer_parts(
+    leaf: str, part: np.ndarray, abstract: dict[str, Any], shardings: dict[str, Any], quantise: str
+) -> dict[str, jax.Array]:
+    """One layer on the devices: the leaf as it is, or its codes and scales."""
+    if leaf in abstract:
+        return {leaf: _put(part, abstract[leaf].dtype, _without_layer_axis(shardings[leaf]))}
+    places = Quantised(*(_without_layer_axis(shardings[f"{leaf}/{name}"]) for name in Quantised._fields))
+    found = _quantiser(quantise, places)(_put(part, np.float32, places.codes))  # codes lie as the kernel does
+    return {f"{leaf}/{name}": x for name, x in found._asdict().items()}
+
+
+@functools.lru_cache
+def _quantiser(kind: str, places: Quantised) -> Any:
+    return jax.jit(lambda kernel: quantise_kernel(kernel, kind), out_shardings=places)
 
 
 def _put(x: np.ndarray, dtype: Any, sharding: Any) -> jax.Array:

@@ -49,9 +49,9 @@ def save_pretrained(
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; name a new folder")
-    if directory.is_dir() and any(directory.iterdir()):
-        raise ValueError(f"{directory} is not empty; name a new folder")
     writes = jax.process_index() == 0
+    if writes and directory.is_dir() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty; name a new folder")
     partial = directory.with_name(directory.name + ".partial")
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
@@ -134,9 +134,9 @@ def _layer_of(leaf: jax.Array, layer: int | None) -> jax.Array:
     return leaf if layer is None else leaf[layer]
 
 
-def gather(x: jax.Array) -> np.ndarray:
+def gather(x: jax.Array | np.ndarray) -> np.ndarray:
     """The whole array on this host, wherever its shards are."""
-    if x.is_fully_addressable:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return np.asarray(x)
     from jax.experimental import multihost_utils
 

@@ -71,6 +71,24 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of low rank on a frozen base, in place of training all parameters."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains all parameters."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+    targets: str = "all-linear"
+    """Adapted layers: all-linear, or names and regular expressions, 'q_proj,v_proj' or 'attention/.*'."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    dora: bool = False
+    """Also train the magnitude of each output (DoRA)."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """Keep the base's kernels in 8 or 4 bits (QLoRA)."""
+
+
+@dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning; with --model config:PATH, pretraining from scratch."""
 
@@ -113,7 +131,7 @@ class SFTConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of compute; auto is bfloat16 on TPU and GPU and float32 on CPU."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the trained parameters."""
+    """Dtype of the parameters; with LoRA of the frozen base, beside adapters in float32."""
     remat: Literal["none", "dots", "blocks"] = "blocks"
     """What the backward pass computes again: nothing, all but matrix products, whole blocks."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
@@ -130,6 +148,7 @@ class SFTConfig:
     """Write a profiler trace of a few steps into the run folder."""
     distributed: bool = False
     """Join the other hosts first: those of a TPU pod or Slurm job, or that JAX_COORDINATOR_ADDRESS leads to."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -148,6 +167,8 @@ class ExportConfig:
     """The checkpoint to export; by default the newest."""
     best: bool = False
     """Export the kept checkpoint with the lowest held-out loss."""
+    adapter: bool = False
+    """Export the adapters of a LoRA run alone, in PEFT's format; by default they are merged into the base."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +179,8 @@ class GenerateConfig:
     """A Hugging Face folder (a run's final/ is one) or hub name."""
     prompts: str
     """A file of prompts (.jsonl with `prompt` or `messages`, .txt one a line), or the prompt itself."""
+    adapter: Path | None = None
+    """A folder of LoRA adapters in PEFT's format, of --model: a run's adapter/ is one."""
     output: Path | None = None
     """A .jsonl file of prompt and response; by default they are printed."""
     max_new_tokens: int = 128
@@ -197,6 +220,7 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "eval_every": (0, math.inf, True),
     "samples": (0, math.inf, True),
     "seed": (0, 2**32, True),
+    "rank": (0, math.inf, True),
     "learning_rate": (0, math.inf, True),
     "warmup_steps": (0, math.inf, True),
     "weight_decay": (0, math.inf, True),
@@ -210,7 +234,7 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "temperature": (0, math.inf, True),
     "top_k": (0, math.inf, True),
 }
-POSITIVE = {"epochs": math.inf, "top_p": 1.0}  # above 0, and at most so much
+POSITIVE = {"epochs": math.inf, "alpha": math.inf, "top_p": 1.0}  # above 0, and at most so much
 
 
 def check(config: Any, *, prefix: str = "--") -> None:

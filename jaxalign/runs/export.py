@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxalign.models import huggingface
 from jaxalign.models.decoder import make_decoder
-from jaxalign.runs import devices, finish
+from jaxalign.runs import adapters, devices, finish
 from jaxalign.runs.config import ExportConfig, SFTConfig, check, from_json
 from jaxalign.runs.folder import check_writable, read_run
 from jaxalign.runs.vocabulary import load_vocabulary
@@ -47,13 +47,21 @@ def run(config: ExportConfig) -> int:
             f"or name one with --step ({', '.join(map(str, checkpoints.steps()))})"
         )
     model = huggingface.read_config(held.model)
-    _, abstract = make_decoder(model, param_dtype=held.param_dtype)
-    found = checkpoints.restore_part("params", _on_host(abstract), step=step)
+    lora = adapters.lora_of(held.lora, model)
+    if config.adapter and lora is None:
+        raise ValueError(f"{config.run} trained all parameters, so it has no adapter; export it without --adapter")
+    _, abstract = make_decoder(model, param_dtype=held.param_dtype, lora=lora, quantise=held.lora.quantise)
+    trained, frozen = (_on_host(part) for part in adapters.divide(abstract, lora))
+    found = checkpoints.restore_part("params", trained, step=step)
     if found is None:
         raise ValueError(f"{config.run} {NOTHING_YET}")
     params, step = found
     checkpoints.close()
-    finish.export(output, held, model, load_vocabulary(held, model), params, step)
+    if config.adapter:
+        adapters.save(output, held, model, lora, params, step)
+    else:
+        params = adapters.whole(held, model, lora, params, frozen)
+        finish.export(output, held, model, load_vocabulary(held, model), params, step)
     log.info("step %d of %s is in %s", step, config.run, config.output)
     return 0
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import jaxalign
 from jaxalign.models import huggingface
 from jaxalign.models.config import ModelConfig
@@ -14,13 +16,13 @@ from jaxalign.runs.vocabulary import Vocabulary
 from jaxalign.training.metrics import read_rows
 from jaxalign.training.state import TrainState
 
-MARK = "trained_steps"
+MARK, MARK_FILE = "trained_steps", "jaxalign.json"
 
 
 def is_finished(output: Path, steps: int) -> bool:
     """Whether `final/` holds the model after that many steps."""
     try:
-        return json.loads((Path(output) / "final" / "jaxalign.json").read_text())[MARK] == steps
+        return json.loads((Path(output) / "final" / MARK_FILE).read_text())[MARK] == steps
     except (OSError, ValueError, KeyError):
         return False
 
@@ -28,14 +30,20 @@ def is_finished(output: Path, steps: int) -> bool:
 def export_final(config: Any, model: ModelConfig, vocabulary: Vocabulary, state: TrainState) -> None:
     """Writes `final/`; an older one, of fewer steps, is put aside as `final-<steps>`."""
     final = Path(config.output) / "final"
-    if final.exists():
-        final.rename(final.with_name(f"final-{_trained_steps(final)}"))
+    put_aside(final)
     export(final, config, model, vocabulary, state.params, int(state.step))
 
 
-def _trained_steps(final: Path) -> Any:
+def put_aside(folder: Path) -> None:
+    """Renames a folder of fewer steps, if there is one, to `<name>-<steps>`; of several hosts, the first does it."""
+    if jax.process_index() == 0 and folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}-{trained_steps(folder)}"))
+
+
+def trained_steps(final: Path) -> Any:
+    """What an exported folder says of itself."""
     try:
-        return json.loads((final / "jaxalign.json").read_text())[MARK]
+        return json.loads((final / MARK_FILE).read_text())[MARK]
     except (OSError, ValueError, KeyError):
         return "unknown"
 
@@ -50,8 +58,13 @@ def export(directory: Path, config: Any, model: ModelConfig, vocabulary: Vocabul
         tokenizer=vocabulary.tokenizer,
         generation_config=_generation_config(config.tokenizer or config.model, vocabulary.terminators),
         model_card=_model_card(config, step),
-        extra={"jaxalign.json": {MARK: step, "jaxalign": jaxalign.__version__}},
+        extra={MARK_FILE: mark(step)},
     )
+
+
+def mark(step: int) -> dict[str, Any]:
+    """What MARK_FILE says of an exported folder."""
+    return {MARK: step, "jaxalign": jaxalign.__version__}
 
 
 def _generation_config(source: str, terminators: tuple[int, ...]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from jaxalign.models import huggingface
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.decoder import make_decoder
 from jaxalign.models.load import load_params
+from jaxalign.models.lora import join
+from jaxalign.models.peft import load_adapter
 from jaxalign.rollout.generate import Sampling, generate_ids
 from jaxalign.runs import devices
 from jaxalign.runs.config import GenerateConfig, check
@@ -38,6 +40,7 @@ def run(config: GenerateConfig) -> int:
     found = respond(
         config.model,
         prompts,
+        adapter=config.adapter,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
@@ -91,6 +94,7 @@ def respond(
     model: str,
     prompts: Sequence[Prompt],
     *,
+    adapter: Path | None = None,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -113,9 +117,12 @@ def respond(
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
     _check_lengths(ids, max_new_tokens, config, model)
     dtype = devices.compute_dtype(precision)
-    graphdef, _ = make_decoder(config, compute_dtype=dtype, param_dtype=dtype)
+    lora, adapted = (None, None) if adapter is None else load_adapter(adapter, config)
+    graphdef, _ = make_decoder(config, compute_dtype=dtype, param_dtype=dtype, lora=lora)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, huggingface.terminators(model, tokenizer))
     params = load_params(model, config, param_dtype=dtype)
+    if adapted is not None:
+        params = join(jax.device_put(adapted), params)
     found = generate_ids(graphdef, params, ids, jax.random.key(seed), sampling=sampling, batch_size=batch_size)
     return [(tokenizer.decode(response, skip_special_tokens=True), ended) for response, ended in found]
 

@@ -26,7 +26,8 @@ from jaxalign.models.config import ModelConfig, train_flops_per_token
 from jaxalign.models.decoder import init_params, make_decoder
 from jaxalign.models.layout import Layout
 from jaxalign.models.load import check_files, load_params
-from jaxalign.runs import devices, finish, hosts, samples
+from jaxalign.models.lora import Lora, join
+from jaxalign.runs import adapters, devices, finish, hosts, samples
 from jaxalign.runs.config import SFTConfig, check, to_json
 from jaxalign.runs.folder import open_run
 from jaxalign.runs.vocabulary import Vocabulary, load_vocabulary
@@ -53,6 +54,7 @@ class _Parts:
     batches: batching.TrainBatches
     held_out: list[Any]
     loss: Callable
+    lora: Lora | None
 
     @property
     def announced(self) -> int:
@@ -97,6 +99,7 @@ def _gather(config: SFTConfig, *, starts: bool) -> _Parts:
         )
     if config.max_length > model.max_length:
         log.warning("--max-length %d is more than the %d the model was made for", config.max_length, model.max_length)
+    lora = adapters.lora_of(config.lora, model)
     vocabulary = load_vocabulary(config, model)
     if starts and not huggingface.is_random(config.model):
         check_files(config.model, model)
@@ -106,7 +109,7 @@ def _gather(config: SFTConfig, *, starts: bool) -> _Parts:
     _rate(config, batches.steps)
     if config.checkpoint.keep_best and not held_out:
         raise ValueError(f"--checkpoint.keep-best {config.checkpoint.keep_best} needs held-out data; give --eval-data")
-    return _Parts(config, mesh, model, vocabulary, data, batches, held_out, loss)
+    return _Parts(config, mesh, model, vocabulary, data, batches, held_out, loss, lora)
 
 
 def _data_options(config: SFTConfig, terminators: tuple[int, ...]) -> supervised.Options:
@@ -139,11 +142,13 @@ class Program(NamedTuple):
     adamw: Any
     rate: Callable
     like: TrainState  # ShapeDtypeStructs with shardings
+    frozen: Any  # the same of what is never trained; None when everything is
     step: Any  # the jitted train step
 
 
 def make_program(config: SFTConfig, model: ModelConfig, mesh: Mesh, *, loss: Callable, steps: int) -> Program:
     """The train step of a config on a mesh; the mesh may be of devices that are not there."""
+    lora = adapters.lora_of(config.lora, model)
     graphdef, abstract = make_decoder(
         model,
         compute_dtype=devices.compute_dtype(config.precision),
@@ -151,16 +156,20 @@ def make_program(config: SFTConfig, model: ModelConfig, mesh: Mesh, *, loss: Cal
         remat=config.remat,
         attention=None if config.attention == "auto" else config.attention,
         layout=Layout(mesh) if mesh.size > 1 else None,
+        lora=lora,
+        quantise=config.lora.quantise,
     )
+    trained, frozen = adapters.divide(abstract, lora)
     rate = _rate(config, steps)
     adamw = _optimizer(config, rate)
     algorithm = sft(graphdef, loss=loss)
+    if lora is not None:
+        algorithm = algorithm._replace(assemble=join)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    like = jax.eval_shape(lambda p, k: TrainState.create(p, adamw, k), abstract, key)
-    placed = sharding.shardings(like, mesh)
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed)
+    like = jax.eval_shape(lambda p, k: TrainState.create(p, adamw, k), trained, key)
+    like, frozen = sharding.placed(like, mesh), sharding.placed(frozen, mesh)
     train_step = make_train_step(algorithm, adamw, microbatches=config.microbatches)
-    return Program(graphdef, algorithm, adamw, rate, like, sharding.jit_step(train_step, like, None, mesh))
+    return Program(graphdef, algorithm, adamw, rate, like, frozen, sharding.jit_step(train_step, like, frozen, mesh))
 
 
 def _train(parts: _Parts) -> tuple[TrainState, int | None]:
@@ -169,7 +178,8 @@ def _train(parts: _Parts) -> tuple[TrainState, int | None]:
     checkpoints = Checkpoints(
         Path(config.output) / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
     )
-    state, progress, iterator = _start_or_resume(parts, checkpoints, program)
+    frozen = adapters.load_base(config, parts.model, program.frozen) if parts.lora else None
+    state, progress, iterator = _start_or_resume(parts, checkpoints, program, frozen)
     recorder = _recorder(parts, progress.step)
     rates = np.asarray(jax.vmap(program.rate)(jnp.arange(steps)), np.float64)
     fingerprint = parts.data.train.examples.fingerprint()
@@ -182,9 +192,11 @@ def _train(parts: _Parts) -> tuple[TrainState, int | None]:
         state, stopped_by = loop.fit(
             CompiledStep(program.step, announced=parts.announced),
             state,
-            None,
+            frozen,
             iterator,
-            loop.Hooks(recorder, save, _evaluation(parts, program, progress.step), lambda update: rates[update]),
+            loop.Hooks(
+                recorder, save, _evaluation(parts, program, progress.step, frozen), lambda update: rates[update]
+            ),
             mesh=parts.mesh,
             steps=steps,
             progress=progress,
@@ -196,7 +208,7 @@ def _train(parts: _Parts) -> tuple[TrainState, int | None]:
         recorder.close()
         checkpoints.close()
     if stopped_by is None:
-        finish.export_final(config, parts.model, parts.vocabulary, state)
+        adapters.export_final(config, parts.model, parts.vocabulary, parts.lora, state, frozen)
     return state, stopped_by
 
 
@@ -221,7 +233,7 @@ def _optimizer(config: SFTConfig, rate: Any) -> Any:
 
 
 def _start_or_resume(
-    parts: _Parts, checkpoints: Checkpoints, program: Program
+    parts: _Parts, checkpoints: Checkpoints, program: Program, frozen: Any
 ) -> tuple[TrainState, loop.Progress, Any]:
     iterator = batching.iterate(parts.batches)
     done = max(checkpoints.steps(), default=0)
@@ -232,7 +244,7 @@ def _start_or_resume(
         )
     restored = checkpoints.restore(program.like)
     if restored is None:
-        return _new_state(parts, program), loop.Progress(), iterator
+        return _new_state(parts, program, frozen), loop.Progress(), iterator
     state, extras = restored
     if extras["data"] != parts.data.train.examples.fingerprint():
         raise ValueError(
@@ -245,11 +257,13 @@ def _start_or_resume(
     return state, progress, iterator
 
 
-def _new_state(parts: _Parts, program: Program) -> TrainState:
+def _new_state(parts: _Parts, program: Program, frozen: Any) -> TrainState:
     config, dtype = parts.config, parts.config.param_dtype
     placed = jax.tree.map(lambda x: x.sharding, program.like)
     params_key, state_key = jax.random.split(jax.random.key(config.seed))
-    if huggingface.is_random(config.model):
+    if parts.lora is not None:
+        params = adapters.new_adapter(program.like.params, jax.random.fold_in(params_key, 1), frozen)
+    elif huggingface.is_random(config.model):
         params = init_params(parts.model, params_key, param_dtype=dtype, shardings=placed.params)
     else:
         params = load_params(config.model, parts.model, param_dtype=dtype, shardings=placed.params)
@@ -265,7 +279,8 @@ def _recorder(parts: _Parts, resumed_at: int) -> Callable:
         Path(parts.config.output),
         total_steps=parts.batches.steps,
         resumed_at=resumed_at if resumed_at else -1,
-        flops_per_token=train_flops_per_token(parts.model, parts.config.max_length),
+        flops_per_token=train_flops_per_token(parts.model, parts.config.max_length)
+        * adapters.gradient_share(parts.lora),
         peak_flops=None if peak is None else peak * parts.mesh.size,
         tensorboard=parts.config.log.tensorboard,
         wandb=parts.config.log.wandb,
@@ -273,15 +288,15 @@ def _recorder(parts: _Parts, resumed_at: int) -> Callable:
     )
 
 
-def _evaluation(parts: _Parts, program: Program, resumed_at: int) -> Callable | None:
+def _evaluation(parts: _Parts, program: Program, resumed_at: int, frozen: Any) -> Callable | None:
     """Held-out loss and, beside it, a few answers; None without held-out data."""
     if not parts.held_out:
         return None
     sampler = samples.Sampler(parts.config, program.graphdef, parts.model, parts.vocabulary, resumed_at)
-    held_out_metrics = make_evaluate(program.algorithm, parts.held_out, parts.mesh)
+    held_out_metrics = make_evaluate(program.algorithm, parts.held_out, parts.mesh, frozen)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
-        sampler.write(params, step, parts.data.prompts)
+        sampler.write(program.algorithm.assemble(params, frozen), step, parts.data.prompts)
         return held_out_metrics(params)
 
     return evaluate

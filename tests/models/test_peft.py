@@ -1,0 +1,256 @@
+"""Adapters that leave JAX: PEFT reads what we write and gives the same logits, and we read what PEFT writes."""
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from jaxalign.models.decoder import make_decoder
+from jaxalign.models.families import model_config
+from jaxalign.models.huggingface import read_config
+from jaxalign.models.load import load_params
+from jaxalign.models.lora import Lora, join, linear_layers, resolve_targets, split
+from jaxalign.models.peft import load_adapter, save_adapter
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import TINY, save_random
+
+# PEFT asks transformers for an attribute that it has renamed.
+RENAMED = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+GOLDEN = Path(__file__).parent / "golden_peft"
+TOKENS = np.random.default_rng(0).integers(3, 29, (2, 12))
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt-neox": "GPTNeoXForCausalLM",
+}
+HF = {name: {"architectures": [kind], **TINY[name]} for name, kind in ARCHITECTURES.items()}
+VARIANTS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}}
+
+
+def trained(config, lora):
+    """An adapter as it may be after training: A and B random, magnitudes about 1."""
+    _, abstract = split(make_decoder(config, lora=lora)[1])
+    draw = np.random.default_rng(0).standard_normal
+    around = lambda x: 0.1 * draw(x.shape) + (x.ndim == 2)  # noqa: E731
+    return jax.tree.map(lambda x: jnp.asarray(around(x), x.dtype), abstract)
+
+
+def logits_of(config, params, lora):
+    graphdef, _ = make_decoder(config, lora=lora)
+
+    @jax.jit
+    def forward(params):
+        model = nnx.merge(graphdef, params)
+        return model(TOKENS) @ model.unembed().weight.T
+
+    return np.asarray(forward(params))
+
+
+def bits(tree):
+    return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree.leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", HF)
+def test_an_adapter_comes_back_bit_for_bit(name, variant, tmp_path):
+    config = model_config(HF[name])
+    lora = Lora(4, 6.0, resolve_targets("all-linear", config), **VARIANTS[variant])
+    adapter = trained(config, lora)
+    save_adapter(tmp_path / "a", adapter, lora, config)
+    found, again = load_adapter(tmp_path / "a", config)
+    assert found == lora and bits(again) == bits(adapter)
+    save_adapter(tmp_path / "b", again, found, config)
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "b" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("targets", ["query,value,down", "key"])
+@pytest.mark.parametrize("name", ["phi3", "gpt2"])
+def test_a_part_of_a_fused_kernel_comes_back_as_that_part(name, targets, tmp_path):
+    config = model_config(HF[name])
+    lora = Lora(3, 6.0, resolve_targets(targets, config))
+    adapter = trained(config, lora)
+    save_adapter(tmp_path / "a", adapter, lora, config)
+    found, again = load_adapter(tmp_path / "a", config)
+    assert found == lora and bits(again) == bits(adapter)
+
+
+def test_names_shapes_and_settings_are_those_of_peft(tmp_path):
+    config = model_config(HF["llama"])
+    lora = Lora(4, 6.0, ("attention/query", "mlp/down"), rslora=True, dora=True)
+    save_adapter(tmp_path / "a", trained(config, lora), lora, config, base_model="some/base")
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    layer = "base_model.model.model.layers.2"
+    assert len(tensors) == 2 * 3 * 3
+    assert tensors[f"{layer}.self_attn.q_proj.lora_A.weight"].shape == (4, 32)
+    assert tensors[f"{layer}.mlp.down_proj.lora_A.weight"].shape == (4, 48)
+    assert tensors[f"{layer}.mlp.down_proj.lora_B.weight"].shape == (32, 4)
+    assert tensors[f"{layer}.mlp.down_proj.lora_magnitude_vector"].shape == (32,)
+    held = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert held["target_modules"] == ["down_proj", "q_proj"] and held["base_model_name_or_path"] == "some/base"
+    assert (held["r"], held["lora_alpha"], held["use_rslora"], held["use_dora"]) == (4, 6, True, True)
+    with pytest.raises(ValueError, match="is not empty"):
+        save_adapter(tmp_path / "a", {}, lora, config)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """name -> (folder of a checkpoint that transformers made, its config, its params)."""
+    pytest.importorskip("peft")
+
+    @functools.cache
+    def make(name):
+        folder = tmp_path_factory.mktemp(name) / "base"
+        save_random(name, folder)
+        config = read_config(str(folder))
+        return folder, config, load_params(str(folder), config)
+
+    return make
+
+
+def theirs(base_folder, adapter_folder):
+    """PEFT's logits."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base_folder, attn_implementation="eager")
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, adapter_folder).eval()(torch.tensor(TOKENS)).logits.numpy()
+
+
+@RENAMED
+@pytest.mark.parametrize(
+    "name, variant",
+    [
+        (name, variant)
+        for name in HF
+        for variant in VARIANTS
+        if name == "llama" or variant == "dora" or (name, variant) == ("phi3", "rslora")
+    ],
+)
+def test_peft_computes_the_same_logits_of_our_adapters(name, variant, bases, tmp_path):
+    folder, config, params = bases(name)
+    lora = Lora(4, 6.0, resolve_targets("all-linear", config), **VARIANTS[variant])
+    adapter = trained(config, lora)
+    save_adapter(tmp_path / "a", adapter, lora, config)
+    ours = logits_of(config, join(adapter, params), lora)
+    np.testing.assert_allclose(theirs(folder, tmp_path / "a"), ours, atol=1e-4)
+    assert np.abs(ours - logits_of(config, params, None)).max() > 0.1
+
+
+@RENAMED
+@pytest.mark.parametrize("name", HF)
+def test_we_compute_the_same_logits_of_adapters_that_peft_made(name, bases, tmp_path):
+    folder, config, params = bases(name)
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    modules = sorted({name.rpartition(".")[2] for name in linear_layers(config).values()})
+    torch.manual_seed(0)
+    settings = LoraConfig(r=3, lora_alpha=7, target_modules=modules, lora_dropout=0.1, use_dora=True, use_rslora=True)
+    settings.fan_in_fan_out = config.architecture == "GPT2LMHeadModel"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"), settings)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if "lora_" in name:
+                x.add_(0.1 * torch.randn_like(x))
+    model.save_pretrained(tmp_path / "a")
+    lora, adapter = load_adapter(tmp_path / "a", config)
+    assert lora == Lora(3, 7.0, tuple(linear_layers(config)), rslora=True, dora=True)
+    ours = logits_of(config, join(jax.tree.map(jnp.asarray, adapter), params), lora)
+    np.testing.assert_allclose(ours, theirs(folder, tmp_path / "a"), atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_pefts_golden_ones_without_torch(variant, tmp_path):
+    golden = np.load(GOLDEN / f"{variant}.npz")
+    base = {k.removeprefix("base:"): golden[k] for k in golden.files if k.startswith("base:")}
+    save_file(base, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(str(golden["config"]))
+    (tmp_path / "adapter").mkdir()
+    save_file(
+        {k.removeprefix("adapter:"): golden[k] for k in golden.files if k.startswith("adapter:")},
+        tmp_path / "adapter" / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter" / "adapter_config.json").write_text(str(golden["adapter_config"]))
+    config = read_config(str(tmp_path))
+    lora, adapter = load_adapter(tmp_path / "adapter", config)
+    assert (lora.rslora, lora.dora) == (variant == "rslora", variant == "dora")
+    params = join(jax.tree.map(jnp.asarray, adapter), load_params(str(tmp_path), config))
+    np.testing.assert_allclose(logits_of(config, params, lora), golden["logits"], atol=1e-4)
+
+
+def spoiled(path, settings=None, tensors=None):
+    config = model_config(HF["phi3"])
+    lora = Lora(2, 4.0, resolve_targets("all-linear", config))
+    save_adapter(path, trained(config, lora), lora, config)
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | (settings or {})))
+    held = load_file(path / "adapter_model.safetensors")
+    if tensors:
+        tensors(held)
+    save_file(held, path / "adapter_model.safetensors")
+    return load_adapter(path, config)
+
+
+def without(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def ones(name, *shape):
+    return lambda tensors: tensors.update({name: np.ones(shape, np.float32)})
+
+
+DOWN = "base_model.model.model.layers.1.mlp.down_proj"
+QKV = "base_model.model.model.layers.1.self_attn.qkv_proj"
+
+
+@pytest.mark.parametrize(
+    "settings, tensors, message",
+    [
+        ({"peft_type": "LOHA"}, None, "peft_type 'LOHA' is not supported; only LORA is"),
+        ({"modules_to_save": ["lm_head"]}, None, r"modules_to_save=\['lm_head'\] is not supported"),
+        ({"alpha_pattern": {"down_proj": 9}}, None, "down_proj is scaled by 4.5 and others by 2"),
+        ({}, without(f"{DOWN}.lora_A.weight"), f"{DOWN} has lora_B without lora_A"),
+        ({}, without(f"{DOWN}.lora_A.weight", f"{DOWN}.lora_B.weight"), "mlp/down has an adapter in 2 of 3 layers"),
+        ({}, ones(f"{DOWN}.lora_B.weight", 9, 2), r"lora_B \[9, 2\], not \[32, 2\]"),
+        ({}, ones(f"{DOWN}.lora_A.weight", 2, 9), r"lora_A \[2, 9\], not \[2, 48\]"),
+        ({}, ones(f"{QKV}.lora_B.weight", 64, 6), "has rank 6 over fused kernels"),
+        ({}, ones("embed.lora_embedding_A", 3), "has no place for embed.lora_embedding_A"),
+    ],
+)
+def test_what_an_adapter_cannot_be_here_is_named(settings, tensors, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        spoiled(tmp_path / "a", settings, tensors)
+
+
+def test_ranks_that_differ_are_refused(tmp_path):
+    def widen(t):
+        for i in range(3):
+            for x, axis in (("A", 0), ("B", 1)):
+                name = f"base_model.model.model.layers.{i}.mlp.down_proj.lora_{x}.weight"
+                t[name] = np.ascontiguousarray(np.concatenate([t[name]] * 2, axis=axis))
+
+    with pytest.raises(ValueError, match=r"ranks differ .*'mlp/down': 4"):
+        spoiled(tmp_path / "a", tensors=widen)
+
+
+def test_magnitudes_of_half_a_fused_kernel_are_refused_and_a_folder_without_files_is_named(tmp_path):
+    config = model_config(HF["phi3"])
+    lora = Lora(2, 4.0, ("attention/query",), dora=True)
+    with pytest.raises(ValueError, match=r"target attention/key, attention/value as well"):
+        save_adapter(tmp_path / "a", {}, lora, config)
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json"):
+        load_adapter(tmp_path, config)
