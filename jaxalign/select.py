@@ -1,7 +1,8 @@
 """From the text "ipo(beta=0.05)" or "my_lab.losses:slic(delta=1.0)" to a function, without eval.
 
 A bare name is looked up in the table that the caller passes; "module:function" is imported. Keyword values are
-Python literals, read by `ast.literal_eval`. Everything that can be wrong is found here, before device work.
+Python literals, read by `ast.literal_eval`. Several with weights are a sum: "dpo(beta=0.1) + 0.2*sft". Everything
+that can be wrong is found here, before device work.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import difflib
 import functools
 import importlib
 import inspect
+import io
+import tokenize
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,9 +36,53 @@ def select(text: str, table: Mapping[str, Callable]) -> Callable:
     for name in keywords:
         if name not in names and not takes_any:
             raise ValueError(
-                f"{text!r}: {target} has no keyword {name!r}{_nearest(name, names)}; it takes {_list(names)}"
+                f"{text!r}: {target} has no keyword {name!r}{nearest(name, names)}; it takes {listed(names)}"
             )
     return functools.partial(function, **keywords) if keywords else function
+
+
+def select_sum(text: str, table: Mapping[str, Callable]) -> tuple[tuple[float, Callable], ...]:
+    """The (weight, function) terms of `text`, a sum such as "dpo(beta=0.1) + 0.2*sft"; a term without weight counts 1.
+
+    Args:
+      text: terms joined by +, each what `select` takes, with a number and * before it or not.
+      table: the functions known by a bare name.
+
+    Raises:
+      ValueError: a term has no function or a weight that is no number, or `select` refuses it.
+    """
+    return tuple(_weighted(term, text, table) for term in _terms(text))
+
+
+def _terms(text: str) -> list[str]:
+    """The text cut at each + outside brackets. Python's tokenizer knows strings, and that 1e+3 is one number."""
+    cuts, depth = [0], 0
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type != tokenize.OP:
+                continue
+            depth += (token.string in "([{") - (token.string in ")]}")
+            if token.string == "+" and depth == 0:
+                cuts += [token.start[1], token.end[1]]
+    except (tokenize.TokenError, SyntaxError):
+        pass  # an open bracket or string: `select` says what is wrong with the rest
+    cuts.append(len(text))
+    return [text[start:end].strip() for start, end in zip(cuts[::2], cuts[1::2], strict=True)]
+
+
+def _weighted(term: str, text: str, table: Mapping[str, Callable]) -> tuple[float, Callable]:
+    weight, star, rest = term.partition("*")
+    if not star or "(" in weight:
+        weight, rest = "1", term
+    try:
+        number = float(weight)
+    except ValueError:
+        raise ValueError(
+            f"{text!r}: {weight.strip()!r} is not a number; a weight stands before its function, as in 0.2*sft"
+        ) from None
+    if not rest.strip():
+        raise ValueError(f"{text!r} has a term without a function; a sum is written as in dpo(beta=0.1) + 0.2*sft")
+    return number, select(rest.strip(), table)
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -54,7 +101,7 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
 def _look_up(name: str, table: Mapping[str, Callable]) -> Callable:
     if name not in table:
         raise ValueError(
-            f"unknown name {name!r}{_nearest(name, list(table))}; known are {_list(sorted(table))}, "
+            f"unknown name {name!r}{nearest(name, list(table))}; known are {listed(sorted(table))}, "
             "or name your own as package.module:function"
         )
     return table[name]
@@ -76,15 +123,17 @@ def _import(target: str, text: str) -> Callable:
     if not callable(function):
         public = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
         raise ValueError(
-            f"{text!r}: {module_name} has no function {name!r}{_nearest(name, public)}; it has {_list(public)}"
+            f"{text!r}: {module_name} has no function {name!r}{nearest(name, public)}; it has {listed(public)}"
         )
     return function
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """A question after the closest known name, where one is close."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _list(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The names as an enumeration within an error."""
     return ", ".join(names) if names else "nothing"

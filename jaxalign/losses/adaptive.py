@@ -1,0 +1,153 @@
+"""DPO whose strength follows the data: a β for each batch, or a weight for each pair."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from jaxalign.losses.ranking import bradley_terry
+
+PerPair = Float[Array, "B"]
+
+
+def beta_dpo(
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    ref_chosen_logps: PerPair,
+    ref_rejected_logps: PerPair,
+    mean_margin: Float[Array, ""],
+    running_margin: Float[Array, ""] | float = 0.0,
+    *,
+    beta: float = 0.1,
+    alpha: float = 0.6,
+    min_beta: float = 1e-3,
+    label_smoothing: float = 0.0,
+) -> PerPair:
+    """DPO with a β for each batch: larger, so more careful, where the pairs are already far apart.
+
+    DPO with β_batch = [1 + α (M - M₀)] β,  M = β mean h of the batch,  M₀ = its moving average
+
+    Args:
+      policy_chosen_logps: log-probabilities as in `dpo`.
+      mean_margin: mean of h over the global batch, in nats (M = β mean_margin); no gradient flows through it.
+      running_margin: M₀/β, the moving average of mean_margin over earlier steps; the paper's momentum is 0.9.
+      beta: β₀, of a batch with M = M₀.
+      alpha: how strongly β follows; with 0 it is `dpo`.
+      min_beta: β_batch is not let below; the formula alone could turn negative.
+      label_smoothing: as in `dpo`.
+
+    Returns:
+      One loss per pair; log 2 wherever policy and reference agree.
+
+    Reference: Wu et al. 2024, https://arxiv.org/abs/2407.08639, section 4. Its second half, the filter that draws 80% of
+    a batch around M₀, chooses rows and is not part of a loss.
+    """
+    excess = beta * jax.lax.stop_gradient(mean_margin - running_margin)
+    batch_beta = jnp.maximum((1 + alpha * excess) * beta, min_beta)
+    chosen = batch_beta * (policy_chosen_logps - ref_chosen_logps)
+    rejected = batch_beta * (policy_rejected_logps - ref_rejected_logps)
+    return bradley_terry(chosen, rejected, label_smoothing=label_smoothing)
+
+
+def wpo(
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    ref_chosen_logps: PerPair,
+    ref_rejected_logps: PerPair,
+    chosen_lengths: Num[Array, "B"],
+    rejected_lengths: Num[Array, "B"],
+    policy_chosen_collision_logps: PerPair,
+    policy_rejected_collision_logps: PerPair,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    max_weight: float | None = None,
+) -> PerPair:
+    """DPO in which a pair weighs as much as the policy would have written it ("sampled alignment").
+
+    w(chosen) w(rejected) · DPO,  w as in `wpo_weights`, without gradient
+
+    Args:
+      policy_chosen_logps: log-probabilities as in `dpo`, summed.
+      chosen_lengths: response tokens of chosen.
+      rejected_lengths: response tokens of rejected.
+      policy_chosen_collision_logps: Σ_t log Σ_v π(v)² over chosen's tokens.
+      policy_rejected_collision_logps: the same of rejected.
+      beta: scale of the implicit reward.
+      label_smoothing: as in `dpo`.
+      max_weight: cap of w(chosen) w(rejected); TRL's is 1, the paper's formula has none.
+
+    Returns:
+      One loss per pair; log 2 where policy and reference agree and the policy is uniform over some tokens.
+
+    Reference: Zhou et al. 2024, https://arxiv.org/abs/2406.11827, section 3.
+    """
+    weights = wpo_weights(policy_chosen_logps, chosen_lengths, policy_chosen_collision_logps)
+    weights *= wpo_weights(policy_rejected_logps, rejected_lengths, policy_rejected_collision_logps)
+    weights = weights if max_weight is None else jnp.minimum(weights, max_weight)
+    chosen = beta * (policy_chosen_logps - ref_chosen_logps)
+    rejected = beta * (policy_rejected_logps - ref_rejected_logps)
+    return weights * bradley_terry(chosen, rejected, label_smoothing=label_smoothing)
+
+
+def wpo_unaligned(
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    ref_chosen_logps: PerPair,
+    ref_rejected_logps: PerPair,
+    chosen_lengths: Num[Array, "B"],
+    rejected_lengths: Num[Array, "B"],
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> PerPair:
+    """WPO's first form, weighted by the probability per token alone, which no other quantity of the model is needed for.
+
+    π(chosen)^(1/|chosen|) π(rejected)^(1/|rejected|) · DPO, the weight without gradient
+
+    Even what the policy samples itself weighs less than 1, and less the more entropy it has; `wpo` mends that.
+
+    Args:
+      policy_chosen_logps: log-probabilities as in `dpo`, summed.
+      chosen_lengths: response tokens of chosen.
+      rejected_lengths: response tokens of rejected.
+      beta: scale of the implicit reward.
+      label_smoothing: as in `dpo`.
+
+    Reference: Zhou et al. 2024, https://arxiv.org/abs/2406.11827, section 3.
+    """
+    nothing = jnp.zeros_like(policy_chosen_logps)
+    return wpo(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        chosen_lengths,
+        rejected_lengths,
+        nothing,
+        nothing,
+        beta=beta,
+        label_smoothing=label_smoothing,
+    )
+
+
+def wpo_weights(
+    policy_logps: PerPair, lengths: Num[Array, "B"], policy_collision_logps: PerPair | None = None
+) -> PerPair:
+    """How likely the policy is to write a response, per token and beside what it would rather write; no gradient.
+
+    exp(1/|y| Σ_t [log π(y_t) - log Σ_v π(v)²])
+
+    Args:
+      policy_logps: Σ_t log π(y_t).
+      lengths: |y|.
+      policy_collision_logps: Σ_t log Σ_v π(v)²; None leaves the term out.
+
+    Returns:
+      One weight per response, to multiply a loss with; 1 where the policy is uniform over some tokens, y_t among them.
+
+    Reference: Zhou et al. 2024, https://arxiv.org/abs/2406.11827, section 3 (sampled alignment).
+    """
+    relative = policy_logps if policy_collision_logps is None else policy_logps - policy_collision_logps
+    return jax.lax.stop_gradient(jnp.exp(relative / jnp.maximum(lengths, 1)))
