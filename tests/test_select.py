@@ -1,6 +1,6 @@
 import pytest
 
-from jaxalign.select import select
+from jaxalign.select import select, select_sum
 
 
 def ipo(x, *, beta=0.1):
@@ -37,3 +37,25 @@ def test_a_function_of_any_module_can_be_named():
 def test_a_mistake_is_named_with_the_way_out(text, message):
     with pytest.raises(ValueError, match=message):
         select(text, TABLE)
+
+
+def test_a_sum_is_its_weighted_terms():
+    terms = select_sum("ipo(beta=0.5) + 0.2*ipo + 1e+1 * math:sqrt", TABLE)
+    assert [weight for weight, _ in terms] == [1.0, 0.2, 10.0]
+    assert terms[0][1](4.0) == 2.0 and terms[1][1] is ipo and terms[2][1](9.0) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ipo + 0.2*sftt", "unknown name 'sftt'"),
+        ("ipo + ipo(bta=1)", "has no keyword 'bta'"),
+        ("ipo*0.2", "'ipo' is not a number; a weight stands before"),
+        ("ipo + 0.2*", "term without a function"),
+        ("ipo +", "term without a function"),
+        ("ipo(beta=(1", "form name"),
+    ],
+)
+def test_a_mistake_in_a_sum_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        select_sum(text, TABLE)

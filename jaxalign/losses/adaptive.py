@@ -40,8 +40,8 @@ def beta_dpo(
     Returns:
       One loss per pair; log 2 wherever policy and reference agree.
 
-    Reference: Wu et al. 2024, https://arxiv.org/abs/2407.08639, section 4. Its second half, the filter that draws 80% of
-    a batch around M₀, chooses rows and is not part of a loss.
+    Reference: Wu et al. 2024, https://arxiv.org/abs/2407.08639, section 4. Its second half, a filter that draws 80%
+    of a batch around M₀, chooses rows and is not part of a loss.
     """
     excess = beta * jax.lax.stop_gradient(mean_margin - running_margin)
     batch_beta = jnp.maximum((1 + alpha * excess) * beta, min_beta)
@@ -102,7 +102,7 @@ def wpo_unaligned(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> PerPair:
-    """WPO's first form, weighted by the probability per token alone, which no other quantity of the model is needed for.
+    """WPO's first form, weighted by the probability per token alone, which the log-probabilities suffice for.
 
     π(chosen)^(1/|chosen|) π(rejected)^(1/|rejected|) · DPO, the weight without gradient
 

@@ -1,7 +1,7 @@
 """Losses on pairs that look at each response's own reward, so they say where both go and not only how far apart.
 
-The reward is r = β log π/π_ref, of the chosen response r_w and of the rejected r_l. DPO is content when both fall, if the
-rejected one falls faster; these are not.
+The reward is r = β log π/π_ref, of the chosen response r_w and of the rejected r_l. DPO is content when both fall, if
+the rejected one falls faster; these are not.
 """
 
 from __future__ import annotations

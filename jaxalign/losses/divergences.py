@@ -95,7 +95,7 @@ def dpo_js(
     Returns:
       One loss per pair; log 2 wherever policy and reference agree.
 
-    Reference: Wang et al. 2023, f-DPO, https://arxiv.org/abs/2309.16240, its loss with f' of the Jensen-Shannon divergence.
+    Reference: Wang et al. 2023, f-DPO, https://arxiv.org/abs/2309.16240, its loss with f' of that divergence.
     """
     chosen = js(policy_chosen_logps - ref_chosen_logps)
     rejected = js(policy_rejected_logps - ref_rejected_logps)

@@ -34,7 +34,7 @@ PAIR_INPUTS = {
     "policy_chosen_collision_logps": "Σ_t log Σ_v π(v)², the log-chance that two samples agree, over chosen's tokens",
     "policy_rejected_collision_logps": "the same of the rejected response",
     "mean_chosen_length": "scalar: mean of chosen_lengths over the global batch",
-    "mean_log_ratio": "scalar: mean of log π/π_ref over the chosen and rejected responses of the global batch, or of many",
+    "mean_log_ratio": "scalar: mean of log π/π_ref over chosen and rejected responses of the global batch, or of many",
     "mean_margin": "scalar: mean over the global batch of log π/π_ref(chosen) - log π/π_ref(rejected)",
     "running_margin": "scalar: moving average of mean_margin over earlier steps",
 }

@@ -1,7 +1,7 @@
 """Losses on pairs of responses: how far the policy prefers the chosen one beyond what the reference does.
 
-Here the losses of the margin alone, h = log π/π_ref(chosen) - log π/π_ref(rejected); at the foot the table of all losses on
-pairs, with those on each response's own reward (anchored.py), with lengths in them (lengths.py), adapted to the data
+Here the losses of the margin alone, h = log π/π_ref(chosen) - log π/π_ref(rejected); at the foot the table of all losses
+on pairs, with those on each response's own reward (anchored.py), with lengths in them (lengths.py), adapted to the data
 (adaptive.py), between sorted batches (transport.py), under other divergences (divergences.py) and without a reference
 (reference_free.py). What the inputs mean is said once, in inputs.py.
 """
@@ -107,8 +107,8 @@ def ipo(
       chosen_lengths: response tokens of chosen.
       rejected_lengths: response tokens of rejected.
       beta: the paper's τ. Lower asks for a wider margin.
-      average: h is a difference of log-ratios per token, as the authors told other implementers and TRL has it. False: of
-        summed ones, as the paper is usually read; the goal is then nats per response.
+      average: h is a difference of log-ratios per token, as the authors told other implementers and TRL has it. False:
+        of summed ones, as the paper is usually read; the goal is then nats per response.
 
     Returns:
       One loss per pair; 1/(4β²) wherever policy and reference agree.

@@ -120,7 +120,7 @@ def kwise(scores: Float[Array, "B K"], ranks: Int[Array, "B K"], candidates: Boo
 
     -1/|pairs| Σ over (i, j) with rank_i < rank_j of log σ(r_i - r_j)
 
-    Pairs of one prompt are correlated: counted as separate rows they overfit, and prompts with more candidates weigh more.
+    Pairs of one prompt are correlated: as separate rows they overfit, and prompts with more candidates weigh more.
 
     Args:
       scores: r of up to K candidates of each prompt.

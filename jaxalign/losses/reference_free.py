@@ -16,8 +16,8 @@ def sft(policy_chosen_logps: PerPair, mean_chosen_length: Float[Array, ""]) -> P
 
     -log π(chosen) / (mean of |chosen|)
 
-    A long response counts in proportion to its tokens, as in supervised fine-tuning and as TRL's "sft"; for each response
-    counting once, as in the papers that add it to DPO, see `sft_norm`.
+    A long response counts in proportion to its tokens, as in supervised fine-tuning and as TRL's "sft"; for each
+    response counting once, as in the papers that add it to DPO, see `sft_norm`.
 
     Args:
       policy_chosen_logps: log π(chosen | prompt) in nats, summed over response tokens.

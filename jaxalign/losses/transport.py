@@ -1,7 +1,7 @@
 """Losses between sorted batches: preference in distribution, by optimal transport in one dimension.
 
-The values are one per rank, not one per row, and every rank depends on all rows: the whole global batch must come in one
-piece. Under jit a batch that is sharded over devices is one piece, and the sort is over all of it.
+The values are one per rank, not one per row, and every rank depends on all rows: the whole global batch must come in
+one piece. Under jit a batch that is sharded over devices is one piece, and the sort is over all of it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def kto(
     lambda_d: float = 1.0,
     lambda_u: float = 1.0,
 ) -> PerRow:
-    """Kahneman-Tversky optimisation: the utility of a response beside what responses are worth to the policy on average.
+    """Kahneman-Tversky optimisation: the utility of a response beside that of responses on average.
 
     λ_y - v,  v = λ_y σ(s β (x - z₀)),  z₀ = max(0, KL)
 
@@ -99,8 +99,8 @@ def bco(
       ref_logps: the same under the frozen reference.
       labels: True where the response is desirable.
       mean_desirable_log_ratio: mean x of the class in nats, of the global batch or a running one; no gradient.
-      mean_undesirable_log_ratio: the same of the other class. TRL has one running mean over all rows, so there the larger
-        class draws δ to itself; given for both, it reproduces that.
+      mean_undesirable_log_ratio: the same of the other class. TRL has one running mean over all rows, so there the
+        larger class draws δ to itself; given for both, it reproduces that.
       beta: scale of the reward.
       lambda_d: weight of desirable rows.
       lambda_u: weight of undesirable rows.
@@ -119,9 +119,9 @@ def bco(
 def balanced_lambdas(desirable: int, undesirable: int, *, ratio: float = 1.0) -> tuple[float, float]:
     """(λ_D, λ_U) for so many rows of each kind: the scarcer kind is raised, the other stays at 1.
 
-    The rule is 1 ≤ λ_D n_D / (λ_U n_U) ≤ 4/3. Counts that keep it are left at (1, 1); for others the quotient is brought to
-    `ratio`. Its default 1, the lower end, balances the two; the paper's runs with most desirable rows dropped were at the
-    upper end: 1 desirable to 10 undesirable at 4/3 gives λ_D = 13.33.
+    The rule is 1 ≤ λ_D n_D / (λ_U n_U) ≤ 4/3. Counts that keep it are left at (1, 1); for others the quotient is
+    brought to `ratio`. Its default 1, the lower end, balances the two; the paper's runs with most desirable rows dropped
+    were at the upper end: 1 desirable to 10 undesirable at 4/3 gives λ_D = 13.33.
 
     Args:
       desirable: n_D, rows of the training data.
@@ -134,9 +134,7 @@ def balanced_lambdas(desirable: int, undesirable: int, *, ratio: float = 1.0) ->
     Reference: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, section 4.2 (eq. 9).
     """
     if desirable <= 0 or undesirable <= 0:
-        raise ValueError(
-            f"{desirable} desirable and {undesirable} undesirable rows: both kinds are needed, or their weights have no ratio"
-        )
+        raise ValueError(f"{desirable} desirable and {undesirable} undesirable rows: the rule needs both kinds")
     if not 1 <= ratio <= 4 / 3:
         raise ValueError(f"ratio={ratio} is outside the rule's 1 to 4/3")
     found = desirable / undesirable
