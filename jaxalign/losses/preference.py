@@ -1,7 +1,7 @@
 """Losses on pairs of responses: how far the policy prefers the chosen one beyond what the reference does.
 
-Here the losses of the margin alone, h = log π/π_ref(chosen) - log π/π_ref(rejected); at the foot the table of all losses
-on pairs, with those on each response's own reward (anchored.py), with lengths in them (lengths.py), adapted to the data
+Here the losses of the margin alone, h = log π/π_ref(chosen) - log π/π_ref(rejected); at the foot the table of all
+losses on pairs, with those on each response's own reward (anchored.py), with lengths in them (lengths.py), adapted to the data
 (adaptive.py), between sorted batches (transport.py), under other divergences (divergences.py) and without a reference
 (reference_free.py). What the inputs mean is said once, in inputs.py.
 """
@@ -194,7 +194,7 @@ def discopop(
 
     (1 - w) log(1 + exp(-m)) + w exp(-m),  m = β h,  w = σ(m / τ)
 
-    Not convex: it has a local minimum and maximum among slightly lost pairs.
+    Not convex: for nearly even pairs it rises with the margin, so they are drawn to a local minimum.
 
     Args:
       policy_chosen_logps: inputs as in `dpo`.

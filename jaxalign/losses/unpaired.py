@@ -120,8 +120,8 @@ def balanced_lambdas(desirable: int, undesirable: int, *, ratio: float = 1.0) ->
     """(λ_D, λ_U) for so many rows of each kind: the scarcer kind is raised, the other stays at 1.
 
     The rule is 1 ≤ λ_D n_D / (λ_U n_U) ≤ 4/3. Counts that keep it are left at (1, 1); for others the quotient is
-    brought to `ratio`. Its default 1, the lower end, balances the two; the paper's runs with most desirable rows dropped
-    were at the upper end: 1 desirable to 10 undesirable at 4/3 gives λ_D = 13.33.
+    brought to `ratio`. Its default 1, the lower end, balances the two; the paper's runs with most desirable rows
+    dropped were at the upper end: 1 desirable to 10 undesirable at 4/3 gives λ_D = 13.33.
 
     Args:
       desirable: n_D, rows of the training data.
