@@ -1,9 +1,9 @@
 """Losses on pairs of responses: how far the policy prefers the chosen one beyond what the reference does.
 
 Here the losses of the margin alone, h = log π/π_ref(chosen) - log π/π_ref(rejected); at the foot the table of all
-losses on pairs, with those on each response's own reward (anchored.py), with lengths in them (lengths.py), adapted to the data
-(adaptive.py), between sorted batches (transport.py), under other divergences (divergences.py) and without a reference
-(reference_free.py). What the inputs mean is said once, in inputs.py.
+losses on pairs, with those on each response's own reward (anchored.py), with lengths in them (lengths.py), adapted to
+the data (adaptive.py), between sorted batches (transport.py), under other divergences (divergences.py) and without a
+reference (reference_free.py). What the inputs mean is said once, in inputs.py.
 """
 
 from __future__ import annotations
