@@ -60,6 +60,69 @@ class TokenBatch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class ResponseBatch:
+    """Groups of K responses to one prompt, each behind its prompt: K = 2 is a pair, chosen first; K = 1 is rated alone.
+
+    A row is what a device or a microbatch owns: all responses of a group stand in one row, in any of its Q planes, so
+    a loss that compares them never looks beyond the row. Axis letters: G groups in a row.
+    """
+
+    sequences: TokenBatch  # leaves [B Q T]; the segments 1 .. stride - 1 of a plane are sequences, 0 is padding
+    slots: jax.Array  # Int32[B G K], plane · stride + segment of response k of group g; 0 where there is none
+    columns: dict[str, jax.Array]  # [B G ...] what else is known of a group or response: margin, label, ref_logps
+    stride: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def present(self) -> jax.Array:
+        """Bool[B G K], True where there is a response."""
+        return self.slots > 0
+
+    @property
+    def valid(self) -> jax.Array:
+        """Bool[B G], True where there is a group."""
+        return jnp.any(self.present, axis=2)
+
+    def per_response(self, values: jax.Array) -> jax.Array:
+        """Float32[B G K]: Σ values [B Q T] over each response's sequence; 0 where there is none."""
+        own = self.sequences.segment_ids[..., None] == jnp.arange(self.stride).reshape(1, 1, 1, -1)
+        sums = jnp.sum(jnp.where(own, values[..., None].astype(jnp.float32), 0.0), axis=2)  # [B Q stride]
+        rows, groups, responses = self.slots.shape
+        flat = jnp.take_along_axis(sums.reshape(rows, -1), self.slots.reshape(rows, -1), axis=1)
+        return jnp.where(self.present, flat.reshape(rows, groups, responses), 0.0)
+
+    def to_tokens(self, values: jax.Array) -> jax.Array:
+        """[B Q T]: the value [B G K] of the response that each token belongs to; 0 on padding."""
+        rows, planes = self.sequences.segment_ids.shape[:2]
+        row = jnp.arange(rows)[:, None]
+        table = jnp.zeros((rows, planes * self.stride), values.dtype)
+        table = table.at[row, self.slots.reshape(rows, -1)].set(values.reshape(rows, -1)).at[:, 0].set(0)
+        plane = jnp.arange(planes)[None, :, None] * self.stride
+        index = jnp.where(self.sequences.segment_ids > 0, plane + self.sequences.segment_ids, 0)
+        return jnp.take_along_axis(table, index.reshape(rows, -1), axis=1).reshape(index.shape)
+
+    def flat(self) -> TokenBatch:
+        """The planes as rows [B·Q T], which a model takes."""
+        return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), self.sequences)
+
+    def unflat(self, values: jax.Array) -> jax.Array:
+        """Values [B·Q T] of `flat()` back as [B Q T]."""
+        return values.reshape(self.sequences.tokens.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class UnpairedBatch:
+    """Responses with a label each, and the same prompts with responses to others, from which KTO estimates its KL.
+
+    Both are K = 1 and have equally many rows; the two need not hold the same examples in the same row.
+    """
+
+    rated: ResponseBatch  # columns["label"]: Bool[B G], True where desirable
+    mismatched: ResponseBatch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Unembedding:
     """From hidden states to logits: `softcap(hidden @ weightᵀ + bias)`, with softcap(x) = c tanh(x / c).
 

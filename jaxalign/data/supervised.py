@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.data import chat, formats, sources
+from jaxalign.data import chat, formats, loading, sources
 from jaxalign.data.batches import Mixture
 from jaxalign.data.tokens import Encoder, Examples, joined, show
 
 log = logging.getLogger(__name__)
-
-MAX_DEFAULT_EVAL = 512  # examples held out by share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,38 +45,22 @@ def load(spec: str, tokenizer: Any, options: Options, *, eval_spec: str | None =
     Raises:
       ValueError: a source is malformed, empty, of unknown columns, or loses more than `max_dropped` of its rows.
     """
-    found, apart = sources.parse(spec), sources.parse(eval_spec) if eval_spec is not None else []
-    for source in [*found, *apart]:  # before the first is read, which may take long
-        sources.check_exists(source)
-    held = [_examples(source, tokenizer, options, held_out=True) for source in apart]
-    train = [_examples(source, tokenizer, options, held_out=False) for source in found]
-    if eval_spec is None:
-        held = [_examples(s, tokenizer, options, held_out=True, optional=True) for s in found if s.split is None]
+
+    def read(source: sources.Source, loaded: sources.Loaded, where: str) -> Examples:
+        return _examples(source, loaded, where, tokenizer, options)
+
+    train, weights, held = loading.load_sets(spec, eval_spec, read, eval_share=options.eval_share, seed=options.seed)
     held_out = joined(held)
-    if not len(held_out) and options.eval_share > 0:
-        train, held_out = _hold_out(train, options)
     log.info("held out for evaluation: %d examples", len(held_out))
     everything = joined(train) if len(train) > 1 else train[0]
-    mixture = Mixture.of(everything, [len(t) for t in train], [source.weight for source in found])
+    mixture = Mixture.of(everything, [len(t) for t in train], weights)
     ids, mask = everything[0]
     log.info("the first example, what is learned between ⟦ ⟧:\n%s", show(tokenizer, ids, mask))
-    return SupervisedData(mixture, held_out, _prompts(held_out))
+    return SupervisedData(mixture, held_out, openings(held_out))
 
 
-def _examples(
-    source: sources.Source, tokenizer: Any, options: Options, *, held_out: bool, optional: bool = False
-) -> Examples:
-    given = held_out and not optional
-    loaded = sources.load(source, held_out=held_out)
-    if given and not len(loaded.rows):  # a file of its own, without a part that says it is held out
-        loaded = sources.load(source)
-    if not len(loaded.rows):
-        if optional:
-            return joined([])
-        raise ValueError(f"data {source.name} has no rows")
-    where = f"{source.name}:{loaded.split}" if loaded.split else source.name
-    columns = loaded.rows[0].keys()
-    form = formats.recognise(columns, where=where)
+def _examples(source: sources.Source, loaded: sources.Loaded, where: str, tokenizer: Any, options: Options) -> Examples:
+    form = formats.recognise(loaded.rows[0].keys(), where=where)
     if _is_plain_text_file(source):
         options = dataclasses.replace(options, long_text="split")
     encoder = Encoder(
@@ -89,7 +71,7 @@ def _examples(
         place = f"{where}, row {number}"
         normal = formats.normalise(form, row, where=place)
         if isinstance(normal, formats.Conversation):
-            _check_template(tokenizer, where)
+            check_template(tokenizer, where)
         parts += encoder.encode(normal, where=place)
     _report(where, form, encoder, parts, len(loaded.rows), options)
     return Examples.of(parts)
@@ -99,7 +81,8 @@ def _is_plain_text_file(source: sources.Source) -> bool:
     return Path(source.name).name.removesuffix(".gz").endswith(".txt")
 
 
-def _check_template(tokenizer: Any, where: str) -> None:
+def check_template(tokenizer: Any, where: str) -> None:
+    """Raises ValueError, naming the data, when messages cannot be rendered."""
     try:
         chat.require_template(tokenizer)
     except ValueError as error:
@@ -126,18 +109,7 @@ def _report(where: str, form: formats.Format, encoder: Encoder, parts: list, row
         log.warning("%s: %d rows longer than %d tokens were %s", where, encoder.shortened, options.max_length, how)
 
 
-def _hold_out(train: list[Examples], options: Options) -> tuple[list[Examples], Examples]:
-    """A seeded share of every set, at most MAX_DEFAULT_EVAL in all, and never all of a set."""
-    kept, held = [], []
-    for which, examples in enumerate(train):
-        count = min(round(options.eval_share * len(examples)), MAX_DEFAULT_EVAL // len(train), len(examples) - 1)
-        order = np.random.default_rng((options.seed, which)).permutation(len(examples))
-        held.append(examples.take(np.sort(order[:count])))
-        kept.append(examples.take(np.sort(order[count:])))
-    return kept, joined(held)
-
-
-def _prompts(examples: Examples, *, count: int = 16) -> list[list[int]]:
+def openings(examples: Examples, *, count: int = 16) -> list[list[int]]:
     """What stands before the first learned token; of texts, which are learned whole, their first few tokens."""
     prompts = []
     for i in range(min(count, len(examples))):

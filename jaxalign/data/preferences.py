@@ -1,0 +1,218 @@
+"""Feedback for reward models, DPO and KTO, from `--data` to groups of responses, with a report of what was dropped."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from jaxalign.data import loading, preference_formats, sources
+from jaxalign.data.batches import Mixture
+from jaxalign.data.formats import Conversation
+from jaxalign.data.groups import Responses
+from jaxalign.data.preference_formats import PAIRS, RATED, FeedbackFormat, Group
+from jaxalign.data.supervised import Options, check_template, openings
+from jaxalign.data.tokens import Encoder, Examples, show
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceData:
+    train: Mixture  # of `Responses`
+    held_out: Responses
+    prompts: list[list[int]]  # ids of held-out prompts, for samples during training
+
+    @property
+    def responses(self) -> Responses:
+        return self.train.examples
+
+
+def load(
+    spec: str,
+    tokenizer: Any,
+    options: Options,
+    *,
+    kind: str,
+    eval_spec: str | None = None,
+    as_chat: bool = False,
+    most_responses: int = 9,
+) -> PreferenceData:
+    """Training and held-out groups of the kind that a method wants.
+
+    Args:
+      spec: as in `sources.parse`.
+      tokenizer: with a chat template if the data are messages.
+      options: window, terminators and shares, as for supervised data.
+      kind: PAIRS (K = 2, chosen first), RANKED (up to `most_responses`, best first) or RATED (K = 1, with a label).
+      eval_spec: held-out data of their own.
+      as_chat: text prompts and responses are turns of a conversation.
+      most_responses: K of RANKED; of more responses the best are kept.
+
+    Raises:
+      ValueError: as for supervised data; or the data hold no feedback of the kind.
+    """
+    reader = _Reader(tokenizer, options, kind, as_chat, {PAIRS: 2, RATED: 1}.get(kind, most_responses))
+    train, weights, held = loading.load_sets(
+        spec, eval_spec, reader.read, eval_share=options.eval_share, seed=options.seed
+    )
+    everything, held_out = joined(train), joined(held, like=train[0])
+    log.info("held out for evaluation: %d groups", len(held_out))
+    mixture = Mixture.of(everything, [len(part) for part in train], weights)
+    for k, name in enumerate(("the first response", "and the one it is compared with")[: everything.groups.shape[1]]):
+        ids, mask = everything.examples[int(everything.groups[0, k])]
+        log.info("%s, what is compared between ⟦ ⟧:\n%s", name, show(tokenizer, ids, mask))
+    return PreferenceData(mixture, held_out, openings(first_responses(held_out)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Rows to `Responses`, by the settings of one run."""
+
+    tokenizer: Any
+    options: Options
+    kind: str
+    as_chat: bool
+    width: int  # K
+
+    def read(self, source: sources.Source, loaded: sources.Loaded, where: str) -> Responses:
+        form = preference_formats.recognise(loaded.rows[0].keys(), where=where)
+        encoder = Encoder(self.tokenizer, self.options.terminators, self.options.max_length, "last")
+        builder, dropped = _Builder(self.width), Counter()
+        for number, row in enumerate(loaded.rows, start=1):
+            place = f"{where}, row {number}"
+            for group in preference_formats.as_kind(self._groups(form, row, place), self.kind):
+                if any(isinstance(s, Conversation) for s in group.sequences):
+                    check_template(self.tokenizer, where)
+                if reason := builder.add(group, encoder, place):
+                    dropped[reason] += 1
+        found = builder.build(self.kind)
+        self._report(where, form, found, dropped, encoder)
+        return found
+
+    def _groups(self, form: FeedbackFormat, row: dict, place: str) -> list[Group]:
+        try:
+            return form.convert(row, self.as_chat)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{place}: not a row of format {form.name} ({type(error).__name__}: {error})") from None
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+
+    def _report(self, where: str, form: FeedbackFormat, found: Responses, dropped: Counter, encoder: Encoder) -> None:
+        lost, reasons = sum(dropped.values()), "; ".join(f"{n} x {reason}" for reason, n in dropped.items())
+        if not len(found) or lost > self.options.max_dropped * (len(found) + lost):
+            raise ValueError(
+                f"{where}: {lost} of {len(found) + lost} groups of responses cannot be compared: {reasons or 'none'}. "
+                f"That is more than {self.options.max_dropped:.0%}; mend them, raise --max-length "
+                f"({self.options.max_length}), or allow it with --max-dropped"
+            )
+        log.info("%s: format %s as %s, %d groups, %s tokens", where, form.name, self.kind, len(found),
+                 f"{int(found.lengths.sum()):,}")  # fmt: skip
+        if lost:
+            log.warning("%s: dropped %d groups: %s", where, lost, reasons)
+        if encoder.shortened:
+            log.warning(
+                "%s: %d responses were cut at %d tokens; a cut response has no terminator",
+                where,
+                encoder.shortened,
+                self.options.max_length,
+            )
+
+
+class _Builder:
+    """Collects encoded groups."""
+
+    def __init__(self, width: int):
+        self._width = width
+        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
+        self._groups: list[list[int]] = []
+        self._labels: list[bool] = []
+        self._margins: list[float] = []
+
+    def add(self, group: Group, encoder: Encoder, place: str) -> str | None:
+        """Adds the group, or says why it is of no use."""
+        encoded = []
+        for sequence in group.sequences[: self._width]:
+            before = dict(encoder.dropped)
+            found = encoder.encode(sequence, where=place)
+            if not found:
+                return next(r for r, n in encoder.dropped.items() if n > before.get(r, 0))
+            encoded.append(found[0])
+        if len(encoded) > 1 and not _same_prompts(encoded):
+            return "the responses answer different prompts"
+        if len(encoded) > 1 and all(np.array_equal(ids, encoded[0][0]) for ids, _ in encoded[1:]):
+            return "the responses are the same, once cut to --max-length"
+        self._groups.append([*range(len(self._parts), len(self._parts) + len(encoded))])
+        self._groups[-1] += [-1] * (self._width - len(encoded))
+        self._parts += encoded
+        self._labels.append(bool(group.label))
+        self._margins.append(0.0 if group.margin is None else group.margin)
+        return None
+
+    def build(self, kind: str) -> Responses:
+        columns: dict[str, np.ndarray] = {}
+        if kind == RATED:
+            columns["label"] = np.array(self._labels, bool)
+        if kind == PAIRS and any(self._margins):
+            columns["margin"] = np.array(self._margins, np.float32)
+        groups = np.array(self._groups, np.int64).reshape(-1, self._width)
+        return Responses(Examples.of(self._parts), groups, columns)
+
+
+def _prompt_length(mask: np.ndarray) -> int:
+    return int(np.argmax(mask))
+
+
+def _same_prompts(encoded: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+    first, mask = encoded[0]
+    prompt = first[: _prompt_length(mask)]
+    return all(np.array_equal(ids[: _prompt_length(m)], prompt) for ids, m in encoded[1:])
+
+
+def joined(sets: list[Responses], *, like: Responses | None = None) -> Responses:
+    """All groups of all sets, in order; of no sets, an empty one that is `like` another."""
+    sets = [part for part in sets if len(part)]
+    if not sets:
+        assert like is not None
+        return like.take([])
+    names = set.intersection(*(set(part.columns) for part in sets))
+    starts = np.cumsum([0, *(len(part.examples) for part in sets)])
+    groups = [np.where(s.groups >= 0, s.groups + at, -1) for s, at in zip(sets, starts, strict=False)]
+    examples = Examples.of([s.examples[i] for s in sets for i in range(len(s.examples))])
+    columns = {name: np.concatenate([s.columns[name] for s in sets]) for name in names}
+    return Responses(examples, np.concatenate(groups), columns)
+
+
+def first_responses(responses: Responses) -> Examples:
+    """The first response of each group, behind its prompt."""
+    return responses.examples.take(responses.groups[:, 0])
+
+
+def mismatched(responses: Responses, *, seed: int) -> Responses:
+    """Each prompt of rated responses with the response to another: what KTO estimates its KL from.
+
+    Example i takes the response of the next example in one seeded round of all, so no response meets its own prompt
+    unless there is only one; the pairing is a column of the data, the same for policy and reference, and for every
+    batch size.
+
+    Raises:
+      ValueError: fewer than two examples.
+    """
+    if len(responses) < 2:
+        raise ValueError(f"KTO's KL needs the response to another prompt, and there is only {len(responses)} example")
+    order = np.random.default_rng((seed, 7)).permutation(len(responses))
+    partner = np.empty(len(order), np.int64)
+    partner[order] = np.roll(order, -1)
+    longest = int(responses.lengths.max())
+    parts = []
+    for i in range(len(responses)):
+        ids, mask = responses.examples[int(responses.groups[i, 0])]
+        other, learned = responses.examples[int(responses.groups[partner[i], 0])]
+        prompt, response = ids[: _prompt_length(mask)], other[_prompt_length(learned) :]
+        whole = np.concatenate([prompt, response])[:longest]
+        marks = np.arange(len(whole)) >= len(prompt)
+        parts.append((whole, marks))
+    return Responses(Examples.of(parts), np.arange(len(parts))[:, None], {})

@@ -1,0 +1,200 @@
+"""Feedback in every format becomes groups of responses; what cannot be compared is counted, and says why."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from jaxalign.data import preference_formats, preferences
+from jaxalign.data.formats import Conversation, PromptCompletion
+from jaxalign.data.preference_formats import PAIRS, RANKED, RATED, as_kind, recognise
+from jaxalign.data.supervised import Options
+from jaxalign.models.huggingface import load_tokenizer
+
+USER, YES, NO = ({"role": r, "content": c} for r, c in (("user", "p"), ("assistant", "y"), ("assistant", "n")))
+HH = "\n\nHuman: a ?\n\nAssistant: b\n\nHuman: c ?\n\nAssistant: "
+TREE = {
+    "message_tree_id": 1,
+    "prompt": {
+        "role": "prompter",
+        "text": "q",
+        "replies": [
+            {"role": "assistant", "text": "second", "rank": 1, "replies": []},
+            {"role": "assistant", "text": "best", "rank": 0, "replies": []},
+            {"role": "assistant", "text": "worst", "rank": 2, "replies": []},
+        ],
+    },
+}
+ROWS = [
+    ("prompt with a pair", {"prompt": "p", "chosen": "y", "rejected": "n"}, [("y", "n")]),
+    ("prompt with a pair", {"prompt": [USER], "chosen": [YES], "rejected": [NO]}, [("y", "n")]),
+    ("prompt with a pair", {"prompt": "p", "chosen": [USER, YES], "rejected": [USER, NO]}, [("y", "n")]),
+    (
+        "ShareGPT pair",
+        {
+            "conversations": [{"from": "human", "value": "p"}],
+            "chosen": {"from": "gpt", "value": "y"},
+            "rejected": {"from": "gpt", "value": "n"},
+        },
+        [("y", "n")],
+    ),
+    ("Alpaca pair", {"instruction": "p", "input": "", "output": "y", "chosen": "y", "rejected": "n"}, [("y", "n")]),
+    ("question with a pair", {"system": "s", "question": "p", "chosen": "y", "rejected": "n"}, [("y", "n")]),
+    ("pair of dialogues", {"chosen": HH + "y", "rejected": HH + "n"}, [("y", "n")]),
+    ("pair of dialogues", {"chosen": [USER, YES], "rejected": [USER, NO]}, [("y", "n")]),
+    ("OASST tree", TREE, [("best", "second", "worst")]),
+    ("prompt with ranked responses", {"prompt": "p", "responses": ["n", "y"], "scores": [0.1, 2.0]}, [("y", "n")]),
+    ("prompt with ranked responses", {"prompt": "p", "responses": ["n", "y"], "ranks": [2, 1]}, [("y", "n")]),
+    ("prompt+completion with a label", {"prompt": "p", "completion": "y", "label": True}, [("y",)]),
+    ("prompt+completion, desirable", {"prompt": "p", "completion": "n", "desirable": False}, [("n",)]),
+    ("messages with a label", {"messages": [USER, YES], "label": True}, [("y",)]),
+]
+
+
+def last(sequence):
+    return sequence.completion if isinstance(sequence, PromptCompletion) else sequence.messages[-1]["content"]
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), ROWS)
+def test_a_row_of_each_format_gives_its_responses_best_first(name, row, expected):
+    form = recognise(row.keys(), where="here")
+    groups = form.convert(row, False)
+    assert form.name == name
+    assert [tuple(map(last, group.sequences)) for group in groups] == expected
+
+
+def test_texts_stay_texts_unless_they_are_said_to_be_a_conversation():
+    row = {"prompt": "p", "chosen": "y", "rejected": "n"}
+    form = recognise(row.keys(), where="here")
+    assert form.convert(row, False)[0].sequences[0] == PromptCompletion("p", "y")
+    assert form.convert(row, True)[0].sequences[0] == Conversation((USER, YES))
+
+
+def test_margins_come_from_their_column_or_from_scores():
+    form = recognise(["prompt", "chosen", "rejected"], where="here")
+    row = {"prompt": "p", "chosen": "y", "rejected": "n"}
+    assert form.convert(row | {"margin": 2}, False)[0].margin == 2.0
+    assert form.convert(row | {"score_chosen": 8.0, "score_rejected": 5.5}, False)[0].margin == 2.5
+    assert form.convert(row, False)[0].margin is None
+
+
+def test_a_ranking_of_three_is_three_pairs_and_a_pair_is_two_rated_responses():
+    ranking = recognise(TREE.keys(), where="here").convert(TREE, False)
+    pairs = [tuple(map(last, group.sequences)) for group in as_kind(ranking, PAIRS)]
+    assert pairs == [("best", "second"), ("best", "worst"), ("second", "worst")]
+    rated = [(last(group.sequences[0]), group.label) for group in as_kind(ranking, RATED)]
+    assert rated == [("best", True), ("worst", False)]
+    label = preference_formats.Group((PromptCompletion("p", "y"),), label=True)
+    with pytest.raises(ValueError, match="responses with a label each are no pairs; `jaxalign kto` learns from them"):
+        as_kind([label], PAIRS)
+
+
+def test_columns_without_feedback_are_told_what_would_be():
+    with pytest.raises(ValueError, match=r"columns text hold no feedback; known are messages\+label"):
+        recognise(["text"], where="here")
+
+
+def load(tmp_path, tiny_model, rows, *, kind=PAIRS, **more):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    as_chat = more.pop("as_chat", False)
+    options = Options(max_length=more.pop("max_length", 16), terminators=(2,), **{"max_dropped": 0.9, **more})
+    return preferences.load(str(path), load_tokenizer(str(tiny_model)), options, kind=kind, as_chat=as_chat)
+
+
+def decoded(tiny_model, responses, group, k):
+    ids, mask = responses.examples[int(responses.groups[group, k])]
+    tokenizer = load_tokenizer(str(tiny_model))
+    return tokenizer.decode(ids[~mask].tolist()), tokenizer.decode(ids[mask].tolist())
+
+
+def test_a_pair_shares_its_prompt_and_each_response_ends_once(tmp_path, tiny_model):
+    data = load(tmp_path, tiny_model, [{"prompt": "the cat ?", "chosen": "a dog", "rejected": "red", "margin": 1.5}])
+    responses = data.responses
+    first, second = (decoded(tiny_model, responses, 0, k) for k in (0, 1))
+    assert first[0] == second[0] and "the cat" in first[0]
+    assert first[1].split() == ["a", "dog", "</s>"] and second[1].split() == ["red", "</s>"]
+    assert responses.columns["margin"].tolist() == [1.5]
+
+
+def test_what_cannot_be_compared_is_dropped_counted_and_named(tmp_path, tiny_model, caplog):
+    long = " ".join(["cat"] * 20)
+    rows = [
+        {"prompt": "the", "chosen": "cat", "rejected": "dog"},
+        {"prompt": "the", "chosen": "cat", "rejected": "  "},
+        {"prompt": "the", "chosen": f"{long} red", "rejected": f"{long} blue"},
+        {"prompt": long, "chosen": "cat", "rejected": "dog"},
+    ]
+    data = load(tmp_path, tiny_model, rows)
+    assert len(data.responses) == 1
+    said = " ".join(record.getMessage() for record in caplog.records)
+    for reason in ("1 x empty response", "1 x the responses are the same, once cut", "1 x the prompt fills the window"):
+        assert reason in said
+    with pytest.raises(ValueError, match=r"3 of 4 groups of responses cannot be compared: .* more than 10%"):
+        load(tmp_path, tiny_model, rows, max_dropped=0.1)
+
+
+def test_dialogues_that_part_before_their_last_turn_answer_different_prompts(tmp_path, tiny_model, caplog):
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} : {{ m.content }} "
+        "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    talk = "\n\nHuman: the cat ?\n\nAssistant: a dog\n\nHuman: one ?\n\nAssistant: "
+    rows = [
+        {"chosen": talk + "red", "rejected": talk + "blue"},
+        {"chosen": talk + "red", "rejected": talk.replace("a dog", "two") + "blue"},
+    ]
+    path = tmp_path / "hh.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    options = Options(max_length=64, terminators=(2,), max_dropped=0.9)
+    data = preferences.load(str(path), tokenizer, options, kind=PAIRS)
+    assert len(data.responses) == 1 and decoded(tiny_model, data.responses, 0, 0)[1].split() == ["red", "</s>"]
+    assert "1 x the responses answer different prompts" in caplog.text
+
+
+def test_rankings_of_unequal_size_leave_places_empty(tmp_path, tiny_model):
+    rows = [
+        {"prompt": "the", "responses": ["cat", "dog", "red"]},
+        {"prompt": "a", "responses": ["blue", "one"]},
+    ]
+    data = load(tmp_path, tiny_model, rows, kind=RANKED)
+    assert (data.responses.groups >= 0).sum(axis=1).tolist() == [3, 2]
+    assert data.responses.groups.shape == (2, 9)
+
+
+def test_held_out_groups_are_a_seeded_share_and_sets_join_with_their_examples(tmp_path, tiny_model):
+    rows = [{"prompt": "the", "chosen": "cat " * (i % 3 + 1), "rejected": "dog " * (i % 4 + 1)} for i in range(20)]
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for file in (path, other):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = Options(max_length=16, terminators=(2,), eval_share=0.25)
+    data = preferences.load(f"{path},{other}", load_tokenizer(str(tiny_model)), options, kind=PAIRS)
+    assert len(data.responses) == 30 and len(data.held_out) == 10
+    assert data.train.sizes == (15, 15)
+    lengths = np.concatenate([data.responses.lengths, data.held_out.lengths])
+    assert sorted(map(tuple, lengths)) == sorted([(1 + i % 3 + 2, 1 + i % 4 + 2) for i in range(20)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "groups"),
+    [
+        ("hh-rlhf/harmless-base.test", PAIRS, 2312),
+        ("oasst/en_100_pairs", PAIRS, 754),
+        ("llama-factory-demos/dpo_en_demo", PAIRS, 300),
+        ("llms-from-scratch/instruction-data-with-preference", PAIRS, 1100),
+        ("llama-factory-demos/kto_en_demo", RATED, 300),
+        ("xstest/xstest_v2_completions", RATED, 2250),
+        ("oasst/en_100_tree", RANKED, 100),
+    ],
+)
+def test_real_feedback_is_read_whole(shared_data, name, kind, groups):
+    from jaxalign.data import sources
+
+    rows = sources.load(sources.parse(str(shared_data / f"{name}.jsonl.gz"))[0]).rows
+    form = recognise(rows[0].keys(), where=name)
+    found = [group for row in rows for group in as_kind(form.convert(row, True), kind)]
+    assert len(found) >= groups if kind == RANKED else len(found) == groups
+    assert all(group.sequences for group in found)
