@@ -11,12 +11,19 @@ from jaxalign.types import Average, PyTree
 LossFn = Callable[[PyTree, Any], tuple[Average, dict[str, Average]]]
 # (params, frozen, batch) -> batch
 PrepareFn = Callable[[PyTree, PyTree, Any], Any]
+# (batch) -> batch
+AcrossFn = Callable[[Any], Any]
 # (trained params, frozen) -> the params that loss and prepare see
 AssembleFn = Callable[[PyTree, PyTree], PyTree]
 
 
 def as_is(params: PyTree, frozen: PyTree, batch: Any) -> Any:
     """The preparation of methods that need none."""
+    return batch
+
+
+def rows_apart(batch: Any) -> Any:
+    """The batch of methods whose rows do not concern each other."""
     return batch
 
 
@@ -31,12 +38,16 @@ class Algorithm(NamedTuple):
     `loss` sees only params and batch, so it can be tested without a reference model, and what frozen models say
     about a batch can equally come from disk.
 
+    What needs all rows at once (KTO's KL, a sort, whitening) is computed by `across` from what `prepare` found, and
+    travels to each row as a column: microbatches then change nothing.
+
     Where only a part of the model is trained (adapters), `assemble` lays the trained leaves over the frozen ones:
     `loss` and `prepare` see whole params, and the gradient stays with the trained leaves.
     """
 
     loss: LossFn  # differentiated with respect to params
     prepare: PrepareFn = as_is  # no gradient; the only place where frozen models run
+    across: AcrossFn = rows_apart  # on the whole batch, after prepare, no gradient
     epochs: int = 1  # passes over a prepared batch (PPO)
     minibatches: int = 1  # optimizer updates in each pass (PPO)
     assemble: AssembleFn = trained_only  # LoRA: models/lora.py: join

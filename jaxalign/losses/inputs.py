@@ -106,6 +106,15 @@ def apply(loss: Callable, values: Mapping[str, Any]) -> Any:
     return loss(**{name: values[name] for name in input_names(loss) if name in values})
 
 
+def keyword(loss: Callable, name: str, default: Any) -> Any:
+    """The value that a hyperparameter of the loss has; of a sum, of the first term that has it; else `default`."""
+    for part in (loss, *getattr(loss, "terms", ())):
+        parameter = inspect.signature(part).parameters.get(name)
+        if parameter is not None and parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            return parameter.default
+    return default
+
+
 def whole_batch(loss: Callable) -> Callable:
     """Marks a loss that compares rows with each other: the global batch must reach it in one piece, not in parts."""
     loss.whole_batch = True

@@ -46,5 +46,6 @@ def mixture(terms: Sequence[tuple[float, Callable]]) -> Callable:
     ordered = sorted(parameters.values(), key=lambda p: p.default is not inspect.Parameter.empty)
     mixed.__signature__ = inspect.Signature(ordered)
     mixed.__name__ = " + ".join(f"{weight:g}*{loss_name(loss)}" for weight, loss in terms)
+    mixed.terms = [loss for _, loss in terms]
     mixed.whole_batch = any(needs_whole_batch(loss) for _, loss in terms)
     return mixed

@@ -21,7 +21,7 @@ def make_evaluate(
 
     def averages(params: PyTree, frozen: PyTree, batch: Any) -> dict[str, Any]:
         params = algorithm.assemble(params, frozen)
-        loss, metrics = algorithm.loss(params, algorithm.prepare(params, frozen, batch))
+        loss, metrics = algorithm.loss(params, algorithm.across(algorithm.prepare(params, frozen, batch)))
         return {"loss": loss, **metrics}
 
     compiled = jax.jit(averages, out_shardings=NamedSharding(mesh, P()))

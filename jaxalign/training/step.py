@@ -40,7 +40,7 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: PyTree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = count_tokens(batch)
-        batch = prepare(algorithm.assemble(state.params, frozen), frozen, batch)
+        batch = algorithm.across(prepare(algorithm.assemble(state.params, frozen), frozen, batch))
         trained = state.params, state.opt_state
         if algorithm.epochs == algorithm.minibatches == 1:
             trained, (averages, grad_norm, finite) = update(trained, frozen, batch)

@@ -1,0 +1,179 @@
+"""DPO and its family: the same whatever the rows, the microbatches and the mesh."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jaxalign.algorithms.dpo import dpo
+from jaxalign.algorithms.responses import COLLISION, LOGPS, PUBLIC, response_logps
+from jaxalign.data.groups import GroupPlan, Layout
+from jaxalign.losses import inputs, preference
+from jaxalign.losses.mixture import select_loss
+from jaxalign.ops.logprobs import next_token_logps
+from jaxalign.training import sharding
+from jaxalign.training.state import TrainState
+from jaxalign.training.step import make_train_step
+
+LENGTH, COUNT = 20, 16
+LOSSES = ["0.5*dpo + 0.2*sft", "beta_dpo", "ld_dpo", "wpo"]
+
+
+def batch_of(pairs, *, packing=True, unit=1):
+    plan = GroupPlan(COUNT, LENGTH, unit=unit, packing=packing)
+    return jax.tree.map(jnp.asarray, Layout.of(pairs, plan).batch(pairs))
+
+
+def alone(params, graphdef, pairs):
+    """log π of every response, each in a row of its own without neighbours, [N K]."""
+    model = nnx.merge(graphdef, params)
+
+    @jax.jit
+    def one(ids, mask):
+        return next_token_logps(model(ids), model.unembed(), ids, mask).logps.sum()
+
+    padded = [[np.pad(x, (0, LENGTH - len(x)))[None] for x in pairs.examples[int(e)]] for e in pairs.groups.ravel()]
+    return np.array([float(one(ids.astype(np.int32), mask)) for ids, mask in padded]).reshape(pairs.groups.shape)
+
+
+@pytest.fixture(scope="module")
+def policy_logps(tiny, pairs):
+    return alone(tiny[1], tiny[0], pairs)
+
+
+def loss_of(text):
+    return select_loss(text, preference.PREFERENCE_LOSSES)
+
+
+def value_and_grads(algorithm, tiny, batch, params=None):
+    _, policy, reference = tiny
+    params = policy if params is None else params
+
+    def mean(params):
+        prepared = algorithm.across(algorithm.prepare(policy, reference, batch))
+        loss, metrics = algorithm.loss(params, prepared)
+        return loss.compute(), {"loss": loss, **metrics}
+
+    (value, metrics), grads = jax.jit(jax.value_and_grad(mean, has_aux=True))(params)
+    return value, grads, {name: float(average.compute()) for name, average in metrics.items()}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_log_probs_of_responses_are_those_of_each_alone(tiny, pairs, policy_logps, packing):
+    batch = batch_of(pairs, packing=packing)
+    found = response_logps(nnx.merge(tiny[0], tiny[1]), batch, wanted=(LOGPS, PUBLIC, COLLISION))
+    assert sorted(np.asarray(found[LOGPS])[np.asarray(batch.present)]) == pytest.approx(
+        sorted(policy_logps.ravel()), abs=1e-4
+    )
+    shorter = np.asarray(found[PUBLIC] >= found[LOGPS] - 1e-5)  # fewer tokens, each of log-probability below 0
+    assert shorter.all() and (np.asarray(found[COLLISION])[np.asarray(batch.present)] < 0).all()
+
+
+def test_where_policy_and_reference_agree_the_loss_is_log_two_and_rewards_are_zero(tiny, pairs):
+    graphdef, policy, _ = tiny
+    value, _, metrics = value_and_grads(
+        dpo(graphdef, ref_graphdef=graphdef), (graphdef, policy, policy), batch_of(pairs)
+    )
+    assert value == pytest.approx(np.log(2), abs=1e-6)
+    assert abs(metrics["rewards/chosen"]) < 1e-5 and abs(metrics["rewards/margins"]) < 1e-5
+
+
+def test_the_loss_is_the_mean_over_pairs_of_the_formula(tiny, pairs, policy_logps):
+    graphdef, _, reference = tiny
+    ratio = policy_logps - alone(reference, graphdef, pairs)
+    expected = np.mean(np.log1p(np.exp(-0.1 * (ratio[:, 0] - ratio[:, 1]))))
+    value, _, metrics = value_and_grads(dpo(graphdef, ref_graphdef=graphdef), tiny, batch_of(pairs))
+    assert value == pytest.approx(expected, abs=1e-5)
+    assert metrics["rewards/accuracies"] == np.mean(ratio[:, 0] > ratio[:, 1])
+    assert metrics["logps/chosen"] == pytest.approx(policy_logps[:, 0].mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize("text", LOSSES)
+def test_packed_rows_give_the_gradient_of_padded_ones(tiny, pairs, text):
+    graphdef = tiny[0]
+    algorithm = dpo(graphdef, loss=loss_of(text), ref_graphdef=graphdef, groups=COUNT)
+    packed, padded = (value_and_grads(algorithm, tiny, batch_of(pairs, packing=p)) for p in (True, False))
+    assert packed[0] == pytest.approx(float(padded[0]), abs=1e-5)
+    chex.assert_trees_all_close(packed[1], padded[1], atol=1e-5)
+
+
+def test_a_whole_batch_loss_has_the_gradient_of_the_loss_itself(tiny, pairs, policy_logps):
+    """Its linear stand-in against autodiff through the sort, at the same parameters."""
+    graphdef, policy, reference = tiny
+    batch, loss = batch_of(pairs, packing=False), loss_of("aot")
+    assert inputs.needs_whole_batch(loss)
+
+    def direct(params):
+        logps = response_logps(nnx.merge(graphdef, params), batch)[LOGPS][:, 0]
+        ref = response_logps(nnx.merge(graphdef, reference), batch)[LOGPS][:, 0]
+        return jnp.mean(loss(logps[:, 0], logps[:, 1], ref[:, 0], ref[:, 1]))
+
+    value, grads = jax.jit(jax.value_and_grad(direct))(policy)
+    algorithm = dpo(graphdef, loss=loss, ref_graphdef=graphdef, groups=COUNT)
+    found, found_grads, _ = value_and_grads(algorithm, tiny, batch)
+    assert found == pytest.approx(float(value), abs=1e-5)
+    chex.assert_trees_all_close(found_grads, grads, atol=1e-6)
+
+
+def trained(tiny, pairs, text, *, microbatches, mesh_sizes=None, steps=3):
+    graphdef, policy, reference = tiny
+    algorithm = dpo(graphdef, loss=loss_of(text), ref_graphdef=graphdef, groups=COUNT)
+    optimizer = optax.adamw(1e-3)
+    step = make_train_step(algorithm, optimizer, microbatches=microbatches)
+    batch = batch_of(pairs, unit=16)
+    state = TrainState.create(jax.tree.map(jnp.copy, policy), optimizer, jax.random.key(0))  # the step donates it
+    if mesh_sizes is None:
+        step = jax.jit(step)
+    else:
+        mesh = sharding.make_mesh(**mesh_sizes)
+        step = sharding.jit_step(step, state, reference, mesh)
+        state = jax.device_put(state, sharding.shardings(state, mesh))
+        reference = jax.device_put(reference, sharding.shardings(reference, mesh))
+        batch = sharding.put_batch(jax.device_get(batch), mesh)
+    for _ in range(steps):
+        state, metrics = step(state, reference, batch)
+    return jax.device_get(state.params), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("text", ["dpo", "aot"])
+def test_microbatches_and_meshes_give_the_same_parameters(tiny, pairs, text):
+    expected, metrics = trained(tiny, pairs, text, microbatches=1)
+    for microbatches, sizes in ((4, None), (2, {"data": 2, "fsdp": 2, "tensor": 2})):
+        found, others = trained(tiny, pairs, text, microbatches=microbatches, mesh_sizes=sizes)
+        chex.assert_trees_all_close(found, expected, atol=1e-5)
+        assert others["loss"] == pytest.approx(float(metrics["loss"]), abs=1e-5)
+
+
+def test_log_probs_that_come_with_the_batch_are_taken_and_the_reference_not_run(tiny, pairs):
+    graphdef, _, reference = tiny
+    algorithm = dpo(graphdef, ref_graphdef=None)
+    batch = batch_of(pairs)
+    ref = response_logps(nnx.merge(graphdef, reference), batch)[LOGPS]
+    given = jax.tree.map(lambda x: x, batch)
+    given.columns["ref_logps"] = ref
+    expected, _, _ = value_and_grads(dpo(graphdef, ref_graphdef=graphdef), tiny, batch)
+    found, _, _ = value_and_grads(algorithm, (graphdef, tiny[1], None), given)
+    assert found == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_eight_pairs_are_learned_by_heart(tiny, pairs):
+    graphdef, policy, _ = tiny
+    few = pairs.take(range(8))
+    batch = jax.tree.map(jnp.asarray, Layout.of(few, GroupPlan(8, LENGTH)).batch(few))
+    optimizer = optax.adamw(3e-3)
+    step = jax.jit(make_train_step(dpo(graphdef, ref_graphdef=graphdef), optimizer))
+    state = TrainState.create(policy, optimizer, jax.random.key(0))
+    for _ in range(40):
+        state, metrics = step(state, policy, batch)
+    assert metrics["rewards/accuracies"] == 1.0 and metrics["loss"] < 0.3
+
+
+def test_an_input_that_does_not_exist_is_named():
+    def mine(policy_chosen_logps, policy_rejectd_logps):
+        return policy_chosen_logps
+
+    with pytest.raises(ValueError, match=r"policy_rejectd_logps.*did you mean 'policy_rejected_logps'"):
+        dpo(None, loss=mine)
