@@ -20,6 +20,8 @@ from jaxalign.runs import config
 # command -> (its config, the function that runs it)
 COMMANDS: dict[str, tuple[type, str]] = {
     "sft": (config.SFTConfig, "jaxalign.runs.sft:run"),
+    "dpo": (config.DPOConfig, "jaxalign.runs.preferences:run_dpo"),
+    "kto": (config.KTOConfig, "jaxalign.runs.preferences:run_kto"),
     "generate": (config.GenerateConfig, "jaxalign.runs.generate:run"),
     "export": (config.ExportConfig, "jaxalign.runs.export:run"),
     "quickstart": (config.QuickstartConfig, "jaxalign.quickstart.pipeline:run"),

@@ -89,8 +89,8 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning; with --model config:PATH, pretraining from scratch."""
+class TrainConfig:
+    """What every command that trains is told."""
 
     model: str
     """A Hugging Face folder or hub name, or config:PATH to start from random weights of that config.json."""
@@ -106,28 +106,22 @@ class SFTConfig:
     """Folder or hub name of the tokenizer, if it is not the model's."""
     chat_template: str | None = None
     """A named template (chatml, llama3, ...) or a Jinja file, in place of the tokenizer's own."""
-    turns: Literal["all", "last"] = "all"
-    """Which assistant turns of a conversation are learned."""
-    long_text: Literal["truncate", "split"] = "truncate"
-    """Texts longer than --max-length keep their first tokens, or are split; plain text files are always split."""
     steps: int | None = None
     """Optimizer updates; by default --epochs decides."""
     epochs: float = 1.0
     """Passes over the data, when --steps is not given."""
     batch_size: int = 8
-    """Rows per step over all devices."""
+    """Per step, over all devices: rows (sft), pairs (dpo, reward) or rated responses (kto)."""
     microbatches: int = 1
     """Gradient calls per step; more of them, less memory, the same result."""
     max_length: int = 1024
-    """Tokens per row."""
+    """Tokens of a row, and at most of a prompt with its response."""
     packing: bool = True
     """Put several sequences in a row, kept apart by segment ids."""
     shuffle: bool = True
-    """Draw rows in a seeded random order, another one each epoch."""
+    """Draw examples in a seeded random order, another one each epoch."""
     seed: int = 0
     """Seed of initial weights, shuffling and samples."""
-    loss: str = "cross_entropy"
-    """A loss of losses/language.py, 'cross_entropy(label_smoothing=0.1, z_loss=1e-4)', or 'my.module:function'."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of compute; auto is bfloat16 on TPU and GPU and float32 on CPU."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -153,6 +147,64 @@ class SFTConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning; with --model config:PATH, pretraining from scratch."""
+
+    loss: str = "cross_entropy"
+    """A loss of losses/language.py, 'cross_entropy(label_smoothing=0.1, z_loss=1e-4)', or 'my.module:function'."""
+    turns: Literal["all", "last"] = "all"
+    """Which assistant turns of a conversation are learned."""
+    long_text: Literal["truncate", "split"] = "truncate"
+    """Texts longer than --max-length keep their first tokens, or are split; plain text files are always split."""
+
+
+@dataclass(frozen=True)
+class DPOAlgorithm:
+    """What is minimised over pairs."""
+
+    loss: str = "dpo"
+    """Of losses/preference.py: 'ipo(beta=0.05)', a sum 'dpo(beta=0.1) + 0.2*sft', or 'my.module:function(x=1)'."""
+
+
+@dataclass(frozen=True)
+class KTOAlgorithm:
+    """What is minimised over rated responses."""
+
+    loss: str = "kto"
+    """Of losses/unpaired.py: 'kto(beta=0.1, lambda_d=1.33)', or 'my.module:function(x=1)'."""
+
+
+@dataclass(frozen=True)
+class FeedbackConfig(TrainConfig):
+    """What the commands that learn from feedback are told besides."""
+
+    as_chat: bool = False
+    """Text prompts are turns of the user, responses of the assistant: they are rendered with the chat template."""
+    ref_model: str | None = None
+    """The frozen reference, if it is not --model; with LoRA it is always the base."""
+    precompute_reference: bool = False
+    """Run the reference once over all data before training, which then holds one model."""
+
+
+@dataclass(frozen=True)
+class DPOConfig(FeedbackConfig):
+    """Direct preference optimisation and its family, from pairs of responses."""
+
+    algorithm: DPOAlgorithm = field(default_factory=DPOAlgorithm)
+
+
+@dataclass(frozen=True)
+class KTOConfig(FeedbackConfig):
+    """Kahneman-Tversky optimisation and its family, from responses that are good or bad."""
+
+    algorithm: KTOAlgorithm = field(default_factory=KTOAlgorithm)
+
+
+# The commands that leave a run folder.
+TRAINING: dict[str, type] = {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig}
 
 
 @dataclass(frozen=True)

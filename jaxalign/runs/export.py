@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxalign.models import huggingface
 from jaxalign.models.decoder import make_decoder
 from jaxalign.runs import adapters, devices, finish
-from jaxalign.runs.config import ExportConfig, SFTConfig, check, from_json
+from jaxalign.runs.config import TRAINING, ExportConfig, check, from_json
 from jaxalign.runs.folder import check_writable, read_run
 from jaxalign.runs.vocabulary import load_vocabulary
 from jaxalign.training.checkpoint import Checkpoints
@@ -35,7 +35,8 @@ def run(config: ExportConfig) -> int:
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"--output {output} is not empty; name a new folder")
     check_writable(output)
-    held = from_json(SFTConfig, read_run(config.run)["config"], where=str(config.run / "config.json"))
+    described = read_run(config.run)
+    held = from_json(TRAINING[described["command"]], described["config"], where=str(config.run / "config.json"))
     folder = Path(config.run) / "checkpoints"
     if not folder.is_dir():
         raise ValueError(f"{config.run} {NOTHING_YET}")

@@ -12,6 +12,7 @@ import jaxalign
 from jaxalign.models import huggingface
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.save import save_pretrained
+from jaxalign.runs.config import TRAINING
 from jaxalign.runs.vocabulary import Vocabulary
 from jaxalign.training.metrics import read_rows
 from jaxalign.training.state import TrainState
@@ -77,19 +78,22 @@ def _generation_config(source: str, terminators: tuple[int, ...]) -> dict[str, A
 def _model_card(config: Any, step: int) -> str:
     rows = [row for row in read_rows(Path(config.output) / "metrics.jsonl") if row["step"] <= step]
     held = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+    command = next(name for name, kind in TRAINING.items() if isinstance(config, kind))
     lines = [
         "---",
         "library_name: transformers",
-        "tags: [jaxalign, sft]",
+        f"tags: [jaxalign, {command}]",
         "---",
         "",
         f"# {Path(config.output).name}",
         "",
     ]
-    lines += [f"{Path(config.model).name} after {step} steps of supervised fine-tuning on {Path(config.data).name}"]
-    lines += [f"with jaxalign {jaxalign.__version__}: batch {config.batch_size} x {config.max_length} tokens, AdamW at"]
-    lines += [f"{config.optimizer.learning_rate:g} ({config.optimizer.schedule}), seed {config.seed}.", ""]
+    lines += [f"{Path(config.model).name} after {step} steps of `{command}` on {Path(config.data).name}"]
+    lines += [
+        f"with jaxalign {jaxalign.__version__}: batches of {config.batch_size}, at most {config.max_length} tokens,"
+    ]
+    lines += [f"AdamW at {config.optimizer.learning_rate:g} ({config.optimizer.schedule}), seed {config.seed}.", ""]
     if held:
-        lines += ["| step | held-out loss (nats a token) |", "|---|---|"]
+        lines += ["| step | held-out loss |", "|---|---|"]
         lines += [f"| {at} | {loss:.4f} |" for at, loss in held]
     return "\n".join(lines) + "\n"

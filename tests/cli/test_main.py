@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,9 @@ def fields(kind, prefix="--"):
 
 
 def help_line(kind, name):
-    """The docstring under a field, as it stands in the source."""
-    lines = Path(config.__file__).read_text().split(f"class {kind.__name__}:")[1].splitlines()
+    """The docstring under a field, as it stands in the source of the class that declares it."""
+    owner = next(c for c in kind.__mro__ if name in c.__annotations__)
+    lines = re.split(rf"\nclass {owner.__name__}\b.*:", Path(config.__file__).read_text())[1].splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith(f"    {name}: "))
     return lines[at + 1].strip().strip('"')
 

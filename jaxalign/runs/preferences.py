@@ -1,0 +1,168 @@
+"""`jaxalign dpo` and `jaxalign kto`: a model and feedback in, a model that people prefer out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxalign.algorithms.dpo import dpo
+from jaxalign.algorithms.kto import kto
+from jaxalign.data import groups, preferences
+from jaxalign.data.groups import GroupBatches, GroupPlan, Responses, UnpairedBatches
+from jaxalign.losses import inputs, unpaired
+from jaxalign.losses.mixture import select_loss
+from jaxalign.losses.preference import PREFERENCE_LOSSES
+from jaxalign.losses.unpaired import UNPAIRED_LOSSES
+from jaxalign.models import huggingface
+from jaxalign.runs import reference, train
+from jaxalign.runs.config import DPOConfig, FeedbackConfig, KTOConfig
+from jaxalign.runs.program import Method
+from jaxalign.runs.sft import data_options
+
+log = logging.getLogger(__name__)
+
+
+def run_dpo(config: DPOConfig) -> int:
+    """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
+    return train.run(config, "dpo", _gather_dpo)
+
+
+def run_kto(config: KTOConfig) -> int:
+    """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
+    return train.run(config, "kto", _gather_kto)
+
+
+def _gather_dpo(config: DPOConfig, starts: bool) -> train.Task:
+    loss = select_loss(config.algorithm.loss, PREFERENCE_LOSSES)
+    inputs.check_inputs(loss, inputs.PAIR_INPUTS)
+    base = _load_base(config, loss, starts)
+    data = _load_data(config, base, preferences.PAIRS)
+    plan, whole = _plan(config, base), inputs.needs_whole_batch(loss)
+    held_out = _whole_batches(data.held_out, config.batch_size) if whole else data.held_out
+
+    def batches(train_set: Responses, held_out: Responses) -> tuple[GroupBatches, list[Any]]:
+        mixture = dataclasses.replace(data.train, examples=train_set)
+        return (
+            GroupBatches(mixture, plan, steps=1, **train.host()),
+            groups.eval_batches(held_out, plan, **train.host()),
+        )
+
+    build = lambda graphdef, ref: dpo(  # noqa: E731
+        graphdef, loss=loss, ref_graphdef=ref, groups=config.batch_size if whole else None
+    )
+    return _task(config, base, loss, build, data, [data.responses, held_out], batches)
+
+
+def _gather_kto(config: KTOConfig, starts: bool) -> train.Task:
+    loss = select_loss(config.algorithm.loss, UNPAIRED_LOSSES)
+    inputs.check_inputs(loss, inputs.UNPAIRED_INPUTS)
+    if config.batch_size < 2:
+        raise ValueError("--batch-size 1: KTO's KL is a mean over the batch; give 2 or more")
+    base = _load_base(config, loss, starts)
+    data = _load_data(config, base, preferences.RATED)
+    _report_balance(data.responses.columns["label"])
+    plan = _plan(config, base)
+    sets = [data.responses, data.held_out]
+    others = [preferences.mismatched(part, seed=config.seed) if len(part) > 1 else part for part in sets]
+
+    def batches(train_set: Responses, held_out: Responses, *others: Responses) -> tuple[GroupBatches, list[Any]]:
+        mixture = dataclasses.replace(data.train, examples=train_set)
+        return (
+            UnpairedBatches(mixture, others[0], plan, steps=1, **train.host()),
+            groups.unpaired_eval_batches(held_out, others[1], plan, **train.host()),
+        )
+
+    build = lambda graphdef, ref: kto(graphdef, loss=loss, ref_graphdef=ref)  # noqa: E731
+    return _task(config, base, loss, build, data, [*sets, *others], batches)
+
+
+def _load_base(config: FeedbackConfig, loss: Callable, starts: bool) -> train.Base:
+    if huggingface.is_random(config.model):
+        raise ValueError(f"--model {config.model}: random weights have nothing to prefer; train them with jaxalign sft")
+    base = train.load_base(config, starts=starts)
+    if config.ref_model is None:
+        return base
+    if not inputs.needs_reference(loss):
+        raise ValueError(f"--ref-model {config.ref_model}: the loss {config.algorithm.loss!r} uses no reference")
+    if base.lora is not None and config.ref_model != config.model:
+        raise ValueError(
+            "--ref-model: with LoRA the reference is the base, --model, which is held anyway; leave it out"
+        )
+    if huggingface.read_config(config.ref_model) != base.model:
+        raise ValueError(
+            f"--ref-model {config.ref_model} must have the architecture and sizes of --model {config.model}"
+        )
+    return base
+
+
+def _load_data(config: FeedbackConfig, base: train.Base, kind: str) -> preferences.PreferenceData:
+    options = data_options(config, base.vocabulary.terminators)
+    return preferences.load(
+        config.data,
+        base.vocabulary.tokenizer,
+        options,
+        kind=kind,
+        eval_spec=config.eval_data,
+        as_chat=config.as_chat,
+    )
+
+
+def _plan(config: FeedbackConfig, base: train.Base) -> GroupPlan:
+    """Rows are a multiple of what devices and microbatches cut them into; the number of groups need not be."""
+    unit = base.mesh.shape["data"] * base.mesh.shape["fsdp"] * config.microbatches
+    return GroupPlan(config.batch_size, config.max_length, unit, config.packing, config.shuffle, config.seed)
+
+
+def _whole_batches(responses: Responses, size: int) -> Responses:
+    """Without the last groups that fill no batch: a loss that sorts means another thing on a smaller one."""
+    whole = len(responses) // size * size
+    if whole < len(responses):
+        log.info("held out: %d of %d groups, which fill batches of %d", whole, len(responses), size)
+    return responses.take(range(whole))
+
+
+def _report_balance(labels: np.ndarray) -> None:
+    desirable, undesirable = int(labels.sum()), int((~labels).sum())
+    log.info("%d desirable and %d undesirable responses", desirable, undesirable)
+    weights = unpaired.balanced_lambdas(desirable, undesirable)
+    if max(weights) > 1:
+        log.info("the paper's rule would weigh them kto(lambda_d=%.3g, lambda_u=%.3g)", *weights)
+
+
+def _task(
+    config: FeedbackConfig,
+    base: train.Base,
+    loss: Callable,
+    build: Callable,
+    data: preferences.PreferenceData,
+    sets: list[Responses],
+    batches_of: Callable[..., tuple[GroupBatches, list[Any]]],
+) -> train.Task:
+    """A task on the batches that `batches_of` makes of the sets, again once the reference has read them."""
+    precomputes = config.precompute_reference and inputs.needs_reference(loss)
+    batches, held_out = batches_of(*sets)
+    steps = train.count_steps(config, batches.groups_per_epoch() / config.batch_size)
+    train.check_held_out(config, held_out)
+
+    def complete(task: train.Task) -> train.Task:
+        batches, held_out = batches_of(*(reference.precompute(config, base, _plan(config, base), sets)))
+        batches.steps = steps
+        return dataclasses.replace(task, batches=batches, held_out=held_out)
+
+    batches.steps = steps
+    task = train.Task(
+        config,
+        base,
+        Method(build, reference=inputs.needs_reference(loss) and not precomputes),
+        batches,
+        held_out,
+        shapes=batches.layout.shapes,
+        fingerprint=data.responses.fingerprint(),
+        prompts=data.prompts,
+        export=train.export_language_model,
+    )
+    return dataclasses.replace(task, complete=complete) if precomputes else task

@@ -1,0 +1,93 @@
+"""What a run compiles: the train step of a config and a method, on a mesh whose devices need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign.algorithms.base import Algorithm
+from jaxalign.models.config import ModelConfig
+from jaxalign.models.decoder import make_decoder
+from jaxalign.models.layout import Layout
+from jaxalign.models.lora import join
+from jaxalign.runs import adapters, devices
+from jaxalign.runs.config import TrainConfig
+from jaxalign.training import optimizer, sharding
+from jaxalign.training.state import TrainState
+from jaxalign.training.step import make_train_step
+
+
+class Method(NamedTuple):
+    """What differs from command to command: the algorithm, and the trees that it is about."""
+
+    build: Callable[[Any, Any], Algorithm]  # (graphdef of what is trained, graphdef of the frozen model)
+    reference: bool = False  # a frozen model runs in `prepare`
+
+
+class Program(NamedTuple):
+    """What is compiled, and the shapes and places of what it is compiled for."""
+
+    graphdef: Any
+    algorithm: Algorithm
+    adamw: Any
+    rate: Callable
+    like: TrainState  # ShapeDtypeStructs with shardings
+    frozen: Any  # the same of what is never trained; None when there is no such thing
+    step: Any  # the jitted train step
+
+
+def make_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, method: Method, *, steps: int) -> Program:
+    """The train step of a config; no array is made.
+
+    With LoRA the frozen tree is the base, which is the reference as well; without, it is a second model, if the method
+    wants one.
+    """
+    lora = adapters.lora_of(config.lora, model)
+    decoder = lambda lora: make_decoder(  # noqa: E731
+        model,
+        compute_dtype=devices.compute_dtype(config.precision),
+        param_dtype=config.param_dtype,
+        remat=config.remat,
+        attention=None if config.attention == "auto" else config.attention,
+        layout=Layout(mesh) if mesh.size > 1 else None,
+        lora=lora,
+        quantise=config.lora.quantise,
+    )
+    graphdef, abstract = decoder(lora)
+    frozen_graphdef, whole = (graphdef, abstract) if lora is None else decoder(None)
+    trained, base = adapters.divide(abstract, lora)
+    frozen = base if lora is not None else whole if method.reference else None
+    algorithm = method.build(graphdef, frozen_graphdef)
+    if lora is not None:
+        algorithm = algorithm._replace(assemble=join)
+    rate = learning_rate(config, steps)
+    adamw = _optimizer(config, rate)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    like = jax.eval_shape(lambda p, k: TrainState.create(p, adamw, k), trained, key)
+    like, frozen = sharding.placed(like, mesh), sharding.placed(frozen, mesh)
+    train_step = make_train_step(algorithm, adamw, microbatches=config.microbatches)
+    return Program(graphdef, algorithm, adamw, rate, like, frozen, sharding.jit_step(train_step, like, frozen, mesh))
+
+
+def learning_rate(config: TrainConfig, steps: int) -> Callable:
+    """The schedule of a config. Raises ValueError when it cannot be."""
+    return optimizer.learning_rate_schedule(
+        config.optimizer.learning_rate,
+        schedule=config.optimizer.schedule,
+        steps=steps,
+        warmup_steps=config.optimizer.warmup_steps,
+    )
+
+
+def _optimizer(config: TrainConfig, rate: Any) -> Any:
+    return optimizer.adamw(
+        rate,
+        weight_decay=config.optimizer.weight_decay,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        b1=config.optimizer.b1,
+        b2=config.optimizer.b2,
+        accumulator_dtype=config.optimizer.accumulator_dtype,
+    )

@@ -1,0 +1,258 @@
+"""What all training commands share: from checked settings to a trained, exported model, through any interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.data import batches as batching
+from jaxalign.models import huggingface
+from jaxalign.models.config import ModelConfig, train_flops_per_token
+from jaxalign.models.decoder import init_params
+from jaxalign.models.load import check_files, load_params
+from jaxalign.models.lora import Lora
+from jaxalign.runs import adapters, devices, finish, hosts, samples
+from jaxalign.runs.config import TrainConfig, check, to_json
+from jaxalign.runs.folder import open_run
+from jaxalign.runs.program import Method, Program, learning_rate, make_program
+from jaxalign.runs.vocabulary import Vocabulary, load_vocabulary
+from jaxalign.training import loop, metrics, sharding
+from jaxalign.training.checkpoint import Checkpoints
+from jaxalign.training.compiled import CompiledStep
+from jaxalign.training.evaluate import make_evaluate
+from jaxalign.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What every run starts from."""
+
+    mesh: Mesh
+    model: ModelConfig
+    vocabulary: Vocabulary
+    lora: Lora | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A command's run, once everything that can be wrong was found."""
+
+    config: TrainConfig
+    base: Base
+    method: Method
+    batches: Any  # step -> this host's batch; `steps` of them
+    held_out: list[Any]
+    shapes: int  # of batches that will occur
+    fingerprint: int  # of the data
+    prompts: list[list[int]]  # answered at every evaluation
+    export: Callable[[Task, TrainState, Any], None]  # (task, state, frozen)
+    complete: Callable[[Task], Task] = lambda task: task  # device work before training, once the folder is this run's
+
+
+# (config, whether the run is new) -> its task; raises on whatever is wrong, before device work
+GatherFn = Callable[[Any, bool], Task]
+
+
+def run(config: TrainConfig, command: str, gather: GatherFn) -> int:
+    """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
+    check(config)
+    devices.start(distributed=config.distributed)
+    devices.start_log()
+    open_ = lambda write: open_run(config, command=command, resume=config.resume, write=write)  # noqa: E731
+    held = hosts.first_decides(lambda: open_(False))
+    task = gather(config, not held)
+    steps = task.batches.steps
+    hosts.agree(settings=json.dumps(to_json(config)), data=task.fingerprint, steps=steps)
+    if hosts.first_decides(lambda: open_(True) and finish.is_finished(config.output, steps)):
+        log.info("this run is complete: %s", Path(config.output) / "final")
+        return 0
+    state, stopped_by = _train(task.complete(task))
+    if stopped_by is not None:
+        log.warning("stopped by signal %d after step %d; the same command continues", stopped_by, int(state.step))
+        return 128 + stopped_by
+    if jax.process_index() == 0:
+        log.info("the model is in %s", Path(config.output) / "final")
+    return 0
+
+
+def load_base(config: TrainConfig, *, starts: bool) -> Base:
+    """The mesh, the model's config and the vocabulary; weights are looked at, not yet read, when a run `starts`."""
+    devices.check_attention(config.attention, config.max_length)
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    model = huggingface.read_config(config.model)
+    if model.learned_positions and config.max_length > model.learned_positions:
+        raise ValueError(
+            f"--max-length {config.max_length}: {config.model} has {model.learned_positions} learned positions, and no "
+            "more can be used"
+        )
+    if config.max_length > model.max_length:
+        log.warning("--max-length %d is more than the %d the model was made for", config.max_length, model.max_length)
+    lora = adapters.lora_of(config.lora, model)
+    vocabulary = load_vocabulary(config, model)
+    if starts and not huggingface.is_random(config.model):
+        check_files(config.model, model)
+    return Base(mesh, model, vocabulary, lora)
+
+
+def count_steps(config: TrainConfig, per_epoch: float) -> int:
+    """Of --steps, else of --epochs. Says so, and checks what depends on it."""
+    steps = config.steps if config.steps is not None else max(1, int(np.ceil(config.epochs * per_epoch)))
+    log.info("%d steps, %.1f of them an epoch", steps, per_epoch)
+    learning_rate(config, steps)
+    return steps
+
+
+def host() -> dict[str, int]:
+    """Which of the hosts this is, as batches want to know."""
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def check_held_out(config: TrainConfig, held_out: list[Any]) -> None:
+    """Raises ValueError when the best checkpoint is to be kept and nothing says which that is."""
+    if config.checkpoint.keep_best and not held_out:
+        raise ValueError(f"--checkpoint.keep-best {config.checkpoint.keep_best} needs held-out data; give --eval-data")
+
+
+def export_language_model(task: Task, state: TrainState, frozen: Any) -> None:
+    """`final/`, and the adapter of a LoRA run beside it."""
+    adapters.export_final(task.config, task.base.model, task.base.vocabulary, task.base.lora, state, frozen)
+
+
+def _train(task: Task) -> tuple[TrainState, int | None]:
+    config, steps = task.config, task.batches.steps
+    program = make_program(config, task.base.model, task.base.mesh, task.method, steps=steps)
+    checkpoints = Checkpoints(
+        Path(config.output) / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
+    )
+    _check_not_beyond(task, checkpoints)
+    frozen = _load_frozen(task, program)
+    state, progress, iterator = _start_or_resume(task, checkpoints, program, frozen)
+    recorder = _recorder(task, progress.step)
+    rates = np.asarray(jax.vmap(program.rate)(jnp.arange(steps)), np.float64)
+
+    def save(state: TrainState, progress: loop.Progress, row: loop.Row) -> None:
+        extras = {"progress": dataclasses.asdict(progress), "data": task.fingerprint}
+        checkpoints.save(progress.step, state, extras, metric=row.get("eval_loss"))
+
+    evaluate = _evaluation(task, program, progress.step, frozen)
+    try:
+        state, stopped_by = loop.fit(
+            CompiledStep(program.step, announced=task.shapes),
+            state,
+            frozen,
+            iterator,
+            loop.Hooks(recorder, save, evaluate, lambda update: rates[update]),
+            mesh=task.base.mesh,
+            steps=steps,
+            progress=progress,
+            eval_every=config.eval_every,
+            save_every=config.checkpoint.every,
+            profile=Path(config.output) / "profile" if config.profile else None,
+        )
+    finally:
+        recorder.close()
+        checkpoints.close()
+    if stopped_by is None:
+        task.export(task, state, frozen)
+    return state, stopped_by
+
+
+def _check_not_beyond(task: Task, checkpoints: Checkpoints) -> None:
+    done = max(checkpoints.steps(), default=0)
+    if done > task.batches.steps:
+        raise ValueError(
+            f"{task.config.output} has trained {done} steps already, more than the {task.batches.steps} asked for; "
+            "raise --steps, or export an earlier checkpoint with `jaxalign export --step`"
+        )
+
+
+def _load_frozen(task: Task, program: Program) -> Any:
+    """The base of adapters, or a reference of its own: in no checkpoint of the run, so read at every start."""
+    config, model = task.config, task.base.model
+    if program.frozen is None:
+        return None
+    if task.base.lora is not None:
+        return adapters.load_base(config, model, program.frozen)
+    placed = jax.tree.map(lambda x: x.sharding, program.frozen)
+    source = getattr(config, "ref_model", None) or config.model
+    return load_params(source, model, param_dtype=config.param_dtype, shardings=placed)
+
+
+def _start_or_resume(
+    task: Task, checkpoints: Checkpoints, program: Program, frozen: Any
+) -> tuple[TrainState, loop.Progress, Any]:
+    iterator = batching.iterate(task.batches)
+    restored = checkpoints.restore(program.like)
+    if restored is None:
+        return _new_state(task, program, frozen), loop.Progress(), iterator
+    state, extras = restored
+    if extras["data"] != task.fingerprint:
+        raise ValueError(
+            f"the data of --data {task.config.data} have changed since {task.config.output} was started, so the run "
+            "cannot continue bit for bit; restore them, or name a new --output"
+        )
+    progress = loop.Progress(**extras["progress"])
+    iterator.set_state({"next_index": progress.step})
+    log.info("continuing after step %d of %d", progress.step, task.batches.steps)
+    return state, progress, iterator
+
+
+def _new_state(task: Task, program: Program, frozen: Any) -> TrainState:
+    placed = jax.tree.map(lambda x: x.sharding, program.like)
+    params_key, state_key = jax.random.split(jax.random.key(task.config.seed))
+    params = _new_params(task, program.like.params, params_key, frozen)
+    create = jax.jit(lambda p, k: TrainState.create(p, program.adamw, k), out_shardings=placed, donate_argnums=0)
+    return create(params, state_key)
+
+
+def _new_params(task: Task, like: Any, key: jax.Array, frozen: Any) -> Any:
+    config, placed = task.config, jax.tree.map(lambda x: x.sharding, like)
+    if task.base.lora is not None:
+        return adapters.new_adapter(like, jax.random.fold_in(key, 1), frozen)
+    if huggingface.is_random(config.model):
+        return init_params(task.base.model, key, param_dtype=config.param_dtype, shardings=placed)
+    return load_params(config.model, task.base.model, param_dtype=config.param_dtype, shardings=placed)
+
+
+def _recorder(task: Task, resumed_at: int) -> Callable:
+    if jax.process_index() != 0:
+        return metrics.Silent()
+    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    # a frozen model that runs beside is a forward more, a third of forward and backward
+    share = adapters.gradient_share(task.base.lora) + task.method.reference / 3
+    return metrics.Recorder(
+        Path(task.config.output),
+        total_steps=task.batches.steps,
+        resumed_at=resumed_at if resumed_at else -1,
+        flops_per_token=share * train_flops_per_token(task.base.model, task.config.max_length),
+        peak_flops=None if peak is None else peak * task.base.mesh.size,
+        tensorboard=task.config.log.tensorboard,
+        wandb=task.config.log.wandb,
+        stream=sys.stderr,
+    )
+
+
+def _evaluation(task: Task, program: Program, resumed_at: int, frozen: Any) -> Callable | None:
+    """Held-out metrics and, beside them, a few answers; None without held-out data."""
+    if not task.held_out:
+        return None
+    held_out_metrics = make_evaluate(program.algorithm, task.held_out, task.base.mesh, frozen)
+    sampler = samples.Sampler(task.config, program.graphdef, task.base.model, task.base.vocabulary, resumed_at)
+
+    def evaluate(params: Any, step: int) -> dict[str, float]:
+        sampler.write(program.algorithm.assemble(params, frozen), step, task.prompts)
+        return held_out_metrics(params)
+
+    return evaluate

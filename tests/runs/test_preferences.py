@@ -1,0 +1,169 @@
+"""`jaxalign dpo` and `kto`, end to end on a tiny model: they learn, resume bit for bit, and tell mistakes at once."""
+
+import dataclasses
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxalign.cli.main import main
+from jaxalign.runs import preferences
+from jaxalign.runs.config import (
+    CheckpointConfig,
+    DPOAlgorithm,
+    DPOConfig,
+    KTOConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+)
+from jaxalign.training.metrics import deterministic, read_rows
+from tests.runs.test_sft import one_device  # noqa: F401  a fixture
+
+SHARED = {
+    "steps": 8,
+    "batch_size": 8,
+    "max_length": 16,
+    "remat": "none",
+    "samples": 1,
+    "mesh": MeshConfig(data=1, fsdp=1),
+    "optimizer": OptimizerConfig(learning_rate=2e-3),
+    "checkpoint": CheckpointConfig(every=4),
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Prompts with a response that names cats and one that names dogs."""
+    rng = np.random.default_rng(0)
+    words = lambda word: " ".join([word, *rng.choice(["the", "a", "red", "blue"], rng.integers(1, 5))])  # noqa: E731
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [{"prompt": "one ?", "chosen": words("cat"), "rejected": words("dog")} for _ in range(48)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rows(output):
+    return [deterministic(row) for row in read_rows(output / "metrics.jsonl")]
+
+
+def final(output):
+    return load_file(output / "final" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, pairs, tmp_path_factory):
+    """The run of each command, by its name, made once."""
+    import jax
+
+    from jaxalign.training import sharding
+
+    whole, runs = sharding.make_mesh, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        for name, kind, run in (("dpo", DPOConfig, preferences.run_dpo), ("kto", KTOConfig, preferences.run_kto)):
+            output = tmp_path_factory.mktemp(name) / "run"
+            config = kind(model=str(tiny_model), data=str(pairs), output=output, **SHARED)
+            assert run(config) == 0
+            runs[name] = config, run
+    return runs
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_held_out_loss_falls_and_rewards_part(trained, name):
+    config, _ = trained[name]
+    found = rows(config.output)
+    held = {row["step"]: row for row in found if "eval_loss" in row}
+    assert held[0]["eval_loss"] == pytest.approx({"dpo": np.log(2), "kto": 0.5}[name], abs=1e-5)
+    assert held[8]["eval_loss"] < held[0]["eval_loss"] - 0.02
+    last = held[8]
+    assert last["eval_rewards/chosen"] > 0 > last["eval_rewards/rejected"]
+    if name == "dpo":
+        assert last["eval_rewards/accuracies"] > 0.9
+    assert "tags: [jaxalign, " + name in (config.output / "final" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained, name, tmp_path, one_device):  # noqa: F811
+    config, run = trained[name]
+    again = dataclasses.replace(config, output=tmp_path / "again")
+    shutil.copytree(config.output, again.output)
+    shutil.rmtree(again.output / "checkpoints" / "8")
+    shutil.rmtree(again.output / "final")
+    assert run(again) == 0
+    assert rows(again.output) == rows(config.output)
+    expected, found = final(config.output), final(again.output)
+    assert all(expected[key].tobytes() == found[key].tobytes() for key in expected)
+
+
+def test_a_reference_that_was_run_once_before_changes_nothing(trained, tmp_path, one_device, caplog):  # noqa: F811
+    config, run = trained["kto"]
+    other = dataclasses.replace(config, output=tmp_path / "run", precompute_reference=True)
+    assert run(other) == 0
+    for a, b in zip(rows(other.output), rows(config.output), strict=True):
+        assert a["step"] == b["step"] and a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-5)
+    found, expected = final(other.output), final(config.output)
+    for key in expected:
+        np.testing.assert_allclose(found[key], expected[key], atol=1e-5)
+    files = sorted((other.output / "reference").glob("*.npz"))
+    assert len(files) == 4  # training and held-out sets, each with its mismatched responses
+    before = [file.stat().st_mtime_ns for file in files]
+    shutil.rmtree(other.output / "final")
+    assert run(other) == 0
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_with_lora_the_base_is_the_reference_and_the_adapter_alone_is_trained(
+    trained,
+    tiny_model,
+    tmp_path,
+    one_device,  # noqa: F811
+):
+    config, run = trained["dpo"]
+    config = dataclasses.replace(config, output=tmp_path / "run", lora=LoraConfig(rank=4), steps=2)
+    assert run(config) == 0
+    assert rows(config.output)[1]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert (config.output / "adapter" / "adapter_model.safetensors").exists()
+    base, merged = load_file(tiny_model / "model.safetensors"), final(config.output)
+    assert np.array_equal(base["model.norm.weight"], merged["model.norm.weight"])
+    assert not np.array_equal(base["model.layers.0.mlp.up_proj.weight"], merged["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_a_loss_of_the_users_own_file_runs(trained, tmp_path, one_device, monkeypatch):  # noqa: F811
+    (tmp_path / "my_losses.py").write_text(
+        "import jax.numpy as jnp\n\n"
+        "def slic(policy_chosen_logps, policy_rejected_logps, *, delta=1.0):\n"
+        "    return jnp.maximum(0.0, delta - policy_chosen_logps + policy_rejected_logps)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config, run = trained["dpo"]
+    algorithm = DPOAlgorithm("my_losses:slic(delta=1.0)")
+    config = dataclasses.replace(config, output=tmp_path / "run", algorithm=algorithm, steps=2)
+    assert run(config) == 0
+    assert rows(config.output)[1]["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("dpo", ["--algorithm.loss", "dpoo"], "unknown name 'dpoo' (did you mean 'dpo'?); known are aot, aot_unpaired"),
+        ("dpo", ["--algorithm.loss", "ipo(betta=1)"], "ipo has no keyword 'betta' (did you mean 'beta'?); it takes"),
+        ("kto", ["--algorithm.loss", "dpo"], "unknown name 'dpo'"),
+        ("kto", ["--batch-size", "1"], "--batch-size 1: KTO's KL is a mean over the batch; give 2 or more"),
+        ("dpo", ["--ref-model", "x", "--algorithm.loss", "simpo"], "the loss 'simpo' uses no reference"),
+        ("dpo", ["--data", "{tiny_data}"], "hold no feedback; known are messages+label"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    command, flags, message, tiny_model, tiny_data, pairs, tmp_path, capsys
+):
+    start = time.perf_counter()
+    given = ["--model", str(tiny_model), "--data", str(pairs), "--output", str(tmp_path / "run")]
+    flags = [flag.format(tiny_data=tiny_data) for flag in flags]
+    assert main([command, *given, "--mesh.fsdp", "8", *flags]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists() and time.perf_counter() - start < 60
