@@ -10,15 +10,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxalign.quickstart import judge, tokenizer, world
-from jaxalign.runs import devices, generate, sft
-from jaxalign.runs.config import CheckpointConfig, OptimizerConfig, QuickstartConfig, SFTConfig, check
+from jaxalign.runs import devices, generate, preferences, sft
+from jaxalign.runs.config import (
+    CheckpointConfig,
+    DPOAlgorithm,
+    DPOConfig,
+    KTOAlgorithm,
+    KTOConfig,
+    OptimizerConfig,
+    QuickstartConfig,
+    SFTConfig,
+    TrainConfig,
+    check,
+)
 from jaxalign.runs.folder import check_writable
 
 log = logging.getLogger(__name__)
 
 PRETRAINING_TEXTS, INSTRUCTIONS, QUESTIONS = 24_000, 4_000, 140
-PRETRAINING_STEPS, SFT_STEPS = 600, 150
+PRETRAINING_STEPS, SFT_STEPS, DPO_STEPS, KTO_STEPS = 600, 150, 100, 60
 LENGTH, BATCH = 64, 32
+RUNS = {SFTConfig: sft.run, DPOConfig: preferences.run_dpo, KTOConfig: preferences.run_kto}
 
 
 class Stage(NamedTuple):
@@ -50,7 +62,7 @@ def run(config: QuickstartConfig) -> int:
     for name, what, run_config in _runs(output, config.seed):
         log.info("\n== %s: %s", name, what)
         start = time.perf_counter()
-        if status := sft.run(run_config):
+        if status := RUNS[type(run_config)](run_config):
             return status
         seconds = time.perf_counter() - start
         stages.append(_judge(name, what, str(run_config.output / "final"), questions, seconds))
@@ -74,7 +86,7 @@ def _write_world(folder: Path, seed: int) -> None:
             (folder / name).write_text(text)
 
 
-def _runs(output: Path, seed: int) -> list[tuple[str, str, SFTConfig]]:
+def _runs(output: Path, seed: int) -> list[tuple[str, str, TrainConfig]]:
     shared: dict[str, Any] = {
         "batch_size": BATCH,
         "max_length": LENGTH,
@@ -99,9 +111,32 @@ def _runs(output: Path, seed: int) -> list[tuple[str, str, SFTConfig]]:
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=10),
         **shared,
     )
+    feedback: dict[str, Any] = {
+        "model": str(output / "sft" / "final"),
+        "data": str(output / "world" / "preferences.jsonl"),
+        "as_chat": True,
+        **shared,
+    }
+    # Not all rejected answers are false: some are curt. Without its likelihood term DPO unlearns facts with the manner.
+    dpo = DPOConfig(
+        output=output / "dpo",
+        algorithm=DPOAlgorithm("dpo(beta=0.3) + 2.0*sft"),
+        steps=DPO_STEPS,
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=5),
+        **feedback,
+    )
+    kto = KTOConfig(
+        output=output / "kto",
+        algorithm=KTOAlgorithm("kto(beta=0.5)"),
+        steps=KTO_STEPS,
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=5),
+        **feedback,
+    )
     return [
         ("base", "pretrained from random weights on the world's texts, good and bad answers alike", base),
-        ("SFT", "supervised fine-tuning on demonstrations of good answers", tuned),
+        ("SFT", "supervised fine-tuning on demonstrations, some of them bad", tuned),
+        ("DPO", "SFT, then pairs of a good and a bad answer", dpo),
+        ("KTO", "SFT, then the same answers, each called good or bad", kto),
     ]
 
 

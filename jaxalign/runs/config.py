@@ -231,10 +231,10 @@ class GenerateConfig:
     """A Hugging Face folder (a run's final/ is one) or hub name."""
     prompts: str
     """A file of prompts (.jsonl with `prompt` or `messages`, .txt one a line), or the prompt itself."""
-    adapter: Path | None = None
-    """A folder of LoRA adapters in PEFT's format, of --model: a run's adapter/ is one."""
     output: Path | None = None
     """A .jsonl file of prompt and response; by default they are printed."""
+    adapter: Path | None = None
+    """A folder of LoRA adapters in PEFT's format, of --model: a run's adapter/ is one."""
     max_new_tokens: int = 128
     """Length limit of a response, in tokens."""
     temperature: float = 1.0

@@ -70,7 +70,7 @@ def test_the_folder_holds_the_tokenizer_the_config_and_a_card_with_the_losses_un
     for name in ("config.json", "tokenizer.json", "generation_config.json", "README.md"):
         assert (tmp_path / "out" / name).exists(), name
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "after 4 steps of supervised fine-tuning" in card and "| 4 | " in card and "| 6 | " not in card
+    assert "after 4 steps of `sft`" in card and "| 4 | " in card and "| 6 | " not in card
     ours, theirs = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "out", tiny_model))
     assert {k: v for k, v in ours.items() if k != "dtype"} == {k: v for k, v in theirs.items() if k != "dtype"}
 
