@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -70,17 +71,23 @@ def _check_same(config: Any, command: str, path: Path, resume: bool) -> None:
         raise ValueError(f"--output {path.parent} holds a run already and --no-resume was given; name another folder")
     if held["command"] != command:
         raise ValueError(f"--output {path.parent} holds a run of `{held['command']}`, not of `{command}`")
-    asked = to_json(config)
+    before = _defaults(config) | held["config"]  # a setting that an older version did not have was at its default
     changed = [
-        f"{name} was {held['config'].get(name)!r}, now {value!r}"
-        for name, value in asked.items()
-        if name not in FREE_FIELDS and held["config"].get(name) != value
+        f"{name} was {before.get(name)!r}, now {value!r}"
+        for name, value in to_json(config).items()
+        if name not in FREE_FIELDS and before.get(name) != value
     ]
     if changed:
         raise ValueError(
             f"--output {path.parent} holds another run: {'; '.join(changed)}. Name another folder, or repeat its "
             f"settings with --from-config {path}"
         )
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The settings that have a default, as plain values."""
+    bare = {f.name: None for f in dataclasses.fields(config) if f.default is f.default_factory is dataclasses.MISSING}
+    return {name: value for name, value in to_json(type(config)(**bare)).items() if name not in bare}
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -85,6 +85,10 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(tiny_model, tiny_
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     with pytest.raises(ValueError, match="holds another run: seed was 0, now 1"):
         sft.run(dataclasses.replace(config, seed=1))
+    older = json.loads((tmp_path / "run" / "config.json").read_text())
+    del older["config"]["lora"], older["config"]["turns"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(older))
+    assert sft.run(config) == 0  # a run of before these settings is the same run
     with pytest.raises(ValueError, match="holds a run already and --no-resume was given"):
         sft.run(dataclasses.replace(config, resume=False))
 
