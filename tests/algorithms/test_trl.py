@@ -1,0 +1,158 @@
+"""Five optimizer steps of DPO's losses and KTO agree with TRL's trainers, on the ids that those were given.
+
+TRL pads, each response in a row of its own; here several stand in a row. What is known to differ: TRL divides by the
+norm + 1e-6 when it clips, a relative 1e-6 that Adam undoes; adds 1 to `apo_zero`; and logs KTO's `kl` clamped at 0.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxalign.algorithms.dpo import dpo
+from jaxalign.algorithms.kto import kto
+from jaxalign.data.groups import GroupPlan, Layout, Responses
+from jaxalign.data.tokens import Examples
+from jaxalign.losses.mixture import select_loss
+from jaxalign.losses.preference import PREFERENCE_LOSSES
+from jaxalign.losses.unpaired import UNPAIRED_LOSSES
+from jaxalign.models.decoder import make_decoder
+from jaxalign.models.families import model_config
+from jaxalign.models.load import load_params
+from jaxalign.models.save import save_pretrained
+from jaxalign.training.optimizer import adamw, learning_rate_schedule
+from jaxalign.training.state import TrainState
+from jaxalign.training.step import make_train_step
+from jaxalign.types import UnpairedBatch
+from tests.algorithms import make_trl_golden
+from tests.algorithms.make_trl_golden import FILE, PAIRS, ROWS, SHARED, STEPS, some
+
+LOSSES = {
+    "dpo": "dpo",
+    "ipo": "ipo",
+    "robust": "robust(label_smoothing=0.2)",
+    "apo_zero": "apo_zero",
+    "kto": "kto(lambda_d=0.75, lambda_u=1.5)",
+}
+ADDED_BY_TRL = {"apo_zero": 1.0}
+WIDTH = 32  # of a row: two to three responses
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    """What the TRL that is installed does."""
+    if find_spec("trl") is None:
+        pytest.skip("trl is not installed; the golden file stands for it")
+    file = tmp_path_factory.mktemp("trl") / "live.npz"
+    subprocess.run([sys.executable, make_trl_golden.__file__, file], check=True)
+    return dict(np.load(file))
+
+
+@pytest.fixture(scope="module", params=["golden", "live"])
+def theirs(request):
+    return dict(np.load(FILE)) if request.param == "golden" else request.getfixturevalue("live")
+
+
+def load_start(theirs, folder):
+    """What training starts from, policy and reference, by way of files as a user's."""
+    config, found = model_config(json.loads(str(theirs["config"]))), []
+    for kind in ("policy", "reference"):
+        path = folder / kind
+        path.mkdir()
+        tensors = {n.removeprefix(f"{kind}:"): v.astype(np.float32) for n, v in theirs.items() if n.startswith(kind)}
+        save_file(tensors, path / "model.safetensors")
+        found.append(load_params(str(path), config))
+    return found
+
+
+def responses(theirs, part, step, *, columns=None):
+    """Row i of K·N is response i // N of group i % N: TRL puts the chosen of all pairs before the rejected."""
+    ids, there, learned = (
+        theirs[f"{part}:{name}"][step] for name in ("input_ids", "attention_mask", "completion_mask")
+    )
+    lengths = there.sum(1)
+    examples = Examples.of([(i[:n], m[:n] > 0) for i, m, n in zip(ids, learned, lengths, strict=True)])
+    k = 2 if part == "pairs" else 1
+    return Responses(examples, np.arange(len(ids)).reshape(k, -1).T, columns or {})
+
+
+def batches(theirs, *, paired):
+    """The five batches, packed, in rows of one shape."""
+
+    def packed(part, columns=lambda step: {}):
+        sets = [responses(theirs, part, step, columns=columns(step)) for step in range(STEPS)]
+        layout = Layout.of(sets[0], GroupPlan(PAIRS if paired else ROWS, WIDTH, shuffle=False))
+        rows = max(len(layout.rows(each.lengths)) for each in sets)
+        return [jax.tree.map(jnp.asarray, layout.batch(each, rows=rows)) for each in sets]
+
+    if paired:
+        return packed("pairs")
+    rated = packed("rated", lambda step: {"label": theirs["labels"][step].astype(bool)})
+    return [UnpairedBatch(*parts) for parts in zip(rated, packed("mismatched"), strict=True)]
+
+
+@functools.cache
+def stepper(name, config):
+    """The optimizer and the compiled step, one for both sources of TRL's numbers."""
+    graphdef = make_decoder(model_config(json.loads(config)))[0]
+    algorithm, table = (kto, UNPAIRED_LOSSES) if name == "kto" else (dpo, PREFERENCE_LOSSES)
+    schedule = learning_rate_schedule(SHARED["learning_rate"], schedule="linear", steps=STEPS)
+    optimizer = adamw(schedule, weight_decay=SHARED["weight_decay"], max_grad_norm=SHARED["max_grad_norm"])
+    loss = select_loss(LOSSES[name], table)
+    step = make_train_step(algorithm(graphdef, loss=loss, ref_graphdef=graphdef), optimizer)
+    # the same arithmetic, in less than half the time to compile
+    return optimizer, jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def five_steps(name, theirs, folder):
+    """(metrics by name [STEPS], final tensors by their Hugging Face names)"""
+    policy, reference = load_start(theirs, folder)
+    optimizer, step = stepper(name, str(theirs["config"]))
+    state, logs = TrainState.create(policy, optimizer, jax.random.key(0)), []
+    for batch in batches(theirs, paired=name != "kto"):
+        state, metrics = step(state, reference, batch)
+        logs.append(jax.device_get(metrics))
+    hf = json.loads(str(theirs["config"]))
+    save_pretrained(folder / "final", state.params, model_config(hf), hf)
+    return {key: np.array([log[key] for log in logs]) for key in logs[0]}, load_file(folder / "final/model.safetensors")
+
+
+def of_run(name, theirs):
+    """What TRL logged [STEPS] each, and entries of its final tensors."""
+    mine = {key.removeprefix(f"{name}:"): value for key, value in theirs.items() if key.startswith(f"{name}:")}
+    final = {key.removeprefix("final:"): value for key, value in mine.items() if key.startswith("final:")}
+    return {key: value for key, value in mine.items() if not key.startswith("final:")}, final
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_gradients_metrics_and_weights_of_five_steps_are_those_of_trl(name, theirs, tmp_path):
+    ours, final = five_steps(name, theirs, tmp_path)
+    logs, weights = of_run(name, theirs)
+    ours["loss"] = ours["loss"] + ADDED_BY_TRL.get(name, 0.0)
+    np.testing.assert_allclose(ours["grad_norm"], logs.pop("grad_norm"), rtol=1e-4)
+    if name == "kto":
+        assert 0 < np.sum(logs["kl"] > 0) < STEPS  # the clamp has something to do, but not always
+        ours["kl"] = np.maximum(ours["kl"], 0)
+        ours["rewards/margins"] = ours["rewards/chosen"] - ours["rewards/rejected"]
+    for key, value in logs.items():
+        rtol = 0 if key == "loss" else 1e-6  # sums of log-probabilities are tens of nats
+        np.testing.assert_allclose(ours[key], value, rtol=rtol, atol=2e-5, err_msg=key)
+    assert weights.keys() == final.keys()
+    for key, value in weights.items():
+        np.testing.assert_allclose(some(final[key]), value, rtol=0, atol=2e-5, err_msg=key)
+
+
+def test_the_golden_file_is_what_trl_does(live):
+    golden = dict(np.load(FILE))
+    assert golden.keys() == live.keys()
+    for key, value in golden.items():
+        if key == "config":
+            continue
+        np.testing.assert_allclose(live[key], value, rtol=1e-5, atol=2e-5, err_msg=key)
