@@ -1,0 +1,90 @@
+"""Devices that are not there, for the compilers that are: TPU slices, and a single H100 or H200.
+
+A test asks for a device and skips where its compiler is not installed (libtpu; the CUDA plugin of the same version as
+jax, and ptxas). Compilation proves that a program is legal and what memory it needs, not how fast it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import shutil
+from typing import Any
+
+import jax
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+# XLA's text form of GpuTargetConfigProto, from NVIDIA's data sheets of the SXM modules and the CUDA programming guide's
+# table for compute capability 9.0: 132 multiprocessors with 228 KiB each, of which a block may ask for 227.
+HOPPER = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+  name: "{name}"
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: 52428800
+  memory_bandwidth: {bandwidth}
+  device_memory_size: {memory}
+}}
+platform_name: "CUDA"
+runtime_version {{ major: 13 minor: 0 }}
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{name}"
+"""
+GPUS = {
+    "h100": HOPPER.format(name="NVIDIA H100 80GB HBM3", bandwidth=3_352_000_000_000, memory=80 * 2**30),
+    "h200": HOPPER.format(name="NVIDIA H200", bandwidth=4_800_000_000_000, memory=141 * 10**9),
+}
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """The chips of a slice, as in "v5p:2x2x2"."""
+    pytest.importorskip("libtpu")
+    return _tpu_devices(topology)
+
+
+@functools.cache
+def _tpu_devices(topology: str) -> list[Any]:
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
+def gpu_device(name: str) -> Any:
+    """One GPU of `GPUS`."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("no CUDA plugin: pip install jax-cuda13-plugin jax-cuda13-pjrt")
+    if shutil.which("ptxas") is None:
+        pytest.skip("no ptxas on the PATH: it is in the CUDA toolkit")
+    return _gpu_device(name)
+
+
+@functools.cache
+def _gpu_device(name: str) -> Any:
+    from jax.experimental import topologies
+
+    description = {"target_config": GPUS[name], "topology": "1x1x1"}
+    return topologies.get_topology_desc(platform="cuda", topology_name=name, **description).devices[0]
+
+
+def device(name: str) -> Any:
+    """A GPU of `GPUS`, or the first chip of a TPU slice."""
+    return gpu_device(name) if name in GPUS else tpu_devices(name)[0]
+
+
+def like(device: Any, *shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
+    """An array that would be on `device`: what `jax.jit(f).lower` takes in place of one."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
