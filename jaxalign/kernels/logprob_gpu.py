@@ -1,0 +1,207 @@
+"""The bodies of `logprob.py` for NVIDIA GPUs, in Triton through Pallas.
+
+Forward: a program owns `rows` tokens and a run of vocabulary tiles, whose statistics it keeps in registers; the runs are
+merged outside. Neighbouring programs share a run, so its weights are read from HBM once and from L2 by the others.
+
+Backward: the gradient of a chunk of logits, [N, chunk] in the dtype of compute, is made in one kernel (product, soft-cap,
+softmax and slope, without the float32 logits ever leaving the registers); the two products with it are left to XLA's
+cuBLAS, which is hard to beat. The alternative, adding into dhidden and dweight from every tile with atomics, gives
+other sums in every run, and a resumed run must be the same bit for bit.
+
+A program of 8 warps holds a [128, 128] float32 tile in 64 registers a thread, and in shared memory, for each stage of the
+pipeline, [128, 64] of both operands: 32 KiB in bfloat16, three stages 96 KiB of the 227 that a block may ask for on an
+H100 (float32 takes [128, 32], so as much). From HBM, tokens / 1 operations a byte of weight as long as L2 (50 MiB) holds a
+run; from L2, 64 operations a byte.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from jaxalign.kernels import logprob_tile as tile
+from jaxalign.kernels.runtime import Target, up
+
+STAGES, WARPS = 3, 8
+CHUNK_LOGITS = 2**26  # 128 MiB in bfloat16
+
+
+class Tiles(NamedTuple):
+    rows: int
+    columns: int
+    depth: int  # of the width at a time
+    run: int  # vocabulary tiles of a program of the forward pass
+
+
+def shared_bytes(tiles: Tiles, itemsize: int) -> int:
+    """What the pipeline of a program keeps in shared memory."""
+    return STAGES * (tiles.rows + tiles.columns) * tiles.depth * itemsize
+
+
+def choose_tiles(itemsize: int, target: Target) -> Tiles | None:
+    """The one shape that we have reasons for; None on a GPU with too little shared memory for it."""
+    tiles = Tiles(128, 128, 128 // itemsize, 16)
+    return tiles if shared_bytes(tiles, itemsize) <= target.fast_memory or target.interpret else None
+
+
+def chunk_columns(tokens: int, vocabulary: int, tiles: Tiles) -> int:
+    """Columns of a chunk of the backward pass: equal chunks, of about CHUNK_LOGITS logits at most."""
+    most = max(CHUNK_LOGITS // max(tokens, 1), tiles.columns)
+    return up(-(-vocabulary // -(-vocabulary // most)), tiles.columns)
+
+
+def forward(
+    count: jax.Array,  # Int32[1]: tokens that count; they are the first
+    hidden: jax.Array,  # [N D], N, V and D multiples of the tile
+    weight: jax.Array,  # [V D]
+    bias: jax.Array | None,  # [V]
+    targets: jax.Array,  # Int32[N], -1 where another shard has it
+    *,
+    vocabulary: int,
+    tiles: Tiles,
+    options: tile.Options,
+    target: Target,
+) -> tile.Statistics:
+    """Statistics [runs, N]; anything in the row tiles that hold no token that counts."""
+    n, column_tiles = hidden.shape[0], weight.shape[0] // tiles.columns
+    runs = -(-column_tiles // tiles.run)
+    out = pl.pallas_call(
+        functools.partial(_forward_body, bias is not None, vocabulary, column_tiles, tiles, options),
+        grid=(n // tiles.rows, runs),  # the first is the fastest: neighbours share weights
+        out_shape=jax.ShapeDtypeStruct((len(tile.Statistics._fields), runs, n), jnp.float32),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+        interpret=target.interpret,
+        name="logprob_forward",
+    )(count, hidden, weight, *(() if bias is None else (bias,)), targets)
+    return tile.Statistics(*out)
+
+
+def _forward_body(
+    has_bias: bool, vocabulary: int, column_tiles: int, tiles: Tiles, options: tile.Options, count, *refs
+) -> None:
+    hidden, weight, *rest = refs
+    bias, rest = (rest[0], rest[1:]) if has_bias else (None, rest)
+    targets, out = rest
+    i, run = pl.program_id(0), pl.program_id(1)
+    rows = pl.ds(i * tiles.rows, tiles.rows)
+
+    @pl.when(i * tiles.rows < count[0])
+    def _():
+        wanted = targets[rows][:, None]
+
+        def see(j, stats):
+            z, _, ids = _logits(hidden, weight, bias, i, j, j, tiles, options)
+            return tile.see(stats, z, ids, wanted, vocabulary, options)
+
+        end = jnp.minimum((run + 1) * tiles.run, column_tiles)
+        stats = jax.lax.fori_loop(run * tiles.run, end, see, tile.start((tiles.rows, 1)))
+        for k, value in enumerate(stats):
+            out[k, run, rows] = value.reshape(tiles.rows)
+
+
+def backward(
+    count: jax.Array,
+    hidden: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    targets: jax.Array,
+    slopes: tile.Slopes,  # [N], 0 where a token does not count
+    *,
+    vocabulary: int,
+    tiles: Tiles,
+    options: tile.Options,
+    target: Target,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(dhidden [N D] in its dtype, dweight [V D] in `dtype`, dbias [V] in float32); V a multiple of the chunk."""
+    n, width = hidden.shape
+    chunk = chunk_columns(n, vocabulary, tiles)
+    packed = jnp.stack([*slopes])
+    exact = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+
+    def back(d_hidden: jax.Array, part: tuple) -> tuple[jax.Array, tuple]:
+        k, columns, shift = part
+        d_raw, d_bias = _d_raw(k, count, hidden, columns, shift, targets, packed, vocabulary, tiles, options, target)
+        product = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+        return d_hidden + product("nc,cd->nd", d_raw, columns), (product("nc,nd->cd", d_raw, hidden).astype(dtype), d_bias)
+
+    parts = weight.reshape(-1, chunk, width), None if bias is None else bias.reshape(-1, chunk)
+    start = jnp.zeros(hidden.shape, jnp.float32)
+    d_hidden, (d_weight, d_bias) = jax.lax.scan(back, start, (jnp.arange(weight.shape[0] // chunk), *parts))
+    d_bias = None if d_bias is None else d_bias.reshape(-1)
+    return d_hidden.astype(hidden.dtype), d_weight.reshape(weight.shape), d_bias
+
+
+def _d_raw(
+    k: jax.Array,
+    count: jax.Array,
+    hidden: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    targets: jax.Array,
+    packed: jax.Array,
+    vocabulary: int,
+    tiles: Tiles,
+    options: tile.Options,
+    target: Target,
+) -> tuple[jax.Array, jax.Array | None]:
+    """dloss/draw [N chunk] of chunk k in the dtype of hidden, and its float32 sum over tokens where there is a bias."""
+    n, chunk = hidden.shape[0], weight.shape[0]
+    grid = n // tiles.rows, chunk // tiles.columns
+    out = [jax.ShapeDtypeStruct((n, chunk), hidden.dtype)]
+    if bias is not None:
+        out.append(jax.ShapeDtypeStruct((grid[0], chunk), jnp.float32))
+    first = (k * (chunk // tiles.columns)).astype(jnp.int32)[None]
+    found = pl.pallas_call(
+        functools.partial(_backward_body, bias is not None, vocabulary, tiles, options),
+        grid=grid,
+        out_shape=out,
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+        interpret=target.interpret,
+        name="logprob_backward",
+    )(jnp.concatenate([count, first]), hidden, weight, *(() if bias is None else (bias,)), targets, packed)
+    return found[0], None if bias is None else jnp.sum(found[1], axis=0)
+
+
+def _backward_body(has_bias: bool, vocabulary: int, tiles: Tiles, options: tile.Options, scalars, *refs) -> None:
+    hidden, weight, *rest = refs
+    bias, rest = (rest[0], rest[1:]) if has_bias else (None, rest)
+    targets, packed, out, *rest = rest
+    i, j = pl.program_id(0), pl.program_id(1)
+    rows, columns = pl.ds(i * tiles.rows, tiles.rows), pl.ds(j * tiles.columns, tiles.columns)
+    counts = i * tiles.rows < scalars[0]
+
+    @pl.when(counts)
+    def _():
+        z, slope, ids = _logits(hidden, weight, bias, i, j, scalars[1] + j, tiles, options)
+        slopes = tile.Slopes(*(packed[k, rows][:, None] for k in range(len(tile.Slopes._fields))))
+        d_raw = tile.back(z, slope, ids, targets[rows][:, None], slopes, vocabulary, options)
+        out[rows, columns] = d_raw.astype(out.dtype)
+        if rest:
+            rest[0][i, columns] = jnp.sum(d_raw, axis=0)
+
+    @pl.when(jnp.logical_not(counts))
+    def _():
+        out[rows, columns] = jnp.zeros((tiles.rows, tiles.columns), out.dtype)
+        if rest:
+            rest[0][i, columns] = jnp.zeros((tiles.columns,), jnp.float32)
+
+
+def _logits(hidden, weight, bias, i, j, position, tiles: Tiles, options: tile.Options) -> tuple:
+    """(z, slope, ids) of row tile i and column tile j, which is tile `position` of the vocabulary."""
+    rows, columns = pl.ds(i * tiles.rows, tiles.rows), pl.ds(j * tiles.columns, tiles.columns)
+    exact = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+
+    def add(k, raw):
+        deep = pl.ds(k * tiles.depth, tiles.depth)
+        return raw + pl.dot(hidden[rows, deep], weight[columns, deep], trans_b=True, precision=exact)
+
+    shape = tiles.rows, tiles.columns
+    raw = jax.lax.fori_loop(0, hidden.shape[1] // tiles.depth, add, jnp.zeros(shape, jnp.float32))
+    z, slope = tile.logits(raw, None if bias is None else bias[columns][None, :], options)
+    return z, slope, position * tiles.columns + jax.lax.broadcasted_iota(jnp.int32, shape, 1)

@@ -1,0 +1,109 @@
+"""The mathematics of one tile of logits, shared by the TPU and the GPU body of `logprob.py`.
+
+Plain values in, plain values out: rows [n, 1], columns [1, c], tiles [n, c], everything float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Options(NamedTuple):
+    """What the kernels are specialised for."""
+
+    softcap: float | None = None
+    temperature: float = 1.0
+    entropy: bool = False
+    mean_logit: bool = False
+    correct: bool = False
+
+
+class Statistics(NamedTuple):
+    """Of the logits seen so far, one value per token; what was not asked for stays at its start."""
+
+    peak: jax.Array  # max z
+    mass: jax.Array  # Σ exp(z - peak)
+    weighted: jax.Array  # Σ exp(z - peak) (z - peak)
+    total: jax.Array  # Σ z
+    chosen: jax.Array  # z of the target, 0 where it was not among them
+    best: jax.Array  # id of the largest logit, the lowest such id; exact in float32 below 2**24
+
+
+class Slopes(NamedTuple):
+    """What the backward pass needs of a token: dz = (scale - entropy * log p) p + onehot logps + mean_logit."""
+
+    log_normalizer: jax.Array
+    scale: jax.Array  # -g_logps + g_log_normalizer - g_entropy H
+    entropy: jax.Array  # g_entropy
+    logps: jax.Array  # g_logps
+    mean_logit: jax.Array  # g_mean_logit / V
+
+
+LOWEST = -1e30  # under every logit, and unlike -inf it can be subtracted from itself
+
+
+def start(shape: tuple[int, ...]) -> Statistics:
+    """Of no logits at all."""
+    zeros = jnp.zeros(shape, jnp.float32)
+    return Statistics(jnp.full(shape, LOWEST, jnp.float32), zeros, zeros, zeros, zeros, zeros)
+
+
+def logits(raw: jax.Array, bias: jax.Array | None, options: Options) -> tuple[jax.Array, jax.Array | None]:
+    """(z, dz/draw) of h Wᵀ; the slope without a soft-cap is the constant 1 / temperature and is not made: None."""
+    if bias is not None:
+        raw = raw + bias
+    if options.softcap is None:
+        return raw * (1.0 / options.temperature), None
+    squashed = jnp.tanh(raw * (1.0 / options.softcap))
+    return squashed * (options.softcap / options.temperature), (1.0 - squashed * squashed) * (1.0 / options.temperature)
+
+
+def see(
+    stats: Statistics, z: jax.Array, ids: jax.Array, targets: jax.Array, vocabulary: int, options: Options
+) -> Statistics:
+    """`stats` after one more tile z of the logits `ids` [n, c]; ids from `vocabulary` on are padding.
+
+    `chosen` is one of the values that `peak` is the largest of, and `mass` is at least exp(0), so chosen - peak <= 0
+    and log(mass) >= 0 in float32 too: no log-probability comes out above 0.
+    """
+    fresh = ids < vocabulary
+    seen = jnp.where(fresh, z, LOWEST)
+    top = jnp.max(seen, axis=1, keepdims=True)
+    peak = jnp.maximum(stats.peak, top)
+    shifted = seen - peak
+    mass, old = jnp.where(fresh, jnp.exp(shifted), 0.0), jnp.exp(stats.peak - peak)
+    row = lambda x: jnp.sum(x, axis=1, keepdims=True)  # noqa: E731
+    weighted, total, best = stats.weighted, stats.total, stats.best
+    if options.entropy:
+        # Σ exp(z - new) (z - new) of the old tiles, from what they summed to against the old peak
+        moved = weighted + jnp.where(stats.mass > 0, (stats.peak - peak) * stats.mass, 0.0)
+        weighted = moved * old + row(mass * jnp.where(fresh, shifted, 0.0))
+    if options.mean_logit:
+        total = total + row(jnp.where(fresh, z, 0.0))
+    if options.correct:
+        here = jnp.min(jnp.where(seen == top, ids, 2**24), axis=1, keepdims=True).astype(jnp.float32)
+        best = jnp.where(top > stats.peak, here, best)
+    chosen = stats.chosen + row(jnp.where(ids == targets, z, 0.0))
+    return Statistics(peak, stats.mass * old + row(mass), weighted, total, chosen, best)
+
+
+def back(
+    z: jax.Array,
+    slope: jax.Array | None,
+    ids: jax.Array,
+    targets: jax.Array,
+    slopes: Slopes,
+    vocabulary: int,
+    options: Options,
+) -> jax.Array:
+    """dloss/draw of one tile."""
+    log_p = z - slopes.log_normalizer
+    scale = slopes.scale - slopes.entropy * log_p if options.entropy else slopes.scale
+    dz = scale * jnp.exp(log_p) + jnp.where(ids == targets, slopes.logps, 0.0)
+    if options.mean_logit:
+        dz = dz + slopes.mean_logit
+    dz = dz * ((1.0 / options.temperature) if slope is None else slope)
+    return jnp.where(ids < vocabulary, dz, 0.0)
