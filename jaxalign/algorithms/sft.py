@@ -11,7 +11,8 @@ from flax import nnx
 
 from jaxalign.algorithms.base import Algorithm
 from jaxalign.losses.language import cross_entropy
-from jaxalign.ops.logprobs import next_token_logps
+from jaxalign.models.layout import Layout
+from jaxalign.ops.logprobs import Shards, next_token_logps
 from jaxalign.types import Average, PyTree, TokenBatch
 
 
@@ -59,6 +60,7 @@ def sft(graphdef: Any, *, loss: Callable = cross_entropy, implementation: str | 
             mean_logit=True,
             correct=True,
             implementation=implementation,
+            shards=shards(model.compute.layout),
         )
         values = loss(token.logps, token.log_normalizer, token.mean_logit)
         return Average.of(values, batch.mask), {
@@ -67,3 +69,8 @@ def sft(graphdef: Any, *, loss: Callable = cross_entropy, implementation: str | 
         }
 
     return Algorithm(loss=token_loss)
+
+
+def shards(layout: Layout | None) -> Shards | None:
+    """The model's layout as `ops` know it: the mesh, the axes that cut tokens, the one that cuts the vocabulary."""
+    return None if layout is None else Shards(layout.mesh, layout.rows, layout.heads)

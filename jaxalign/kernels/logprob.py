@@ -157,8 +157,13 @@ def backward(
     gradients: dict[str, Any],  # of what `forward` gave; what stands under "correct" is not looked at
     *,
     axis: str | None = None,
+    weight_dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """(dhidden, dweight, dbias) in the dtypes of the arguments; of a shard of V, all that its logits contribute to them."""
+    """(dhidden, dweight, dbias), of a shard of V all that its logits contribute to them.
+
+    In the dtypes of the arguments; dweight in `weight_dtype` where one is given, float32 if it is still to be summed.
+    """
+    weight_dtype = weight.dtype if weight_dtype is None else weight_dtype
     part = _prepare(target, hidden, weight, bias, targets, mask, axis, backward=True)
     log_normalizer, entropy = kept
     vocabulary = weight.shape[0] * (1 if axis is None else jax.lax.axis_size(axis))
@@ -174,11 +179,11 @@ def backward(
     slopes = Slopes(*(part.move(x) for x in slopes))
     static = {"vocabulary": weight.shape[0], "tiles": part.tiles, "options": options, "target": target}
     if target.body == "gpu":
-        d_hidden, d_weight, d_bias = logprob_gpu.backward(*part.arrays, slopes, **static, dtype=weight.dtype)
+        d_hidden, d_weight, d_bias = logprob_gpu.backward(*part.arrays, slopes, **static, dtype=weight_dtype)
     else:
         d_hidden, d_weight, d_bias = logprob_tpu.backward(*part.arrays, slopes, **static)
     d_hidden = jnp.where(mask[:, None], d_hidden[part.back, : hidden.shape[1]], jnp.zeros((), hidden.dtype))
-    d_weight = d_weight[: weight.shape[0], : weight.shape[1]].astype(weight.dtype)
+    d_weight = d_weight[: weight.shape[0], : weight.shape[1]].astype(weight_dtype)
     return d_hidden, d_weight, None if bias is None else d_bias[: bias.shape[0]].astype(bias.dtype)
 
 

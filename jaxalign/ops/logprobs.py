@@ -5,14 +5,22 @@ The logits are z = softcap(h Wᵀ + b) / temperature. They are made in float32, 
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxalign.ops import logprobs_chunked
+from jaxalign.kernels import logprob, runtime
+from jaxalign.ops import logprobs_chunked, logprobs_pallas
+from jaxalign.ops.logprobs_pallas import Shards
 from jaxalign.types import Unembedding
+
+log = logging.getLogger(__name__)
+
+IMPLEMENTATIONS = ("reference", "chunked", "pallas")
 
 
 class TokenLogps(NamedTuple):
@@ -38,6 +46,7 @@ def token_logps(
     correct: bool = False,
     implementation: str | None = None,
     vocabulary_chunk: int | None = None,
+    shards: Shards | None = None,
 ) -> TokenLogps:
     """log p(target | hidden) for each position, without a shift, and the extras that are asked for.
 
@@ -52,14 +61,17 @@ def token_logps(
       mean_logit: also return the mean of z over the vocabulary.
       correct: also return whether the target is the argmax.
       implementation: "reference" makes all logits at once; "chunked" holds one tile of [tokens, vocabulary_chunk] at a
-        time, forward and backward; None is "chunked".
+        time, forward and backward; "pallas" is one kernel over the vocabulary, which skips masked tokens (on a CPU it
+        is interpreted: for tests); None is "pallas" on TPU and GPU, "chunked" elsewhere.
       vocabulary_chunk: columns of a tile; by default about 4M logits, 16 MiB, fit a tile.
+      shards: the mesh that the program runs on, for "pallas", which the partitioner cannot cut by itself, and to know
+        the platform; None: one device.
 
     Returns:
       TokenLogps. For zero logits, logps is -log V and the entropy is log V.
     """
-    if implementation not in (None, "reference", "chunked"):
-        raise ValueError(f"implementation={implementation!r} is not one of 'reference', 'chunked', None")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={implementation!r} is not one of 'reference', 'chunked', 'pallas', None")
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be positive; greedy choices have no log-probability")
     shape = targets.shape
@@ -67,11 +79,22 @@ def token_logps(
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
     flat_hidden = jnp.where(flat_mask[:, None], flat_hidden, jnp.zeros((), hidden.dtype))
     asked = {"entropy": entropy, "log_normalizer": log_normalizer, "mean_logit": mean_logit, "correct": correct}
+    weight, bias, softcap = unembedding.weight, unembedding.bias, unembedding.softcap
+    target = None
+    if implementation in (None, "pallas"):
+        target = _kernel(implementation, targets.size, weight.shape, hidden.dtype, shards)
     if implementation == "reference":
-        values = _reference(flat_hidden, unembedding, targets.reshape(-1), temperature)
+        values = logprob.reference(
+            flat_hidden, weight, bias, targets.reshape(-1), softcap=softcap, temperature=temperature
+        )
+    elif target is not None:
+        options = logprob.Options(softcap, temperature, entropy, mean_logit, correct)
+        values = logprobs_pallas.token_logps(
+            options, target, shards, flat_hidden, weight, bias, targets.reshape(-1), flat_mask
+        )
     else:
         wanted = tuple(name for name, yes in asked.items() if yes)
-        tile = vocabulary_chunk or logprobs_chunked.default_chunk(targets.size, unembedding.weight.shape[0])
+        tile = vocabulary_chunk or logprobs_chunked.default_chunk(targets.size, weight.shape[0])
         values = logprobs_chunked.token_logps(
             flat_hidden, unembedding, targets.reshape(-1), temperature=temperature, wanted=wanted, chunk=tile
         )
@@ -99,21 +122,23 @@ def next_token_logps(
     return TokenLogps(*(None if x is None else jnp.roll(x, 1, axis=1) for x in values))
 
 
-def _reference(
-    hidden: Float[Array, "N D"], unembedding: Unembedding, targets: Int[Array, "N"], temperature: float
-) -> dict[str, jax.Array]:
-    weight, bias, softcap = unembedding.weight, unembedding.bias, unembedding.softcap
-    logits = jnp.einsum("nd,vd->nv", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    if bias is not None:
-        logits += bias.astype(jnp.float32)[None, :]
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    logits /= temperature
-    all_logps = jax.nn.log_softmax(logits, axis=-1)
-    return {
-        "logps": jnp.take_along_axis(all_logps, targets[:, None], axis=1)[:, 0],
-        "entropy": -jnp.sum(jnp.exp(all_logps) * all_logps, axis=-1),
-        "log_normalizer": jax.nn.logsumexp(logits, axis=-1),
-        "mean_logit": jnp.mean(logits, axis=-1),
-        "correct": jnp.argmax(logits, axis=-1) == targets,
-    }
+def _kernel(
+    implementation: str | None, tokens: int, weight: tuple[int, ...], dtype: jnp.dtype, shards: Shards | None
+) -> runtime.Target | None:
+    """What to build the kernel for; None where there is none for the platform, or for the shape."""
+    target = runtime.target_of(None if shards is None else list(shards.mesh.devices.flat))
+    if target.body == "cpu":
+        if implementation is None:
+            return None
+        target = runtime.interpreted()
+    vocabulary, width = weight
+    local = (tokens, vocabulary) if shards is None else shards.local(tokens, vocabulary)
+    if local is None or not logprob.supports(*local, width, dtype, target):
+        _say_once(f"no log-probability kernel for {tokens} tokens, {vocabulary} x {width} weights in {dtype}: in chunks")
+        return None
+    return target
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning(message)
