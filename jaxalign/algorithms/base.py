@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jaxalign.ops.logprobs import Shards
 from jaxalign.types import Average, PyTree
 
 # (params, batch) -> (the Average that is minimised, Averages to log)
@@ -30,6 +31,12 @@ def rows_apart(batch: Any) -> Any:
 def trained_only(params: PyTree, frozen: PyTree) -> PyTree:
     """The params of methods that train all of them."""
     return params
+
+
+def shards_of(model: Any) -> Shards | None:
+    """A model's layout as `ops` know it: the mesh, the axes that cut tokens, the one that cuts the vocabulary."""
+    layout = model.compute.layout
+    return None if layout is None else Shards(layout.mesh, layout.rows, layout.heads)
 
 
 class Algorithm(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxalign.algorithms.base import shards_of
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.types import ResponseBatch
 
@@ -38,7 +39,7 @@ def response_logps(
     rows, unembedding = batch.flat(), model.unembed()
     hidden = hidden_states(model, batch)
     read = lambda **options: next_token_logps(  # noqa: E731
-        hidden, unembedding, rows.tokens, rows.mask, implementation=implementation, **options
+        hidden, unembedding, rows.tokens, rows.mask, implementation=implementation, shards=shards_of(model), **options
     )
     token = read(log_normalizer=COLLISION in wanted)
     found = {LOGPS: batch.per_response(batch.unflat(token.logps))}

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxalign.algorithms.base import Algorithm
+from jaxalign.algorithms.base import Algorithm, shards_of
 from jaxalign.losses.language import cross_entropy
-from jaxalign.models.layout import Layout
-from jaxalign.ops.logprobs import Shards, next_token_logps
+from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.types import Average, PyTree, TokenBatch
 
 
@@ -60,7 +59,7 @@ def sft(graphdef: Any, *, loss: Callable = cross_entropy, implementation: str | 
             mean_logit=True,
             correct=True,
             implementation=implementation,
-            shards=shards(model.compute.layout),
+            shards=shards_of(model),
         )
         values = loss(token.logps, token.log_normalizer, token.mean_logit)
         return Average.of(values, batch.mask), {
@@ -69,8 +68,3 @@ def sft(graphdef: Any, *, loss: Callable = cross_entropy, implementation: str | 
         }
 
     return Algorithm(loss=token_loss)
-
-
-def shards(layout: Layout | None) -> Shards | None:
-    """The model's layout as `ops` know it: the mesh, the axes that cut tokens, the one that cuts the vocabulary."""
-    return None if layout is None else Shards(layout.mesh, layout.rows, layout.heads)

@@ -1,8 +1,8 @@
 """Log-probability of chosen tokens, entropy and more, from hidden states and the unembedding, in one pass over it.
 
-`reference` is the definition. `token_logps` is the kernel: tiles of logits are made in fast memory, folded into an online
-log-sum-exp and forgotten; the backward pass makes them again. No [N, V] array exists. Tokens that the mask leaves out are
-moved behind the others, and the tiles that hold none but them are skipped: prompts cost nothing.
+`reference` is the definition. `token_logps` is the kernel: tiles of logits are made in fast memory, folded into an
+online log-sum-exp and forgotten; the backward pass makes them again. No [N, V] array exists. Tokens that the mask
+leaves out are moved behind the others, and the tiles that hold none but them are skipped: prompts cost nothing.
 
 With p = softmax(z), H the entropy, and g the gradients with respect to logps, log_normalizer, entropy and mean_logit,
 
@@ -12,8 +12,8 @@ then through temperature and soft-cap to draw, and dhidden = draw W, dweight = d
 
 The bodies are in `logprob_tpu.py` and `logprob_gpu.py`. Online softmax: Milakov and Gimelshein 2018,
 https://arxiv.org/abs/1805.02867, algorithm 3. The loss without logits: Wijmans et al. 2024 (Cut Cross-Entropy),
-https://arxiv.org/abs/2411.09009; unlike them we skip no tile for its small probabilities: that pays where the gradient's
-products are skipped for all tokens of a tile at once, and tiles are tall here.
+https://arxiv.org/abs/2411.09009; unlike them we skip no tile for its small probabilities: that pays where the
+gradient's products are skipped for all tokens of a tile at once, and tiles are tall here.
 """
 
 from __future__ import annotations
@@ -94,12 +94,11 @@ def _backward(options, target, residuals, gradients):
 token_logps.defvjp(_forward, _backward)
 
 
-def supports(tokens: int, vocabulary: int, width: int, dtype: jnp.dtype, target: Target) -> bool:
+def supports(tokens: int, vocabulary: int, width: int, itemsize: int, target: Target) -> bool:
     """Whether there are tiles for this shape on this chip, forward and backward."""
-    size = jnp.dtype(dtype).itemsize
     if target.body == "gpu":
-        return logprob_gpu.choose_tiles(size, target) is not None
-    choose = functools.partial(logprob_tpu.choose_tiles, tokens, vocabulary, up(width, 128), size, target)
+        return logprob_gpu.choose_tiles(itemsize, target) is not None
+    choose = functools.partial(logprob_tpu.choose_tiles, tokens, vocabulary, up(width, 128), itemsize, target)
     return target.body == "tpu" and all(choose(backward=backward) is not None for backward in (False, True))
 
 
@@ -114,7 +113,8 @@ def forward(
     *,
     axis: str | None = None,
 ) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
-    """(values, what `backward` keeps of them). `axis` names the mapped axis, if any, over which V is cut in equal parts.
+    """(values, what `backward` keeps of them). `axis` names the mapped axis, if any, over which V is cut in equal
+    parts.
 
     Shards exchange six numbers a token, once.
     """

@@ -1,17 +1,18 @@
 """The bodies of `logprob.py` for NVIDIA GPUs, in Triton through Pallas.
 
-Forward: a program owns `rows` tokens and a run of vocabulary tiles, whose statistics it keeps in registers; the runs are
-merged outside. Neighbouring programs share a run, so its weights are read from HBM once and from L2 by the others.
+Forward: a program owns `rows` tokens and a run of vocabulary tiles, whose statistics it keeps in registers; the runs
+are merged outside. Neighbouring programs share a run, so its weights are read from HBM once and from L2 by the
+others.
 
-Backward: the gradient of a chunk of logits, [N, chunk] in the dtype of compute, is made in one kernel (product, soft-cap,
-softmax and slope, without the float32 logits ever leaving the registers); the two products with it are left to XLA's
-cuBLAS, which is hard to beat. The alternative, adding into dhidden and dweight from every tile with atomics, gives
-other sums in every run, and a resumed run must be the same bit for bit.
+Backward: the gradient of a chunk of logits, [N, chunk] in the dtype of compute, is made in one kernel (product,
+soft-cap, softmax and slope, without the float32 logits ever leaving the registers); the two products with it are left
+to XLA's cuBLAS, which is hard to beat. The alternative, adding into dhidden and dweight from every tile with atomics,
+gives other sums in every run, and a resumed run must be the same bit for bit.
 
-A program of 8 warps holds a [128, 128] float32 tile in 64 registers a thread, and in shared memory, for each stage of the
-pipeline, [128, 64] of both operands: 32 KiB in bfloat16, three stages 96 KiB of the 227 that a block may ask for on an
-H100 (float32 takes [128, 32], so as much). From HBM, tokens / 1 operations a byte of weight as long as L2 (50 MiB) holds a
-run; from L2, 64 operations a byte.
+A program of 8 warps holds a [128, 128] float32 tile in 64 registers a thread, and in shared memory, for each stage of
+the pipeline, [128, 64] of both operands: 32 KiB in bfloat16, three stages 96 KiB of the 227 that a block may ask for
+on an H100 (float32 takes [128, 32], so as much). From HBM, tokens / 1 operations a byte of weight as long as L2 (50
+MiB) holds a run; from L2, 64 operations a byte.
 """
 
 from __future__ import annotations
@@ -128,7 +129,10 @@ def backward(
         k, columns, shift = part
         d_raw, d_bias = _d_raw(k, count, hidden, columns, shift, targets, packed, vocabulary, tiles, options, target)
         product = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
-        return d_hidden + product("nc,cd->nd", d_raw, columns), (product("nc,nd->cd", d_raw, hidden).astype(dtype), d_bias)
+        return d_hidden + product("nc,cd->nd", d_raw, columns), (
+            product("nc,nd->cd", d_raw, hidden).astype(dtype),
+            d_bias,
+        )
 
     parts = weight.reshape(-1, chunk, width), None if bias is None else bias.reshape(-1, chunk)
     start = jnp.zeros(hidden.shape, jnp.float32)
@@ -199,7 +203,9 @@ def _logits(hidden, weight, bias, i, j, position, tiles: Tiles, options: tile.Op
 
     def add(k, raw):
         deep = pl.ds(k * tiles.depth, tiles.depth)
-        return raw + pl.dot(hidden[rows, deep], weight[columns, deep], trans_b=True, precision=exact)
+        across = (((1,), (1,)), ((), ()))
+        operands = hidden[rows, deep], weight[columns, deep]
+        return raw + jax.lax.dot_general(*operands, across, precision=exact, preferred_element_type=jnp.float32)
 
     shape = tiles.rows, tiles.columns
     raw = jax.lax.fori_loop(0, hidden.shape[1] // tiles.depth, add, jnp.zeros(shape, jnp.float32))

@@ -3,14 +3,15 @@
 Rows are tiled by `rows`, the vocabulary by `columns`; the width D stays whole, so that a row tile of hidden states is
 read once while the whole weight passes by. One step of the grid multiplies [rows, D] by [D, columns].
 
-Arithmetic intensity. Forward: 2 rows D columns operations for 2 D columns bytes of bfloat16 weight: `rows` operations a
-byte. Backward: 6 rows D columns for 2 bytes of weight, and 4 read and 4 written of its float32 gradient: 0.6 rows. A chip's
-own ratio (bfloat16 peak / HBM bandwidth, from its data sheet) is 240 on v5e, 166 on v5p and 560 on v6e: rows >= 1024 keep
-the matrix unit of every one of them busy in both directions, rows = 512 that of v5p and v5e.
+Arithmetic intensity. Forward: 2 rows D columns operations for 2 D columns bytes of bfloat16 weight: `rows` operations
+a byte. Backward: 6 rows D columns for 2 bytes of weight, and 4 read and 4 written of its float32 gradient: 0.6 rows.
+A chip's own ratio (bfloat16 peak / HBM bandwidth, from its data sheet) is 240 on v5e, 166 on v5p and 560 on v6e: rows
+>= 1024 keep the matrix unit of every one of them busy in both directions, rows = 512 that of v5p and v5e.
 
-Backward is one pass, not two: two passes (one for dhidden, one for dweight) would each make the logits again, 8 rows D
-columns operations instead of 6. dhidden of a row tile is summed in VMEM; dweight is summed in HBM, tile by tile, by copies
-that this kernel starts itself and that hide behind the products. No atomics, so the sums are the same in every run.
+Backward is one pass, not two: two passes (one for dhidden, one for dweight) would each make the logits again, 8 rows
+D columns operations instead of 6. dhidden of a row tile is summed in VMEM; dweight is summed in HBM, tile by tile, by
+copies that this kernel starts itself and that hide behind the products. No atomics, so the sums are the same in every
+run.
 """
 
 from __future__ import annotations
@@ -35,7 +36,16 @@ class Tiles(NamedTuple):
 
 
 def vmem_bytes(tiles: Tiles, width: int, itemsize: int, *, backward: bool) -> int:
-    """What a step holds. Blocks that the pipeline fetches or stores are there twice: the one in use, the one in flight."""
+    """What a step holds. Blocks that the pipeline fetches or stores are there twice: the one in use, the one in flight.
+
+    Float32 products are made of bfloat16 parts of both operands, which the compiler keeps with their transposes; by
+    its own account that doubles what a step holds (Gemma 2 2B in float32, backward, [512, 256]: 36 MiB listed here,
+    71 used).
+    """
+    return (2 if itemsize == 4 else 1) * _listed_bytes(tiles, width, itemsize, backward)
+
+
+def _listed_bytes(tiles: Tiles, width: int, itemsize: int, backward: bool) -> int:
     rows, columns = tiles
     held = 2 * rows * width * itemsize  # hidden
     held += 2 * columns * width * itemsize  # weight
@@ -228,8 +238,8 @@ def _backward_body(has_bias: bool, vocabulary: int, tiles: Tiles, options: tile.
         there = d_weight.at[pl.ds(j * tiles.columns, tiles.columns)]
         read = pltpu.make_async_copy(there, sum_weight.at[slot], reading.at[slot])
 
-        # A slot is written out before it is filled again: step - 2 was waited for in step - 1. So was the step that left
-        # this tile in HBM, `column_tiles` ago, unless that is step - 1 itself.
+        # A slot is written out before it is filled again: step - 2 was waited for in step - 1. So was the step that
+        # left this tile in HBM, `column_tiles` ago, unless that is step - 1 itself.
         @pl.when((column_tiles == 1) & (i > 0))
         def _():
             write(step - 1).wait()

@@ -1,7 +1,7 @@
 """What a kernel is built for: the kind of chip, its fast memory, and whether it is interpreted instead.
 
-Everything is decided in Python from the devices of the program, before tracing; nothing looks at what runs this process,
-so a program can be compiled for chips that are not there.
+Everything is decided in Python from the devices of the program, before tracing; nothing looks at what runs this
+process, so a program can be compiled for chips that are not there.
 """
 
 from __future__ import annotations

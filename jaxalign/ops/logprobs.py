@@ -133,8 +133,10 @@ def _kernel(
         target = runtime.interpreted()
     vocabulary, width = weight
     local = (tokens, vocabulary) if shards is None else shards.local(tokens, vocabulary)
-    if local is None or not logprob.supports(*local, width, dtype, target):
-        _say_once(f"no log-probability kernel for {tokens} tokens, {vocabulary} x {width} weights in {dtype}: in chunks")
+    if local is None or not logprob.supports(*local, width, dtype.itemsize, target):
+        _say_once(
+            f"no log-probability kernel for {tokens} tokens, {vocabulary} x {width} weights in {dtype}: in chunks"
+        )
         return None
     return target
 

@@ -1,9 +1,9 @@
 """The kernel of `kernels/logprob.py` on one device, or on every device of a mesh.
 
-A Pallas call is opaque to the partitioner, so here is written what it would otherwise find out: each device takes its own
-tokens and its own share of the vocabulary, whole in width. The weight is gathered along the axis that cuts its width, in
-the dtype of compute; shards of the vocabulary exchange six numbers a token; in the backward pass dhidden is summed over
-them, and dweight, in float32, over the tokens' shards, of which each keeps its share of the width.
+A Pallas call is opaque to the partitioner, so here is written what it would otherwise find out: each device takes its
+own tokens and its own share of the vocabulary, whole in width. The weight is gathered along the axis that cuts its
+width, in the dtype of compute; shards of the vocabulary exchange six numbers a token; in the backward pass dhidden is
+summed over them, and dweight, in float32, over the tokens' shards, of which each keeps its share of the width.
 """
 
 from __future__ import annotations

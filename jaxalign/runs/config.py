@@ -130,6 +130,10 @@ class TrainConfig:
     """What the backward pass computes again: nothing, all but matrix products, whole blocks."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """Attention implementation; auto is the fastest that fits the platform and shapes."""
+    implementation: Literal["auto", "chunked", "pallas"] = "auto"
+    """Of log-probabilities: XLA in chunks of the vocabulary, or a kernel; auto is the kernel on TPU and GPU."""
+    check_kernels: bool = False
+    """Compare the kernels with XLA on the first batch, values and gradients, and refuse to train past a tolerance."""
     eval_every: int = 0
     """Steps between evaluations; 0: at the start and the end only."""
     samples: int = 4

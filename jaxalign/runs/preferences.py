@@ -20,7 +20,7 @@ from jaxalign.losses.unpaired import UNPAIRED_LOSSES
 from jaxalign.models import huggingface
 from jaxalign.runs import reference, train
 from jaxalign.runs.config import DPOConfig, FeedbackConfig, KTOConfig
-from jaxalign.runs.program import Method
+from jaxalign.runs.program import Method, implementation
 from jaxalign.runs.sft import data_options
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,11 @@ def _gather_dpo(config: DPOConfig, starts: bool) -> train.Task:
         )
 
     build = lambda graphdef, ref: dpo(  # noqa: E731
-        graphdef, loss=loss, ref_graphdef=ref, groups=config.batch_size if whole else None
+        graphdef,
+        loss=loss,
+        ref_graphdef=ref,
+        groups=config.batch_size if whole else None,
+        implementation=implementation(config),
     )
     return _task(config, base, loss, build, data, [data.responses, held_out], batches)
 
@@ -76,7 +80,9 @@ def _gather_kto(config: KTOConfig, starts: bool) -> train.Task:
             groups.unpaired_eval_batches(held_out, others[1], plan, **train.host()),
         )
 
-    build = lambda graphdef, ref: kto(graphdef, loss=loss, ref_graphdef=ref)  # noqa: E731
+    build = lambda graphdef, ref: kto(  # noqa: E731
+        graphdef, loss=loss, ref_graphdef=ref, implementation=implementation(config)
+    )
     return _task(config, base, loss, build, data, [*sets, *others], batches)
 
 

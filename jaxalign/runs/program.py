@@ -72,6 +72,11 @@ def make_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, method: Me
     return Program(graphdef, algorithm, adamw, rate, like, frozen, sharding.jit_step(train_step, like, frozen, mesh))
 
 
+def implementation(config: TrainConfig) -> str | None:
+    """Of log-probabilities, as `ops` take it."""
+    return None if config.implementation == "auto" else config.implementation
+
+
 def learning_rate(config: TrainConfig, steps: int) -> Callable:
     """The schedule of a config. Raises ValueError when it cannot be."""
     return optimizer.learning_rate_schedule(

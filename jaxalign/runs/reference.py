@@ -22,6 +22,7 @@ from jaxalign.models.layout import Layout as MeshLayout
 from jaxalign.models.load import load_params
 from jaxalign.runs import devices, hosts
 from jaxalign.runs.config import FeedbackConfig
+from jaxalign.runs.program import implementation
 from jaxalign.runs.train import Base
 from jaxalign.training import sharding
 
@@ -102,7 +103,7 @@ def _compute(config: FeedbackConfig, base: Base, plan: GroupPlan, responses: Res
     )
 
     def read(params: Any, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        found = response_logps(nnx.merge(graphdef, params), batch)[LOGPS]
+        found = response_logps(nnx.merge(graphdef, params), batch, implementation=implementation(config))[LOGPS]
         return found, batch.columns[INDEX], batch.valid
 
     everywhere = jax.sharding.NamedSharding(base.mesh, jax.sharding.PartitionSpec())

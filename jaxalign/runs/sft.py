@@ -37,7 +37,7 @@ def _gather(config: SFTConfig, starts: bool) -> train.Task:
     return train.Task(
         config,
         base,
-        _method(loss),
+        _method(config, loss),
         batches,
         held_out,
         shapes=1 if config.packing else len(batching.bucket_widths(config.max_length)),
@@ -59,10 +59,11 @@ def data_options(config: TrainConfig, terminators: tuple[int, ...], **more: str)
     )
 
 
-def _method(loss: Callable) -> program.Method:
-    return program.Method(lambda graphdef, _: sft(graphdef, loss=loss))
+def _method(config: SFTConfig, loss: Callable) -> program.Method:
+    implementation = program.implementation(config)
+    return program.Method(lambda graphdef, _: sft(graphdef, loss=loss, implementation=implementation))
 
 
 def make_program(config: SFTConfig, model: ModelConfig, mesh: Mesh, *, loss: Callable, steps: int) -> program.Program:
     """The train step of a config on a mesh; the mesh may be of devices that are not there."""
-    return program.make_program(config, model, mesh, _method(loss), steps=steps)
+    return program.make_program(config, model, mesh, _method(config, loss), steps=steps)

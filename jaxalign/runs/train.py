@@ -22,6 +22,7 @@ from jaxalign.models.decoder import init_params
 from jaxalign.models.load import check_files, load_params
 from jaxalign.models.lora import Lora
 from jaxalign.runs import adapters, devices, finish, hosts, samples
+from jaxalign.runs.check import check_kernels
 from jaxalign.runs.config import TrainConfig, check, to_json
 from jaxalign.runs.folder import open_run
 from jaxalign.runs.program import Method, Program, learning_rate, make_program
@@ -139,6 +140,9 @@ def _train(task: Task) -> tuple[TrainState, int | None]:
     _check_not_beyond(task, checkpoints)
     frozen = _load_frozen(task, program)
     state, progress, iterator = _start_or_resume(task, checkpoints, program, frozen)
+    if config.check_kernels:
+        params = program.algorithm.assemble(state.params, frozen)
+        check_kernels(program.graphdef, params, task.batches[0], task.base.mesh, microbatches=config.microbatches)
     recorder = _recorder(task, progress.step)
     rates = np.asarray(jax.vmap(program.rate)(jnp.arange(steps)), np.float64)
 

@@ -37,8 +37,12 @@ def outcome(implementation, shards, cotangents, hidden, weight, bias, targets, m
 # A vocabulary that the axis does not divide stays whole on every device.
 @pytest.mark.parametrize(
     "sizes, vocabulary",
-    [({"data": 8, "fsdp": 1}, 40), ({"fsdp": 4, "tensor": 2}, 40), ({"data": 2, "fsdp": 1, "tensor": 4}, 300)]
-    + [({"data": 2, "fsdp": 2, "tensor": 2}, 41)],
+    [
+        ({"data": 8, "fsdp": 1}, 40),
+        ({"fsdp": 4, "tensor": 2}, 40),
+        ({"data": 2, "fsdp": 1, "tensor": 4}, 300),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 41),
+    ],
     ids=str,
 )
 def test_any_cut_of_tokens_width_and_vocabulary_gives_the_same_values_and_gradients(sizes, vocabulary):
@@ -48,7 +52,8 @@ def test_any_cut_of_tokens_width_and_vocabulary_gives_the_same_values_and_gradie
     tensor = "tensor" if vocabulary % mesh.shape["tensor"] == 0 else None
     specs = P(("data", "fsdp"), None), P(tensor, "fsdp"), P(tensor), rows, rows
     placed = [
-        jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip((hidden, weight, bias, targets, mask), specs, strict=True)
+        jax.device_put(x, NamedSharding(mesh, s))
+        for x, s in zip((hidden, weight, bias, targets, mask), specs, strict=True)
     ]
     found = jax.jit(lambda *x: outcome("pallas", Shards(mesh), cotangents, *x))(*placed)
     expected = outcome("reference", None, cotangents, hidden, weight, bias, targets, mask)
@@ -57,7 +62,7 @@ def test_any_cut_of_tokens_width_and_vocabulary_gives_the_same_values_and_gradie
 
 
 def test_tokens_that_the_mesh_does_not_divide_go_in_chunks_and_the_log_says_so_once(caplog):
-    hidden, weight, bias, targets, mask, _ = problem(40)
+    hidden, weight, _, targets, _, _ = problem(40)
     shards = Shards(sharding.make_mesh(fsdp=8))
     for _ in range(2):
         found = token_logps(hidden[:30], Unembedding(weight), targets[:30], implementation="pallas", shards=shards)
