@@ -1,0 +1,151 @@
+"""From scores and critic values to per-token rewards, advantages and returns.
+
+The time index: values[:, t] is the critic before token t is chosen, and advantages[:, t] multiplies logps[:, t].
+Everywhere the mask is True exactly on the tokens that the policy chose; what stands elsewhere is not read.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+
+from jaxalign.kernels import gae as kernel
+from jaxalign.ops import masked
+from jaxalign.ops.placement import kernel_target, row_axes
+
+IMPLEMENTATIONS = ("scan", "associative", "matmul", "pallas")
+TILE = 128  # of "matmul": the width of a TPU's matrix unit
+
+
+def shaped_rewards(
+    scores: Float[Array, "B"],
+    kl: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    kl_coef: float,
+) -> Float[Array, "B T"]:
+    """-kl_coef · kl on every response token, and the score besides on the last of them.
+
+    Args:
+      scores: one for each response, from the reward model.
+      kl: an estimate of KL(π‖π_ref) for each token, such as log π - log π_ref, in nats.
+      mask: response tokens. A row without any keeps its score to itself: all its rewards are 0.
+      kl_coef: nats to reward.
+
+    Reference: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, eq. 2, spread over the tokens.
+    """
+    last = masked.last_token_index(mask)
+    here = jnp.arange(mask.shape[1])[None, :] == last[:, None]
+    rewards = -kl_coef * kl.astype(jnp.float32) + jnp.where(here, scores.astype(jnp.float32)[:, None], 0.0)
+    return jnp.where(mask, rewards, 0.0)
+
+
+def gae(
+    rewards: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    gamma: float,
+    gae_lambda: float,
+    implementation: str | None = None,
+    mesh: Mesh | None = None,
+    rows: tuple[str, ...] = ("data", "fsdp"),
+) -> Float[Array, "B T"]:
+    """A_t = Σ_k (γλ)^k δ_{t+k}, with δ_t = r_t + γ V_{t+1} - V_t: generalised advantage estimation.
+
+    The sum runs over the True positions alone: t + 1 is the next True one, however far, and V after the last is 0. A
+    hole, such as a tool's answer inside a response, costs no discount; its reward and value are not read.
+
+    Args:
+      rewards: r_t for choosing token t.
+      values: V_t, the critic before token t is chosen.
+      mask: tokens that the policy chose.
+      gamma: discount of a token, in [0, 1]; 1 is usual for text.
+      gae_lambda: 0 gives the TD error δ, 1 the discounted return minus the value.
+      implementation: all give the same. "scan" is the definition, T steps one after the other; "associative" log₂ T
+        rounds over whole arrays; "matmul" T/128 products with a triangular matrix of powers of γλ, holes packed away
+        first; "pallas" a kernel, interpreted where there is no accelerator. None is "scan" on a CPU, where it was
+        measured to be the fastest, and on others "associative", until somebody has measured there.
+      mesh: the mesh of the arrays, which "pallas" must be told; the others are partitioned by XLA.
+      rows: the mesh axes that cut B.
+
+    Returns:
+      Advantages in float32, 0 where the mask is False.
+
+    Raises:
+      ValueError: an unknown implementation, or gamma or gae_lambda outside [0, 1], or B that the mesh does not divide.
+
+    Reference: Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16.
+    """
+    for name, value in {"gamma": gamma, "gae_lambda": gae_lambda}.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name}={value} is not in [0, 1]")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}, None")
+    options = {"gamma": gamma, "gae_lambda": gae_lambda}
+    if implementation is None:
+        # experiments/benchmarks/kernels.py; off the CPU the T dependent steps of a scan are T launches
+        implementation = "scan" if kernel_target(mesh).interpret else "associative"
+    if implementation == "scan":
+        return kernel.gae_reference(rewards, values, mask, **options)
+    if implementation == "pallas":
+        run = functools.partial(kernel.gae, target=kernel_target(mesh), **options)
+        cut = P(row_axes(mesh, rows, rewards.shape[0]), None) if mesh is not None else None
+        # every row is its own recurrence, so a device needs no other's; a kernel does not say how its outputs vary
+        on = jax.shard_map(run, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False) if mesh is not None else run
+        return on(rewards, values, mask)
+    rewards, values = kernel.clean(rewards, mask), kernel.clean(values, mask)
+    delta = jnp.where(mask, rewards + gamma * _next(values, mask) - values, 0.0)
+    solve = _associative if implementation == "associative" else _matmul
+    return jnp.where(mask, solve(delta, mask, gamma * gae_lambda), 0.0)
+
+
+def returns(
+    advantages: Float[Array, "B T"], values: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """advantages + values, the critic's targets, before any whitening of the advantages; 0 where the mask is False."""
+    return jnp.where(mask, advantages + values.astype(jnp.float32), 0.0)
+
+
+def _next(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """The value at the next True position; 0 after the last."""
+    length = values.shape[1]
+    index = jnp.where(mask, jnp.arange(length)[None, :], length)
+    after = jnp.pad(index[:, 1:], ((0, 0), (0, 1)), constant_values=length)
+    after = jax.lax.cummin(after, axis=1, reverse=True)
+    return jnp.take_along_axis(jnp.pad(values, ((0, 0), (0, 1))), after, axis=1)
+
+
+def _associative(delta: jax.Array, mask: jax.Array, decay: float) -> jax.Array:
+    """A = δ + a A_next, with a = γλ where the mask is True and 1 in a hole: affine maps compose in any grouping."""
+
+    def compose(later, earlier):
+        return earlier[0] * later[0], earlier[1] + earlier[0] * later[1]
+
+    factor = jnp.where(mask, jnp.float32(decay), 1.0)
+    return jax.lax.associative_scan(compose, (factor, delta), axis=1, reverse=True)[1]
+
+
+def _matmul(delta: jax.Array, mask: jax.Array, decay: float) -> jax.Array:
+    """Without holes, a tile's advantages are its deltas times the triangle (γλ)^(s - t), and what comes after it."""
+    rows, length = delta.shape
+    row = jnp.arange(rows)[:, None]
+    place = jnp.cumsum(mask, axis=1) - 1  # of a True position among those of its row
+    width = -(-length // TILE) * TILE
+    packed = jnp.zeros((rows, width)).at[row, jnp.where(mask, place, width)].set(delta, mode="drop")
+    steps = jnp.arange(TILE)[:, None] - jnp.arange(TILE)[None, :]  # [s t]
+    triangle = jnp.where(steps >= 0, jnp.float32(decay) ** jnp.maximum(steps, 0), 0.0)
+    from_after = jnp.float32(decay) ** (TILE - jnp.arange(TILE))
+
+    def solve(after: jax.Array, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
+        advantages = jnp.matmul(tile, triangle, precision="highest") + after[:, None] * from_after[None, :]
+        return advantages[:, 0], advantages
+
+    tiles = packed.reshape(rows, width // TILE, TILE).swapaxes(0, 1)
+    _, solved = jax.lax.scan(solve, jnp.zeros(rows), tiles, reverse=True)
+    return jnp.take_along_axis(solved.swapaxes(0, 1).reshape(rows, width), jnp.maximum(place, 0), axis=1)
