@@ -134,7 +134,7 @@ def token_kl_of_logits(
     if implementation == "reference":
         value = kernel.kl_reference(clean(logits), clean(ref_logits))
     else:
-        target = kernel_target(None) if implementation == "pallas" else kernel.ANY
+        target = kernel_target(None) if implementation == "pallas" else kernel.XLA
         value = kernel.kl_of_logits(clean(logits), clean(ref_logits), target=target)
     return jnp.where(flat_mask, value, 0.0).reshape(logits.shape[:-1])
 

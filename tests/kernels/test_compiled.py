@@ -12,9 +12,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxalign.kernels import gae, kl
 from jaxalign.kernels.runtime import target_of
+from jaxalign.ops.kl import token_kl
 from jaxalign.types import Unembedding
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -61,6 +64,23 @@ def test_kl_compiles_without_logits_in_memory(device, model, dtype, backward):
     )
     # the weights' gradient is an output; what is temporary is dz of a slab, and dhidden in float32
     assert model == "unaligned" or mib < logits / 3
+
+
+def test_kl_compiles_for_a_slice_whose_chips_share_rows_and_vocabulary():
+    chips = absent.tpu_devices("v5e:2x2")
+    mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=chips)
+    n, d, v, _ = MODELS["Llama 3 8B"]
+
+    def mean(hidden, weight, ref_hidden, ref_weight, mask):
+        options = {"mask": mask, "implementation": "pallas", "mesh": mesh}
+        return token_kl(hidden, Unembedding(weight), ref_hidden, Unembedding(ref_weight), **options).mean()
+
+    place = lambda dtype, sizes, *axes: jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P(*axes)))  # noqa: E731
+    hidden = place(jnp.bfloat16, (8, n // 8, d), ("data", "fsdp"))
+    weight, mask = place(jnp.bfloat16, (v, d), "tensor", "fsdp"), place(jnp.bool_, (8, n // 8), ("data", "fsdp"))
+    memory = compiled(jax.value_and_grad(mean, argnums=(0, 1)), hidden, weight, hidden, weight, mask)
+    gathered = 2 * v // 2 * d * 2  # both weights, whole in D on each chip
+    assert memory.temp_size_in_bytes < 2 * gathered + n // 2 * v // 2 * 2
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -11,7 +11,7 @@ from jaxalign.kernels import kl as kernel
 from jaxalign.kernels.runtime import interpreted
 from jaxalign.types import Unembedding
 
-TARGETS = {"xla": kernel.ANY, "tpu": interpreted("tpu"), "gpu": interpreted("gpu")}
+TARGETS = {"xla": kernel.XLA, "tpu": interpreted("tpu"), "gpu": interpreted("gpu")}
 
 
 def problem(seed, n, d, r, v, *, softcap=None, bias=False, dtype=jnp.float32):
