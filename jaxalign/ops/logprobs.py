@@ -62,7 +62,7 @@ def token_logps(
       correct: also return whether the target is the argmax.
       implementation: "reference" makes all logits at once; "chunked" holds one tile of [tokens, vocabulary_chunk] at a
         time, forward and backward; "pallas" is one kernel over the vocabulary, which skips masked tokens (on a CPU it
-        is interpreted: for tests); None is "pallas" on TPU and GPU, "chunked" elsewhere.
+        is interpreted: for tests); None is "chunked", until the kernel has been measured to beat it on a device.
       vocabulary_chunk: columns of a tile; by default about 4M logits, 16 MiB, fit a tile.
       shards: the mesh that the program runs on, for "pallas", which the partitioner cannot cut by itself, and to know
         the platform; None: one device.
@@ -81,8 +81,8 @@ def token_logps(
     asked = {"entropy": entropy, "log_normalizer": log_normalizer, "mean_logit": mean_logit, "correct": correct}
     weight, bias, softcap = unembedding.weight, unembedding.bias, unembedding.softcap
     target = None
-    if implementation in (None, "pallas"):
-        target = _kernel(implementation, targets.size, weight.shape, hidden.dtype, shards)
+    if implementation == "pallas":
+        target = _kernel(targets.size, weight.shape, hidden.dtype, shards)
     if implementation == "reference":
         values = logprob.reference(
             flat_hidden, weight, bias, targets.reshape(-1), softcap=softcap, temperature=temperature
@@ -122,14 +122,10 @@ def next_token_logps(
     return TokenLogps(*(None if x is None else jnp.roll(x, 1, axis=1) for x in values))
 
 
-def _kernel(
-    implementation: str | None, tokens: int, weight: tuple[int, ...], dtype: jnp.dtype, shards: Shards | None
-) -> runtime.Target | None:
-    """What to build the kernel for; None where there is none for the platform, or for the shape."""
+def _kernel(tokens: int, weight: tuple[int, ...], dtype: jnp.dtype, shards: Shards | None) -> runtime.Target | None:
+    """What to build the kernel for; None where it has no tiles for the shape."""
     target = runtime.target_of(None if shards is None else list(shards.mesh.devices.flat))
     if target.body == "cpu":
-        if implementation is None:
-            return None
         target = runtime.interpreted()
     vocabulary, width = weight
     local = (tokens, vocabulary) if shards is None else shards.local(tokens, vocabulary)

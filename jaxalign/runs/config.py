@@ -131,7 +131,7 @@ class TrainConfig:
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """Attention implementation; auto is the fastest that fits the platform and shapes."""
     implementation: Literal["auto", "chunked", "pallas"] = "auto"
-    """Of log-probabilities: XLA in chunks of the vocabulary, or a kernel; auto is the kernel on TPU and GPU."""
+    """Of log-probabilities: XLA in chunks of the vocabulary, or the Pallas kernel; auto is chunks, as yet."""
     check_kernels: bool = False
     """Compare the kernels with XLA on the first batch, values and gradients, and refuse to train past a tolerance."""
     eval_every: int = 0
