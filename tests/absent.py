@@ -88,3 +88,8 @@ def device(name: str) -> Any:
 def like(device: Any, *shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
     """An array that would be on `device`: what `jax.jit(f).lower` takes in place of one."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+
+# jaxlib cannot print a program in which libtpu runs a gather on the SparseCores: where the text is to be read, it must
+# not.
+READABLE_ON_TPU = {"xla_tpu_offload_gather_to_sparsecore": "false"}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import re
+import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +17,9 @@ from jaxalign.runs.sft import make_program
 from jaxalign.training import sharding
 from jaxalign.types import TokenBatch
 
+sys.path.insert(0, str(Path(__file__).parent))
+from absent import READABLE_ON_TPU, tpu_devices
+
 GIB = 2**30
 
 
@@ -26,20 +31,18 @@ def experiment(name):
     return module
 
 
-def compiled_step(config, model, topology):
-    pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=list(devices))
+def compiled_step(config, model, topology, options=None):
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=tpu_devices(topology))
     program = make_program(config, model, mesh, loss=cross_entropy, steps=1000)
     rows = NamedSharding(mesh, sharding.ROWS)
     shape = config.batch_size, config.max_length
     part = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)  # noqa: E731
     batch = TokenBatch(part(jnp.int32), part(jnp.bool_), part(jnp.int32), part(jnp.int32))
     lowered = program.step.lower(program.like, program.frozen, batch)
-    assert "tpu_custom_call" in lowered.as_text()  # splash attention
-    return lowered.compile()
+    text = lowered.as_text()
+    assert "splash" in text
+    assert ("logprob_forward" in text and "logprob_backward" in text) == (config.implementation == "pallas")
+    return lowered.compile(options)
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": -1}, {"fsdp": 4, "tensor": 2}], ids=str)
@@ -66,3 +69,25 @@ def test_qlora_of_llama_8b_fits_one_v5e_chip():
     # 6.98e9 weights x 4.25 bits, 1.05e9 of embeddings x 2 bytes, 1.68e8 of adapters x 12 bytes
     assert 7.2 < held < 7.4
     assert held + temporary < 0.7 * 16
+
+
+def test_a_step_cut_by_fsdp_and_tensor_exchanges_six_numbers_a_token_and_never_logits():
+    file = experiment("sft_llama3_8b")
+    mesh = dataclasses.replace(file.RUN.mesh, fsdp=4, tensor=2)
+    config = dataclasses.replace(file.RUN, attention="splash", mesh=mesh, batch_size=16, microbatches=1)
+    config = dataclasses.replace(config, implementation="pallas")
+    model = model_config({**file.LLAMA_3_1_8B, "num_hidden_layers": 2})
+    text = compiled_step(config, model, "v5p:2x2x2", READABLE_ON_TPU).as_text()
+    assert "logprob_forward" in text and "logprob_backward" in text
+    tokens, vocabulary = 16 * 2048 // 4, 128_256 // 2  # of a chip
+    moved = [
+        tuple(map(int, dims.split(",")))
+        for line in text.splitlines()
+        if re.search(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(", line)
+        for dims in re.findall(r"\w\d+\[([\d,]+)\]", line.split("(%")[0])
+    ]
+    print(sorted(set(moved)))
+    assert (2, 6, tokens) in moved or (12, tokens) in moved or (6, 2, tokens) in moved  # the log-sum-exp of both halves
+    assert not [dims for dims in moved if max(dims) >= vocabulary and tokens in dims]
+    assert not [dims for dims in moved if max(dims) >= vocabulary and 2048 in dims and 4096 not in dims]
+    assert (vocabulary, 4096) in moved  # the weight, whole in width
