@@ -69,7 +69,7 @@ def test_kl_compiles_without_logits_in_memory(device, model, dtype, backward):
 def test_kl_compiles_for_a_slice_whose_chips_share_rows_and_vocabulary():
     chips = absent.tpu_devices("v5e:2x2")
     mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=chips)
-    n, d, v, _ = MODELS["Llama 3 8B"]
+    n, d, v = 6144, 4096, 128_256  # a chip's 3072 rows are told from D and from the slab
 
     def mean(hidden, weight, ref_hidden, ref_weight, mask):
         options = {"mask": mask, "implementation": "pallas", "mesh": mesh}
@@ -78,9 +78,10 @@ def test_kl_compiles_for_a_slice_whose_chips_share_rows_and_vocabulary():
     place = lambda dtype, sizes, *axes: jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P(*axes)))  # noqa: E731
     hidden = place(jnp.bfloat16, (8, n // 8, d), ("data", "fsdp"))
     weight, mask = place(jnp.bfloat16, (v, d), "tensor", "fsdp"), place(jnp.bool_, (8, n // 8), ("data", "fsdp"))
-    memory = compiled(jax.value_and_grad(mean, argnums=(0, 1)), hidden, weight, hidden, weight, mask)
-    gathered = 2 * v // 2 * d * 2  # both weights, whole in D on each chip
-    assert memory.temp_size_in_bytes < 2 * gathered + n // 2 * v // 2 * 2
+    step = jax.jit(jax.value_and_grad(mean, argnums=(0, 1))).lower(hidden, weight, hidden, weight, mask).compile()
+    # a chip's arrays: its half of V of a weight, gathered to the whole D, but never its rows times its half of V
+    assert f"bf16[{v // 2},{d}]" in step.as_text()
+    assert f"[{n // 2},{v // 2}]" not in step.as_text() and f"[{v // 2},{n // 2}]" not in step.as_text()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -106,4 +107,5 @@ def test_gae_compiles(device, b, t, dtype):
     loss = lambda r, v, m: (gae.gae(r, v, m, **options) ** 2).sum()  # noqa: E731
     memory = compiled(jax.value_and_grad(loss, argnums=(0, 1)), row, row, mask)
     print(f"gae | {device} | {b}x{t} | {dtype.__name__} | temporary {memory.temp_size_in_bytes / 2**20:,.1f} MiB")
-    assert memory.temp_size_in_bytes <= 6 * 4 * b * t + 2**16
+    padded = -(-b // 128) * 128 * (-(-t // 8) * 8)  # a TPU's float32 arrays are whole registers of 8 x 128
+    assert memory.temp_size_in_bytes <= 6 * 4 * padded + 2**16

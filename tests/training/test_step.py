@@ -167,3 +167,23 @@ def test_tokens_are_counted_without_padding_in_every_part_of_a_batch():
     ids = np.array([[1, 1, 2, 0], [0, 0, 1, 1]])
     part = TokenBatch(tokens=ids, mask=ids > 0, positions=ids, segment_ids=ids)
     assert count_tokens({"chosen": part, "rejected": part, "x": ids}) == 10
+
+
+def test_a_nan_in_the_log_probability_kernel_skips_the_step():
+    from jaxalign.ops.logprobs import token_logps
+    from jaxalign.types import Unembedding
+
+    def loss(params, batch):
+        values = token_logps(batch["x"], Unembedding(params["w"]), batch["y"], implementation="pallas")
+        return Average.of(-values.logps), {}
+
+    optimizer = optax.adam(0.1)
+    params = {"w": jnp.ones((20, WIDTH))}
+    step = jax.jit(make_train_step(Algorithm(loss), optimizer))
+    batch = {"x": jnp.ones((ROWS, WIDTH)), "y": jnp.arange(ROWS)}
+    state, metrics = step(TrainState.create(params, optimizer, jax.random.key(0)), None, batch)
+    assert metrics["skipped"] == 0.0
+    np.testing.assert_allclose(metrics["loss"], np.log(20), rtol=1e-6)
+    after, metrics = step(state, None, {**batch, "x": batch["x"].at[1, 0].set(jnp.nan)})
+    assert metrics["skipped"] == 1.0 and np.isnan(metrics["loss"])
+    chex.assert_trees_all_equal(after.params, state.params)
