@@ -44,7 +44,7 @@ MODELS = {  # tokens, width, vocabulary, soft-cap
 
 @pytest.mark.parametrize("backward", [False, True] if EVERYTHING else [True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32] if EVERYTHING else [jnp.bfloat16])
-@pytest.mark.parametrize("model", MODELS if EVERYTHING else ["Llama 3 8B", "unaligned"])
+@pytest.mark.parametrize("model", MODELS if EVERYTHING else ["Llama 3 8B"])
 @pytest.mark.parametrize("device", DEVICES if EVERYTHING else ["v5p:2x2x1", "h100"])
 def test_kl_compiles_without_logits_in_memory(device, model, dtype, backward):
     n, d, v, softcap = MODELS[model]
@@ -66,6 +66,7 @@ def test_kl_compiles_without_logits_in_memory(device, model, dtype, backward):
     assert model == "unaligned" or mib < logits / 3
 
 
+@pytest.mark.skipif(not EVERYTHING, reason="half a minute; run with KL_GAE=all")
 def test_kl_compiles_for_a_slice_whose_chips_share_rows_and_vocabulary():
     chips = absent.tpu_devices("v5e:2x2")
     mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=chips)
