@@ -82,6 +82,21 @@ def test_values_and_gradients_equal_float64(body, shape):
     check(body, shape, 3.0, 0.7, jnp.float32)
 
 
+# Three row tiles of which 3, 2 or 1 hold a token that counts; three column tiles, or the one whose gradient in HBM is
+# read and written in neighbouring steps.
+@pytest.mark.parametrize("vocabulary, count", [(300, 300), (300, 150), (300, 20), (100, 300)])
+def test_sums_over_many_row_tiles_in_hbm_equal_float64(vocabulary, count, monkeypatch):
+    monkeypatch.setattr(logprob_tpu, "choose_tiles", lambda *args, **options: logprob_tpu.Tiles(128, 128))
+    check("tpu", (300, 24, vocabulary), None, 1.0, jnp.float32, mask=jnp.arange(300) % 300 >= 300 - count)
+
+
+def test_a_vocabulary_in_several_chunks_and_runs_equals_float64(monkeypatch):
+    monkeypatch.setattr(logprob_gpu, "CHUNK_LOGITS", 256 * 128)
+    monkeypatch.setattr(logprob_gpu, "choose_tiles", lambda *args: logprob_gpu.Tiles(128, 128, 32, run=2))
+    assert logprob_gpu.chunk_columns(256, 700, logprob_gpu.choose_tiles()) == 128
+    check("gpu", (150, 40, 700), 3.0, 0.7, jnp.float32)
+
+
 @pytest.mark.parametrize("body", BODIES)
 def test_bfloat16_loses_only_its_own_rounding(body):
     check(body, (150, 40, 300), None, 1.0, jnp.bfloat16)

@@ -23,7 +23,7 @@ def test_a_run_with_the_kernel_checks_it_on_the_first_batch_and_trains(tiny_mode
     assert sft.run(config_of(tiny_model, tiny_data, tmp_path / "run")) == 0
     said = capsys.readouterr().err
     assert "a CPU has no kernel; the TPU's is interpreted on the first 128 tokens" in said
-    assert "the log-probability kernel agrees with the chunked implementation: logps " in said
+    assert "the log-probability kernel agrees with the chunked implementation: d_hidden " in said
     (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")[-1:]
     assert row.get("skipped", 0.0) == 0.0
 
