@@ -60,15 +60,16 @@ def theirs(request):
     return dict(np.load(FILE)) if request.param == "golden" else request.getfixturevalue("live")
 
 
-def load_start(theirs, folder):
+@pytest.fixture(scope="module")
+def start(theirs, tmp_path_factory):
     """What training starts from, policy and reference, by way of files as a user's."""
-    config, found = model_config(json.loads(str(theirs["config"]))), []
+    folder, found = tmp_path_factory.mktemp("start"), []
     for kind in ("policy", "reference"):
         path = folder / kind
         path.mkdir()
         tensors = {n.removeprefix(f"{kind}:"): v.astype(np.float32) for n, v in theirs.items() if n.startswith(kind)}
         save_file(tensors, path / "model.safetensors")
-        found.append(load_params(str(path), config))
+        found.append(load_params(str(path), model_config(json.loads(str(theirs["config"])))))
     return found
 
 
@@ -111,17 +112,20 @@ def stepper(name, config):
     return optimizer, jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def five_steps(name, theirs, folder):
+def five_steps(name, theirs, start, folder):
     """(metrics by name [STEPS], final tensors by their Hugging Face names)"""
-    policy, reference = load_start(theirs, folder)
+    policy, reference = start
     optimizer, step = stepper(name, str(theirs["config"]))
-    state, logs = TrainState.create(policy, optimizer, jax.random.key(0)), []
+    # on a device from the start, as all later states are: one compilation
+    state = jax.device_put(TrainState.create(policy, optimizer, jax.random.key(0)), jax.devices()[0])
+    logs = []
     for batch in batches(theirs, paired=name != "kto"):
         state, metrics = step(state, reference, batch)
         logs.append(jax.device_get(metrics))
+    assert step._cache_size() == 1
     hf = json.loads(str(theirs["config"]))
-    save_pretrained(folder / "final", state.params, model_config(hf), hf)
-    return {key: np.array([log[key] for log in logs]) for key in logs[0]}, load_file(folder / "final/model.safetensors")
+    save_pretrained(folder, state.params, model_config(hf), hf)
+    return {key: np.array([log[key] for log in logs]) for key in logs[0]}, load_file(folder / "model.safetensors")
 
 
 def of_run(name, theirs):
@@ -132,8 +136,8 @@ def of_run(name, theirs):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_gradients_metrics_and_weights_of_five_steps_are_those_of_trl(name, theirs, tmp_path):
-    ours, final = five_steps(name, theirs, tmp_path)
+def test_losses_gradients_metrics_and_weights_of_five_steps_are_those_of_trl(name, theirs, start, tmp_path):
+    ours, final = five_steps(name, theirs, start, tmp_path)
     logs, weights = of_run(name, theirs)
     ours["loss"] = ours["loss"] + ADDED_BY_TRL.get(name, 0.0)
     np.testing.assert_allclose(ours["grad_norm"], logs.pop("grad_norm"), rtol=1e-4)
