@@ -172,8 +172,9 @@ ARCHITECTURES = {
 def test_a_field_that_is_left_out_means_what_it_means_to_transformers(name):
     from transformers import AutoConfig
 
-    sizes = {"vocab_size": 151_936, "num_hidden_layers": 8, "num_attention_heads": 16}
-    sizes |= {"hidden_size": 64, "intermediate_size": 96}
+    # as many heads as the largest default of key heads
+    sizes = {"vocab_size": 151_936, "num_hidden_layers": 8, "num_attention_heads": 32}
+    sizes |= {"hidden_size": 256, "intermediate_size": 96}
     if name == "gpt2":
         sizes = {"vocab_size": 151_936, "n_embd": 64, "n_layer": 8, "n_head": 16, "n_positions": 64}
     whole = AutoConfig.for_model(name, **sizes).to_dict()
