@@ -160,7 +160,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         plain = isinstance(self.kernel, nnx.Param)
-        y = x @ self.kernel[...].astype(self.dtype) if plain else self.kernel.product(x)
+        # Tokens as one axis: the gradient of W then contracts one axis, not two, which XLA does twice as fast on a CPU.
+        tokens = x.reshape(-1, x.shape[-1])
+        y = tokens @ self.kernel[...].astype(self.dtype) if plain else self.kernel.product(tokens)
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
         if self.adapter is not None:
             y = self.adapter(x, y, self.kernel[...])
         return y if self.bias is None else y + _along_last(self.bias[...].astype(self.dtype), x.ndim)
