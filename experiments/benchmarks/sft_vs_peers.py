@@ -243,6 +243,7 @@ def pad(rows: list[list[int]], width: int | None = None) -> tuple[list[list[int]
 CONTENDERS = {
     "full": {
         "jaxalign": lambda rows, mark: jaxalign_sft(rows, mark, remat="blocks", packing=False),
+        "jaxalign, remat dots": lambda rows, mark: jaxalign_sft(rows, mark, remat="dots", packing=False),
         "jaxalign, no remat": lambda rows, mark: jaxalign_sft(rows, mark, remat="none", packing=False),
         "TRL": lambda rows, mark: trl_sft(rows, mark, checkpointing=True),
         "TRL, no checkpointing": lambda rows, mark: trl_sft(rows, mark, checkpointing=False),
@@ -251,7 +252,7 @@ CONTENDERS = {
     },
     "ragged": {
         "jaxalign, packed": lambda rows, mark: jaxalign_sft(rows, mark, remat="blocks", packing=True),
-        "jaxalign, packed, no remat": lambda rows, mark: jaxalign_sft(rows, mark, remat="none", packing=True),
+        "jaxalign, packed, remat dots": lambda rows, mark: jaxalign_sft(rows, mark, remat="dots", packing=True),
         "TRL": lambda rows, mark: trl_sft(rows, mark, checkpointing=True),
         "TRL, no checkpointing": lambda rows, mark: trl_sft(rows, mark, checkpointing=False),
         "Tunix": tunix_sft,
