@@ -28,18 +28,23 @@ not measured again after that.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 
-VOCABULARY, HIDDEN, LAYERS, HEADS, MLP, LENGTH, BATCH = 8192, 384, 8, 6, 1600, 256, 8
-LEARNING_RATE, WARM = 3e-4, 2
+from side_by_side import (
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    LEARNING_RATE,
+    LENGTH,
+    MLP,
+    VOCABULARY,
+    hf_config,
+    in_turns,
+    pad,
+    word_tokenizer,
+)
+
+BATCH = 8
 
 
 def rows_of(kind: str, steps: int) -> list[list[int]]:
@@ -51,23 +56,6 @@ def rows_of(kind: str, steps: int) -> list[list[int]]:
     if kind == "ragged":  # of mean length 0.4 of a row
         lengths = np.clip(np.exp(rng.normal(4.44, 0.78, 5 * steps * BATCH // 2)), 8, LENGTH).astype(int).tolist()
     return [rng.integers(4, VOCABULARY, length).tolist() for length in lengths]
-
-
-def hf_config():
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        intermediate_size=MLP,
-        max_position_embeddings=LENGTH,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
 
 
 def jaxalign_sft(rows: list[list[int]], mark, *, remat: str, packing: bool) -> None:
@@ -174,15 +162,6 @@ def trl_sft(rows: list[list[int]], mark, *, checkpointing: bool) -> None:
         trainer.train()
 
 
-def word_tokenizer(kind):
-    """A tokenizer that TRL can hold; the rows are ids already."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    words = WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3")
-    return kind(tokenizer_object=Tokenizer(words), pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3")
-
-
 def tunix_sft(rows: list[list[int]], mark) -> None:
     import jax
     import jax.numpy as jnp
@@ -234,12 +213,6 @@ def tunix_sft(rows: list[list[int]], mark) -> None:
         trainer.with_gen_model_input_fn(model_input).train(batches())
 
 
-def pad(rows: list[list[int]], width: int | None = None) -> tuple[list[list[int]], list[list[int]]]:
-    width = width or max(map(len, rows))
-    ids = [row + [0] * (width - len(row)) for row in rows]
-    return ids, [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-
-
 CONTENDERS = {
     "full": {
         "jaxalign": lambda rows, mark: jaxalign_sft(rows, mark, remat="blocks", packing=False),
@@ -260,68 +233,5 @@ CONTENDERS = {
 }
 
 
-def run_one(kind: str, name: str, steps: int) -> None:
-    """In the contender's own process: prints one JSON line of what was measured."""
-    times: list[tuple[float, int]] = []
-    imported = 0.0
-
-    def mark(event: str, tokens: int) -> None:
-        nonlocal imported
-        if event == "imported":
-            imported = time.perf_counter()
-        else:
-            times.append((time.perf_counter(), tokens))
-
-    CONTENDERS[kind][name](rows_of(kind, steps), mark)
-    seconds = times[-1][0] - times[WARM - 1][0]
-    print(
-        json.dumps(
-            {
-                "tokens_per_second": sum(tokens for _, tokens in times[WARM:]) / seconds,
-                "first_step_seconds": times[0][0] - imported,
-                "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            }
-        )
-    )
-
-
-def measure(kind: str, name: str, steps: int) -> dict[str, float]:
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    command = [sys.executable, __file__, "--contender", name, "--kind", kind, "--steps", str(steps)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return json.loads([line for line in done.stdout.splitlines() if line.startswith('{"tokens')][-1])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="steps each contender takes, two of them warm-up")
-    parser.add_argument("--kind", choices=CONTENDERS, help="only full or only ragged rows")
-    parser.add_argument("--only", nargs="*", help="only these contenders")
-    parser.add_argument("--contender", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.contender:
-        return run_one(args.kind, args.contender, args.steps)
-    for kind in [args.kind] if args.kind else CONTENDERS:
-        names = [name for name in CONTENDERS[kind] if not args.only or name in args.only]
-        rounds = [{name: measure(kind, name, args.steps) for name in names} for _ in range(args.rounds)]
-        report(kind, names, rounds)
-
-
-def report(kind: str, names: list[str], rounds: list[dict]) -> None:
-    print(f"\n{kind} rows: medians of {len(rounds)} rounds (lowest to highest)")
-    print(f"{'':28}{'tokens/s':>22}{'ratio to first':>16}{'peak GiB':>10}{'first step s':>14}", flush=True)
-    median = lambda name, field: statistics.median(r[name][field] for r in rounds)  # noqa: E731
-    for name in names:
-        speeds = [r[name]["tokens_per_second"] for r in rounds]
-        ratio = statistics.median(r[name]["tokens_per_second"] / r[names[0]]["tokens_per_second"] for r in rounds)
-        speed = f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})"
-        memory, first = median(name, "peak_gib"), median(name, "first_step_seconds")
-        print(f"{name:28}{speed:>22}{ratio:>16.2f}{memory:>10.2f}{first:>14.1f}")
-
-
 if __name__ == "__main__":
-    main()
+    in_turns(__doc__, CONTENDERS, rows_of)

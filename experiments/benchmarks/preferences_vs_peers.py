@@ -1,0 +1,284 @@
+"""DPO, KTO and reward modelling of a 26M-parameter Llama on a CPU: jaxalign beside TRL and Tunix, in one run.
+
+    pip install torch==2.13.0 && pip install -e '.[bench]'
+    python experiments/benchmarks/preferences_vs_peers.py --rounds 3
+
+The model: hidden 384, 8 layers, 6 heads, MLP 1,600, vocabulary 8,192, untied; fp32, AdamW, 2 threads. DPO and reward
+models take 4 pairs a batch, KTO 8 rated responses, each a prompt and its response of at most 256 tokens together.
+`full`: 64 and 192 tokens. `ragged`: log-normal (sigma 0.8), prompts of median 40, responses of median 60, cut to 64 and
+192, like dialogues of hh-rlhf.
+
+A reference is a second model that runs in every step: with `--precompute-reference` the same forward is made once
+before, so one epoch costs as much. Tokens are those of all sequences without padding, the prompt of a pair twice, KTO's
+mismatched responses not counted. Contenders, speed, memory and the time to the first step are measured as in
+sft_vs_peers.py. TRL runs with its defaults (gradient checkpointing, no packing); Tunix has DPO alone.
+
+Observed: not measured yet.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+
+from side_by_side import (
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    LEARNING_RATE,
+    LENGTH,
+    MLP,
+    VOCABULARY,
+    hf_config,
+    in_turns,
+    word_tokenizer,
+)
+
+PAIRS, RATED, PROMPT = 4, 8, 64
+END = 2
+
+
+def rows_of(kind: str, steps: int) -> list[dict[str, list[int]]]:
+    """Ids of prompts and of two responses to each, their terminators included, the same for every contender."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    # KTO takes the chosen of one row and the rejected of the next
+    count = steps * (RATED if "KTO" in kind else PAIRS) * (2 if "ragged" in kind else 1)
+
+    def ids(median: int, most: int) -> list[int]:
+        length = np.clip(np.exp(rng.normal(np.log(median), 0.8)), 4, most) if "ragged" in kind else most
+        return rng.integers(4, VOCABULARY, int(length)).tolist()
+
+    return [
+        {"prompt": ids(40, PROMPT)} | {side: [*ids(60, LENGTH - PROMPT - 1), END] for side in ("chosen", "rejected")}
+        for _ in range(count)
+    ]
+
+
+def tokens_of(rows: list[dict], *, rated: bool) -> list[int]:
+    """Of each row: both sequences, or the one that KTO reads."""
+    length = lambda row, side: len(row["prompt"]) + len(row[side])  # noqa: E731
+    if rated:
+        return [length(row, side_of(n)) for n, row in enumerate(rows)]
+    return [length(row, "chosen") + length(row, "rejected") for row in rows]
+
+
+def side_of(number: int) -> str:
+    return "rejected" if number % 2 else "chosen"
+
+
+def jaxalign_preferences(rows: list[dict], mark, *, method: str, remat: str, packing: bool) -> None:
+    import dataclasses
+    from pathlib import Path
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jaxalign.algorithms.reward import reward
+    from jaxalign.models.heads import init_head
+
+    from jaxalign.algorithms.dpo import dpo
+    from jaxalign.algorithms.kto import kto
+    from jaxalign.data import batches as batching
+    from jaxalign.data.groups import GroupBatches, GroupPlan, Responses, UnpairedBatches
+    from jaxalign.data.preferences import mismatched
+    from jaxalign.data.tokens import Examples
+    from jaxalign.models.decoder import init_params
+    from jaxalign.models.families import model_config
+    from jaxalign.runs.config import DPOConfig, OptimizerConfig
+    from jaxalign.runs.program import Method, make_program
+    from jaxalign.training import sharding
+    from jaxalign.training.state import TrainState
+
+    mark("imported", 0)
+    rated = method == "kto"
+    size = RATED if rated else PAIRS
+    optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant")
+    config = DPOConfig(model="", data="", output=Path(), remat=remat, batch_size=size, max_length=LENGTH)
+    config = dataclasses.replace(config, packing=packing, optimizer=optimizer)
+    mesh, model = sharding.make_mesh(), model_config(hf_config().to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    methods = {
+        "dpo": Method(lambda graphdef, ref: dpo(graphdef, ref_graphdef=ref), reference=True),
+        "kto": Method(lambda graphdef, ref: kto(graphdef, ref_graphdef=ref), reference=True),
+        "reward": Method(lambda graphdef, _: reward(graphdef), heads=1),
+    }
+    program = make_program(config, model, mesh, methods[method], steps=1)
+    params = init_params(model, jax.random.key(0))
+    frozen = jax.tree.map(jnp.copy, params) if methods[method].reference else None
+    if method == "reward":
+        params = {"model": params, "head": init_head(jax.random.key(2), 1, HIDDEN)}
+    create = jax.jit(lambda p, k: TrainState.create(p, program.adamw, k), donate_argnums=0)
+    state = create(params, jax.random.key(1))
+
+    def example(row: dict, side: str) -> tuple[np.ndarray, np.ndarray]:
+        whole = [*row["prompt"], *row[side]]
+        return np.array(whole), np.arange(len(whole)) >= len(row["prompt"])
+
+    sides = [[side_of(n)] if rated else ["chosen", "rejected"] for n in range(len(rows))]
+    examples = Examples.of([example(row, side) for row, wanted in zip(rows, sides, strict=True) for side in wanted])
+    columns = {"label": np.array([wanted == ["chosen"] for wanted in sides])} if rated else {}
+    responses = Responses(examples, np.arange(len(examples)).reshape(len(rows), -1), columns)
+    mixture = batching.Mixture.of(responses, [len(rows)], [None])
+    plan = GroupPlan(size, LENGTH, packing=packing, shuffle=False)
+    steps = len(rows) // size
+    source = (
+        UnpairedBatches(mixture, mismatched(responses, seed=0), plan, steps=steps)
+        if rated
+        else GroupBatches(mixture, plan, steps=steps)
+    )
+    counts = tokens_of(rows, rated=rated)
+    for number, batch in enumerate(batching.iterate(source)):
+        state, metrics = program.step(state, frozen, sharding.put_batch(batch, mesh))
+        float(metrics["loss"])
+        mark("step", sum(counts[number * size : (number + 1) * size]))
+
+
+def words(ids: list[int]) -> str:
+    """The text that the tokenizer of words reads as these ids; the end is added by TRL."""
+    return "".join(f" w{i}" for i in ids if i != END)
+
+
+def trl_preferences(rows: list[dict], mark, *, method: str) -> None:
+    import torch
+    import trl
+    from datasets import Dataset
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import (
+        LlamaForCausalLM,
+        LlamaForSequenceClassification,
+        PreTrainedTokenizerFast,
+        TrainerCallback,
+    )
+
+    torch.set_num_threads(2)
+    mark("imported", 0)
+    rated, size = method == "kto", RATED if method == "kto" else PAIRS
+    counts = tokens_of(rows, rated=rated)
+
+    class Mark(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            start = (state.global_step - 1) * size
+            mark("step", sum(counts[start : start + size]))
+
+    tokenizer = word_tokenizer(PreTrainedTokenizerFast)
+    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    config = hf_config()
+    make = LlamaForCausalLM
+    if method == "reward":
+        config.num_labels, config.pad_token_id = 1, 0
+        make = LlamaForSequenceClassification
+    kinds = {
+        "dpo": (trl.DPOConfig, trl.DPOTrainer),
+        "kto": (trl.KTOConfig, trl.KTOTrainer),
+        "reward": (trl.RewardConfig, trl.RewardTrainer),
+    }
+    kind, trainer = kinds[method]
+
+    def text(number: int, row: dict) -> dict:
+        if rated:
+            said = {"completion": words(row[side_of(number)]), "label": side_of(number) == "chosen"}
+            return {"prompt": words(row["prompt"]), **said}
+        return {"prompt": words(row["prompt"])} | {side: words(row[side]) for side in ("chosen", "rejected")}
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = kind(
+            output_dir=folder,
+            per_device_train_batch_size=size,
+            max_length=LENGTH,
+            num_train_epochs=1,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            train_sampling_strategy="sequential",
+        )
+        models = {} if method == "reward" else {"ref_model": LlamaForCausalLM(config)}
+        trainer(
+            make(config),
+            **models,
+            args=args,
+            train_dataset=Dataset.from_list([text(*numbered) for numbered in enumerate(rows)]),
+            processing_class=tokenizer,
+            callbacks=[Mark()],
+        ).train()
+
+
+def tunix_dpo(rows: list[dict], mark) -> None:
+    import jax
+    import numpy as np
+    import optax
+    from flax import nnx
+    from tunix.models.llama3.model import Llama3, ModelConfig
+    from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig, TrainingInput
+
+    mark("imported", 0)
+    config = ModelConfig(
+        num_layers=LAYERS,
+        vocab_size=VOCABULARY,
+        embed_dim=HIDDEN,
+        hidden_dim=MLP,
+        num_heads=HEADS,
+        head_dim=HIDDEN // HEADS,
+        num_kv_heads=HEADS,
+        rope_theta=10_000,
+        norm_eps=1e-6,
+    )
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    counts = tokens_of(rows, rated=False)
+
+    def padded(sequences: list[list[int]], width: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
+        ids, there = np.zeros((len(sequences), width), np.int32), np.zeros((len(sequences), width), np.int32)
+        for row, sequence in enumerate(sequences):
+            place = slice(width - len(sequence), None) if left else slice(0, len(sequence))
+            ids[row, place], there[row, place] = sequence, 1
+        return ids, there
+
+    def batches():
+        for start in range(0, len(rows), PAIRS):
+            part = rows[start : start + PAIRS]
+            found = {}
+            for name, width, left in (
+                ("prompt", PROMPT, True),
+                ("chosen", LENGTH - PROMPT, False),
+                ("rejected", LENGTH - PROMPT, False),
+            ):
+                found[f"{name}_ids"], found[f"{name}_mask"] = padded([row[name] for row in part], width, left=left)
+            yield TrainingInput(**found)
+
+    class Marked(DPOTrainer):
+        def _post_process_train_step(self, aux):
+            super()._post_process_train_step(aux)
+            start = self.train_steps * PAIRS
+            jax.block_until_ready(nnx.state(self.model, nnx.Param))
+            mark("step", sum(counts[start : start + PAIRS]))
+
+    with mesh:
+        model, reference = Llama3(config, rngs=nnx.Rngs(0)), Llama3(config, rngs=nnx.Rngs(0))
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=0.0))
+        training = DPOTrainingConfig(eval_every_n_steps=10**9, max_steps=len(rows) // PAIRS, beta=0.1)
+        Marked(model, reference, optimizer, training).train(batches())
+
+
+def contenders_of(method: str, *, packing: bool) -> dict:
+    ours = functools.partial(jaxalign_preferences, method=method, packing=packing)
+    found = {
+        "jaxalign": functools.partial(ours, remat="blocks"),
+        "jaxalign, remat dots": functools.partial(ours, remat="dots"),
+        "TRL": functools.partial(trl_preferences, method=method),
+    }
+    return found | ({"Tunix": tunix_dpo} if method == "dpo" else {})
+
+
+CONTENDERS = {
+    f"{name}, {kind}": contenders_of(method, packing=kind == "ragged")
+    for kind in ("full", "ragged")
+    for name, method in (("DPO", "dpo"), ("KTO", "kto"), ("reward", "reward"))
+}
+
+
+if __name__ == "__main__":
+    in_turns(__doc__, CONTENDERS, rows_of)

@@ -1,0 +1,115 @@
+"""What the comparisons with peers share: the model, rows, and a process of its own for every contender, in turns."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+VOCABULARY, HIDDEN, LAYERS, HEADS, MLP, LENGTH = 8192, 384, 8, 6, 1600, 256
+LEARNING_RATE, WARM = 3e-4, 2
+
+# A contender trains on rows and calls mark("imported", 0) after its imports, mark("step", tokens) after every step.
+Contender = Callable[[list, Callable[[str, int], None]], None]
+
+
+def hf_config():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        intermediate_size=MLP,
+        max_position_embeddings=LENGTH,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def word_tokenizer(kind):
+    """A tokenizer that TRL can hold; the rows are ids already."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3")
+    return kind(tokenizer_object=Tokenizer(words), pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3")
+
+
+def pad(rows: list[list[int]], width: int | None = None) -> tuple[list[list[int]], list[list[int]]]:
+    width = width or max(map(len, rows))
+    ids = [row + [0] * (width - len(row)) for row in rows]
+    return ids, [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+
+
+def in_turns(description: str | None, contenders: dict[str, dict[str, Contender]], rows_of: Callable) -> None:
+    """The command line of a comparison: every kind's contenders, --rounds times, and one table a kind."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="steps each contender takes, two of them warm-up")
+    parser.add_argument("--kind", choices=contenders, help="only one table")
+    parser.add_argument("--only", nargs="*", help="only these contenders")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.contender:
+        return _run_one(contenders[args.kind][args.contender], rows_of(args.kind, args.steps))
+    for kind in [args.kind] if args.kind else contenders:
+        names = [name for name in contenders[kind] if not args.only or name in args.only]
+        rounds = [{name: _measure(kind, name, args.steps) for name in names} for _ in range(args.rounds)]
+        _report(kind, names, rounds)
+
+
+def _run_one(contender: Contender, rows: list) -> None:
+    """In the contender's own process: prints one JSON line of what was measured."""
+    times: list[tuple[float, int]] = []
+    imported = 0.0
+
+    def mark(event: str, tokens: int) -> None:
+        nonlocal imported
+        if event == "imported":
+            imported = time.perf_counter()
+        else:
+            times.append((time.perf_counter(), tokens))
+
+    contender(rows, mark)
+    seconds = times[-1][0] - times[WARM - 1][0]
+    print(
+        json.dumps(
+            {
+                "tokens_per_second": sum(tokens for _, tokens in times[WARM:]) / seconds,
+                "first_step_seconds": times[0][0] - imported,
+                "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            }
+        )
+    )
+
+
+def _measure(kind: str, name: str, steps: int) -> dict[str, float]:
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    command = [sys.executable, sys.argv[0], "--contender", name, "--kind", kind, "--steps", str(steps)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith('{"tokens')][-1])
+
+
+def _report(kind: str, names: list[str], rounds: list[dict]) -> None:
+    print(f"\n{kind}: medians of {len(rounds)} rounds (lowest to highest)")
+    print(f"{'':30}{'tokens/s':>22}{'ratio to first':>16}{'peak GiB':>10}{'first step s':>14}", flush=True)
+    median = lambda name, field: statistics.median(r[name][field] for r in rounds)  # noqa: E731
+    for name in names:
+        speeds = [r[name]["tokens_per_second"] for r in rounds]
+        ratio = statistics.median(r[name]["tokens_per_second"] / r[names[0]]["tokens_per_second"] for r in rounds)
+        speed = f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})"
+        memory, first = median(name, "peak_gib"), median(name, "first_step_seconds")
+        print(f"{name:30}{speed:>22}{ratio:>16.2f}{memory:>10.2f}{first:>14.1f}", flush=True)
