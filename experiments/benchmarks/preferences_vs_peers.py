@@ -5,8 +5,8 @@
 
 The model: hidden 384, 8 layers, 6 heads, MLP 1,600, vocabulary 8,192, untied; fp32, AdamW, 2 threads. DPO and reward
 models take 4 pairs a batch, KTO 8 rated responses, each a prompt and its response of at most 256 tokens together.
-`full`: 64 and 192 tokens. `ragged`: log-normal (sigma 0.8), prompts of median 40, responses of median 60, cut to 64 and
-192, like dialogues of hh-rlhf.
+`full`: 160 and 96 tokens. `ragged`: lengths as in hh-rlhf (harmless-base, test; four characters a token), log-normal with
+median 67 and sigma 1.1 of prompts, 28 and 1.0 of responses, cut to 160 and 96.
 
 A reference is a second model that runs in every step: with `--precompute-reference` the same forward is made once
 before, so one epoch costs as much. Tokens are those of all sequences without padding, the prompt of a pair twice, KTO's
@@ -34,7 +34,7 @@ from side_by_side import (
     word_tokenizer,
 )
 
-PAIRS, RATED, PROMPT = 4, 8, 64
+PAIRS, RATED, PROMPT = 4, 8, 160
 END = 2
 
 
@@ -46,12 +46,13 @@ def rows_of(kind: str, steps: int) -> list[dict[str, list[int]]]:
     # KTO takes the chosen of one row and the rejected of the next
     count = steps * (RATED if "KTO" in kind else PAIRS) * (2 if "ragged" in kind else 1)
 
-    def ids(median: int, most: int) -> list[int]:
-        length = np.clip(np.exp(rng.normal(np.log(median), 0.8)), 4, most) if "ragged" in kind else most
+    def ids(median: int, sigma: float, most: int) -> list[int]:
+        length = np.clip(np.exp(rng.normal(np.log(median), sigma)), 4, most) if "ragged" in kind else most
         return rng.integers(4, VOCABULARY, int(length)).tolist()
 
     return [
-        {"prompt": ids(40, PROMPT)} | {side: [*ids(60, LENGTH - PROMPT - 1), END] for side in ("chosen", "rejected")}
+        {"prompt": ids(67, 1.1, PROMPT)}
+        | {side: [*ids(28, 1.0, LENGTH - PROMPT - 1), END] for side in ("chosen", "rejected")}
         for _ in range(count)
     ]
 
