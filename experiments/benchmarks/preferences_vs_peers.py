@@ -5,8 +5,8 @@
 
 The model: hidden 384, 8 layers, 6 heads, MLP 1,600, vocabulary 8,192, untied; fp32, AdamW, 2 threads. DPO and reward
 models take 4 pairs a batch, KTO 8 rated responses, each a prompt and its response of at most 256 tokens together.
-`full`: 160 and 96 tokens. `ragged`: lengths as in hh-rlhf (harmless-base, test; four characters a token), log-normal with
-median 67 and sigma 1.1 of prompts, 28 and 1.0 of responses, cut to 160 and 96.
+`full`: 160 and 96 tokens. `ragged`: lengths as in hh-rlhf (harmless-base, test; four characters a token), log-normal
+with median 67 and sigma 1.1 of prompts, 28 and 1.0 of responses, cut to 160 and 96.
 
 A reference is a second model that runs in every step: with `--precompute-reference` the same forward is made once
 before, so one epoch costs as much. Tokens are those of all sequences without padding, the prompt of a pair twice, KTO's
