@@ -21,8 +21,8 @@ Observed (625e148, two CPU cores; --rounds 2 --steps 6, ragged --steps 5): token
     ragged  jaxalign, packed 1,007, 1.46, 11.6    remat dots 1,086, 1.71, 11.7
             TRL 523, 1.75, 2.4    without checkpointing 625, 2.37, 2.1    Tunix 379, 3.16, 8.1
 
-So on full rows 1.0 of TRL (1.06 with remat dots) and 0.63 (0.68) of the torch loop, 1.22 (1.30) of Tunix; on ragged ones
-1.93 (2.08) of TRL and 2.66 (2.87) of Tunix; with 0.82 (0.96) of TRL's memory and 0.47 (0.55) of Tunix's.
+So on full rows 0.99 of TRL (1.06 with remat dots), 0.63 (0.68) of the torch loop and 1.22 (1.30) of Tunix; on ragged
+ones 1.93 (2.08) of TRL and 2.66 (2.87) of Tunix; with 0.82 (0.96) of TRL's memory and 0.47 (0.55) of Tunix's.
 
 JAX's matrix products of this step alone, timed one by one, would allow 1,364 tokens/s with recomputation: 73% of it is
 reached. By the profile of one step, of 2.05 s the products of projections and MLP take 1.2, the output matrix and its
