@@ -54,17 +54,51 @@ def attention(
     implementation = implementation or choose(query, key, softcap, platform=jax.default_backend())
     if implementation == "splash":
         return _splash(query, key, value, segment_ids, window, softcap, scale, layout)
-    visible = key_segment_ids[:, None, :] == segment_ids[:, :, None]
-    distance = positions[:, :, None] - key_positions[:, None, :]
-    visible &= distance >= 0
-    if window is not None:
-        visible &= distance < window
-    visible = visible[:, None]  # the same for every head
+    visible = _visible(positions, segment_ids, key_positions, key_segment_ids, window)[:, None]  # for every head
     if softcap is not None:
         return _capped(query, key, value, visible, softcap, scale)
     return jax.nn.dot_product_attention(
         query, key, value, mask=visible, scale=scale, implementation="cudnn" if implementation == "cudnn" else "xla"
     )
+
+
+def _visible(
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    key_positions: jax.Array,
+    key_segment_ids: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """Bool[B T S], which keys each query sees."""
+    distance = positions[:, :, None] - key_positions[:, None, :]
+    visible = (key_segment_ids[:, None, :] == segment_ids[:, :, None]) & (distance >= 0)
+    return visible if window is None else visible & (distance < window)
+
+
+def attention_of_one(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    key_positions: jax.Array,
+    key_segment_ids: jax.Array,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> jax.Array:
+    """`attention` of one query a row, [B 1 H K], on keys and values [B Hk S K], which are read once, in order."""
+    batch, _, heads, width = query.shape
+    groups = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
+    logits = scale * jnp.einsum("bkgd,bksd->bkgs", groups, key, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    visible = _visible(positions, segment_ids, key_positions, key_segment_ids, window)
+    logits = jnp.where(visible[:, :, None], logits, -0.7 * jnp.finfo(jnp.float32).max)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bkgs,bksd->bkgd", weights, value, preferred_element_type=jnp.float32)
+    return mixed.astype(query.dtype).reshape(query.shape)
 
 
 def choose(query: jax.Array, key: jax.Array, softcap: float | None, *, platform: str) -> str:

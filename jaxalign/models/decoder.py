@@ -5,7 +5,8 @@
     model = nnx.merge(graphdef, params)        # first line of a pure function
     hidden = model(tokens, positions=positions, segment_ids=segment_ids)
 
-Compile time does not grow with depth. Initial weights are normal with the config's initializer_range; what writes to
+Training's compile time does not grow with depth; a call with a cache runs the layers one by one, each with a cache of
+its own. Initial weights are normal with the config's initializer_range; what writes to
 the residual stream starts smaller by sqrt(2 L) (GPT-2). Dropout is not applied: this is a model for alignment, whose
 policies and references must agree.
 """
@@ -13,6 +14,8 @@ policies and references must agree.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxalign.models.attention import IMPLEMENTATIONS
-from jaxalign.models.cache import Cache
+from jaxalign.models.cache import Cache, LayerCache
 from jaxalign.models.config import LayerKind, ModelConfig
 from jaxalign.models.layers import MLP, Attention, Compute, Embedding, Norm, Where, rotate
 from jaxalign.models.lora import Lora, attach
@@ -42,47 +45,35 @@ class Block(nnx.Module):
         self.attention = Attention(config, compute, rngs)
         self.mlp = MLP(config, compute, rngs)
 
-    def __call__(
-        self, x: jax.Array, where: Where, kind: jax.Array, cache: Cache | None = None, layer: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x: jax.Array, where: Where, kind: jax.Array) -> jax.Array:
         query, key, value = self.attention.project(_maybe(self.attention_norm, x))
-        attend = [self._attend_as(kind_, where) for kind_ in self.config.kinds]
-        if cache is None:
-            mixed = _switch(kind, [lambda q, k, v, f=f: f(q, k, v, None, None)[0] for f in attend], query, key, value)
-        else:
-            branches = [lambda q, k, v, f=f: f(q, k, v, cache, layer) for f in attend]
-            mixed, cache = _switch(kind, branches, query, key, value)
+        attend = [functools.partial(self._attend, where=where, kind=each) for each in self.config.kinds]
+        mixed = attend[0](query, key, value) if len(attend) == 1 else jax.lax.switch(kind, attend, query, key, value)
+        return self._add(x, mixed)
+
+    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, where: Where, kind: LayerKind) -> jax.Array:
+        query, key = rotate(query, where.positions, kind.rope), rotate(key, where.positions, kind.rope)
+        return self.attention.attend(query, key, value, where, kind)
+
+    def remembering(
+        self, x: jax.Array, where: Where, kind: LayerKind, held: LayerCache, index: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        """The same of tokens that also see what the cache holds, which they join from slot `index` on."""
+        query, key, value = self.attention.project(_maybe(self.attention_norm, x))
+        query, key = rotate(query, where.positions, kind.rope), rotate(key, where.positions, kind.rope)
+        held = held.write(index, key, value)
+        return self._add(x, self.attention.attend_held(query, *held.read(query.dtype), where, kind)), held
+
+    def _add(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
         mixed = _maybe(self.attention_post_norm, mixed)
         if self.config.parallel:
-            return x + mixed + self.mlp(_maybe(self.mlp_norm, x)), cache
+            return x + mixed + self.mlp(_maybe(self.mlp_norm, x))
         x = x + mixed
-        return x + _maybe(self.mlp_post_norm, self.mlp(_maybe(self.mlp_norm, x))), cache
-
-    def _attend_as(self, kind: LayerKind, where: Where) -> Any:
-        def attend(query, key, value, cache: Cache | None, layer: jax.Array | None):
-            query, key = rotate(query, where.positions, kind.rope), rotate(key, where.positions, kind.rope)
-            if cache is not None:
-                cache, key, value = _remember(cache, layer, key, value)
-            return self.attention.attend(query, key, value, where, kind), cache
-
-        return attend
+        return x + _maybe(self.mlp_post_norm, self.mlp(_maybe(self.mlp_norm, x)))
 
 
 def _maybe(norm: Norm | None, x: jax.Array) -> jax.Array:
     return x if norm is None else norm(x)
-
-
-def _switch(kind: jax.Array, branches: list, *operands: jax.Array) -> Any:
-    return branches[0](*operands) if len(branches) == 1 else jax.lax.switch(kind, branches, *operands)
-
-
-def _remember(cache: Cache, layer: jax.Array, key: jax.Array, value: jax.Array) -> tuple[Cache, jax.Array, jax.Array]:
-    """The cache with this layer's new keys and values in place, and all keys and values of the layer."""
-    at = (layer, 0, cache.index, 0, 0)
-    keys = jax.lax.dynamic_update_slice(cache.key, key[None].astype(cache.key.dtype), at)
-    values = jax.lax.dynamic_update_slice(cache.value, value[None].astype(cache.value.dtype), at)
-    held = dataclasses.replace(cache, key=keys, value=values)
-    return held, keys[layer].astype(key.dtype), values[layer].astype(value.dtype)
 
 
 class Decoder(nnx.Module):
@@ -107,6 +98,7 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
+        layers: Sequence[Block] | None = None,
     ) -> Any:
         """Hidden states [B T D] in the dtype of compute; with a cache, (hidden states, the filled cache).
 
@@ -115,8 +107,8 @@ class Decoder(nnx.Module):
           positions: Int32[B T]; by default 0, 1, 2, ... from the start of each run of equal segment ids.
           segment_ids: Int32[B T]; by default all one segment.
           cache: what was read before; the T tokens are added to it, and their positions must be given.
+          layers: `self.layers()`, with a cache; a loop that reads them at every token takes them before it starts.
         """
-        length = tokens.shape[1]
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         if positions is None:
@@ -128,32 +120,47 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
-        if cache is not None:
-            cache = cache.place(positions, segment_ids)
-            where = Where(positions, segment_ids, cache.positions, cache.segment_ids)
-        else:
-            where = Where(positions, segment_ids, positions, segment_ids)
-        x, cache = self._run_blocks(x, where, cache)
-        x = self.norm(x)
         if cache is None:
-            return x
-        return x, dataclasses.replace(cache, index=cache.index + length)
+            where = Where(positions, segment_ids, positions, segment_ids)
+            return self.norm(self._run_blocks(x, where))
+        cache = cache.place(positions, segment_ids)
+        where = Where(positions, segment_ids, cache.positions, cache.segment_ids)
+        x, held = self._run_remembering(x, where, cache, self.layers() if layers is None else layers)
+        return self.norm(x), dataclasses.replace(cache, layers=held, index=cache.index + tokens.shape[1])
 
-    def _run_blocks(self, x: jax.Array, where: Where, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    def layers(self) -> tuple[Block, ...]:
+        """The blocks one by one, each with a copy of its weights, for calls with a cache.
+
+        A token's products are so small that taking weights out of the stack would cost as much as they do.
+        """
+        graphdef, state = nnx.split(self.blocks)
+        state = nnx.to_pure_dict(state)
+        take = lambda number: jax.tree.map(lambda leaf: leaf[number], state)  # noqa: E731
+        return tuple(nnx.merge(graphdef, take(number)) for number in range(self.config.num_layers))
+
+    def _run_remembering(
+        self, x: jax.Array, where: Where, cache: Cache, layers: Sequence[Block]
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        found = []
+        for block, kind, held in zip(layers, self.config.layer_kinds, cache.layers, strict=True):
+            if self.compute.layout is not None:
+                x = self.compute.layout.constrain_hidden(x)
+            x, held = block.remembering(x, where, self.config.kinds[kind], held, cache.index)
+            found.append(held)
+        return x, tuple(found)
+
+    def _run_blocks(self, x: jax.Array, where: Where) -> jax.Array:
         graphdef, state = nnx.split(self.blocks)
         layout = self.compute.layout
 
-        def body(carry: tuple, layer: tuple) -> tuple[tuple, None]:
-            x, cache = carry
-            params, kind, index = layer
+        def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+            params, kind = layer
             if layout is not None:
                 x = layout.constrain_hidden(x)
-            return nnx.merge(graphdef, params)(x, where, kind, cache, index), None
+            return nnx.merge(graphdef, params)(x, where, kind), None
 
-        kinds = jnp.asarray(self.config.layer_kinds, jnp.int32)
-        layers = nnx.to_pure_dict(state), kinds, jnp.arange(self.config.num_layers)
-        (x, cache), _ = jax.lax.scan(_rematerialised(body, self.compute.remat), (x, cache), layers)
-        return x, cache
+        layers = nnx.to_pure_dict(state), jnp.asarray(self.config.layer_kinds, jnp.int32)
+        return jax.lax.scan(_rematerialised(body, self.compute.remat), x, layers)[0]
 
     def unembed(self) -> Unembedding:
         """From hidden states to logits, in the parameters' own dtype."""

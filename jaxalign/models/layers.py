@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxalign.models.attention import attention
+from jaxalign.models.attention import attention, attention_of_one
 from jaxalign.models.config import LayerKind, ModelConfig, Rope
 from jaxalign.models.layout import Layout
 
@@ -110,8 +110,12 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         return query, key, value
 
+    @property
+    def _scale(self) -> float:
+        return self.config.head_dim**-0.5 if self.config.query_scale is None else self.config.query_scale
+
     def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, where: Where, kind: LayerKind) -> jax.Array:
-        scale = self.config.head_dim**-0.5 if self.config.query_scale is None else self.config.query_scale
+        """The projected mixture of values [B T Hk K]."""
         mixed = attention(
             query,
             key,
@@ -119,9 +123,26 @@ class Attention(nnx.Module):
             **where._asdict(),
             window=kind.window,
             softcap=self.config.attention_softcap,
-            scale=scale,
+            scale=self._scale,
             implementation=self.compute.attention,
             layout=self.compute.layout,
+        )
+        return self.output(mixed.reshape(*mixed.shape[:2], -1))
+
+    def attend_held(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, where: Where, kind: LayerKind
+    ) -> jax.Array:
+        """The same of keys and values as a cache holds them, [B Hk S K]; one query a row has products of its own."""
+        if query.shape[1] > 1:
+            return self.attend(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), where, kind)
+        mixed = attention_of_one(
+            query,
+            key,
+            value,
+            **where._asdict(),
+            window=kind.window,
+            softcap=self.config.attention_softcap,
+            scale=self._scale,
         )
         return self.output(mixed.reshape(*mixed.shape[:2], -1))
 
