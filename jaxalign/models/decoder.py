@@ -107,7 +107,7 @@ class Decoder(nnx.Module):
           positions: Int32[B T]; by default 0, 1, 2, ... from the start of each run of equal segment ids.
           segment_ids: Int32[B T]; by default all one segment.
           cache: what was read before; the T tokens are added to it, and their positions must be given.
-          layers: `self.layers()`, with a cache; a loop that reads them at every token takes them before it starts.
+          layers: `self.layers()`, with a cache; a loop over tokens takes them before it starts.
         """
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
@@ -128,15 +128,11 @@ class Decoder(nnx.Module):
         x, held = self._run_remembering(x, where, cache, self.layers() if layers is None else layers)
         return self.norm(x), dataclasses.replace(cache, layers=held, index=cache.index + tokens.shape[1])
 
-    def layers(self) -> tuple[Block, ...]:
-        """The blocks one by one, each with a copy of its weights, for calls with a cache.
-
-        A token's products are so small that taking weights out of the stack would cost as much as they do.
-        """
+    def layers(self, params: Sequence[PyTree] | None = None) -> tuple[Block, ...]:
+        """The blocks one by one, for calls with a cache; of `layer_params`, if they were taken before."""
         graphdef, state = nnx.split(self.blocks)
-        state = nnx.to_pure_dict(state)
-        take = lambda number: jax.tree.map(lambda leaf: leaf[number], state)  # noqa: E731
-        return tuple(nnx.merge(graphdef, take(number)) for number in range(self.config.num_layers))
+        held = layer_params({"blocks": nnx.to_pure_dict(state)}) if params is None else params
+        return tuple(nnx.merge(graphdef, layer) for layer in held)
 
     def _run_remembering(
         self, x: jax.Array, where: Where, cache: Cache, layers: Sequence[Block]
@@ -166,6 +162,13 @@ class Decoder(nnx.Module):
         """From hidden states to logits, in the parameters' own dtype."""
         table = self.embed if self.unembedding is None else self.unembedding
         return Unembedding(table.embedding[...], None, self.config.final_softcap)
+
+
+def layer_params(params: PyTree) -> tuple[PyTree, ...]:
+    """The parameters of each block, taken out of the stack: a copy."""
+    count = len(jax.tree.leaves(params["blocks"])[0])
+    take = lambda number: jax.tree.map(lambda leaf: leaf[number], params["blocks"])  # noqa: E731
+    return tuple(take(number) for number in range(count))
 
 
 def positions_in(segment_ids: jax.Array) -> jax.Array:

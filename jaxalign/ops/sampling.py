@@ -1,10 +1,20 @@
-"""From logits to a token: temperature, top-k, top-p, and the draw."""
+"""From logits to a token: penalties and bans, temperature, top-k, top-p, min-p, and the draw."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
+
+
+class Drawn(NamedTuple):
+    """A token for each row, in nats."""
+
+    tokens: Int[Array, "B"]
+    logps: Float[Array, "B"]  # under the distribution that it was drawn from
+    model_logps: Float[Array, "B"]  # under the model's own, at temperature 1
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: int) -> Bool[Array, "B V"]:
@@ -17,41 +27,85 @@ def keep_top_k(logits: Float[Array, "B V"], k: int) -> Bool[Array, "B V"]:
 def keep_top_p(logits: Float[Array, "B V"], p: float) -> Bool[Array, "B V"]:
     """True on the smallest set of most likely tokens that holds probability p, the one that crosses p included.
 
-    Nucleus sampling, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751, eq. 2.
+    Equals of the least likely of them are kept as well. Nucleus sampling, Holtzman et al. 2020,
+    https://arxiv.org/abs/1904.09751, eq. 2.
     """
     if p >= 1.0:
         return jnp.ones(logits.shape, bool)
-    ordered = -jnp.sort(-jax.nn.softmax(logits, axis=-1), axis=-1)
-    before = jnp.cumsum(ordered, axis=-1) - ordered  # probability of the more likely tokens
-    smallest = jnp.min(jnp.where(before < p, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jax.nn.softmax(logits, axis=-1) >= smallest
+    probs = jax.nn.softmax(logits, axis=-1)
+    # The largest threshold whose tokens hold p, by bisection: floats that are not negative are ordered as their bits
+    # are, so 31 halvings find it exactly, without a sort of the vocabulary.
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
+
+    def halve(_: Int[Array, ""], bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # low holds p, high does not
+        middle = low + (high - low) // 2
+        holds = jnp.sum(jnp.where(bits >= middle[:, None], probs, 0.0), axis=-1) >= p
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    zeros = jnp.zeros(logits.shape[:1], jnp.int32)
+    above_one = jax.lax.bitcast_convert_type(jnp.float32(2.0), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (zeros, jnp.broadcast_to(above_one, zeros.shape)))
+    return bits >= low[:, None]
+
+
+def keep_min_p(logits: Float[Array, "B V"], p: float) -> Bool[Array, "B V"]:
+    """True on tokens at least p times as likely as the most likely one (Nguyen et al. 2024, arXiv:2407.01082)."""
+    if p <= 0.0:
+        return jnp.ones(logits.shape, bool)
+    return logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p)
+
+
+def penalise(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float) -> Float[Array, "B V"]:
+    """Logits of seen tokens divided by the penalty where positive, multiplied where negative.
+
+    Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1, with the sign rule that its users added.
+    """
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sample(
     keys: Key[Array, "B"],
     logits: Float[Array, "B V"],
     *,
+    allowed: Bool[Array, "B V"] | None = None,
+    seen: Bool[Array, "B V"] | None = None,
+    repetition_penalty: float = 1.0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """A token for each row, and its log-probability under the distribution it was drawn from.
+    min_p: float = 0.0,
+) -> Drawn:
+    """A token for each row, and its log-probability under the distribution it was drawn from and under the model's.
 
     Args:
       keys: one for each row, so that what a row draws does not depend on its neighbours.
       logits: of the model, in float32.
+      allowed: False on tokens that may not be drawn; None: all may.
+      seen: True on tokens that the penalty is for; None: none.
+      repetition_penalty: of `penalise`; 1: none.
       temperature: the logits are divided by it; 0 takes the most likely token, the lowest id among equals, whose
-        log-probability is that of the model itself.
+        log-probability is that among all allowed tokens.
       top_k: draw from the k most likely tokens; 0: from all.
-      top_p: then from the smallest set that holds this share of the probability.
+      top_p: then from the smallest set that holds this share of the probability; 1: from all.
+      min_p: then from tokens this share as likely as the most likely one; 0: from all.
     """
+    kept = logits
+    if seen is not None and repetition_penalty != 1.0:
+        kept = penalise(kept, seen, repetition_penalty)
+    if allowed is not None:
+        kept = jnp.where(allowed, kept, -jnp.inf)
     if temperature == 0.0:
-        tokens = jnp.argmax(logits, axis=-1)
-        kept = logits
+        tokens = jnp.argmax(kept, axis=-1)
     else:
-        kept = logits / temperature
-        kept = jnp.where(keep_top_k(kept, top_k), kept, -jnp.inf)
-        kept = jnp.where(keep_top_p(kept, top_p), kept, -jnp.inf)
+        kept = kept / temperature
+        for keep, limit in ((keep_top_k, top_k), (keep_top_p, top_p), (keep_min_p, min_p)):
+            kept = jnp.where(keep(kept, limit), kept, -jnp.inf)
         tokens = jax.vmap(jax.random.categorical)(keys, kept)
-    logps = jax.nn.log_softmax(kept, axis=-1)
-    return tokens, jnp.take_along_axis(logps, tokens[:, None], axis=1)[:, 0]
+    model_logps = _logps_of(logits, tokens)
+    return Drawn(tokens, model_logps if kept is logits else _logps_of(kept, tokens), model_logps)
+
+
+def _logps_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)

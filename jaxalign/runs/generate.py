@@ -18,7 +18,8 @@ from jaxalign.models.decoder import make_decoder
 from jaxalign.models.load import load_params
 from jaxalign.models.lora import join
 from jaxalign.models.peft import load_adapter
-from jaxalign.rollout.generate import Sampling, generate_ids
+from jaxalign.rollout.generate import generate_ids
+from jaxalign.rollout.slots import Sampling
 from jaxalign.runs import devices
 from jaxalign.runs.config import GenerateConfig, check
 from jaxalign.runs.folder import check_writable

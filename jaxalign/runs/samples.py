@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 from jaxalign.models.config import ModelConfig
-from jaxalign.rollout.generate import Sampling, generate_ids
+from jaxalign.rollout.generate import generate_ids
+from jaxalign.rollout.slots import Sampling
 from jaxalign.runs.vocabulary import Vocabulary
 from jaxalign.training.metrics import JsonLines
 
