@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxalign.rollout.engine import LocalEngine, Request
 from jaxalign.rollout.slots import Sampling
@@ -24,8 +25,9 @@ def generate_ids(
     """(response ids without the terminator, whether it ended with one) for each prompt, in the order given."""
     requests = [Request(tuple(prompt), seed) for seed, prompt in enumerate(prompts)]
     found = LocalEngine(graphdef, slots=batch_size).generate(params, requests, key, sampling=sampling)
-    return [(_without_end(response.tokens.tolist(), sampling), response.finished) for response in found]
+    return [(without_terminator(response.tokens, sampling), response.finished) for response in found]
 
 
-def _without_end(ids: list[int], sampling: Sampling) -> list[int]:
-    return ids[:-1] if ids[-1] in sampling.terminators else ids
+def without_terminator(tokens: np.ndarray, sampling: Sampling) -> list[int]:
+    """The ids of a response that are its text."""
+    return tokens[:-1].tolist() if tokens[-1] in sampling.terminators else tokens.tolist()

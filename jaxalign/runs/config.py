@@ -247,8 +247,18 @@ class GenerateConfig:
     """Sample from the smallest set of tokens that holds this share of the probability."""
     top_k: int = 0
     """Sample from the k most likely tokens; 0: from all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this share as likely as the most likely one; 0: from all."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens of the prompt and of the response so far are divided by it; 1: not."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, which holds them."""
+    n: int = 1
+    """Responses to each prompt."""
     batch_size: int = 16
-    """Prompts answered together."""
+    """Responses generated side by side; one that ends makes room for the next prompt at once."""
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Dtype of the cached keys and values; auto is that of compute."""
     seed: int = 0
     """Seed of sampling."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -289,8 +299,15 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "max_new_tokens": (1, math.inf, True),
     "temperature": (0, math.inf, True),
     "top_k": (0, math.inf, True),
+    "min_p": (0, 1, True),
+    "n": (1, math.inf, True),
 }
-POSITIVE = {"epochs": math.inf, "alpha": math.inf, "top_p": 1.0}  # above 0, and at most so much
+POSITIVE = {
+    "epochs": math.inf,
+    "alpha": math.inf,
+    "top_p": 1.0,
+    "repetition_penalty": math.inf,
+}  # above 0, and at most so much
 
 
 def check(config: Any, *, prefix: str = "--") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -18,7 +19,8 @@ from jaxalign.models.decoder import make_decoder
 from jaxalign.models.load import load_params
 from jaxalign.models.lora import join
 from jaxalign.models.peft import load_adapter
-from jaxalign.rollout.generate import generate_ids
+from jaxalign.rollout.engine import LocalEngine, Request
+from jaxalign.rollout.generate import without_terminator
 from jaxalign.rollout.slots import Sampling
 from jaxalign.runs import devices
 from jaxalign.runs.config import GenerateConfig, check
@@ -46,13 +48,18 @@ def run(config: GenerateConfig) -> int:
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        batch_size=min(config.batch_size, len(prompts)),
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        stop=config.stop,
+        n=config.n,
+        batch_size=min(config.batch_size, config.n * len(prompts)),
+        cache_dtype=None if config.cache_dtype == "auto" else config.cache_dtype,
         seed=config.seed,
         precision=config.precision,
     )
     rows = [
-        {"prompt": prompt, "response": text, "finished": ended}
-        for prompt, (text, ended) in zip(prompts, found, strict=True)
+        {"prompt": prompts[number // config.n], "response": text, "finished": ended}
+        for number, (text, ended) in enumerate(found)
     ]
     if config.output is None:
         print(
@@ -100,11 +107,16 @@ def respond(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    n: int = 1,
     batch_size: int = 16,
+    cache_dtype: str | None = None,
     seed: int = 0,
     precision: str = "auto",
 ) -> list[tuple[str, bool]]:
-    """(response, whether it ended by itself) for each prompt. Texts are continued, messages are answered."""
+    """(response, whether it ended by itself), n for each prompt in turn. Texts are continued, messages are answered."""
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
         raise ValueError(
             f"temperature={temperature} must be at least 0, top_p={top_p} in (0, 1], top_k={top_k} at least 0 and "
@@ -120,12 +132,24 @@ def respond(
     dtype = devices.compute_dtype(precision)
     lora, adapted = (None, None) if adapter is None else load_adapter(adapter, config)
     graphdef, _ = make_decoder(config, compute_dtype=dtype, param_dtype=dtype, lora=lora)
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, huggingface.terminators(model, tokenizer))
     params = load_params(model, config, param_dtype=dtype)
     if adapted is not None:
         params = join(jax.device_put(adapted), params)
-    found = generate_ids(graphdef, params, ids, jax.random.key(seed), sampling=sampling, batch_size=batch_size)
-    return [(tokenizer.decode(response, skip_special_tokens=True), ended) for response, ended in found]
+    sampling = Sampling(
+        max_new_tokens,
+        temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        terminators=huggingface.terminators(model, tokenizer),
+        stop=tuple(stop),
+    )
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    engine = LocalEngine(graphdef, slots=batch_size, cache_dtype=cache_dtype, decode_text=decode)
+    requests = [Request(tuple(prompt), n * row + sample) for row, prompt in enumerate(ids) for sample in range(n)]
+    found = engine.generate(params, requests, jax.random.key(seed), sampling=sampling)
+    return [(decode(without_terminator(response.tokens, sampling)), response.finished) for response in found]
 
 
 def _check_lengths(ids: list[list[int]], max_new_tokens: int, config: ModelConfig, model: str) -> None:

@@ -85,6 +85,17 @@ def test_greedy_answers_are_the_most_likely_tokens_of_a_model_without_a_cache(ti
     assert text == tokenizer.decode(expected, skip_special_tokens=True)
 
 
+def test_several_answers_to_a_prompt_stand_together_and_a_stop_text_ends_each(tiny_model, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    config = GenerateConfig(str(tiny_model), "the cat sees", output, max_new_tokens=12, n=4, stop=(" ",), seed=3)
+    assert generate.run(config) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["the cat sees"] * 4
+    assert len({row["response"] for row in rows}) > 1
+    for row in rows:
+        assert row["finished"] and row["response"].count(" ") <= 1
+
+
 def test_samples_follow_from_the_seed(tiny_model):
     first, again, other = (answers(tiny_model, PROMPTS, seed=seed) for seed in (0, 0, 1))
     assert first == again != other
