@@ -144,7 +144,6 @@ def trl_preferences(rows: list[dict], mark, *, method: str) -> None:
     import torch
     import trl
     from datasets import Dataset
-    from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import (
         LlamaForCausalLM,
         LlamaForSequenceClassification,
@@ -163,7 +162,6 @@ def trl_preferences(rows: list[dict], mark, *, method: str) -> None:
             mark("step", sum(counts[start : start + size]))
 
     tokenizer = word_tokenizer(PreTrainedTokenizerFast)
-    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
     config = hf_config()
     make = LlamaForCausalLM
     if method == "reward":

@@ -37,12 +37,16 @@ def hf_config():
 
 
 def word_tokenizer(kind):
-    """A tokenizer that TRL can hold; the rows are ids already."""
+    """Token i is the word "w<i>", but for the special ones, 0 to 3: pad, start, end and unknown."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
 
-    words = WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3")
-    return kind(tokenizer_object=Tokenizer(words), pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3")
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    names = [*special, *(f"w{i}" for i in range(len(special), VOCABULARY))]
+    words = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return kind(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def pad(rows: list[list[int]], width: int | None = None) -> tuple[list[list[int]], list[list[int]]]:

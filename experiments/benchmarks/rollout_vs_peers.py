@@ -1,0 +1,147 @@
+"""Generation with a 26M-parameter Llama on a CPU: jaxalign's engine beside transformers and Tunix, in one run.
+
+    pip install torch==2.13.0 && pip install -e '.[bench]'
+    python experiments/benchmarks/rollout_vs_peers.py --rounds 3 --steps 4
+
+The model: hidden 384, 8 layers, 6 heads, MLP 1,600, vocabulary 8,192, untied; fp32, 2 threads. `fixed`: 16 prompts of
+64 tokens, 128 new tokens each, greedy and sampled at temperature 1. `spread`: 64 such prompts whose responses have 16
+to 256 tokens, uniformly, sampled; 16 are generated side by side, and only tokens that were asked for are counted: who
+cannot give a freed place to the next prompt generates on until the longest of the batch has ended. A step is one pass
+over all prompts. Contenders, speed, memory and the time to the first step are measured as in sft_vs_peers.py.
+
+Observed: not measured yet.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from side_by_side import HEADS, HIDDEN, LAYERS, MLP, VOCABULARY, hf_config, in_turns, word_tokenizer
+
+SLOTS, PROMPT, NEW, LONGEST, MANY = 16, 64, 128, 256, 64
+
+
+def rows_of(kind: str, steps: int) -> list[list[tuple[list[int], int]]]:
+    """For each pass, prompts of ids with the number of tokens wanted of each."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    spread = kind == "spread"
+
+    def one() -> tuple[list[int], int]:
+        wanted = int(rng.integers(16, LONGEST + 1)) if spread else NEW
+        return rng.integers(4, VOCABULARY, PROMPT).tolist(), wanted
+
+    return [[one() for _ in range(MANY if spread else SLOTS)] for _ in range(steps)]
+
+
+def config_of():
+    config = hf_config()
+    config.max_position_embeddings = PROMPT + LONGEST
+    return config
+
+
+def jaxalign(passes: list, mark, *, temperature: float, refill: bool = True) -> None:
+    import jax
+
+    from jaxalign.models.decoder import init_params, make_decoder
+    from jaxalign.models.families import model_config
+    from jaxalign.rollout.engine import LocalEngine, Request
+    from jaxalign.rollout.slots import Sampling
+
+    mark("imported", 0)
+    config = model_config(config_of().to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    graphdef, _ = make_decoder(config)
+    params = init_params(config, jax.random.key(0))
+    engine = LocalEngine(graphdef, slots=SLOTS, refill=refill)
+    longest = max(wanted for rows in passes for _, wanted in rows)
+    for number, rows in enumerate(passes):
+        requests = [Request(tuple(prompt), seed, wanted) for seed, (prompt, wanted) in enumerate(rows)]
+        sampling = Sampling(longest, temperature=temperature)
+        found = engine.generate(params, requests, jax.random.key(number), sampling=sampling)
+        mark("step", sum(len(response.tokens) for response in found))
+
+
+def batches_of(rows: list):
+    """(prompts, tokens to generate for all, tokens wanted) for those who generate batch by batch."""
+    for start in range(0, len(rows), SLOTS):
+        part = rows[start : start + SLOTS]
+        yield [prompt for prompt, _ in part], max(wanted for _, wanted in part), sum(wanted for _, wanted in part)
+
+
+def transformers(passes: list, mark, *, sampled: bool) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.set_num_threads(2)
+    mark("imported", 0)
+    model = LlamaForCausalLM(config_of()).eval()
+    model.generation_config.eos_token_id = None
+    for rows in passes:
+        total = 0
+        for prompts, longest, wanted in batches_of(rows):
+            ids = torch.tensor(prompts)
+            options = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sampled else {"do_sample": False}
+            options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+            out = model.generate(ids, max_new_tokens=longest, min_new_tokens=longest, **options)
+            assert out.shape[1] == PROMPT + longest
+            total += wanted
+        mark("step", total)
+
+
+def tunix(passes: list, mark, *, sampled: bool) -> None:
+    import jax
+    from flax import nnx
+    from transformers import PreTrainedTokenizerFast
+    from tunix.generate.sampler import CacheConfig, Sampler
+    from tunix.models.llama3.model import Llama3, ModelConfig
+
+    mark("imported", 0)
+    config = ModelConfig(
+        num_layers=LAYERS,
+        vocab_size=VOCABULARY,
+        embed_dim=HIDDEN,
+        hidden_dim=MLP,
+        num_heads=HEADS,
+        head_dim=HIDDEN // HEADS,
+        num_kv_heads=HEADS,
+        rope_theta=10_000,
+        norm_eps=1e-6,
+    )
+    tokenizer = word_tokenizer(PreTrainedTokenizerFast)
+    longest_of_all = max(wanted for rows in passes for _, wanted in rows)
+    cache = CacheConfig(PROMPT + longest_of_all, LAYERS, HEADS, HIDDEN // HEADS)
+    with jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2):
+        sampler = Sampler(Llama3(config, rngs=nnx.Rngs(0)), tokenizer, cache)
+        for number, rows in enumerate(passes):
+            total = 0
+            for prompts, longest, wanted in batches_of(rows):
+                texts = [" ".join(f"w{i}" for i in prompt[1:]) for prompt in prompts]  # it adds a first token
+                options = {"temperature": 1.0, "top_p": 1.0, "seed": number} if sampled else {"temperature": 0.0}
+                sampler(texts, longest, max_prompt_length=PROMPT, eos_tokens=[VOCABULARY - 1], **options)
+                total += wanted
+            mark("step", total)
+
+
+CONTENDERS = {
+    "fixed, greedy": {
+        "jaxalign": functools.partial(jaxalign, temperature=0.0),
+        "transformers": functools.partial(transformers, sampled=False),
+        "Tunix": functools.partial(tunix, sampled=False),
+    },
+    "fixed, sampled": {
+        "jaxalign": functools.partial(jaxalign, temperature=1.0),
+        "transformers": functools.partial(transformers, sampled=True),
+        "Tunix": functools.partial(tunix, sampled=True),
+    },
+    "spread": {
+        "jaxalign": functools.partial(jaxalign, temperature=1.0),
+        "jaxalign, without refill": functools.partial(jaxalign, temperature=1.0, refill=False),
+        "transformers": functools.partial(transformers, sampled=True),
+        "Tunix": functools.partial(tunix, sampled=True),
+    },
+}
+
+
+if __name__ == "__main__":
+    in_turns(__doc__, CONTENDERS, rows_of)
