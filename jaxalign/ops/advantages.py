@@ -149,3 +149,41 @@ def _matmul(delta: jax.Array, mask: jax.Array, decay: float) -> jax.Array:
     tiles = packed.reshape(rows, width // TILE, TILE).swapaxes(0, 1)
     _, solved = jax.lax.scan(solve, jnp.zeros(rows), tiles, reverse=True)
     return jnp.take_along_axis(solved.swapaxes(0, 1).reshape(rows, width), jnp.maximum(place, 0), axis=1)
+
+
+def group_advantages(scores: Float[Array, "N G"], *, scale: str = "group", eps: float = 1e-4) -> Float[Array, "N G"]:
+    """How much better a response is than those to the same prompt.
+
+    (s - mean_g s) / (std + eps), with the standard deviation of G - 1 degrees of freedom.
+
+    Args:
+      scores: of G responses to each of N prompts.
+      scale: "group", the std of the prompt's own scores (GRPO); "batch", of all scores (REINFORCE++); "none", no
+        division (Dr. GRPO: dividing favours prompts whose scores hardly differ).
+      eps: added to the std.
+
+    Returns:
+      Float32, of mean 0 over each group; all 0 in a group of equal scores.
+
+    Reference: Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2; Liu et al. 2025,
+    https://arxiv.org/abs/2503.20783; Hu et al. 2025, https://arxiv.org/abs/2501.03262.
+    """
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale={scale!r} is not one of group, batch, none")
+    if scores.shape[1] < 2:
+        raise ValueError("a group of one response has nothing to be compared with; draw 2 or more of each prompt")
+    scores = scores.astype(jnp.float32)
+    centred = scores - jnp.mean(scores, axis=1, keepdims=True)
+    if scale == "none":
+        return centred
+    std = jnp.std(scores, axis=1, keepdims=True, ddof=1) if scale == "group" else jnp.std(scores, ddof=1)
+    return centred / (std + eps)
+
+
+def leave_one_out(scores: Float[Array, "N G"]) -> Float[Array, "N G"]:
+    """s_i minus the mean of the other G - 1 scores of the prompt: RLOO's advantage, G/(G - 1) of the centred score.
+
+    Reference: Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, section 3.
+    """
+    count = scores.shape[1]
+    return group_advantages(scores, scale="none") * (count / (count - 1))

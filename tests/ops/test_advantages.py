@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxalign.kernels import gae as kernel
 from jaxalign.kernels.runtime import interpreted
-from jaxalign.ops.advantages import gae, returns, shaped_rewards
+from jaxalign.ops.advantages import gae, group_advantages, leave_one_out, returns, shaped_rewards
 
 IMPLEMENTATIONS = ["scan", "associative", "matmul", "pallas"]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -187,3 +187,25 @@ def test_wrong_choices_are_named():
         gae(*arrays, gamma=1.0, gae_lambda=1.5)
     with pytest.raises(ValueError, match="implementation='loop' is not one of"):
         gae(*arrays, gamma=1.0, gae_lambda=0.5, implementation="loop")
+
+
+def test_a_groups_advantages_by_hand():
+    scores = jnp.array([[1.0, 3.0, 5.0], [2.0, 2.0, 2.0]])
+    np.testing.assert_allclose(group_advantages(scores, eps=0.0)[0], [-1.0, 0.0, 1.0], atol=1e-6)
+    np.testing.assert_allclose(group_advantages(scores)[1], 0.0)
+    np.testing.assert_allclose(group_advantages(scores, scale="none")[0], [-2.0, 0.0, 2.0])
+    std = np.std(np.asarray(scores), ddof=1)
+    np.testing.assert_allclose(
+        group_advantages(scores, scale="batch", eps=0.0)[0], np.array([-2, 0, 2]) / std, rtol=1e-6
+    )
+
+
+def test_leave_one_out_is_the_score_less_the_mean_of_the_others():
+    scores = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    expected = scores - (scores.sum(1, keepdims=True) - scores) / 4
+    np.testing.assert_allclose(leave_one_out(jnp.asarray(scores)), expected, atol=1e-6)
+
+
+def test_a_group_of_one_is_refused():
+    with pytest.raises(ValueError, match="draw 2 or more"):
+        group_advantages(jnp.zeros((3, 1)))
