@@ -14,6 +14,8 @@ LossFn = Callable[[PyTree, Any], tuple[Average, dict[str, Average]]]
 PrepareFn = Callable[[PyTree, PyTree, Any], Any]
 # (batch) -> batch
 AcrossFn = Callable[[Any], Any]
+# (carry, batch) -> (carry, batch)
+RememberFn = Callable[[PyTree, Any], tuple[PyTree, Any]]
 # (trained params, frozen) -> the params that loss and prepare see
 AssembleFn = Callable[[PyTree, PyTree], PyTree]
 
@@ -26,6 +28,11 @@ def as_is(params: PyTree, frozen: PyTree, batch: Any) -> Any:
 def rows_apart(batch: Any) -> Any:
     """The batch of methods whose rows do not concern each other."""
     return batch
+
+
+def nothing_remembered(carry: PyTree, batch: Any) -> tuple[PyTree, Any]:
+    """The memory of methods whose steps do not concern each other."""
+    return carry, batch
 
 
 def trained_only(params: PyTree, frozen: PyTree) -> PyTree:
@@ -48,6 +55,10 @@ class Algorithm(NamedTuple):
     What needs all rows at once (KTO's KL, a sort, whitening) is computed by `across` from what `prepare` found, and
     travels to each row as a column: microbatches then change nothing.
 
+    What must outlive a step (the running means of BCO and β-DPO) is a small tree of scalars, `carry`, which the train
+    state holds. `remember` sees the whole batch before `across` does; it makes the next carry, and leaves in the batch
+    what the loss wants to know of it.
+
     Where only a part of the model is trained (adapters), `assemble` lays the trained leaves over the frozen ones:
     `loss` and `prepare` see whole params, and the gradient stays with the trained leaves.
     """
@@ -58,3 +69,5 @@ class Algorithm(NamedTuple):
     epochs: int = 1  # passes over a prepared batch (PPO)
     minibatches: int = 1  # optimizer updates in each pass (PPO)
     assemble: AssembleFn = trained_only  # LoRA: models/lora.py: join
+    carry: PyTree = ()  # of the state at step 0
+    remember: RememberFn = nothing_remembered  # on the whole batch, between prepare and across, no gradient

@@ -7,6 +7,8 @@ Losses that look at the whole batch (its mean margin, or its order, as AOT's sor
 microbatches: `prepare` reads the policy's log-probabilities without gradient, `across` computes from all of them the
 statistic, or the exact derivative of the loss with respect to each log-probability, and the differentiated loss of a
 microbatch is linear in its own log-probabilities with that derivative as its slope. That costs one forward more.
+
+Running means (BCO's reward shift, β-DPO's M₀) are of the same statistics; `remember` keeps them in the train state.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxalign.algorithms import running
 from jaxalign.algorithms.base import Algorithm
 from jaxalign.algorithms.responses import (
     COLLISION,
@@ -34,7 +37,7 @@ from jaxalign.losses import inputs
 from jaxalign.losses.preference import dpo as sigmoid
 from jaxalign.types import Average, PyTree, ResponseBatch
 
-RATIO_STATISTICS = ("mean_log_ratio", "mean_margin")
+RATIO_STATISTICS = ("mean_log_ratio", "mean_margin", "running_log_ratio", "running_margin")
 STATISTICS = ("mean_chosen_length", *RATIO_STATISTICS)
 OLD, SLOPES, VALUE = "old_", "slopes_", "whole_batch_loss"
 
@@ -69,7 +72,7 @@ def dpo(
     reads_twice = compares or any(name in RATIO_STATISTICS for name in names)
     if compares and groups is None:
         raise ValueError(f"{inputs.loss_name(loss)} compares pairs of the whole batch; say how many it has (groups=)")
-    beta = inputs.keyword(loss, "beta", 1.0)
+    beta, momenta = inputs.keyword(loss, "beta", 1.0), inputs.momenta(loss)
 
     def stats_of(structure: Any, params: PyTree, batch: ResponseBatch) -> Stats:
         return response_logps(nnx.merge(structure, params), batch, wanted=wanted, implementation=implementation)
@@ -81,9 +84,15 @@ def dpo(
             batch = with_columns(batch, OLD, jax.lax.stop_gradient(stats_of(graphdef, params, batch)))
         return batch
 
+    def remember(carry: running.Carry, batch: ResponseBatch) -> tuple[running.Carry, ResponseBatch]:
+        if not momenta:
+            return carry, batch
+        carry = running.advance(carry, _statistics(batch), momenta)
+        return carry, with_columns(batch, "", everywhere(carry, batch))
+
     def across(batch: ResponseBatch) -> ResponseBatch:
         if compares or around:
-            batch = with_columns(batch, "", _statistics(batch))
+            batch = with_columns(batch, "", everywhere(_statistics(batch), batch))
         return _linearised(batch, columns_of(batch, OLD)) if compares else batch
 
     def _linearised(batch: ResponseBatch, old: Stats) -> ResponseBatch:
@@ -108,7 +117,8 @@ def dpo(
             values = inputs.apply(loss, pair_inputs(policy, batch)).reshape(batch.valid.shape)
         return Average.of(values, batch.valid), _metrics(policy, batch, beta)
 
-    return Algorithm(loss=pair_loss, prepare=prepare, across=across)
+    carry = running.start(momenta) if momenta else ()
+    return Algorithm(loss=pair_loss, prepare=prepare, across=across, carry=carry, remember=remember)
 
 
 def _wanted(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -128,14 +138,19 @@ def pair_inputs(policy: Stats, batch: ResponseBatch) -> dict[str, jax.Array]:
     return found | {name: batch.columns[name][0, 0] for name in STATISTICS if name in batch.columns}
 
 
-def _statistics(batch: ResponseBatch) -> Stats:
-    """Means over the pairs of the whole batch, without gradient, in every entry of a column."""
-    mean = lambda values: Average.of(values, batch.valid).compute()  # noqa: E731
+def everywhere(averages: dict[str, Average], batch: ResponseBatch) -> Stats:
+    """Each average's value in every entry of a column [B G]."""
+    return {name: jnp.broadcast_to(average.compute(), batch.valid.shape) for name, average in averages.items()}
+
+
+def _statistics(batch: ResponseBatch) -> dict[str, Average]:
+    """Over the pairs of the whole batch, without gradient."""
+    mean = lambda values: Average.of(values, batch.valid)  # noqa: E731
     found = {"mean_chosen_length": mean(response_lengths(batch)[..., 0])}
     if {OLD + LOGPS, REF + LOGPS} <= set(batch.columns):
         ratio = batch.columns[OLD + LOGPS] - batch.columns[REF + LOGPS]
         found |= {"mean_log_ratio": mean(ratio.mean(2)), "mean_margin": mean(ratio[..., 0] - ratio[..., 1])}
-    return {name: jnp.broadcast_to(value, batch.valid.shape) for name, value in found.items()}
+    return found
 
 
 def _linear(policy: Stats, batch: ResponseBatch) -> jax.Array:

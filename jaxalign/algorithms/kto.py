@@ -2,7 +2,7 @@
 
 The KL that KTO compares with is estimated from mismatched responses, which the data loader makes and which are the same
 for policy and reference. Its mean is taken over the global batch: `prepare` reads both models without gradient, and
-`across` sees all rows, so microbatches change nothing.
+`across` sees all rows, so microbatches change nothing. BCO's means are kept from step to step by `remember`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxalign.algorithms import running
 from jaxalign.algorithms.base import Algorithm
 from jaxalign.algorithms.responses import LOGPS, REF, columns_of, response_logps, with_columns
 from jaxalign.losses import inputs
@@ -22,6 +23,8 @@ from jaxalign.losses.unpaired import kto as kahneman_tversky
 from jaxalign.types import Average, PyTree, ResponseBatch, UnpairedBatch
 
 RATIO_MEANS = ("mean_desirable_log_ratio", "mean_undesirable_log_ratio")
+RUNNING_MEANS = ("running_desirable_log_ratio", "running_undesirable_log_ratio")
+SCALARS = ("kl", *RATIO_MEANS, *RUNNING_MEANS)
 OLD = "old_"
 
 
@@ -50,8 +53,8 @@ def kto(
     names = inputs.check_inputs(loss, inputs.UNPAIRED_INPUTS)
     needs_ref = inputs.needs_reference(loss)
     needs_kl = "kl" in names or any("mismatched" in name for name in names)
-    needs_means = any(name in RATIO_MEANS for name in names)
-    beta = inputs.keyword(loss, "beta", 1.0)
+    needs_means = any(name in (*RATIO_MEANS, *RUNNING_MEANS) for name in names)
+    beta, momenta = inputs.keyword(loss, "beta", 1.0), inputs.momenta(loss)
 
     def logps(structure: Any, params: PyTree, batch: ResponseBatch) -> dict[str, jax.Array]:
         return response_logps(nnx.merge(structure, params), batch, implementation=implementation)
@@ -69,16 +72,17 @@ def kto(
             rated = with_columns(rated, OLD, logps(graphdef, params, rated))
         return UnpairedBatch(rated, mismatched)
 
+    def remember(carry: running.Carry, batch: UnpairedBatch) -> tuple[running.Carry, UnpairedBatch]:
+        if not momenta:
+            return carry, batch
+        carry = running.advance(carry, _means_by_label(batch.rated), momenta)
+        return carry, _everywhere(carry, batch)
+
     def across(batch: UnpairedBatch) -> UnpairedBatch:
-        rated, found = batch.rated, {}
+        found = _means_by_label(batch.rated) if needs_means else {}
         if needs_kl:
-            found["kl"] = Average.of(_log_ratio(batch.mismatched), batch.mismatched.valid).compute()
-        if needs_means:
-            label, ratio = rated.columns["label"], _log_ratio(rated)
-            for name, which in zip(RATIO_MEANS, (label, ~label), strict=True):
-                found[name] = Average.of(ratio, rated.valid & which).compute()
-        everywhere = {name: jnp.broadcast_to(value, rated.valid.shape) for name, value in found.items()}
-        return dataclasses.replace(batch, rated=with_columns(rated, "", everywhere))
+            found["kl"] = Average.of(_log_ratio(batch.mismatched), batch.mismatched.valid)
+        return _everywhere(found, batch)
 
     def response_loss(params: PyTree, batch: UnpairedBatch) -> tuple[Average, dict[str, Average]]:
         rated = batch.rated
@@ -88,12 +92,26 @@ def kto(
         metrics = _metrics(values, rated, beta)
         values = {name: value.reshape(-1) for name, value in values.items()}
         # a scalar travels as a column so that a microbatch has it; every entry is the same
-        values |= {name: rated.columns[name][0, 0] for name in ("kl", *RATIO_MEANS) if name in rated.columns}
+        values |= {name: rated.columns[name][0, 0] for name in SCALARS if name in rated.columns}
         if "kl" in values:
             metrics["kl"] = Average.of(rated.columns["kl"], rated.valid)
         return Average.of(inputs.apply(loss, values).reshape(rated.valid.shape), rated.valid), metrics
 
-    return Algorithm(loss=response_loss, prepare=prepare, across=across)
+    carry = running.start(momenta) if momenta else ()
+    return Algorithm(loss=response_loss, prepare=prepare, across=across, carry=carry, remember=remember)
+
+
+def _means_by_label(rated: ResponseBatch) -> dict[str, Average]:
+    label, ratio = rated.columns["label"], _log_ratio(rated)
+    return {
+        name: Average.of(ratio, rated.valid & which) for name, which in zip(RATIO_MEANS, (label, ~label), strict=True)
+    }
+
+
+def _everywhere(averages: dict[str, Average], batch: UnpairedBatch) -> UnpairedBatch:
+    """The batch with each average's value in every entry of a column of its rated responses."""
+    columns = {name: jnp.broadcast_to(a.compute(), batch.rated.valid.shape) for name, a in averages.items()}
+    return dataclasses.replace(batch, rated=with_columns(batch.rated, "", columns))
 
 
 def _log_ratio(batch: ResponseBatch) -> jax.Array:

@@ -23,6 +23,7 @@ def beta_dpo(
     alpha: float = 0.6,
     min_beta: float = 1e-3,
     label_smoothing: float = 0.0,
+    momentum: float = 0.9,
 ) -> PerPair:
     """DPO with a β for each batch: larger, so more careful, where the pairs are already far apart.
 
@@ -31,17 +32,20 @@ def beta_dpo(
     Args:
       policy_chosen_logps: log-probabilities as in `dpo`.
       mean_margin: mean of h over the global batch, in nats (M = β mean_margin); no gradient flows through it.
-      running_margin: M₀/β, the moving average of mean_margin over earlier steps; the paper's momentum is 0.9.
+      running_margin: M₀/β, the moving average of mean_margin; no gradient either.
       beta: β₀, of a batch with M = M₀.
       alpha: how strongly β follows; with 0 it is `dpo`.
       min_beta: β_batch is not let below; the formula alone could turn negative.
       label_smoothing: as in `dpo`.
+      momentum: m of M₀ ← m M₀ + (1 - m) M, for who keeps it. M₀ starts at 0, where the policy does, and is moved by a
+        batch before the batch is compared with it, as the authors' code does.
 
     Returns:
       One loss per pair; log 2 wherever policy and reference agree.
 
     Reference: Wu et al. 2024, https://arxiv.org/abs/2407.08639, section 4. Its second half, a filter that draws 80%
-    of a batch around M₀, chooses rows and is not part of a loss.
+    of a batch around M₀, chooses rows and is not part of a loss. The authors' code takes M in nats, without β: its α
+    is β times this one.
     """
     excess = beta * jax.lax.stop_gradient(mean_margin - running_margin)
     batch_beta = jnp.maximum((1 + alpha * excess) * beta, min_beta)

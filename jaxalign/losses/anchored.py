@@ -46,19 +46,20 @@ def bco_pair(
     policy_rejected_logps: PerPair,
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
-    mean_log_ratio: Float[Array, ""],
+    running_log_ratio: Float[Array, ""],
     *,
     beta: float = 0.1,
+    momentum: float | None = None,
 ) -> PerPair:
     """A binary classifier of chosen against rejected, whose logit is the reward less its mean.
 
-    -log σ(r_w - δ) - log σ(δ - r_l),  δ = β mean log π/π_ref
+    -log σ(r_w - δ) - log σ(δ - r_l),  δ = β · running mean of log π/π_ref
 
     Args:
       policy_chosen_logps: log-probabilities as in `dpo`.
-      mean_log_ratio: over chosen and rejected responses, in nats; no gradient flows through it. TRL keeps a running
-        mean over all steps.
+      running_log_ratio: over chosen and rejected responses of all batches so far, in nats; without gradient.
       beta: scale of the reward.
+      momentum: of running_log_ratio, for who keeps it: None weighs all batches alike, as TRL; 0 is the batch alone.
 
     Returns:
       One loss per pair; 2 log 2 wherever policy and reference agree and δ = 0.
@@ -66,7 +67,7 @@ def bco_pair(
     Reference: Jung et al. 2024, https://arxiv.org/abs/2404.04656, section 3 (reward shift); its density ratio for
     prompts of different origin is not here.
     """
-    shift = beta * jax.lax.stop_gradient(mean_log_ratio)
+    shift = beta * jax.lax.stop_gradient(running_log_ratio)
     chosen = beta * (policy_chosen_logps - ref_chosen_logps)
     rejected = beta * (policy_rejected_logps - ref_rejected_logps)
     return -jax.nn.log_sigmoid(chosen - shift) - jax.nn.log_sigmoid(shift - rejected)

@@ -6,8 +6,9 @@ keyword-only parameters are hyperparameters. An algorithm computes what is asked
 function of your own. A loss without a `ref_` input needs no reference model. An input with a default is optional.
 
 Statistics of the whole batch (KTO's KL, BCO's shift) are inputs too: scalars that are computed without gradient over
-the global batch, so a loss stays a sum over rows and microbatches change nothing. A loss that cannot be written so,
-because it sorts the batch, is marked by `@whole_batch`.
+the global batch, so a loss stays a sum over rows and microbatches change nothing. Those that begin with `running_` are
+kept from step to step; the loss's hyperparameter `momentum` says how. A loss that cannot be written so, because it
+sorts the batch, is marked by `@whole_batch`.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ PAIR_INPUTS = {
     "policy_chosen_collision_logps": "Σ_t log Σ_v π(v)², the log-chance that two samples agree, over chosen's tokens",
     "policy_rejected_collision_logps": "the same of the rejected response",
     "mean_chosen_length": "scalar: mean of chosen_lengths over the global batch",
-    "mean_log_ratio": "scalar: mean of log π/π_ref over chosen and rejected responses of the global batch, or of many",
+    "mean_log_ratio": "scalar: mean of log π/π_ref over chosen and rejected responses of the global batch",
     "mean_margin": "scalar: mean over the global batch of log π/π_ref(chosen) - log π/π_ref(rejected)",
-    "running_margin": "scalar: moving average of mean_margin over earlier steps",
+    "running_log_ratio": "scalar: mean_log_ratio over the batches so far, this one included",
+    "running_margin": "scalar: mean_margin over the batches so far, this one included",
 }
 
 # Of single responses with a label: one value per row [B] unless a scalar.
@@ -47,8 +49,10 @@ UNPAIRED_INPUTS = {
     "policy_mismatched_logps": "log π of another row's response given this row's prompt, summed over its tokens",
     "ref_mismatched_logps": "the same under the frozen reference",
     "kl": "scalar: mean of policy_mismatched_logps - ref_mismatched_logps over the global batch, not yet clamped at 0",
-    "mean_desirable_log_ratio": "scalar: mean of log π/π_ref over the desirable rows of the global batch, or of many",
+    "mean_desirable_log_ratio": "scalar: mean of log π/π_ref over the desirable rows of the global batch",
     "mean_undesirable_log_ratio": "the same over the undesirable rows",
+    "running_desirable_log_ratio": "scalar: mean_desirable_log_ratio over the batches so far, this one included",
+    "running_undesirable_log_ratio": "the same over the undesirable rows",
 }
 
 # Of reward models.
@@ -113,6 +117,20 @@ def keyword(loss: Callable, name: str, default: Any) -> Any:
         if parameter is not None and parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             return parameter.default
     return default
+
+
+def momenta(loss: Callable) -> dict[str, float | None]:
+    """The `running_` inputs of the loss, each with the `momentum` of the term that asks for it.
+
+    m < 1 is the moving average m · (so far) + (1 - m) · (this batch), from 0; None, or a loss without that
+    hyperparameter, the mean over everything so far.
+    """
+    found: dict[str, float | None] = {}
+    for part in getattr(loss, "terms", (loss,)):
+        for name in input_names(part):
+            if name.startswith("running_"):
+                found.setdefault(name, keyword(part, "momentum", None))
+    return found
 
 
 def whole_batch(loss: Callable) -> Callable:

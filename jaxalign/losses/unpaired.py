@@ -83,12 +83,13 @@ def bco(
     policy_logps: PerRow,
     ref_logps: PerRow,
     labels: Bool[Array, "B"],
-    mean_desirable_log_ratio: Float[Array, ""],
-    mean_undesirable_log_ratio: Float[Array, ""],
+    running_desirable_log_ratio: Float[Array, ""],
+    running_undesirable_log_ratio: Float[Array, ""],
     *,
     beta: float = 0.1,
     lambda_d: float = 1.0,
     lambda_u: float = 1.0,
+    momentum: float | None = None,
 ) -> PerRow:
     """A binary classifier of desirable against undesirable, whose logit is the reward less the middle of both classes.
 
@@ -98,12 +99,13 @@ def bco(
       policy_logps: log π(response | prompt) in nats, summed over response tokens.
       ref_logps: the same under the frozen reference.
       labels: True where the response is desirable.
-      mean_desirable_log_ratio: mean x of the class in nats, of the global batch or a running one; no gradient.
-      mean_undesirable_log_ratio: the same of the other class. TRL has one running mean over all rows, so there the
+      running_desirable_log_ratio: mean x of the class in nats, over all batches so far; no gradient flows through it.
+      running_undesirable_log_ratio: the same of the other class. TRL has one running mean over all rows, so there the
         larger class draws δ to itself; given for both, it reproduces that.
       beta: scale of the reward.
       lambda_d: weight of desirable rows.
       lambda_u: weight of undesirable rows.
+      momentum: of both means, for who keeps them: None weighs all batches alike, as TRL does; 0 is the batch alone.
 
     Returns:
       One loss per row; λ_y log 2 where βx = δ.
@@ -111,7 +113,7 @@ def bco(
     Reference: Jung et al. 2024, https://arxiv.org/abs/2404.04656, section 3 (reward shift); its density ratio for
     prompts of different origin is not here.
     """
-    middle = 0.5 * jax.lax.stop_gradient(mean_desirable_log_ratio + mean_undesirable_log_ratio)
+    middle = 0.5 * jax.lax.stop_gradient(running_desirable_log_ratio + running_undesirable_log_ratio)
     logits = beta * (policy_logps - ref_logps - middle)
     return jnp.where(labels, -lambda_d * jax.nn.log_sigmoid(logits), -lambda_u * jax.nn.log_sigmoid(-logits))
 

@@ -66,7 +66,7 @@ def make_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, method: Me
     rate = learning_rate(config, steps)
     adamw = _optimizer(config, rate)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    like = jax.eval_shape(lambda p, k: TrainState.create(p, adamw, k), trained, key)
+    like = jax.eval_shape(lambda p, k: TrainState.create(p, adamw, k, carry=algorithm.carry), trained, key)
     like, frozen = sharding.placed(like, mesh), sharding.placed(frozen, mesh)
     train_step = make_train_step(algorithm, adamw, microbatches=config.microbatches)
     return Program(graphdef, algorithm, adamw, rate, like, frozen, sharding.jit_step(train_step, like, frozen, mesh))

@@ -217,8 +217,8 @@ def _new_state(task: Task, program: Program, frozen: Any) -> TrainState:
     placed = jax.tree.map(lambda x: x.sharding, program.like)
     params_key, state_key = jax.random.split(jax.random.key(task.config.seed))
     params = _new_params(task, program.like.params, params_key, frozen)
-    create = jax.jit(lambda p, k: TrainState.create(p, program.adamw, k), out_shardings=placed, donate_argnums=0)
-    return create(params, state_key)
+    start = lambda params, key: TrainState.create(params, program.adamw, key, carry=program.algorithm.carry)  # noqa: E731
+    return jax.jit(start, out_shardings=placed, donate_argnums=0)(params, state_key)
 
 
 def _new_params(task: Task, like: Any, key: jax.Array, frozen: Any) -> Any:
@@ -255,8 +255,8 @@ def _evaluation(task: Task, program: Program, resumed_at: int, frozen: Any) -> C
     held_out_metrics = make_evaluate(program.algorithm, task.held_out, task.base.mesh, frozen)
     sampler = samples.Sampler(task.config, program.graphdef, task.base.model, task.base.vocabulary, resumed_at)
 
-    def evaluate(params: Any, step: int) -> dict[str, float]:
-        sampler.write(program.algorithm.assemble(params, frozen), step, task.prompts)
-        return held_out_metrics(params)
+    def evaluate(state: TrainState, step: int) -> dict[str, float]:
+        sampler.write(program.algorithm.assemble(state.params, frozen), step, task.prompts)
+        return held_out_metrics(state)
 
     return evaluate

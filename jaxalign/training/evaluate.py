@@ -11,25 +11,30 @@ from jax.sharding import PartitionSpec as P
 
 from jaxalign.algorithms.base import Algorithm
 from jaxalign.training.sharding import put_batch
+from jaxalign.training.state import TrainState
 from jaxalign.types import PyTree
 
 
 def make_evaluate(
     algorithm: Algorithm, batches: Sequence[Any], mesh: Mesh, frozen: PyTree = None
-) -> Callable[[PyTree], dict[str, float]]:
-    """params -> {"eval_loss": ..., "eval_<metric>": ...}: the algorithm's own loss over all of `batches`."""
+) -> Callable[[TrainState], dict[str, float]]:
+    """state -> {"eval_loss": ..., "eval_<metric>": ...}: the algorithm's own loss over all of `batches`.
 
-    def averages(params: PyTree, frozen: PyTree, batch: Any) -> dict[str, Any]:
+    Each batch is read as if it came next in training; what the algorithm would remember of it is forgotten.
+    """
+
+    def averages(params: PyTree, carry: PyTree, frozen: PyTree, batch: Any) -> dict[str, Any]:
         params = algorithm.assemble(params, frozen)
-        loss, metrics = algorithm.loss(params, algorithm.across(algorithm.prepare(params, frozen, batch)))
+        _, batch = algorithm.remember(carry, algorithm.prepare(params, frozen, batch))
+        loss, metrics = algorithm.loss(params, algorithm.across(batch))
         return {"loss": loss, **metrics}
 
     compiled = jax.jit(averages, out_shardings=NamedSharding(mesh, P()))
 
-    def evaluate(params: PyTree) -> dict[str, float]:
+    def evaluate(state: TrainState) -> dict[str, float]:
         total = None
         for batch in batches:
-            part = compiled(params, frozen, put_batch(batch, mesh))
+            part = compiled(state.params, state.carry, frozen, put_batch(batch, mesh))
             is_average = lambda x: hasattr(x, "compute")  # noqa: E731
             total = part if total is None else jax.tree.map(lambda a, b: a + b, total, part, is_leaf=is_average)
         return {f"eval_{name}": float(average.compute()) for name, average in total.items()}

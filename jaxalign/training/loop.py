@@ -45,7 +45,7 @@ class Hooks:
 
     record: Callable[[Row], None]
     save: Callable[[TrainState, Progress, Row], None]  # the newest row says how good the state is
-    evaluate: Callable[[PyTree, int], Row] | None = None  # (params, step) -> metrics, `eval_loss` among them
+    evaluate: Callable[[TrainState, int], Row] | None = None  # (state, step) -> metrics, `eval_loss` among them
     learning_rate: Callable[[int], Any] | None = None  # of optimizer update n
 
 
@@ -83,7 +83,7 @@ def fit(
     clock = _Clock()
     with StopRequest() as stop:
         if progress.step == 0 and hooks.evaluate:
-            hooks.record({"step": 0, **hooks.evaluate(state.params, 0)})
+            hooks.record({"step": 0, **hooks.evaluate(state, 0)})
             clock.reset()
         pending: tuple[int, Any] | None = None
         profiler = _Profiler(profile, progress.step)
@@ -103,7 +103,7 @@ def fit(
                 row = _finish(pending, progress, hooks, clock)
                 pending = None
                 if evaluating:
-                    row |= hooks.evaluate(state.params, step)
+                    row |= hooks.evaluate(state, step)
                 hooks.record(row)
                 if saving:
                     hooks.save(state, progress, row)

@@ -18,9 +18,12 @@ class TrainState:
     params: PyTree
     opt_state: optax.OptState
     key: jax.Array  # typed PRNG key; a step uses fold_in(key, step)
+    carry: PyTree = ()  # scalars that the algorithm remembers; where it does not, no leaf, and so in no checkpoint
 
     @classmethod
-    def create(cls, params: PyTree, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    def create(
+        cls, params: PyTree, optimizer: optax.GradientTransformation, key: jax.Array, *, carry: PyTree = ()
+    ) -> TrainState:
         """Step 0, with the optimizer's accumulators in float32 (or their own dtype) whatever the parameters are."""
         wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(wide), key)
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(wide), key, jax.tree.map(jnp.asarray, carry))

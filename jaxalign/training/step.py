@@ -29,7 +29,7 @@ def make_train_step(
     the same microbatches, which bounds the activations of frozen models as well. Both see what `assemble` makes of the
     trained parameters and `frozen`; the gradient is of `state.params` alone.
 
-    If the loss or a gradient is not finite, parameters and optimizer state stay as they were, and `skipped` is 1.
+    If the loss or a gradient is not finite, parameters, optimizer and carry stay as they were, and `skipped` is 1.
 
     Metrics are scalars: `loss`, `grad_norm` (before clipping), `skipped`, `tokens` (of the batch, padding aside), and
     the algorithm's own; over several updates in one step (epochs, minibatches) they are merged, `grad_norm` being the
@@ -40,7 +40,9 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: PyTree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = count_tokens(batch)
-        batch = algorithm.across(prepare(algorithm.assemble(state.params, frozen), frozen, batch))
+        batch = prepare(algorithm.assemble(state.params, frozen), frozen, batch)
+        carry, batch = algorithm.remember(state.carry, batch)
+        batch = algorithm.across(batch)
         trained = state.params, state.opt_state
         if algorithm.epochs == algorithm.minibatches == 1:
             trained, (averages, grad_norm, finite) = update(trained, frozen, batch)
@@ -51,7 +53,8 @@ def make_train_step(
             averages, grad_norm, finite = _merge(outcomes)
         metrics = {name: average.compute() for name, average in averages.items()}
         metrics |= {"grad_norm": grad_norm, "skipped": 1.0 - finite, "tokens": tokens}
-        return TrainState(state.step + 1, *trained, state.key), metrics
+        carry = jax.tree.map(lambda after, before: jnp.where(finite > 0, after, before), carry, state.carry)
+        return TrainState(state.step + 1, *trained, state.key, carry), metrics
 
     return train_step
 

@@ -124,7 +124,8 @@ def trained(tiny, pairs, text, *, microbatches, mesh_sizes=None, steps=3):
     optimizer = optax.adamw(1e-3)
     step = make_train_step(algorithm, optimizer, microbatches=microbatches)
     batch = batch_of(pairs, unit=16)
-    state = TrainState.create(jax.tree.map(jnp.copy, policy), optimizer, jax.random.key(0))  # the step donates it
+    copy = jax.tree.map(jnp.copy, policy)  # the step donates it
+    state = TrainState.create(copy, optimizer, jax.random.key(0), carry=algorithm.carry)
     if mesh_sizes is None:
         step = jax.jit(step)
     else:
@@ -135,11 +136,12 @@ def trained(tiny, pairs, text, *, microbatches, mesh_sizes=None, steps=3):
         batch = sharding.put_batch(jax.device_get(batch), mesh)
     for _ in range(steps):
         state, metrics = step(state, reference, batch)
-    return jax.device_get(state.params), jax.device_get(metrics)
+    means = {name: average.compute() for name, average in dict(state.carry).items()}
+    return jax.device_get((state.params, means)), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("text", ["dpo", "aot"])
-def test_microbatches_and_meshes_give_the_same_parameters(tiny, pairs, text):
+@pytest.mark.parametrize("text", ["dpo", "aot + bco_pair + beta_dpo"])
+def test_microbatches_and_meshes_give_the_same_parameters_and_running_means(tiny, pairs, text):
     expected, metrics = trained(tiny, pairs, text, microbatches=1)
     for microbatches, sizes in ((4, None), (2, {"data": 2, "fsdp": 2, "tensor": 2})):
         found, others = trained(tiny, pairs, text, microbatches=microbatches, mesh_sizes=sizes)

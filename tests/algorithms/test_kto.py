@@ -38,9 +38,11 @@ def trained(tiny, rated, *, microbatches, mesh_sizes=None, steps=3, text="kto", 
     graphdef, policy, reference = tiny
     loss = select_loss(text, UNPAIRED_LOSSES)
     optimizer = optax.adamw(rate)
-    step = make_train_step(kto(graphdef, loss=loss, ref_graphdef=graphdef), optimizer, microbatches=microbatches)
+    algorithm = kto(graphdef, loss=loss, ref_graphdef=graphdef)
+    step = make_train_step(algorithm, optimizer, microbatches=microbatches)
     batch = batch_of(rated, unit=16, packing=packing)
-    state = TrainState.create(jax.tree.map(jnp.copy, policy), optimizer, jax.random.key(0))  # the step donates it
+    copy = jax.tree.map(jnp.copy, policy)  # the step donates it
+    state = TrainState.create(copy, optimizer, jax.random.key(0), carry=algorithm.carry)
     if mesh_sizes is None:
         step = jax.jit(step)
     else:
@@ -51,7 +53,8 @@ def trained(tiny, rated, *, microbatches, mesh_sizes=None, steps=3, text="kto", 
         batch = sharding.put_batch(jax.device_get(batch), mesh)
     for _ in range(steps):
         state, metrics = step(state, reference, batch)
-    return jax.device_get(state.params), jax.device_get(metrics)
+    means = {name: average.compute() for name, average in dict(state.carry).items()}
+    return jax.device_get((state.params, means)), jax.device_get(metrics)
 
 
 def test_at_the_reference_the_loss_is_half_the_weight_and_the_kl_is_zero(tiny, rated):

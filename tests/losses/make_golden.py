@@ -22,10 +22,10 @@ for side in ("chosen", "rejected"):
     inputs[f"policy_{side}_collision_logps"] = -n * draw.uniform(0.3, 1.0, B)
     for model in ("policy", "ref"):
         inputs[f"{model}_{side}_public_logps"] = inputs[f"{model}_{side}_logps"] * draw.uniform(0.5, 1.0, B)
-inputs |= {"mean_chosen_length": 9.5, "mean_log_ratio": 0.4, "mean_margin": 1.3, "running_margin": 0.6}
+inputs |= {"mean_chosen_length": 9.5, "running_log_ratio": 0.4, "mean_margin": 1.3, "running_margin": 0.6}
 inputs |= {"policy_logps": draw.uniform(-30, -5, B), "ref_logps": draw.uniform(-30, -5, B)}
 inputs |= {"labels": np.array([True, False, True, True, False, False]), "kl": 0.7}
-inputs |= {"mean_desirable_log_ratio": 0.9, "mean_undesirable_log_ratio": -0.2}
+inputs |= {"running_desirable_log_ratio": 0.9, "running_undesirable_log_ratio": -0.2}
 inputs |= {"chosen_scores": draw.normal(0, 2, B), "rejected_scores": draw.normal(0, 2, B)}
 inputs |= {"margins": draw.uniform(0, 3, B), "preferences": draw.uniform(0, 1, B), "ties": draw.random(B) < 0.5}
 inputs |= {
@@ -111,7 +111,7 @@ def kto(x, z0, beta, d, un):
 
 
 def bco(x, beta):
-    delta = beta * (x["mean_desirable_log_ratio"] + x["mean_undesirable_log_ratio"]) / 2
+    delta = beta * (x["running_desirable_log_ratio"] + x["running_undesirable_log_ratio"]) / 2
     r = beta * (x["policy_logps"] - x["ref_logps"])
     return -np.log(sigmoid(np.where(x["labels"], r - delta, -(r - delta))))
 

@@ -31,7 +31,7 @@ def pair(chosen=0.0, rejected=0.0, **others):
     values |= {"chosen_lengths": jnp.array([10]), "rejected_lengths": jnp.array([10])}
     values |= {"policy_chosen_collision_logps": one(-20.0), "policy_rejected_collision_logps": one(-20.0)}
     values |= {"mean_chosen_length": jnp.array(10.0)}
-    values |= {name: jnp.array(0.0) for name in ("mean_log_ratio", "mean_margin", "running_margin")}
+    values |= {name: jnp.array(0.0) for name in ("mean_margin", "running_log_ratio", "running_margin")}
     return values | others
 
 

@@ -99,6 +99,21 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained,
     assert all(expected[key].tobytes() == found[key].tobytes() for key in expected)
 
 
+def test_running_means_go_on_from_a_checkpoint_bit_for_bit(trained, tmp_path, one_device):  # noqa: F811
+    config, run = trained["dpo"]
+    more = {"steps": 4, "checkpoint": CheckpointConfig(every=2), "eval_share": 0.0}
+    config = dataclasses.replace(config, algorithm=DPOAlgorithm("bco_pair + beta_dpo(alpha=5.0)"), **more)
+    outputs = [tmp_path / "whole", tmp_path / "resumed"]
+    assert run(dataclasses.replace(config, output=outputs[0])) == 0
+    shutil.copytree(*outputs)
+    shutil.rmtree(outputs[1] / "checkpoints" / "4")
+    shutil.rmtree(outputs[1] / "final")
+    assert run(dataclasses.replace(config, output=outputs[1])) == 0
+    assert rows(outputs[0]) == rows(outputs[1])
+    expected, found = map(final, outputs)
+    assert all(expected[key].tobytes() == found[key].tobytes() for key in expected)
+
+
 def test_a_reference_that_was_run_once_before_changes_nothing(trained, tmp_path, one_device, caplog):  # noqa: F811
     config, run = trained["kto"]
     other = dataclasses.replace(config, output=tmp_path / "run", precompute_reference=True)

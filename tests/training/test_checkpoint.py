@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.sharding import make_mesh
+from jaxalign.training.state import TrainState
 
 
 def state(step=0, size=8):
@@ -40,6 +41,17 @@ def test_what_was_saved_comes_back_bit_for_bit_with_its_dtypes_and_keys(tmp_path
         assert a.dtype == b.dtype
         a, b = (jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b))
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    checkpoints.close()
+
+
+def test_a_state_saved_before_it_could_carry_anything_is_restored(tmp_path):
+    older = state(3) | {"opt_state": {"count": jnp.int32(3)}}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, older, {})
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(like(TrainState(**older)))
+    np.testing.assert_array_equal(restored.params["w"], older["params"]["w"])
+    assert restored.carry == ()
     checkpoints.close()
 
 

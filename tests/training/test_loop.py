@@ -68,7 +68,7 @@ def test_every_step_has_one_row_and_a_checkpoint_comes_after_its_row():
 def test_held_out_metrics_come_before_the_first_step_and_join_the_row_of_theirs():
     recorder = Recorder()
     hooks = recorder.hooks(
-        evaluate=lambda params, step: {"eval_loss": float(params["w"])}, learning_rate=lambda n: 10 + n
+        evaluate=lambda state, step: {"eval_loss": float(state.params["w"])}, learning_rate=lambda n: 10 + n
     )
     run([1.0] * 4, recorder, steps=4, eval_every=2, hooks=hooks)
     assert recorder.rows[0] == {"step": 0, "eval_loss": 0.0}

@@ -65,6 +65,30 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(bad):
     assert after.step == before.step + 1
 
 
+def test_a_carry_sees_each_whole_batch_before_across_and_forgets_a_skipped_one():
+    def remember(carry, batch):
+        assert batch["x"].shape[0] == ROWS  # all microbatches
+        carry = carry + jnp.sum(batch["y"])
+        return carry, batch | {"so_far": jnp.full(ROWS, carry)}
+
+    def across(batch):
+        return batch | {"twice": 2 * batch["so_far"]}
+
+    def loss(params, batch):
+        return squared_error(params, batch)[0], {"twice": Average.of(batch["twice"])}
+
+    optimizer, batch = optax.sgd(0.1), regression() | {"mask": jnp.ones((ROWS, 5), bool)}
+    algorithm = Algorithm(loss, across=across, carry=np.float32(3), remember=remember)
+    step = jax.jit(make_train_step(algorithm, optimizer, microbatches=2))
+    state = TrainState.create({"w": jnp.ones(WIDTH)}, optimizer, jax.random.key(1), carry=algorithm.carry)
+    total = float(batch["y"].sum())
+    state, metrics = step(state, None, batch)
+    assert float(state.carry) == pytest.approx(3 + total, rel=1e-6)
+    assert metrics["twice"] == pytest.approx(2 * (3 + total), rel=1e-6)
+    after, metrics = step(state, None, batch | {"y": batch["y"].at[0, 0].set(jnp.nan)})
+    assert metrics["skipped"] == 1.0 and float(after.carry) == float(state.carry)
+
+
 def test_a_batch_with_nothing_to_learn_changes_no_parameter():
     optimizer, batch = optax.sgd(0.1), regression()
     step = make_train_step(Algorithm(squared_error), optimizer)
