@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 from jaxalign.ops.logprobs import Shards
 from jaxalign.types import Average, PyTree
 
@@ -16,6 +18,8 @@ PrepareFn = Callable[[PyTree, PyTree, Any], Any]
 AcrossFn = Callable[[Any], Any]
 # (carry, batch) -> (carry, batch)
 RememberFn = Callable[[PyTree, Any], tuple[PyTree, Any]]
+# (reference, params, step) -> reference
+FollowFn = Callable[[PyTree, PyTree, jax.Array], PyTree]
 # (trained params, frozen) -> the params that loss and prepare see
 AssembleFn = Callable[[PyTree, PyTree], PyTree]
 
@@ -59,6 +63,9 @@ class Algorithm(NamedTuple):
     state holds. `remember` sees the whole batch before `across` does; it makes the next carry, and leaves in the batch
     what the loss wants to know of it.
 
+    A reference that moves is a part of the train state: `prepare` is given `state.reference` for `frozen`, and after
+    the update `follow` makes the next one of it and of the new params.
+
     Where only a part of the model is trained (adapters), `assemble` lays the trained leaves over the frozen ones:
     `loss` and `prepare` see whole params, and the gradient stays with the trained leaves.
     """
@@ -71,3 +78,4 @@ class Algorithm(NamedTuple):
     assemble: AssembleFn = trained_only  # LoRA: models/lora.py: join
     carry: PyTree = ()  # of the state at step 0
     remember: RememberFn = nothing_remembered  # on the whole batch, between prepare and across, no gradient
+    follow: FollowFn | None = None  # algorithms/trust_region.py; None: the reference is frozen, or there is none

@@ -182,6 +182,16 @@ class KTOAlgorithm:
 
 
 @dataclass(frozen=True)
+class RefUpdateConfig:
+    """Whether the reference follows the policy (TR-DPO), and how."""
+
+    every: int = 0
+    """Steps from one update of the reference to the next; 0: it is frozen."""
+    alpha: float = 0.6
+    """The policy's share in an update, weight by weight; 1 copies the policy."""
+
+
+@dataclass(frozen=True)
 class FeedbackConfig(TrainConfig):
     """What the commands that learn from feedback are told besides."""
 
@@ -191,6 +201,7 @@ class FeedbackConfig(TrainConfig):
     """The frozen reference, if it is not --model; with LoRA it is always the base."""
     precompute_reference: bool = False
     """Run the reference once over all data before training, which then holds one model."""
+    ref_update: RefUpdateConfig = field(default_factory=RefUpdateConfig)
 
 
 @dataclass(frozen=True)

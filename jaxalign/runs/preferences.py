@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.algorithms.base import FollowFn
 from jaxalign.algorithms.dpo import dpo
 from jaxalign.algorithms.kto import kto
+from jaxalign.algorithms.trust_region import follow
 from jaxalign.data import groups, preferences
 from jaxalign.data.groups import GroupBatches, GroupPlan, Responses, UnpairedBatches
 from jaxalign.losses import inputs, unpaired
@@ -87,6 +89,7 @@ def _gather_kto(config: KTOConfig, starts: bool) -> train.Task:
 
 
 def _load_base(config: FeedbackConfig, loss: Callable, starts: bool) -> train.Base:
+    _follow(config, loss)  # refuses, before anything is read
     if huggingface.is_random(config.model):
         raise ValueError(f"--model {config.model}: random weights have nothing to prefer; train them with jaxalign sft")
     base = train.load_base(config, starts=starts)
@@ -103,6 +106,26 @@ def _load_base(config: FeedbackConfig, loss: Callable, starts: bool) -> train.Ba
             f"--ref-model {config.ref_model} must have the architecture and sizes of --model {config.model}"
         )
     return base
+
+
+def _follow(config: FeedbackConfig, loss: Callable) -> FollowFn | None:
+    """How the reference follows the policy, if it shall; a ValueError where it cannot."""
+    update = config.ref_update
+    if update.every == 0:
+        return None
+    flag = f"--ref-update.every {update.every}"
+    if update.alpha > 1:
+        raise ValueError(f"--ref-update.alpha {update.alpha}: it must be at most 1, which copies the policy")
+    if not inputs.needs_reference(loss):
+        raise ValueError(f"{flag}: the loss {config.algorithm.loss!r} uses no reference")
+    if config.precompute_reference:
+        raise ValueError(f"{flag}: log-probabilities precomputed once are of a reference that stays; leave one out")
+    if config.lora.rank:
+        raise ValueError(
+            f"{flag}: with LoRA the reference is the base, which adapters share and nothing may change; train all "
+            "parameters, or merge the adapter (jaxalign export) and start again from that model"
+        )
+    return follow(alpha=update.alpha, every=update.every)
 
 
 def _load_data(config: FeedbackConfig, base: train.Base, kind: str) -> preferences.PreferenceData:
@@ -163,7 +186,7 @@ def _task(
     task = train.Task(
         config,
         base,
-        Method(build, reference=inputs.needs_reference(loss) and not precomputes),
+        Method(build, reference=inputs.needs_reference(loss) and not precomputes, follow=_follow(config, loss)),
         batches,
         held_out,
         shapes=batches.layout.shapes,

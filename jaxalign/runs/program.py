@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxalign.algorithms.base import Algorithm
+from jaxalign.algorithms.base import Algorithm, FollowFn
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.decoder import make_decoder
 from jaxalign.models.layout import Layout
@@ -24,7 +24,8 @@ class Method(NamedTuple):
     """What differs from command to command: the algorithm, and the trees that it is about."""
 
     build: Callable[[Any, Any], Algorithm]  # (graphdef of what is trained, graphdef of the frozen model)
-    reference: bool = False  # a frozen model runs in `prepare`
+    reference: bool = False  # a model that is not trained runs in `prepare`
+    follow: FollowFn | None = None  # how it follows the policy; None: it is frozen
 
 
 class Program(NamedTuple):
@@ -43,7 +44,7 @@ def make_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, method: Me
     """The train step of a config; no array is made.
 
     With LoRA the frozen tree is the base, which is the reference as well; without, it is a second model, if the method
-    wants one.
+    wants one. A reference that follows the policy is a part of the state instead.
     """
     lora = adapters.lora_of(config.lora, model)
     decoder = lambda lora: make_decoder(  # noqa: E731
@@ -59,14 +60,16 @@ def make_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, method: Me
     graphdef, abstract = decoder(lora)
     frozen_graphdef, whole = (graphdef, abstract) if lora is None else decoder(None)
     trained, base = adapters.divide(abstract, lora)
-    frozen = base if lora is not None else whole if method.reference else None
-    algorithm = method.build(graphdef, frozen_graphdef)
+    frozen = base if lora is not None else whole if method.reference and method.follow is None else None
+    reference = () if method.follow is None else whole
+    algorithm = method.build(graphdef, frozen_graphdef)._replace(follow=method.follow)
     if lora is not None:
         algorithm = algorithm._replace(assemble=join)
     rate = learning_rate(config, steps)
     adamw = _optimizer(config, rate)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    like = jax.eval_shape(lambda p, k: TrainState.create(p, adamw, k, carry=algorithm.carry), trained, key)
+    create = lambda p, k, r: TrainState.create(p, adamw, k, carry=algorithm.carry, reference=r)  # noqa: E731
+    like = jax.eval_shape(create, trained, key, reference)
     like, frozen = sharding.placed(like, mesh), sharding.placed(frozen, mesh)
     train_step = make_train_step(algorithm, adamw, microbatches=config.microbatches)
     return Program(graphdef, algorithm, adamw, rate, like, frozen, sharding.jit_step(train_step, like, frozen, mesh))

@@ -189,9 +189,13 @@ def _load_frozen(task: Task, program: Program) -> Any:
         return None
     if task.base.lora is not None:
         return adapters.load_base(config, model, program.frozen)
-    placed = jax.tree.map(lambda x: x.sharding, program.frozen)
+    return _load_reference(task, program.frozen)
+
+
+def _load_reference(task: Task, like: Any) -> Any:
+    config, placed = task.config, jax.tree.map(lambda x: x.sharding, like)
     source = getattr(config, "ref_model", None) or config.model
-    return load_params(source, model, param_dtype=config.param_dtype, shardings=placed)
+    return load_params(source, task.base.model, param_dtype=config.param_dtype, shardings=placed)
 
 
 def _start_or_resume(
@@ -217,8 +221,10 @@ def _new_state(task: Task, program: Program, frozen: Any) -> TrainState:
     placed = jax.tree.map(lambda x: x.sharding, program.like)
     params_key, state_key = jax.random.split(jax.random.key(task.config.seed))
     params = _new_params(task, program.like.params, params_key, frozen)
-    start = lambda params, key: TrainState.create(params, program.adamw, key, carry=program.algorithm.carry)  # noqa: E731
-    return jax.jit(start, out_shardings=placed, donate_argnums=0)(params, state_key)
+    reference = () if task.method.follow is None else _load_reference(task, program.like.reference)
+    adamw, carry = program.adamw, program.algorithm.carry
+    start = lambda p, k, r: TrainState.create(p, adamw, k, carry=carry, reference=r)  # noqa: E731
+    return jax.jit(start, out_shardings=placed, donate_argnums=(0, 2))(params, state_key, reference)
 
 
 def _new_params(task: Task, like: Any, key: jax.Array, frozen: Any) -> Any:

@@ -32,9 +32,10 @@ def make_evaluate(
     compiled = jax.jit(averages, out_shardings=NamedSharding(mesh, P()))
 
     def evaluate(state: TrainState) -> dict[str, float]:
+        reads = frozen if algorithm.follow is None else state.reference
         total = None
         for batch in batches:
-            part = compiled(state.params, state.carry, frozen, put_batch(batch, mesh))
+            part = compiled(state.params, state.carry, reads, put_batch(batch, mesh))
             is_average = lambda x: hasattr(x, "compute")  # noqa: E731
             total = part if total is None else jax.tree.map(lambda a, b: a + b, total, part, is_leaf=is_average)
         return {f"eval_{name}": float(average.compute()) for name, average in total.items()}

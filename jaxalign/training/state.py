@@ -1,4 +1,4 @@
-"""All that training changes. What is not here (reference, reward model) is never trained, donated or checkpointed."""
+"""All that training changes. What is not here (a frozen reference, a reward model) is never donated or checkpointed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,19 @@ class TrainState:
     key: jax.Array  # typed PRNG key; a step uses fold_in(key, step)
     carry: PyTree = ()  # scalars that the algorithm remembers; where it does not, no leaf, and so in no checkpoint
 
+    reference: PyTree = ()  # params of a reference that follows the policy; without leaves where it is frozen
+
     @classmethod
     def create(
-        cls, params: PyTree, optimizer: optax.GradientTransformation, key: jax.Array, *, carry: PyTree = ()
+        cls,
+        params: PyTree,
+        optimizer: optax.GradientTransformation,
+        key: jax.Array,
+        *,
+        carry: PyTree = (),
+        reference: PyTree = (),
     ) -> TrainState:
         """Step 0, with the optimizer's accumulators in float32 (or their own dtype) whatever the parameters are."""
         wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(wide), key, jax.tree.map(jnp.asarray, carry))
+        carry = jax.tree.map(jnp.asarray, carry)
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(wide), key, carry, reference)

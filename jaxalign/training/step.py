@@ -40,7 +40,8 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: PyTree, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = count_tokens(batch)
-        batch = prepare(algorithm.assemble(state.params, frozen), frozen, batch)
+        reference = frozen if algorithm.follow is None else state.reference
+        batch = prepare(algorithm.assemble(state.params, frozen), reference, batch)
         carry, batch = algorithm.remember(state.carry, batch)
         batch = algorithm.across(batch)
         trained = state.params, state.opt_state
@@ -54,7 +55,10 @@ def make_train_step(
         metrics = {name: average.compute() for name, average in averages.items()}
         metrics |= {"grad_norm": grad_norm, "skipped": 1.0 - finite, "tokens": tokens}
         carry = jax.tree.map(lambda after, before: jnp.where(finite > 0, after, before), carry, state.carry)
-        return TrainState(state.step + 1, *trained, state.key, carry), metrics
+        step, reference = state.step + 1, state.reference
+        if algorithm.follow is not None:
+            reference = algorithm.follow(reference, trained[0], step)
+        return TrainState(step, *trained, state.key, carry, reference), metrics
 
     return train_step
 

@@ -19,6 +19,7 @@ from jaxalign.runs.config import (
     LoraConfig,
     MeshConfig,
     OptimizerConfig,
+    RefUpdateConfig,
 )
 from jaxalign.training.metrics import deterministic, read_rows
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
@@ -99,9 +100,9 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained,
     assert all(expected[key].tobytes() == found[key].tobytes() for key in expected)
 
 
-def test_running_means_go_on_from_a_checkpoint_bit_for_bit(trained, tmp_path, one_device):  # noqa: F811
+def test_running_means_and_a_reference_that_moves_go_on_from_a_checkpoint_bit_for_bit(trained, tmp_path, one_device):  # noqa: F811
     config, run = trained["dpo"]
-    more = {"steps": 4, "checkpoint": CheckpointConfig(every=2), "eval_share": 0.0}
+    more = {"steps": 4, "checkpoint": CheckpointConfig(every=2), "ref_update": RefUpdateConfig(every=1, alpha=0.5)}
     config = dataclasses.replace(config, algorithm=DPOAlgorithm("bco_pair + beta_dpo(alpha=5.0)"), **more)
     outputs = [tmp_path / "whole", tmp_path / "resumed"]
     assert run(dataclasses.replace(config, output=outputs[0])) == 0
@@ -169,6 +170,10 @@ def test_a_loss_of_the_users_own_file_runs(trained, tmp_path, one_device, monkey
         ("kto", ["--algorithm.loss", "dpo"], "unknown name 'dpo'"),
         ("kto", ["--batch-size", "1"], "--batch-size 1: KTO's KL is a mean over the batch; give 2 or more"),
         ("dpo", ["--ref-model", "x", "--algorithm.loss", "simpo"], "the loss 'simpo' uses no reference"),
+        ("dpo", ["--ref-update.every", "2", "--algorithm.loss", "simpo"], "the loss 'simpo' uses no reference"),
+        ("dpo", ["--ref-update.every", "2", "--precompute-reference"], "are of a reference that stays; leave one out"),
+        ("kto", ["--ref-update.every", "2", "--lora.rank", "4"], "with LoRA the reference is the base, which adapters"),
+        ("dpo", ["--ref-update.every", "2", "--ref-update.alpha", "2"], "--ref-update.alpha 2.0: it must be at most 1"),
         ("dpo", ["--data", "{tiny_data}"], "hold no feedback; known are messages+label"),
     ],
 )

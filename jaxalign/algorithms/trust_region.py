@@ -1,0 +1,38 @@
+"""A reference that follows the policy (TR-DPO and its like), so that β holds the policy to where it was of late."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.algorithms.base import FollowFn
+from jaxalign.types import PyTree
+
+
+def follow(*, alpha: float, every: int) -> FollowFn:
+    """After each `every` steps, π_ref ← α π + (1 - α) π_ref, weight by weight; in between it stays.
+
+    Args:
+      alpha: the policy's share: the soft update for α < 1; the hard one for α = 1, a copy.
+      every: τ, steps from one update to the next.
+
+    The mean is taken in float32 and kept in the reference's dtype.
+
+    Reference: Gorbatovski et al. 2024, https://arxiv.org/abs/2404.09656.
+
+    Raises:
+      ValueError: alpha or every is out of range.
+    """
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha={alpha} must be in (0, 1]: 1 copies the policy, and 0 would never move the reference")
+    if every < 1:
+        raise ValueError(f"every={every} must be at least 1 step")
+
+    def mixed(reference: PyTree, params: PyTree) -> PyTree:
+        mean = lambda ref, new: alpha * new.astype(jnp.float32) + (1 - alpha) * ref.astype(jnp.float32)  # noqa: E731
+        return jax.tree.map(lambda ref, new: mean(ref, new).astype(ref.dtype), reference, params)
+
+    def move(reference: PyTree, params: PyTree, step: jax.Array) -> PyTree:
+        return jax.lax.cond(step % every == 0, mixed, lambda reference, params: reference, reference, params)
+
+    return move
