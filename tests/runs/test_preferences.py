@@ -132,6 +132,21 @@ def test_a_reference_that_was_run_once_before_changes_nothing(trained, tmp_path,
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
+@pytest.mark.parametrize(("name", "more"), [("dpo", []), ("dpo", ["--precompute-reference"]), ("kto", [])], ids=str)
+def test_on_a_mesh_of_two_by_two_by_two_the_command_gives_the_model_of_one_device(name, more, trained, tmp_path):
+    config, _ = trained[name]
+    given = ["--model", config.model, "--data", config.data, "--output", str(tmp_path / "run")]
+    given += ["--steps", "8", "--batch-size", "8", "--max-length", "16", "--remat", "none", "--samples", "1"]
+    given += ["--optimizer.learning-rate", "2e-3", "--checkpoint.every", "4"]
+    assert main([name, *given, "--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2", *more]) == 0
+    for a, b in zip(rows(tmp_path / "run"), rows(config.output), strict=True):
+        for key in ("loss", "eval_loss", "grad_norm"):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-5)
+    found, expected = final(tmp_path / "run"), final(config.output)
+    for key in expected:
+        np.testing.assert_allclose(found[key], expected[key], atol=1e-5)
+
+
 def test_with_lora_the_base_is_the_reference_and_the_adapter_alone_is_trained(
     trained,
     tiny_model,
