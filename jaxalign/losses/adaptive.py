@@ -43,7 +43,7 @@ def beta_dpo(
     Returns:
       One loss per pair; log 2 wherever policy and reference agree.
 
-    Reference: Wu et al. 2024, https://arxiv.org/abs/2407.08639, section 4. Its second half, a filter that draws 80%
+    Reference: Wu et al. 2024, https://arxiv.org/abs/2407.08639. Its second half, a filter that draws 80%
     of a batch around M₀, chooses rows and is not part of a loss. The authors' code takes M in nats, without β: its α
     is β times this one.
     """
@@ -85,7 +85,7 @@ def wpo(
     Returns:
       One loss per pair; log 2 where policy and reference agree and the policy is uniform over some tokens.
 
-    Reference: Zhou et al. 2024, https://arxiv.org/abs/2406.11827, section 3.
+    Reference: Zhou et al. 2024, https://arxiv.org/abs/2406.11827.
     """
     weights = wpo_weights(policy_chosen_logps, chosen_lengths, policy_chosen_collision_logps)
     weights *= wpo_weights(policy_rejected_logps, rejected_lengths, policy_rejected_collision_logps)
@@ -119,7 +119,7 @@ def wpo_unaligned(
       beta: scale of the implicit reward.
       label_smoothing: as in `dpo`.
 
-    Reference: Zhou et al. 2024, https://arxiv.org/abs/2406.11827, section 3.
+    Reference: Zhou et al. 2024, https://arxiv.org/abs/2406.11827.
     """
     nothing = jnp.zeros_like(policy_chosen_logps)
     return wpo(
@@ -151,7 +151,7 @@ def wpo_weights(
     Returns:
       One weight per response, to multiply a loss with; 1 where the policy is uniform over some tokens, y_t among them.
 
-    Reference: Zhou et al. 2024, https://arxiv.org/abs/2406.11827, section 3 (sampled alignment).
+    Reference: Zhou et al. 2024, https://arxiv.org/abs/2406.11827 (sampled alignment).
     """
     relative = policy_logps if policy_collision_logps is None else policy_logps - policy_collision_logps
     return jax.lax.stop_gradient(jnp.exp(relative / jnp.maximum(lengths, 1)))

@@ -64,7 +64,7 @@ def bco_pair(
     Returns:
       One loss per pair; 2 log 2 wherever policy and reference agree and δ = 0.
 
-    Reference: Jung et al. 2024, https://arxiv.org/abs/2404.04656, section 3 (reward shift); its density ratio for
+    Reference: Jung et al. 2024, https://arxiv.org/abs/2404.04656 (reward shift); its density ratio for
     prompts of different origin is not here.
     """
     shift = beta * jax.lax.stop_gradient(running_log_ratio)
@@ -92,7 +92,7 @@ def sppo_hard(
     Returns:
       One loss per pair; 1/(2β²) wherever policy and reference agree.
 
-    Reference: Wu et al. 2024, https://arxiv.org/abs/2405.00675, section 4, the squared loss with P(y ≻ π) of 1 and 0.
+    Reference: Wu et al. 2024, https://arxiv.org/abs/2405.00675, the squared loss with P(y ≻ π) of 1 and 0.
     """
     goal = 1 / (2 * beta)
     return (policy_chosen_logps - ref_chosen_logps - goal) ** 2 + (
@@ -119,7 +119,7 @@ def apo_zero(
     Returns:
       One loss per pair in (-1, 1); 0 wherever policy and reference agree. TRL adds 1; gradients are the same.
 
-    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, section 4.
+    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, eq. 7.
     """
     chosen = beta * (policy_chosen_logps - ref_chosen_logps)
     rejected = beta * (policy_rejected_logps - ref_rejected_logps)
@@ -145,7 +145,7 @@ def apo_down(
     Returns:
       One loss per pair in (-1, 1); 0 wherever policy and reference agree. TRL adds 1; gradients are the same.
 
-    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, section 4.
+    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, eq. 8.
     """
     chosen = beta * (policy_chosen_logps - ref_chosen_logps)
     rejected = beta * (policy_rejected_logps - ref_rejected_logps)
@@ -175,7 +175,7 @@ def dpop(
     Returns:
       One loss per pair; log 2 wherever policy and reference agree, and what `dpo` is wherever chosen has risen.
 
-    Reference: Pal et al. 2024, https://arxiv.org/abs/2402.13228, eq. 3.
+    Reference: Pal et al. 2024, https://arxiv.org/abs/2402.13228.
     """
     chosen = policy_chosen_logps - ref_chosen_logps
     rejected = policy_rejected_logps - ref_rejected_logps

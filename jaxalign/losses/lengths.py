@@ -35,7 +35,7 @@ def sigmoid_norm(
     Returns:
       One loss per pair; log 2 wherever policy and reference agree.
 
-    Reference: Lambert et al. 2024, Tülu 3, https://arxiv.org/abs/2411.15124, section 5 (length-normalised DPO).
+    Reference: Lambert et al. 2024, Tülu 3, https://arxiv.org/abs/2411.15124 (length-normalised DPO).
     """
     chosen = (policy_chosen_logps - ref_chosen_logps) / jnp.maximum(chosen_lengths, 1)
     rejected = (policy_rejected_logps - ref_rejected_logps) / jnp.maximum(rejected_lengths, 1)
@@ -71,7 +71,7 @@ def rdpo(
     Returns:
       One loss per pair; log 2 wherever policy and reference agree on two responses of one length.
 
-    Reference: Park et al. 2024, https://arxiv.org/abs/2403.19159, eq. 9.
+    Reference: Park et al. 2024, https://arxiv.org/abs/2403.19159.
     """
     chosen = beta * (policy_chosen_logps - ref_chosen_logps) + alpha * chosen_lengths
     rejected = beta * (policy_rejected_logps - ref_rejected_logps) + alpha * rejected_lengths
@@ -106,7 +106,7 @@ def ld_dpo(
     Returns:
       One loss per pair; log 2 wherever policy and reference agree.
 
-    Reference: Liu et al. 2024, https://arxiv.org/abs/2409.06411, section 3. The reference is treated as the policy is;
+    Reference: Liu et al. 2024, https://arxiv.org/abs/2409.06411. The reference is treated as the policy is;
     to leave it whole, as some versions of TRL do, give its whole log-probabilities as its public ones.
     """
     policy_chosen = desensitised(policy_chosen_logps, policy_chosen_public_logps, alpha=alpha)

@@ -29,7 +29,7 @@ def mixture(terms: Sequence[tuple[float, Callable]]) -> Callable:
 
     It is called by name, and asks for the whole batch if a term does. Weights are not normalised.
 
-    Reference: as in mixed preference optimisation, Wang et al. 2024, https://arxiv.org/abs/2411.10442, section 4.2.
+    Reference: as in mixed preference optimisation, Wang et al. 2024, https://arxiv.org/abs/2411.10442.
     """
 
     def mixed(**values: Any) -> Any:

@@ -78,7 +78,7 @@ def robust(
     Returns:
       One loss per pair; log 2 wherever policy and reference agree.
 
-    Reference: Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409, section 3.
+    Reference: Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409, section 3.1.
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 0.5): at one half labels say nothing")
@@ -204,7 +204,7 @@ def discopop(
     Returns:
       One loss per pair; (log 2 + 1)/2 wherever policy and reference agree.
 
-    Reference: Lu et al. 2024, https://arxiv.org/abs/2406.08414, the log-ratio modulated loss (LRML).
+    Reference: Lu et al. 2024, https://arxiv.org/abs/2406.08414, eq. 5, the log-ratio modulated loss (LRML).
     """
     if not 0 < temperature < 1:
         raise ValueError(f"temperature={temperature} must be in (0, 1): beyond, lost pairs cost exponentially much")

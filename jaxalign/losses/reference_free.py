@@ -39,7 +39,7 @@ def sft_norm(policy_chosen_logps: PerPair, chosen_lengths: Num[Array, "B"]) -> P
     Returns:
       One loss per pair; log V under a uniform policy, whatever the length.
 
-    Reference: Pang et al. 2024, iterative reasoning preference optimisation, https://arxiv.org/abs/2404.19733, eq. 1.
+    Reference: Pang et al. 2024, iterative reasoning preference optimisation, https://arxiv.org/abs/2404.19733.
     """
     return -policy_chosen_logps / jnp.maximum(chosen_lengths, 1)
 
@@ -70,7 +70,7 @@ def simpo(
     Returns:
       One loss per pair; log(1 + exp γ) for two responses of one probability per token.
 
-    Reference: Meng et al. 2024, https://arxiv.org/abs/2405.14734, eq. 6.
+    Reference: Meng et al. 2024, https://arxiv.org/abs/2405.14734.
     """
     margin = beta * policy_chosen_logps / jnp.maximum(chosen_lengths, 1) - gamma
     margin -= beta * policy_rejected_logps / jnp.maximum(rejected_lengths, 1)
@@ -99,7 +99,7 @@ def orpo(
     Returns:
       One loss per pair; log 2 + λ log 2 for P_w = P_l = 1/2. TRL's first term also counts the prompt's tokens.
 
-    Reference: Hong et al. 2024, https://arxiv.org/abs/2403.07691, eq. 6 and 7, with P of eq. 3.
+    Reference: Hong et al. 2024, https://arxiv.org/abs/2403.07691, eq. 7, with the odds of eq. 4.
     """
     chosen = policy_chosen_logps / jnp.maximum(chosen_lengths, 1)
     rejected = policy_rejected_logps / jnp.maximum(rejected_lengths, 1)
@@ -142,7 +142,7 @@ def cpo(
     Returns:
       One loss per pair; log 2 + c times the nats of either for two responses of one probability.
 
-    Reference: Xu et al. 2024, https://arxiv.org/abs/2401.08417, section 3.
+    Reference: Xu et al. 2024, https://arxiv.org/abs/2401.08417.
     """
     preference = bradley_terry(
         beta * policy_chosen_logps, beta * policy_rejected_logps, label_smoothing=label_smoothing
@@ -163,6 +163,6 @@ def slic(policy_chosen_logps: PerPair, policy_rejected_logps: PerPair, *, delta:
     Returns:
       One loss per pair; δ for two responses of one probability.
 
-    Reference: Zhao et al. 2023, SLiC-HF, https://arxiv.org/abs/2305.10425, eq. 1, its first term.
+    Reference: Zhao et al. 2023, SLiC-HF, https://arxiv.org/abs/2305.10425, its first term.
     """
     return jax.nn.relu(delta - policy_chosen_logps + policy_rejected_logps)

@@ -43,7 +43,7 @@ def kto(
     Returns:
       One loss per row in (0, λ_y); λ_y/2 where x = z₀. Weights are not renormalised over the batch.
 
-    Reference: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, eq. 8.
+    Reference: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306.
     """
     baseline = jax.lax.stop_gradient(jnp.maximum(kl, 0))
     gain = beta * (policy_logps - ref_logps - baseline)
@@ -74,7 +74,7 @@ def apo_zero_unpaired(
     Returns:
       One loss per row in (0, λ_y); λ_y/2 wherever policy and reference agree.
 
-    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, section 4; unpaired as in TRL's KTO.
+    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, eq. 7; unpaired as in TRL's KTO.
     """
     return kto(policy_logps, ref_logps, labels, jnp.zeros(()), beta=beta, lambda_d=lambda_d, lambda_u=lambda_u)
 
@@ -110,7 +110,7 @@ def bco(
     Returns:
       One loss per row; λ_y log 2 where βx = δ.
 
-    Reference: Jung et al. 2024, https://arxiv.org/abs/2404.04656, section 3 (reward shift); its density ratio for
+    Reference: Jung et al. 2024, https://arxiv.org/abs/2404.04656 (reward shift); its density ratio for
     prompts of different origin is not here.
     """
     middle = 0.5 * jax.lax.stop_gradient(running_desirable_log_ratio + running_undesirable_log_ratio)
@@ -133,7 +133,7 @@ def balanced_lambdas(desirable: int, undesirable: int, *, ratio: float = 1.0) ->
     Raises:
       ValueError: a kind has no rows, or the ratio is outside the rule.
 
-    Reference: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, section 4.2 (eq. 9).
+    Reference: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306.
     """
     if desirable <= 0 or undesirable <= 0:
         raise ValueError(f"{desirable} desirable and {undesirable} undesirable rows: the rule needs both kinds")
