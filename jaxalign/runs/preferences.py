@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxalign.algorithms.base import FollowFn
 from jaxalign.algorithms.dpo import dpo
@@ -20,9 +21,10 @@ from jaxalign.losses.mixture import select_loss
 from jaxalign.losses.preference import PREFERENCE_LOSSES
 from jaxalign.losses.unpaired import UNPAIRED_LOSSES
 from jaxalign.models import huggingface
-from jaxalign.runs import reference, train
+from jaxalign.models.config import ModelConfig
+from jaxalign.runs import program, reference, train
 from jaxalign.runs.config import DPOConfig, FeedbackConfig, KTOConfig
-from jaxalign.runs.program import Method, implementation
+from jaxalign.runs.program import Method, Program, implementation
 from jaxalign.runs.sft import data_options
 
 log = logging.getLogger(__name__)
@@ -53,14 +55,7 @@ def _gather_dpo(config: DPOConfig, starts: bool) -> train.Task:
             groups.eval_batches(held_out, plan, **train.host()),
         )
 
-    build = lambda graphdef, ref: dpo(  # noqa: E731
-        graphdef,
-        loss=loss,
-        ref_graphdef=ref,
-        groups=config.batch_size if whole else None,
-        implementation=implementation(config),
-    )
-    return _task(config, base, loss, build, data, [data.responses, held_out], batches)
+    return _task(config, base, loss, data, [data.responses, held_out], batches)
 
 
 def _gather_kto(config: KTOConfig, starts: bool) -> train.Task:
@@ -82,10 +77,24 @@ def _gather_kto(config: KTOConfig, starts: bool) -> train.Task:
             groups.unpaired_eval_batches(held_out, others[1], plan, **train.host()),
         )
 
-    build = lambda graphdef, ref: kto(  # noqa: E731
-        graphdef, loss=loss, ref_graphdef=ref, implementation=implementation(config)
+    return _task(config, base, loss, data, [*sets, *others], batches)
+
+
+def make_program(config: FeedbackConfig, model: ModelConfig, mesh: Mesh, *, loss: Callable, steps: int) -> Program:
+    """The train step of a config on a mesh; the mesh may be of devices that are not there."""
+    return program.make_program(config, model, mesh, _method(config, loss), steps=steps)
+
+
+def _method(config: FeedbackConfig, loss: Callable) -> Method:
+    options: dict[str, Any] = {"loss": loss, "implementation": implementation(config)}
+    algorithm = dpo if isinstance(config, DPOConfig) else kto
+    if algorithm is dpo and inputs.needs_whole_batch(loss):
+        options["groups"] = config.batch_size
+    return Method(
+        lambda graphdef, ref: algorithm(graphdef, ref_graphdef=ref, **options),
+        reference=inputs.needs_reference(loss) and not config.precompute_reference,
+        follow=_follow(config, loss),
     )
-    return _task(config, base, loss, build, data, [*sets, *others], batches)
 
 
 def _load_base(config: FeedbackConfig, loss: Callable, starts: bool) -> train.Base:
@@ -166,7 +175,6 @@ def _task(
     config: FeedbackConfig,
     base: train.Base,
     loss: Callable,
-    build: Callable,
     data: preferences.PreferenceData,
     sets: list[Responses],
     batches_of: Callable[..., tuple[GroupBatches, list[Any]]],
@@ -186,7 +194,7 @@ def _task(
     task = train.Task(
         config,
         base,
-        Method(build, reference=inputs.needs_reference(loss) and not precomputes, follow=_follow(config, loss)),
+        _method(config, loss),
         batches,
         held_out,
         shapes=batches.layout.shapes,
