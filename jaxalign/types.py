@@ -56,6 +56,7 @@ class TokenBatch:
     mask: jax.Array  # Bool[B T], True exactly on tokens the model must produce, the terminator included
     positions: jax.Array  # Int32[B T], 0 at each sequence's first token
     segment_ids: jax.Array  # Int32[B T], 1, 2, ... for the sequences of a row; 0 is padding
+    prefix_ids: jax.Array | None = None  # Int32[B T], the segment that a token sees besides its own; None: no other
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +68,7 @@ class ResponseBatch:
     a loss that compares them never looks beyond the row. Axis letters: G groups in a row.
     """
 
-    sequences: TokenBatch  # leaves [B Q T]; the segments 1 .. stride - 1 of a plane are sequences, 0 is padding
+    sequences: TokenBatch  # leaves [B Q T]; the segments 1 .. stride - 1 of a plane are sequences, or shared prompts
     slots: jax.Array  # Int32[B G K], plane · stride + segment of response k of group g; 0 where there is none
     columns: dict[str, jax.Array]  # [B G ...] what else is known of a group or response: margin, label, ref_logps
     stride: int = dataclasses.field(metadata={"static": True})

@@ -21,7 +21,7 @@ Stats = dict[str, jax.Array]  # by LOGPS, PUBLIC, COLLISION: [B G K]
 def hidden_states(model: Any, batch: ResponseBatch) -> jax.Array:
     """[B·Q T D] of all planes in one forward."""
     rows = batch.flat()
-    return model(rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
+    return model(rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids, prefix_ids=rows.prefix_ids)
 
 
 def response_logps(
@@ -60,7 +60,11 @@ def response_lengths(batch: ResponseBatch) -> jax.Array:
 
 def _is_public(batch: ResponseBatch) -> jax.Array:
     """Bool[B Q T], True on the first min_k length_k tokens of each response."""
-    lengths, whole = response_lengths(batch), batch.per_response(batch.sequences.segment_ids > 0)
+    # counted by position, for a shared prompt is not in the sequence's own segment
+    lengths, whole = (
+        response_lengths(batch),
+        batch.per_response(jnp.where(ends(batch), 1 + batch.sequences.positions, 0)),
+    )
     shortest = jnp.min(jnp.where(batch.present, lengths, jnp.inf), axis=2, keepdims=True)
     end = batch.to_tokens(whole - lengths + jnp.minimum(shortest, lengths))  # a response ends its sequence
     return batch.sequences.mask & (batch.sequences.positions < end)

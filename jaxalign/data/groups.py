@@ -13,9 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxalign.data import prefixes
 from jaxalign.data.batches import Mixture, bucket_widths
+from jaxalign.data.planes import Planes
 from jaxalign.data.tokens import Examples
-from jaxalign.types import ResponseBatch, TokenBatch, UnpairedBatch
+from jaxalign.types import ResponseBatch, UnpairedBatch
 
 ROW_BUCKETS = 8
 
@@ -65,6 +67,7 @@ class GroupPlan:
     packing: bool = True
     shuffle: bool = True
     seed: int = 0
+    share_prompt: bool = False  # with packing: a group's prompt stands once, if the group fits in a plane so
 
 
 @dataclasses.dataclass
@@ -174,7 +177,7 @@ class Layout:
         up = lambda rows: -(-rows // plan.unit) * plan.unit  # noqa: E731
         if not plan.packing:
             return cls(plan, count, 1, (up(plan.batch_size),))
-        mean = max(float(responses.lengths.sum()) / max(len(responses), 1), 1.0)
+        mean = max(float(_together(responses, plan)[0].sum()) / max(len(responses), 1), 1.0)
         most = int(np.clip(2 * count * plan.max_length / mean, 1, plan.batch_size))
         counts = sorted({up(-(-plan.batch_size * i // ROW_BUCKETS)) for i in range(1, ROW_BUCKETS + 1)})
         return cls(plan, count, most, tuple(counts))
@@ -184,15 +187,22 @@ class Layout:
         """How many shapes of batches can occur."""
         return len(self.row_counts) if self.plan.packing else len(bucket_widths(self.plan.max_length))
 
-    def rows(self, lengths: np.ndarray) -> list[list[tuple[int, int, int]]]:
-        """What stands in each row."""
+    @property
+    def stride(self) -> int:
+        """1 + the most segments of a plane: responses and, where prompts are shared, prompts."""
+        return self.most * (self.responses + self.plan.share_prompt) + 1
+
+    def rows(self, responses: Responses) -> list[prefixes.Placed]:
+        """What stands in each row: (group, response, plane)."""
+        lengths, shared = _together(responses, self.plan)
         if self.plan.packing:
-            return pack_groups(lengths, planes=self.responses, width=self.plan.max_length, most=self.most)
+            placed = pack_groups(lengths, planes=self.responses, width=self.plan.max_length, most=self.most)
+            return [prefixes.spread(row, shared, responses.groups) for row in placed]
         return [[(g, k, k) for k in range(self.responses) if lengths[g, k]] for g in range(len(lengths))]
 
     def batch(self, responses: Responses, *, rows: int = 0, host: int = 0, hosts: int = 1) -> ResponseBatch:
         """These groups as one batch, this host's share of its rows; at least `rows` rows."""
-        placed = self.rows(responses.lengths)
+        placed = self.rows(responses)
         count = next(n for n in self.row_counts if n >= max(len(placed), rows))
         widths = [self.plan.max_length] if self.plan.packing else bucket_widths(self.plan.max_length)
         longest = int(responses.lengths.max(initial=1))
@@ -201,32 +211,39 @@ class Layout:
         share = count // hosts
         return self._assemble(responses, placed[host * share : (host + 1) * share], width)
 
-    def _assemble(self, responses: Responses, placed: list[list[tuple[int, int, int]]], width: int) -> ResponseBatch:
-        shape = len(placed), self.responses, width
-        tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
-        mask = np.zeros(shape, bool)
+    def _assemble(self, responses: Responses, placed: list[prefixes.Placed], width: int) -> ResponseBatch:
+        planes = Planes(len(placed), self.responses, width)
+        shared = _together(responses, self.plan)[1]
         slots = np.zeros((len(placed), self.most, self.responses), np.int32)
         columns = {
             name: np.zeros((len(placed), self.most, *values.shape[1:]), values.dtype)
             for name, values in responses.columns.items()
         }
-        stride = self.most * self.responses + 1
         for r, row in enumerate(placed):
-            ends, segments, places = [0] * self.responses, [0] * self.responses, {}
+            places: dict[int, int] = {}
+            prompts: dict[int, int] = {}
             for group, k, plane in row:
                 ids, learned = responses.examples[int(responses.groups[group, k])]
-                here = slice(ends[plane], ends[plane] + len(ids))
-                segments[plane] += 1
-                ends[plane] += len(ids)
-                tokens[r, plane, here], mask[r, plane, here] = ids, learned
-                positions[r, plane, here], segment_ids[r, plane, here] = np.arange(len(ids)), segments[plane]
+                start = int(shared[group])
+                if start and group not in prompts:
+                    prompts[group] = planes.write(r, plane, ids[:start], learned[:start])
+                segment = planes.write(
+                    r, plane, ids[start:], learned[start:], position=start, prefix=prompts.get(group, 0)
+                )
                 place = places.setdefault(group, len(places))
-                slots[r, place, k] = plane * stride + segments[plane]
+                slots[r, place, k] = plane * self.stride + segment
             for group, place in places.items():
                 for name, values in responses.columns.items():
                     columns[name][r, place] = values[group]
-        sequences = TokenBatch(tokens=tokens, mask=mask, positions=positions, segment_ids=segment_ids)
-        return ResponseBatch(sequences=sequences, slots=slots, columns=columns, stride=stride)
+        sequences = planes.tokens(prefixes=self.plan.share_prompt)
+        return ResponseBatch(sequences=sequences, slots=slots, columns=columns, stride=self.stride)
+
+
+def _together(responses: Responses, plan: GroupPlan) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens to find room for [N K], tokens of the shared prompt [N])"""
+    if plan.share_prompt:
+        return prefixes.together(responses.examples, responses.groups, plan.max_length)
+    return responses.lengths, np.zeros(len(responses), np.int64)
 
 
 class UnpairedBatches(GroupBatches):
@@ -246,7 +263,7 @@ class UnpairedBatches(GroupBatches):
 def _unpaired(
     pair: tuple[Responses, Responses], layouts: tuple[Layout, Layout], *, host: int, hosts: int
 ) -> UnpairedBatch:
-    rows = max(len(layout.rows(part.lengths)) for part, layout in zip(pair, layouts, strict=True))
+    rows = max(len(layout.rows(part)) for part, layout in zip(pair, layouts, strict=True))
     return UnpairedBatch(
         *(layout.batch(part, rows=rows, host=host, hosts=hosts) for part, layout in zip(pair, layouts, strict=True))
     )

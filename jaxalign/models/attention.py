@@ -1,7 +1,9 @@
 """Attention over packed or padded rows, with one meaning and several implementations.
 
 A query attends to the keys of its own segment at its own or an earlier position, at most window - 1 before it. Segment
-0 is padding: it attends to padding, so its rows are finite, and no one looks at them.
+0 is padding: it attends to padding, so its rows are finite, and no one looks at them. Where `prefix_ids` are given, a
+query also attends to that segment, by the same rule: several responses then share a prompt that stands once before
+them. The Pallas kernel knows equal segments only, so it is not used for that.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ def attention(
     window: int | None,
     softcap: float | None,
     scale: float,
+    prefix_ids: jax.Array | None = None,
     implementation: str | None = None,
     layout: Layout | None = None,
 ) -> jax.Array:
@@ -44,6 +47,7 @@ def attention(
       window: keys further than window - 1 before the query are not seen; None: no limit.
       softcap: c tanh(logit / c) before the softmax; None: not.
       scale: of the logits.
+      prefix_ids: Int32[B T], the segment that each query sees besides its own; None: no other.
       implementation: "xla" runs anywhere; "splash" (Pallas, TPU) and "cudnn" (GPU, half precision) never hold the
         [T, S] matrix; None picks by `choose`.
       layout: rows and heads are cut by this mesh; only "splash" needs to know.
@@ -51,10 +55,13 @@ def attention(
     Returns:
       [B T H K].
     """
+    if implementation == "splash" and prefix_ids is not None:
+        raise ValueError("splash attention cannot share a prompt: its mask knows equal segments only; use xla or cudnn")
     implementation = implementation or choose(query, key, softcap, platform=jax.default_backend())
-    if implementation == "splash":
+    if implementation == "splash" and prefix_ids is None:
         return _splash(query, key, value, segment_ids, window, softcap, scale, layout)
-    visible = _visible(positions, segment_ids, key_positions, key_segment_ids, window)[:, None]  # for every head
+    visible = _visible(positions, segment_ids, key_positions, key_segment_ids, window, prefix_ids)
+    visible = visible[:, None]  # the same for every head
     if softcap is not None:
         return _capped(query, key, value, visible, softcap, scale)
     return jax.nn.dot_product_attention(
@@ -68,10 +75,14 @@ def _visible(
     key_positions: jax.Array,
     key_segment_ids: jax.Array,
     window: int | None,
+    prefix_ids: jax.Array | None,
 ) -> jax.Array:
     """Bool[B T S], which keys each query sees."""
+    visible = key_segment_ids[:, None, :] == segment_ids[:, :, None]
+    if prefix_ids is not None:
+        visible |= key_segment_ids[:, None, :] == prefix_ids[:, :, None]
     distance = positions[:, :, None] - key_positions[:, None, :]
-    visible = (key_segment_ids[:, None, :] == segment_ids[:, :, None]) & (distance >= 0)
+    visible &= distance >= 0
     return visible if window is None else visible & (distance < window)
 
 
@@ -85,6 +96,7 @@ def attention_of_one(
     key_positions: jax.Array,
     key_segment_ids: jax.Array,
     window: int | None,
+    prefix_ids: jax.Array | None = None,
     softcap: float | None,
     scale: float,
 ) -> jax.Array:
@@ -94,7 +106,7 @@ def attention_of_one(
     logits = scale * jnp.einsum("bkgd,bksd->bkgs", groups, key, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    visible = _visible(positions, segment_ids, key_positions, key_segment_ids, window)
+    visible = _visible(positions, segment_ids, key_positions, key_segment_ids, window, prefix_ids)
     logits = jnp.where(visible[:, :, None], logits, -0.7 * jnp.finfo(jnp.float32).max)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("bkgs,bksd->bkgd", weights, value, preferred_element_type=jnp.float32)

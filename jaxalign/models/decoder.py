@@ -99,6 +99,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
         layers: Sequence[Block] | None = None,
+        prefix_ids: jax.Array | None = None,
     ) -> Any:
         """Hidden states [B T D] in the dtype of compute; with a cache, (hidden states, the filled cache).
 
@@ -108,6 +109,7 @@ class Decoder(nnx.Module):
           segment_ids: Int32[B T]; by default all one segment.
           cache: what was read before; the T tokens are added to it, and their positions must be given.
           layers: `self.layers()`, with a cache; a loop over tokens takes them before it starts.
+          prefix_ids: Int32[B T], the segment that each token sees besides its own, as a shared prompt.
         """
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
@@ -121,10 +123,10 @@ class Decoder(nnx.Module):
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
         if cache is None:
-            where = Where(positions, segment_ids, positions, segment_ids)
+            where = Where(positions, segment_ids, positions, segment_ids, prefix_ids)
             return self.norm(self._run_blocks(x, where))
         cache = cache.place(positions, segment_ids)
-        where = Where(positions, segment_ids, cache.positions, cache.segment_ids)
+        where = Where(positions, segment_ids, cache.positions, cache.segment_ids, prefix_ids)
         x, held = self._run_remembering(x, where, cache, self.layers() if layers is None else layers)
         return self.norm(x), dataclasses.replace(cache, layers=held, index=cache.index + tokens.shape[1])
 

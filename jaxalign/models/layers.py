@@ -37,6 +37,7 @@ class Where(NamedTuple):
     segment_ids: jax.Array
     key_positions: jax.Array
     key_segment_ids: jax.Array
+    prefix_ids: jax.Array | None = None  # of the queries: the segment that each sees besides its own
 
 
 class Embedding(nnx.Module):

@@ -208,6 +208,8 @@ class FeedbackConfig(TrainConfig):
 class DPOConfig(FeedbackConfig):
     """Direct preference optimisation and its family, from pairs of responses."""
 
+    share_prompt: bool = False
+    """Compute a pair's prompt once, where both responses fit behind it in a row; by XLA's attention or cuDNN's."""
     algorithm: DPOAlgorithm = field(default_factory=DPOAlgorithm)
 
 

@@ -43,6 +43,11 @@ def run_kto(config: KTOConfig) -> int:
 def _gather_dpo(config: DPOConfig, starts: bool) -> train.Task:
     loss = select_loss(config.algorithm.loss, PREFERENCE_LOSSES)
     inputs.check_inputs(loss, inputs.PAIR_INPUTS)
+    if config.share_prompt and (not config.packing or config.attention == "splash"):
+        raise ValueError(
+            "--share-prompt puts both responses behind one prompt in a row: it needs --packing, and --attention xla or "
+            "cudnn, for the splash kernel cannot keep the two apart"
+        )
     base = _load_base(config, loss, starts)
     data = _load_data(config, base, preferences.PAIRS)
     plan, whole = _plan(config, base), inputs.needs_whole_batch(loss)
@@ -152,7 +157,8 @@ def _load_data(config: FeedbackConfig, base: train.Base, kind: str) -> preferenc
 def _plan(config: FeedbackConfig, base: train.Base) -> GroupPlan:
     """Rows are a multiple of what devices and microbatches cut them into; the number of groups need not be."""
     unit = base.mesh.shape["data"] * base.mesh.shape["fsdp"] * config.microbatches
-    return GroupPlan(config.batch_size, config.max_length, unit, config.packing, config.shuffle, config.seed)
+    share = isinstance(config, DPOConfig) and config.share_prompt
+    return GroupPlan(config.batch_size, config.max_length, unit, config.packing, config.shuffle, config.seed, share)
 
 
 def _whole_batches(responses: Responses, size: int) -> Responses:

@@ -132,7 +132,10 @@ def test_a_reference_that_was_run_once_before_changes_nothing(trained, tmp_path,
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
-@pytest.mark.parametrize(("name", "more"), [("dpo", []), ("dpo", ["--precompute-reference"]), ("kto", [])], ids=str)
+MESHES = [("dpo", []), ("dpo", ["--precompute-reference", "--share-prompt"]), ("kto", [])]
+
+
+@pytest.mark.parametrize(("name", "more"), MESHES, ids=str)
 def test_on_a_mesh_of_two_by_two_by_two_the_command_gives_the_model_of_one_device(name, more, trained, tmp_path):
     config, _ = trained[name]
     given = ["--model", config.model, "--data", config.data, "--output", str(tmp_path / "run")]
@@ -189,6 +192,8 @@ def test_a_loss_of_the_users_own_file_runs(trained, tmp_path, one_device, monkey
         ("dpo", ["--ref-update.every", "2", "--precompute-reference"], "are of a reference that stays; leave one out"),
         ("kto", ["--ref-update.every", "2", "--lora.rank", "4"], "with LoRA the reference is the base, which adapters"),
         ("dpo", ["--ref-update.every", "2", "--ref-update.alpha", "2"], "--ref-update.alpha 2.0: it must be at most 1"),
+        ("dpo", ["--share-prompt", "--attention", "splash"], "the splash kernel cannot keep the two apart"),
+        ("dpo", ["--share-prompt", "--no-packing"], "it needs --packing"),
         ("dpo", ["--data", "{tiny_data}"], "hold no feedback; known are messages+label"),
     ],
 )

@@ -1,0 +1,80 @@
+"""A prompt computed once: every response's log-probability, and the gradient, as if each stood alone behind it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxalign.algorithms.dpo import dpo
+from jaxalign.algorithms.responses import LOGPS, PUBLIC, response_logps
+from jaxalign.data.groups import GroupPlan, Layout
+from jaxalign.losses.mixture import select_loss
+from jaxalign.losses.preference import PREFERENCE_LOSSES
+from jaxalign.models.attention import attention
+from jaxalign.models.decoder import init_params, make_decoder
+from jaxalign.models.families import model_config
+from tests.algorithms.conftest import make_responses
+from tests.models.tiny import TINY
+
+COUNT, LENGTH = 12, 40
+
+
+def batches(data, **plan):
+    """(every response behind its own prompt, prompts shared)"""
+    plans = [GroupPlan(COUNT, LENGTH, share_prompt=share, **plan) for share in (False, True)]
+    return [jax.tree.map(jnp.asarray, Layout.of(data, plan).batch(data)) for plan in plans]
+
+
+def by_response(batch, values):
+    """Values [B G K] of the groups in the order of the column `number`."""
+    return np.asarray(values)[np.asarray(batch.valid)][np.argsort(batch.columns["number"][batch.valid])]
+
+
+@pytest.fixture(scope="module")
+def data():
+    made = make_responses(COUNT, k=2, longest=8, seed=4)
+    made.columns["number"] = np.arange(COUNT)
+    return made
+
+
+FAMILIES = {"llama": "Llama", "gemma3": "Gemma3", "gemma2": "Gemma2"}
+ARCHITECTURES = {name: f"{family}ForCausalLM" for name, family in FAMILIES.items()} | {"gpt2": "GPT2LMHeadModel"}
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_log_probs_are_those_of_responses_that_stand_alone(family, data):
+    """With windows of 4 tokens that reach into the prompt, soft-caps, and learned positions, too."""
+    config = model_config({"architectures": [ARCHITECTURES[family]], **TINY[family]})
+    graphdef, _ = make_decoder(config)
+    params = init_params(config, jax.random.key(0))
+    read = jax.jit(lambda p, b: response_logps(nnx.merge(graphdef, p), b, wanted=(LOGPS, PUBLIC)))
+    apart, shared = batches(data)
+    assert (shared.sequences.segment_ids > 0).sum() < (apart.sequences.segment_ids > 0).sum()
+    expected, found = read(params, apart), read(params, shared)
+    for name in (LOGPS, PUBLIC):
+        ours, alone = by_response(shared, found[name]), by_response(apart, expected[name])
+        np.testing.assert_allclose(ours, alone, rtol=1e-6, atol=1e-5)
+
+
+def test_the_gradient_is_that_of_responses_that_stand_alone(tiny, data):
+    graphdef, policy, reference = tiny
+    loss = select_loss("dpo + 0.1*sft + ld_dpo", PREFERENCE_LOSSES)
+    algorithm = dpo(graphdef, loss=loss, ref_graphdef=graphdef)
+
+    def mean(params, batch):
+        prepared = algorithm.across(algorithm.prepare(policy, reference, batch))
+        return algorithm.loss(params, prepared)[0].compute()
+
+    step = jax.jit(jax.value_and_grad(mean))
+    (expected, grads), (found, ours) = (step(policy, batch) for batch in batches(data))
+    assert found == pytest.approx(float(expected), abs=1e-5)
+    chex.assert_trees_all_close(ours, grads, atol=1e-5)
+
+
+def test_splash_attention_refuses_to_share_a_prompt():
+    heads, ids = jnp.zeros((1, 128, 2, 64)), jnp.ones((1, 128), jnp.int32)
+    places = {"positions": ids, "segment_ids": ids, "key_positions": ids, "key_segment_ids": ids, "prefix_ids": ids}
+    with pytest.raises(ValueError, match="splash attention cannot share a prompt"):
+        attention(heads, heads, heads, **places, window=None, softcap=None, scale=1.0, implementation="splash")
