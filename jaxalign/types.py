@@ -124,6 +124,15 @@ class UnpairedBatch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class RolloutBatch:
+    """Responses that the policy drew, one a row behind its prompt; an empty row fills up a batch."""
+
+    sequences: TokenBatch  # the mask is True on response tokens, the terminator included
+    columns: dict[str, jax.Array]  # [B T] about tokens (old_logps, advantages, ref_logps), [B] about responses
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Unembedding:
     """From hidden states to logits: `softcap(hidden @ weightᵀ + bias)`, with softcap(x) = c tanh(x / c).
 

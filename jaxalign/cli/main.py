@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "sft": (config.SFTConfig, "jaxalign.runs.sft:run"),
     "dpo": (config.DPOConfig, "jaxalign.runs.preferences:run_dpo"),
     "kto": (config.KTOConfig, "jaxalign.runs.preferences:run_kto"),
+    "grpo": (config.PolicyConfig, "jaxalign.runs.rl:run_grpo"),
+    "rloo": (config.RLOOConfig, "jaxalign.runs.rl:run_rloo"),
     "generate": (config.GenerateConfig, "jaxalign.runs.generate:run"),
     "export": (config.ExportConfig, "jaxalign.runs.export:run"),
     "quickstart": (config.QuickstartConfig, "jaxalign.quickstart.pipeline:run"),

@@ -75,6 +75,7 @@ class LocalEngine:
         *,
         slots: int = 16,
         refill: bool = True,
+        prompt_room: int = 0,
         cache_dtype: Any = None,
         decode_text: Callable[[Sequence[int]], str] | None = None,
     ):
@@ -83,12 +84,13 @@ class LocalEngine:
           graphdef: of a decoder.
           slots: requests in flight; a multiple of the devices that rows are cut over.
           refill: a slot that is free takes the next request at once; else all wait for the longest response.
+          prompt_room: tokens that every call has room for in a prompt, so that calls with others share programs.
           cache_dtype: of keys and values: the compute dtype, another float, or int8.
           decode_text: ids to text, for stop strings.
         """
         if slots < 1:
             raise ValueError(f"slots={slots} must be at least 1")
-        self._graphdef, self._slots, self._refill = graphdef, slots, refill
+        self._graphdef, self._slots, self._refill, self._prompt_room = graphdef, slots, refill, prompt_room
         self._cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
         self._decode_text = decode_text
         self.stats = Stats(0.0, 0, 0, 0)
@@ -110,8 +112,8 @@ class LocalEngine:
             self._graphdef,
             params,
             slots=self._slots,
-            prompt=_bucket(max(len(r.prompt) for r in requests)),
-            response=_limit(max(requests, key=lambda r: _limit(r, sampling)), sampling),
+            prompt=_bucket(max(self._prompt_room, *(len(r.prompt) for r in requests))),
+            response=max(_limit(r, sampling) for r in requests),
             sampling=sampling,
             cache_dtype=self._cache_dtype,
         )

@@ -26,6 +26,7 @@ class Method(NamedTuple):
     build: Callable[[Any, Any], Algorithm]  # (graphdef of what is trained, graphdef of the frozen model)
     reference: bool = False  # a model that is not trained runs in `prepare`
     follow: FollowFn | None = None  # how it follows the policy; None: it is frozen
+    updates: int = 1  # of the optimizer in a step
 
 
 class Program(NamedTuple):
@@ -65,7 +66,7 @@ def make_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, method: Me
     algorithm = method.build(graphdef, frozen_graphdef)._replace(follow=method.follow)
     if lora is not None:
         algorithm = algorithm._replace(assemble=join)
-    rate = learning_rate(config, steps)
+    rate = learning_rate(config, steps * method.updates)
     adamw = _optimizer(config, rate)
     key = jax.eval_shape(lambda: jax.random.key(0))
     create = lambda p, k, r: TrainState.create(p, adamw, k, carry=algorithm.carry, reference=r)  # noqa: E731

@@ -59,6 +59,8 @@ class Task:
     fingerprint: int  # of the data
     prompts: list[list[int]]  # answered at every evaluation
     export: Callable[[Task, TrainState, Any], None]  # (task, state, frozen)
+    # of on-policy data: (task, program, frozen, iterator of batches, step resumed at) -> what makes them of the state
+    source: Callable[..., loop.SourceFn] | None = None
     complete: Callable[[Task], Task] = lambda task: task  # device work before training, once the folder is this run's
 
 
@@ -144,7 +146,11 @@ def _train(task: Task) -> tuple[TrainState, int | None]:
         params = program.algorithm.assemble(state.params, frozen)
         check_kernels(program.graphdef, params, task.batches[0], task.base.mesh, microbatches=config.microbatches)
     recorder = _recorder(task, progress.step)
-    rates = np.asarray(jax.vmap(program.rate)(jnp.arange(steps)), np.float64)
+    updates = task.method.updates
+    rates = np.asarray(jax.vmap(program.rate)(jnp.arange(steps * updates)), np.float64)
+    source = (
+        loop.offline(iterator) if task.source is None else task.source(task, program, frozen, iterator, progress.step)
+    )
 
     def save(state: TrainState, progress: loop.Progress, row: loop.Row) -> None:
         extras = {"progress": dataclasses.asdict(progress), "data": task.fingerprint}
@@ -156,8 +162,8 @@ def _train(task: Task) -> tuple[TrainState, int | None]:
             CompiledStep(program.step, announced=task.shapes),
             state,
             frozen,
-            iterator,
-            loop.Hooks(recorder, save, evaluate, lambda update: rates[update]),
+            source,
+            loop.Hooks(recorder, save, evaluate, lambda step: rates[step * updates]),
             mesh=task.base.mesh,
             steps=steps,
             progress=progress,

@@ -23,6 +23,8 @@ MAX_SKIPPED_IN_A_ROW = 3
 PROFILED_STEPS = range(3, 6)  # counted from where this process starts: after compilation and one warm step
 
 Row = dict[str, Any]
+# state -> (host-local numpy batch, more of the step's row); on-policy data are made of state.params
+SourceFn = Callable[[TrainState], tuple[Any, Row]]
 
 
 class NotFiniteError(RuntimeError):
@@ -46,14 +48,19 @@ class Hooks:
     record: Callable[[Row], None]
     save: Callable[[TrainState, Progress, Row], None]  # the newest row says how good the state is
     evaluate: Callable[[TrainState, int], Row] | None = None  # (state, step) -> metrics, `eval_loss` among them
-    learning_rate: Callable[[int], Any] | None = None  # of optimizer update n
+    learning_rate: Callable[[int], Any] | None = None  # of a step, counted without those that were skipped
+
+
+def offline(batches: Iterator[Any]) -> SourceFn:
+    """Batches that do not depend on the state."""
+    return lambda state: (next(batches), {})
 
 
 def fit(
     train_step: Callable,
     state: TrainState,
     frozen: PyTree,
-    batches: Iterator[Any],
+    source: SourceFn,
     hooks: Hooks,
     *,
     mesh: Mesh,
@@ -70,7 +77,7 @@ def fit(
 
     Args:
       train_step: (state, frozen, batch) -> (state, metrics), jitted; it may donate the state.
-      batches: host-local numpy batches.
+      source: gives the next batch; should it fail, what was trained is saved first.
       hooks: where rows and checkpoints go, and what evaluates.
       eval_every: steps between evaluations; 0: before the first step and after the last only.
       save_every: steps between checkpoints; the last step is always saved.
@@ -85,15 +92,22 @@ def fit(
         if progress.step == 0 and hooks.evaluate:
             hooks.record({"step": 0, **hooks.evaluate(state, 0)})
             clock.reset()
-        pending: tuple[int, Any] | None = None
+        pending: tuple[int, Any, Row] | None = None
         profiler = _Profiler(profile, progress.step)
         for step in range(progress.step + 1, steps + 1):
-            batch = next(batches)
+            try:
+                batch, said = source(state)
+            except Exception:
+                if pending:
+                    row = _finish(pending, progress, hooks, clock)
+                    hooks.record(row)
+                    hooks.save(state, progress, row)
+                raise
             profiler.before(step)
             state, metrics = train_step(state, frozen, put_batch(batch, mesh))
             if pending:
                 hooks.record(_finish(pending, progress, hooks, clock))
-            pending = step, metrics
+            pending = step, metrics, said
 
             stopping = stop.agreed(step)
             evaluating = hooks.evaluate and _due(step, eval_every, steps)
@@ -117,10 +131,10 @@ def _due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def _finish(pending: tuple[int, Any], progress: Progress, hooks: Hooks, clock: _Clock) -> Row:
+def _finish(pending: tuple[int, Any, Row], progress: Progress, hooks: Hooks, clock: _Clock) -> Row:
     """The row of a dispatched step; waits for the device."""
-    step, metrics = pending
-    row: Row = {"step": step} | {name: float(value) for name, value in jax.device_get(metrics).items()}
+    step, metrics, said = pending
+    row: Row = {"step": step} | {name: float(value) for name, value in jax.device_get(metrics).items()} | said
     seconds = clock.lap()
     update = step - 1 - progress.skipped
     skipped, tokens = row.pop("skipped") > 0, int(row.pop("tokens"))

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxalign.algorithms.base import Algorithm
-from jaxalign.training.loop import Hooks, NotFiniteError, Progress, fit
+from jaxalign.training.loop import Hooks, NotFiniteError, Progress, fit, offline
 from jaxalign.training.sharding import make_mesh
 from jaxalign.training.signals import StopRequest
 from jaxalign.training.state import TrainState
@@ -51,7 +51,7 @@ def run(values, recorder, *, steps, progress=None, **options):
     state = TrainState.create({"w": jnp.float32(0.0)}, OPTIMIZER, jax.random.key(0))
     hooks = options.pop("hooks", None) or recorder.hooks()
     batches = ({"x": np.full((8,), x, np.float32)} for x in values)
-    return fit(STEP, state, None, batches, hooks, mesh=mesh, steps=steps, progress=progress, **options)
+    return fit(STEP, state, None, offline(batches), hooks, mesh=mesh, steps=steps, progress=progress, **options)
 
 
 def test_every_step_has_one_row_and_a_checkpoint_comes_after_its_row():

@@ -1,0 +1,115 @@
+"""Prompts for policies to answer, with the other columns of their rows, which rewards may ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import zlib
+from typing import Any
+
+import numpy as np
+
+from jaxalign.data import formats, sources
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("prompt", "messages", "question", "instruction", "query")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What is answered: ids for the model, texts for rewards."""
+
+    ids: list[tuple[int, ...]]
+    texts: list[str]
+    columns: dict[str, list[Any]]  # of the rows, by name
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def fingerprint(self) -> int:
+        """Changes when any prompt or column does."""
+        whole = repr((self.ids, sorted(self.columns.items())))
+        return zlib.crc32(whole.encode())
+
+
+def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_chat: bool = False) -> Prompts:
+    """The prompts of `--data`.
+
+    Args:
+      spec: as in `sources.parse`; rows have one of COLUMNS, a text or (`messages`) a conversation to go on with.
+      tokenizer: with a chat template, if prompts are conversations.
+      max_length: tokens of a prompt; longer ones are dropped, for a cut prompt asks another question.
+      max_dropped: share of prompts that may be.
+      as_chat: texts are turns of the user.
+
+    Raises:
+      ValueError: no rows, no such column, an empty prompt, or too many that are too long.
+    """
+    found = Prompts([], [], {})
+    dropped = 0
+    for source in sources.parse(spec):
+        rows = sources.load(source).rows
+        if not len(rows):
+            raise ValueError(f"data {source.name} has no rows")
+        column = next((name for name in COLUMNS if name in rows[0]), None)
+        if column is None:
+            raise ValueError(f"data {source.name}: rows have {', '.join(rows[0])}; prompts are in {', '.join(COLUMNS)}")
+        for number, row in enumerate(rows, 1):
+            text = _text(row[column], tokenizer, as_chat, f"{source.name}, row {number}")
+            ids = tuple(tokenizer(text, add_special_tokens=not _is_chat(row[column], as_chat))["input_ids"])
+            if not ids:
+                raise ValueError(f"{source.name}, row {number}: `{column}` is empty, so there is nothing to answer")
+            if len(ids) > max_length:
+                dropped += 1
+                continue
+            found.ids.append(ids)
+            found.texts.append(text)
+            for name, value in row.items():
+                if name != column:
+                    found.columns.setdefault(name, [None] * (len(found.ids) - 1)).append(value)
+            for values in found.columns.values():
+                values.extend([None] * (len(found.ids) - len(values)))
+    total = dropped + len(found)
+    if dropped:
+        log.warning("%d of %d prompts have more than %d tokens and were dropped", dropped, total, max_length)
+    if dropped > max_dropped * total:
+        raise ValueError(
+            f"{dropped} of {total} prompts have more than {max_length} tokens, which is --max-length less "
+            "--max-new-tokens; raise the one, lower the other, or allow it with --max-dropped"
+        )
+    return found
+
+
+def _is_chat(value: Any, as_chat: bool) -> bool:
+    return as_chat or not isinstance(value, str)
+
+
+def _text(value: Any, tokenizer: Any, as_chat: bool, where: str) -> str:
+    if not _is_chat(value, as_chat):
+        return value
+    if not tokenizer.chat_template:
+        raise ValueError(f"{where}: the prompt is a conversation, but the tokenizer has no chat template")
+    turns = [{"role": "user", "content": value}] if isinstance(value, str) else formats.messages(value).messages
+    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+
+
+class PromptBatches:
+    """Step n -> the numbers of its prompts, Int64[N]. Epochs follow each other without a gap, each in its own order."""
+
+    def __init__(self, count: int, batch_size: int, *, steps: int, shuffle: bool, seed: int):
+        self._count, self._size, self._shuffle, self._seed, self.steps = count, batch_size, shuffle, seed, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        wanted = np.arange(step * self._size, (step + 1) * self._size)
+        return np.array([self._order(int(n // self._count))[n % self._count] for n in wanted], np.int64)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  one instance a run
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self._shuffle:
+            return np.arange(self._count)
+        return np.random.default_rng((self._seed, epoch)).permutation(self._count)

@@ -1,0 +1,44 @@
+"""From responses and their scores to a batch that an update learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxalign.rollout.engine import Response
+from jaxalign.types import RolloutBatch, TokenBatch
+
+
+def rollout_batch(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Response],
+    *,
+    scores: np.ndarray,
+    advantages: np.ndarray,
+    width: int,
+    rows: int,
+) -> RolloutBatch:
+    """Prompts and responses side by side, padded on the right.
+
+    Args:
+      prompts: ids, one for each response.
+      responses: what was drawn.
+      scores: Float[N], of each response.
+      advantages: Float[N], the same for all tokens of a response.
+      width: tokens of a row.
+      rows: of the batch; those beyond N are empty.
+    """
+    tokens, positions, segments = (np.zeros((rows, width), np.int32) for _ in range(3))
+    mask = np.zeros((rows, width), bool)
+    logps, gains = (np.zeros((rows, width), np.float32) for _ in range(2))
+    given, ended = np.zeros(rows, np.float32), np.zeros(rows, bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        length = len(prompt) + len(response.tokens)
+        answer = slice(len(prompt), length)
+        tokens[row, :length] = [*prompt, *response.tokens]
+        positions[row, :length], segments[row, :length] = np.arange(length), 1
+        mask[row, answer], logps[row, answer], gains[row, answer] = True, response.logps, advantages[row]
+        given[row], ended[row] = scores[row], response.finished
+    columns = {"old_logps": logps, "advantages": gains, "scores": given, "ended": ended}
+    return RolloutBatch(TokenBatch(tokens=tokens, mask=mask, positions=positions, segment_ids=segments), columns)

@@ -1,0 +1,141 @@
+"""Policy gradients: the papers' means by hand, and the same whatever the microbatches, the minibatches and the mesh."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jaxalign.algorithms.policy import policy_gradient
+from jaxalign.losses.policy import cispo, ppo_clip, reinforce
+from jaxalign.ops.logprobs import next_token_logps
+from jaxalign.rollout.engine import Response
+from jaxalign.rollout.experience import rollout_batch
+from jaxalign.training import sharding
+from jaxalign.training.state import TrainState
+from jaxalign.training.step import make_train_step
+
+COUNT, WIDTH = 16, 12
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    """Ragged responses with log-probs some way from the policy's, and an empty row at the end."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 30, rng.integers(1, 5)).tolist() for _ in range(COUNT - 1)]
+    lengths = rng.integers(1, 8, COUNT - 1)
+    responses = [
+        Response(rng.integers(3, 30, n), rng.normal(-3.4, 0.3, n).astype(np.float32), np.zeros(n), bool(n % 2))
+        for n in lengths
+    ]
+    scores, advantages = rng.normal(size=(2, COUNT - 1)).astype(np.float32)
+    made = rollout_batch(prompts, responses, scores=scores, advantages=advantages, width=WIDTH, rows=COUNT)
+    return jax.tree.map(jnp.asarray, made)
+
+
+@pytest.fixture(scope="module")
+def logps(tiny, batch):
+    """log π of every token under the policy and the reference, float64 numpy."""
+
+    @jax.jit
+    def score(params):
+        model, rows = nnx.merge(tiny[0], params), batch.sequences
+        hidden = model(rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
+        return next_token_logps(hidden, model.unembed(), rows.tokens, rows.mask).logps
+
+    return [np.asarray(score(params), np.float64) for params in tiny[1:]]
+
+
+def loss_of(tiny, batch, **options):
+    algorithm = policy_gradient(tiny[0], ref_graphdef=tiny[0], **options)
+
+    @jax.jit
+    def run(policy, reference):
+        loss, metrics = algorithm.loss(policy, algorithm.prepare(policy, reference, batch))
+        return {"loss": loss.compute()} | {name: average.compute() for name, average in metrics.items()}
+
+    return {name: float(value) for name, value in run(*tiny[1:]).items()}
+
+
+def replayed(batch, policy, reference, *, aggregate, level, kl_coef):
+    """The clipped surrogate and k3 from their definitions."""
+    mask = np.asarray(batch.sequences.mask)
+    old, gains = (np.asarray(batch.columns[name], np.float64) for name in ("old_logps", "advantages"))
+    gap = np.where(mask, policy - old, 0)
+    if level == "sequence":
+        gap = np.where(mask, gap.sum(1, keepdims=True) / np.maximum(mask.sum(1, keepdims=True), 1), 0)
+    ratio = np.exp(gap)
+    values = np.maximum(-ratio * gains, -np.clip(ratio, 0.8, 1.2) * gains)
+    values = values + kl_coef * (np.exp(reference - policy) - 1 + policy - reference)
+    values, lengths = np.where(mask, values, 0), mask.sum(1)
+    if aggregate == "token":
+        return values.sum() / mask.sum()
+    per_row = values.sum(1)[:-1] / (lengths[:-1] if aggregate == "sequence" else 7)
+    return per_row.mean()
+
+
+@pytest.mark.parametrize("aggregate", ["token", "sequence", "fixed"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_losses_are_those_of_a_replay_in_float64(tiny, batch, logps, aggregate, level):
+    options = {"aggregate": aggregate, "level": level, "kl_coef": 0.3}
+    found = loss_of(tiny, batch, longest=7, **options)
+    assert found["loss"] == pytest.approx(replayed(batch, *logps, **options), abs=2e-6)
+    mask = np.asarray(batch.sequences.mask)
+    assert found["kl"] == pytest.approx((logps[0] - logps[1])[mask].sum() / (COUNT - 1), abs=2e-5)
+    assert found["entropy"] == pytest.approx(-logps[0][mask].mean(), abs=2e-5)
+    assert found["length"] == pytest.approx(mask.sum() / (COUNT - 1), rel=1e-6)
+
+
+def stepped(tiny, batch, *, microbatches, sizes=None, **options):
+    optimizer = optax.sgd(0.5)  # linear in the gradient: Adam magnifies rounding where a gradient is near 0
+    algorithm = policy_gradient(tiny[0], ref_graphdef=tiny[0], kl_coef=0.1, aggregate="sequence", **options)
+    step = make_train_step(algorithm, optimizer, microbatches=microbatches)
+    state = TrainState.create(jax.tree.map(jnp.copy, tiny[1]), optimizer, jax.random.key(0))
+    frozen = tiny[2]
+    if sizes is None:
+        step = jax.jit(step)
+    else:
+        mesh = sharding.make_mesh(**sizes)
+        step = sharding.jit_step(step, state, frozen, mesh)
+        state = jax.device_put(state, sharding.shardings(state, mesh))
+        frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
+        batch = sharding.put_batch(jax.device_get(batch), mesh)
+    state, metrics = step(state, frozen, batch)
+    return jax.device_get(state.params), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("loss", [ppo_clip, reinforce, cispo])
+def test_microbatches_and_meshes_give_the_same_parameters(tiny, batch, loss):
+    expected, _ = stepped(tiny, batch, microbatches=1, loss=loss)
+    moved = jax.tree.map(lambda new, old: float(np.abs(new - np.asarray(old)).max()), expected, tiny[1])
+    assert moved["blocks"]["mlp"]["gate"]["kernel"] > 1e-3
+    cases = [(2, {"data": 2, "fsdp": 2, "tensor": 2})] + ([(4, None)] if loss is ppo_clip else [])
+    for microbatches, sizes in cases:
+        found, _ = stepped(tiny, batch, microbatches=microbatches, sizes=sizes, loss=loss)
+        chex.assert_trees_all_close(found, expected, atol=1e-5)
+
+
+def test_epochs_and_minibatches_are_updates_and_the_second_has_ratios(tiny, batch, logps):
+    on_policy = batch.__class__(batch.sequences, {**batch.columns, "old_logps": jnp.asarray(logps[0], jnp.float32)})
+    _, once = stepped(tiny, on_policy, microbatches=1)
+    assert once["ratio"] == pytest.approx(1.0, abs=1e-5) and once["clip_fraction"] == 0
+    _, twice = stepped(tiny, on_policy, microbatches=1, epochs=2, minibatches=2)
+    assert abs(twice["ratio"] - 1) > 1e-4 and twice["approx_kl"] > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_estimator": "k4"}, "is not one of k1, k2, k3"),
+        ({"aggregate": "mean"}, "is not one of token, sequence, fixed"),
+        ({"level": "word"}, "is not one of token, sequence"),
+        ({"kl_coef": -1.0}, "must be at least 0"),
+        ({"kl_coef": 0.1}, "needs a reference"),
+        ({"aggregate": "fixed"}, "say how long it is"),
+    ],
+)
+def test_what_cannot_be_is_refused(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        policy_gradient(tiny[0], **options)

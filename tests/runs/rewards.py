@@ -1,0 +1,37 @@
+"""Reward functions as a user's module has them, right and wrong ones."""
+
+import time
+
+
+def dogs(prompts, responses):
+    """Share of words that are `dog`."""
+    return [said.split().count("dog") / max(len(said.split()), 1) for said in responses]
+
+
+def answered(prompts, responses, *, answer, worth=1.0):
+    return [worth * (right in said.split()) for said, right in zip(responses, answer, strict=True)]
+
+
+def raises(prompts, responses):
+    return [1 / len(said) for said in [*responses, ""]]
+
+
+def short(prompts, responses):
+    return [0.0]
+
+
+def undefined(prompts, responses):
+    return [*[0.0] * (len(responses) - 1), float("nan")]
+
+
+def hangs(prompts, responses):
+    time.sleep(3)
+    return [0.0] * len(responses)
+
+
+def fails_later(prompts, responses):
+    """Works twice, then never again."""
+    fails_later.calls = getattr(fails_later, "calls", 0) + 1
+    if fails_later.calls > 2:
+        raise RuntimeError("the judge has gone home")
+    return dogs(prompts, responses)

@@ -1,0 +1,133 @@
+"""`jaxalign grpo` and `rloo`, end to end on a tiny model: rewards rise, runs resume exactly, failures lose nothing."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxalign.cli.main import main
+from jaxalign.rollout.score import RewardError
+from jaxalign.runs import rl
+from jaxalign.runs.config import (
+    CheckpointConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RLOOConfig,
+)
+from tests.runs.test_preferences import final, rows
+from tests.runs.test_sft import one_device  # noqa: F401  a fixture
+
+SHARED = {
+    "reward": "tests.runs.rewards:dogs",
+    "steps": 12,
+    "batch_size": 4,
+    "n": 8,
+    "max_length": 16,
+    "max_new_tokens": 8,
+    "remat": "none",
+    "samples": 2,
+    "eval_every": 4,
+    "slots": 8,
+    "mesh": MeshConfig(data=1, fsdp=1),
+    "optimizer": OptimizerConfig(learning_rate=1e-2, schedule="constant"),
+    "checkpoint": CheckpointConfig(every=6),
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    lines = [{"prompt": f"{count} {which} ?", "answer": which} for count in ("one", "two") for which in ("cat", "dog")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines * 3))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, prompts, tmp_path_factory):
+    """The run of each command, by its name, made once."""
+    import jax
+
+    from jaxalign.training import sharding
+
+    whole, runs = sharding.make_mesh, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        for name, kind, run in (("grpo", PolicyConfig, rl.run_grpo), ("rloo", RLOOConfig, rl.run_rloo)):
+            output = tmp_path_factory.mktemp(name) / "run"
+            config = kind(model=str(tiny_model), data=str(prompts), output=output, **SHARED)
+            assert run(config) == 0
+            runs[name] = config, run
+    return runs
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_rewards_rise_and_the_screen_tells_the_truth(trained, name):
+    config, _ = trained[name]
+    found = rows(config.output)
+    scores = [row["score"] for row in found]
+    assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.2
+    assert found[0]["ratio"] == pytest.approx(1.0, abs=1e-4)  # sampling and scoring agree
+    assert found[0]["kl"] == pytest.approx(0.0, abs=1e-3) and found[-1]["kl_k3"] > 0.01
+    assert 0 < found[0]["entropy"] < np.log(32) and found[0]["length"] <= 8
+    samples = [json.loads(line) for line in (config.output / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [0, 0, 4, 4, 8, 8]
+    assert samples[0].keys() == {"step", "prompt", "response", "score"}
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained, name, tmp_path, one_device):  # noqa: F811
+    config, run = trained[name]
+    again = dataclasses.replace(config, output=tmp_path / "again")
+    shutil.copytree(config.output, again.output)
+    shutil.rmtree(again.output / "checkpoints" / "12")
+    shutil.rmtree(again.output / "final")
+    assert run(again) == 0
+    assert rows(again.output) == rows(config.output)
+    assert (again.output / "samples.jsonl").read_text() == (config.output / "samples.jsonl").read_text()
+    for key, tensor in final(config.output).items():
+        assert final(again.output)[key].tobytes() == tensor.tobytes()
+
+
+def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(trained, tmp_path, one_device):  # noqa: F811
+    config, run = trained["grpo"]
+    broken = dataclasses.replace(config, output=tmp_path / "run", reward="tests.runs.rewards:fails_later")
+    with pytest.raises(RewardError, match="the reward fails_later raised RuntimeError: the judge has gone home"):
+        run(broken)
+    assert (broken.output / "checkpoints" / "2").is_dir()
+    assert [row["step"] for row in rows(broken.output)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--reward", "tests.runs.rewards:dog"], "has no function 'dog' (did you mean 'dogs'?)"),
+        (["--reward", "numeric_mach"], "did you mean 'numeric_match'?"),
+        (["--n", "1"], "--n 1: a response is judged beside others"),
+        (["--max-new-tokens", "16"], "--max-new-tokens 16 leaves no room for a prompt in --max-length 16"),
+        (["--temperature", "0"], "--temperature 0: greedy responses are all alike"),
+        (["--algorithm.minibatches", "3"], "cannot be cut into --algorithm.minibatches 3"),
+        (["--max-new-tokens", "14"], "12 of 12 prompts have more than 2 tokens"),
+        (["--algorithm.kl-coef", "0.1", "--algorithm.no-reference"], "needs the reference"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, prompts, tmp_path, capsys):
+    given = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
+    given += ["--max-length", "16", "--max-new-tokens", "8", "--batch-size", "4", "--mesh.fsdp", "8"]
+    assert main(["grpo", *given, *flags]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_final_folder_generates(trained):
+    from jaxalign.runs.generate import respond
+
+    config, _ = trained["grpo"]
+    assert load_file(config.output / "final" / "model.safetensors")
+    texts = [text for text, _ in respond(str(config.output / "final"), ["one cat ?"], max_new_tokens=8, n=16)]
+    words = " ".join(texts).split()
+    assert words.count("dog") / len(words) > 0.2
