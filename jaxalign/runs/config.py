@@ -249,7 +249,7 @@ class PolicyConfig(TrainConfig):
     """Group-relative policy optimisation (GRPO, DAPO, Dr. GRPO, GSPO, CISPO): rewards for a model's own responses."""
 
     reward: str = "numeric_match"
-    """Of rollout/score.py: 'numeric_match + 0.1*length(target=60)', or 'my.module:function(x=1)'."""
+    """Of rollout/rewards.py: 'numeric_match + 0.1*length(target=60)', or 'my.module:function(x=1)'."""
     reward_seconds: float = 60.0
     """That a reward function may take for the responses of a step."""
     as_chat: bool = False

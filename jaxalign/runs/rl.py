@@ -23,7 +23,7 @@ from jaxalign.ops.advantages import group_advantages, leave_one_out
 from jaxalign.rollout.engine import LocalEngine, Request, Response
 from jaxalign.rollout.experience import rollout_batch
 from jaxalign.rollout.generate import without_terminator
-from jaxalign.rollout.score import Scorer
+from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.slots import Sampling
 from jaxalign.runs import train
 from jaxalign.runs.config import PolicyConfig
@@ -55,7 +55,7 @@ def run_rloo(config: PolicyConfig) -> int:
 
 def _gather(config: PolicyConfig, starts: bool) -> train.Task:
     algorithm, loss = config.algorithm, select(config.algorithm.loss, POLICY_LOSSES)
-    scorer = Scorer(config.reward, seconds=config.reward_seconds)
+    rewards = Rewards(config.reward, seconds=config.reward_seconds)
     _check(config)
     base = train.load_base(config, starts=starts)
     prompts = prompting.load(
@@ -85,7 +85,7 @@ def _gather(config: PolicyConfig, starts: bool) -> train.Task:
         )
 
     def source(task: train.Task, program: Program, frozen: Any, numbers: Iterator, resumed_at: int) -> Rollouts:
-        return Rollouts(config, task, program, frozen, numbers, resumed_at, prompts=prompts, scorer=scorer)
+        return Rollouts(config, task, program, frozen, numbers, resumed_at, prompts=prompts, rewards=rewards)
 
     return train.Task(
         config,
@@ -142,9 +142,9 @@ class Rollouts:
         resumed_at: int,
         *,
         prompts: Prompts,
-        scorer: Scorer,
+        rewards: Rewards,
     ):
-        self._config, self._prompts, self._scorer, self._frozen = config, prompts, scorer, frozen
+        self._config, self._prompts, self._rewards, self._frozen = config, prompts, rewards, frozen
         self._vocabulary, self._numbers, self._assemble = task.base.vocabulary, numbers, program.algorithm.assemble
         self._sampling = Sampling(
             config.max_new_tokens, config.temperature, terminators=task.base.vocabulary.terminators
@@ -169,7 +169,7 @@ class Rollouts:
         responses = self._engine.generate(params, requests, key, sampling=self._sampling)
         texts = [self._text(response) for response in responses]
         began = time.perf_counter()
-        scores = self._scorer(
+        scores = self._rewards(
             [self._prompts.texts[i] for i in chosen],
             texts,
             {name: [values[i] for i in chosen] for name, values in self._prompts.columns.items()},

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
-from jaxalign.rollout.score import RewardError
+from jaxalign.rollout.rewards import RewardError
 from jaxalign.runs import rl
 from jaxalign.runs.config import (
     CheckpointConfig,

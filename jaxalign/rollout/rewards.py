@@ -102,7 +102,7 @@ REWARDS: dict[str, RewardFn] = {
 }
 
 
-class Scorer:
+class Rewards:
     """A weighted sum of reward functions, each within a time limit, its scores checked."""
 
     def __init__(self, text: str, *, seconds: float = 60.0):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxalign.rollout.score import REWARDS, RewardError, Scorer
+from jaxalign.rollout.rewards import REWARDS, RewardError, Rewards
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ def test_what_the_other_rewards_say(tmp_path):
 
 
 def test_a_sum_is_weighted_and_columns_go_to_those_who_name_them():
-    scorer = Scorer("0.5*tests.runs.rewards:answered(worth=4.0) + tests.runs.rewards:dogs")
-    found = scorer(["?", "?"], ["a dog", "a cat"], {"answer": ["dog", "dog"], "other": [1, 2]})
+    rewards = Rewards("0.5*tests.runs.rewards:answered(worth=4.0) + tests.runs.rewards:dogs")
+    found = rewards(["?", "?"], ["a dog", "a cat"], {"answer": ["dog", "dog"], "other": [1, 2]})
     np.testing.assert_allclose(found, [2.5, 0.0])
     assert found.dtype == np.float32
 
@@ -51,4 +51,4 @@ def test_a_sum_is_weighted_and_columns_go_to_those_who_name_them():
 )
 def test_a_reward_that_is_wrong_is_named(name, message):
     with pytest.raises(RewardError, match=message):
-        Scorer(f"tests.runs.rewards:{name}", seconds=0.2)(["?", "?"], ["a", "b"], {})
+        Rewards(f"tests.runs.rewards:{name}", seconds=0.2)(["?", "?"], ["a", "b"], {})
