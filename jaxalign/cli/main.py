@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "sft": (config.SFTConfig, "jaxalign.runs.sft:run"),
     "dpo": (config.DPOConfig, "jaxalign.runs.preferences:run_dpo"),
     "kto": (config.KTOConfig, "jaxalign.runs.preferences:run_kto"),
+    "reward": (config.RewardConfig, "jaxalign.runs.reward:run"),
     "generate": (config.GenerateConfig, "jaxalign.runs.generate:run"),
     "export": (config.ExportConfig, "jaxalign.runs.export:run"),
     "quickstart": (config.QuickstartConfig, "jaxalign.quickstart.pipeline:run"),

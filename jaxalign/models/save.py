@@ -29,6 +29,7 @@ def save_pretrained(
     max_shard_bytes: int = 5_000_000_000,
     dtype: Any = None,
     extra: dict[str, Any] | None = None,
+    head: np.ndarray | None = None,
 ) -> None:
     """Writes the folder, whole or not at all. Every process calls it; the first one writes.
 
@@ -45,6 +46,7 @@ def save_pretrained(
       max_shard_bytes: a file holds at most so much, unless one tensor is larger.
       dtype: cast to it; by default the parameters' own.
       extra: more JSON files, by name.
+      head: [1 D], written as score.weight in place of the output matrix: a sequence classifier.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -57,7 +59,7 @@ def save_pretrained(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dtype = np.dtype(dtype or jax.tree.leaves(params)[0].dtype)
-    _save_tensors(partial, params, config, dtype, max_shard_bytes, writes)
+    _save_tensors(partial, params, config, dtype, max_shard_bytes, writes, head)
     if not writes:
         return
     _write_json(partial / "config.json", _without_dtype(hf_config) | {"dtype": dtype.name})
@@ -83,13 +85,21 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _save_tensors(
-    directory: Path, params: PyTree, config: ModelConfig, dtype: np.dtype, max_shard_bytes: int, writes: bool
+    directory: Path,
+    params: PyTree,
+    config: ModelConfig,
+    dtype: np.dtype,
+    max_shard_bytes: int,
+    writes: bool,
+    head: np.ndarray | None = None,
 ) -> None:
     from safetensors.numpy import save_file
 
     leaves = dict(zip(jax.tree.leaves(leaf_names(params)), jax.tree.leaves(params), strict=True))
     shards = _shards(config, leaves, dtype, max_shard_bytes)
     weight_map = {}
+    if head is not None:
+        shards = [[t for t in shard if t[0] not in ("lm_head.weight", "embed_out.weight")] for shard in shards]
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
@@ -98,6 +108,8 @@ def _save_tensors(
             if writes:
                 tensors[name] = np.ascontiguousarray(tensor.to_hf(parts).astype(dtype))
         weight_map |= dict.fromkeys((name for name, _, _ in shard), file)
+        if head is not None and number == len(shards):
+            weight_map["score.weight"], tensors["score.weight"] = file, np.asarray(head, dtype)
         if writes:
             save_file(tensors, directory / file, metadata={"format": "pt"})
     if writes and len(shards) > 1:

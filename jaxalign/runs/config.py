@@ -207,8 +207,27 @@ class KTOConfig(FeedbackConfig):
     algorithm: KTOAlgorithm = field(default_factory=KTOAlgorithm)
 
 
+@dataclass(frozen=True)
+class RewardAlgorithm:
+    """What is minimised over the scores of a prompt's responses."""
+
+    loss: str = "bradley_terry"
+    """Of losses/ranking.py: 'bradley_terry(margin=0.1, centering_coef=0.01)', 'kwise', or 'my.module:function(x=1)'."""
+
+
+@dataclass(frozen=True)
+class RewardConfig(TrainConfig):
+    """Reward models, from pairs or rankings of responses."""
+
+    as_chat: bool = False
+    """Text prompts are turns of the user, responses of the assistant: they are rendered with the chat template."""
+    members: int = 1
+    """Heads on the one trunk, an ensemble whose disagreement is told."""
+    algorithm: RewardAlgorithm = field(default_factory=RewardAlgorithm)
+
+
 # The commands that leave a run folder.
-TRAINING: dict[str, type] = {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig}
+TRAINING: dict[str, type] = {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig, "reward": RewardConfig}
 
 
 @dataclass(frozen=True)
@@ -269,6 +288,7 @@ class QuickstartConfig:
 LIMITS: dict[str, tuple[float, float, bool]] = {
     "batch_size": (1, math.inf, True),
     "microbatches": (1, math.inf, True),
+    "members": (1, math.inf, True),
     "steps": (1, math.inf, True),
     "max_length": (2, math.inf, True),  # the first token is never learned
     "eval_share": (0, 1, True),

@@ -37,6 +37,8 @@ def run(config: ExportConfig) -> int:
     check_writable(output)
     described = read_run(config.run)
     held = from_json(TRAINING[described["command"]], described["config"], where=str(config.run / "config.json"))
+    if described["command"] == "reward":
+        raise ValueError(f"{config.run} is of `jaxalign reward`, whose final/ alone is exported")
     folder = Path(config.run) / "checkpoints"
     if not folder.is_dir():
         raise ValueError(f"{config.run} {NOTHING_YET}")

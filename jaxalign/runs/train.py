@@ -19,6 +19,7 @@ from jaxalign.data import batches as batching
 from jaxalign.models import huggingface
 from jaxalign.models.config import ModelConfig, train_flops_per_token
 from jaxalign.models.decoder import init_params
+from jaxalign.models.heads import init_head
 from jaxalign.models.load import check_files, load_params
 from jaxalign.models.lora import Lora
 from jaxalign.runs import adapters, devices, finish, hosts, samples
@@ -222,6 +223,14 @@ def _new_state(task: Task, program: Program, frozen: Any) -> TrainState:
 
 
 def _new_params(task: Task, like: Any, key: jax.Array, frozen: Any) -> Any:
+    if task.method.heads:
+        make = jax.jit(init_head, static_argnums=(1, 2), out_shardings=like["head"].sharding)
+        head = make(jax.random.fold_in(key, 2), *like["head"].shape)
+        return {"model": _new_model(task, like["model"], key, frozen), "head": head}
+    return _new_model(task, like, key, frozen)
+
+
+def _new_model(task: Task, like: Any, key: jax.Array, frozen: Any) -> Any:
     config, placed = task.config, jax.tree.map(lambda x: x.sharding, like)
     if task.base.lora is not None:
         return adapters.new_adapter(like, jax.random.fold_in(key, 1), frozen)
@@ -253,6 +262,8 @@ def _evaluation(task: Task, program: Program, resumed_at: int, frozen: Any) -> C
     if not task.held_out:
         return None
     held_out_metrics = make_evaluate(program.algorithm, task.held_out, task.base.mesh, frozen)
+    if task.method.heads:  # a model that scores has no answers
+        return lambda params, step: held_out_metrics(params)
     sampler = samples.Sampler(task.config, program.graphdef, task.base.model, task.base.vocabulary, resumed_at)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
