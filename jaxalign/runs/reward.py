@@ -78,8 +78,10 @@ def _export(task: train.Task, state: TrainState, frozen: Any) -> None:
     config, base, step = task.config, task.base, int(state.step)
     model, head = state.params["model"], state.params["head"]
     if base.lora is not None:
-        model = merge_by_layer(join(model, frozen), base.lora)
+        model = join(model, frozen)
     found = _scores(task, model, head)
+    if base.lora is not None:
+        model = merge_by_layer(model, base.lora)
     members = gather(head)
     tokenizer, pad = _padded(base.vocabulary)
     hf = huggingface.read_hf_config(config.model)
@@ -107,7 +109,12 @@ def _export(task: train.Task, state: TrainState, frozen: Any) -> None:
 
 def _scores(task: train.Task, model: Any, head: jax.Array) -> np.ndarray:
     """The members' mean of every held-out response; of the training batches' where nothing is held out."""
-    graphdef, _ = make_decoder(task.base.model)
+    graphdef, _ = make_decoder(
+        task.base.model,
+        param_dtype=task.config.param_dtype,
+        lora=task.base.lora,
+        quantise=task.config.lora.quantise,
+    )
 
     @jax.jit
     def scores(model: Any, head: jax.Array, batch: Any) -> jax.Array:

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
 from jaxalign.runs import reward
-from jaxalign.runs.config import RewardConfig
+from jaxalign.runs.config import LoraConfig, RewardAlgorithm, RewardConfig
 from tests.runs.test_preferences import SHARED, pairs, rows  # noqa: F401  a fixture
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 
@@ -88,6 +88,15 @@ def test_transformers_reads_the_score_at_the_terminator_of_padded_rows(trained):
     np.testing.assert_allclose(found.numpy(), ours, atol=1e-4)
     described = json.loads((folder / "reward.json").read_text())
     assert described["std"] > 0 and described["rule"] == "mean"
+
+
+def test_adapters_and_a_loss_of_rankings_end_in_the_same_kind_of_folder(trained, tmp_path, one_device):  # noqa: F811
+    loss = RewardAlgorithm("kwise")
+    config = dataclasses.replace(trained, output=tmp_path / "run", lora=LoraConfig(rank=2), steps=2, algorithm=loss)
+    assert reward.run(config) == 0
+    shapes = lambda run: {k: v.shape for k, v in load_file(run.output / "final" / "model.safetensors").items()}  # noqa: E731
+    assert shapes(config) == shapes(trained)
+    assert json.loads((config.output / "final" / "reward.json").read_text())["std"] > 0
 
 
 @pytest.mark.parametrize(
