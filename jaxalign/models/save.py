@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ def save_pretrained(
     dtype: Any = None,
     extra: dict[str, Any] | None = None,
     head: np.ndarray | None = None,
+    besides: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes the folder, whole or not at all. Every process calls it; the first one writes.
 
@@ -46,7 +47,8 @@ def save_pretrained(
       max_shard_bytes: a file holds at most so much, unless one tensor is larger.
       dtype: cast to it; by default the parameters' own.
       extra: more JSON files, by name.
-      head: [1 D], written as score.weight in place of the output matrix: a sequence classifier.
+      head: [1 D], written as score.weight: what makes a trunk without an output matrix a sequence classifier.
+      besides: called by every process to write more files into the folder, before it gets its name.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -60,6 +62,8 @@ def save_pretrained(
         partial.mkdir(parents=True)
     dtype = np.dtype(dtype or jax.tree.leaves(params)[0].dtype)
     _save_tensors(partial, params, config, dtype, max_shard_bytes, writes, head)
+    if besides is not None:
+        besides(partial)
     if not writes:
         return
     _write_json(partial / "config.json", _without_dtype(hf_config) | {"dtype": dtype.name})
@@ -98,8 +102,6 @@ def _save_tensors(
     leaves = dict(zip(jax.tree.leaves(leaf_names(params)), jax.tree.leaves(params), strict=True))
     shards = _shards(config, leaves, dtype, max_shard_bytes)
     weight_map = {}
-    if head is not None:
-        shards = [[t for t in shard if t[0] not in ("lm_head.weight", "embed_out.weight")] for shard in shards]
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
