@@ -222,7 +222,11 @@ class RewardConfig(TrainConfig):
     as_chat: bool = False
     """Text prompts are turns of the user, responses of the assistant: they are rendered with the chat template."""
     members: int = 1
-    """Heads on the one trunk, an ensemble whose disagreement is told."""
+    """Of an ensemble, whose disagreement is told: heads on the one trunk; with LoRA, adapters with a head each."""
+    combine: str = "mean"
+    """Of the members' scores, in what reads the model: 'mean', 'min' or 'mean_minus_std(k=1.0)'."""
+    freeze_trunk: bool = False
+    """Train the heads alone, on a trunk that stays as it is."""
     algorithm: RewardAlgorithm = field(default_factory=RewardAlgorithm)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.base import Algorithm
@@ -14,7 +13,7 @@ from jaxalign.models.config import ModelConfig
 from jaxalign.models.decoder import make_decoder
 from jaxalign.models.layout import Layout
 from jaxalign.models.lora import join
-from jaxalign.runs import adapters, devices
+from jaxalign.runs import adapters, devices, members
 from jaxalign.runs.config import TrainConfig
 from jaxalign.training import optimizer, sharding
 from jaxalign.training.state import TrainState
@@ -26,7 +25,8 @@ class Method(NamedTuple):
 
     build: Callable[[Any, Any], Algorithm]  # (graphdef of what is trained, graphdef of the frozen model)
     reference: bool = False  # a frozen model runs in `prepare`
-    heads: int = 0  # members of a scalar head, trained beside the model as {"model": ..., "head": [M D]}
+    heads: int = 0  # members of a scalar head on the model: runs/members.py
+    freeze_trunk: bool = False  # the heads alone are trained
 
 
 class Program(NamedTuple):
@@ -63,11 +63,10 @@ def make_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, method: Me
     trained, base = adapters.divide(abstract, lora)
     frozen = base if lora is not None else whole if method.reference else None
     algorithm = method.build(graphdef, frozen_graphdef)
-    if lora is not None:
-        algorithm = algorithm._replace(assemble=_join_beside_head if method.heads else join)
     if method.heads:
-        head = jax.ShapeDtypeStruct((method.heads, model.hidden_size), np.float32)
-        trained = {"model": trained, "head": head}
+        trained, frozen = members.divide(abstract, lora, method.heads, freeze_trunk=method.freeze_trunk)
+    elif lora is not None:
+        algorithm = algorithm._replace(assemble=join)
     rate = learning_rate(config, steps)
     adamw = _optimizer(config, rate)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -80,10 +79,6 @@ def make_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, method: Me
 def implementation(config: TrainConfig) -> str | None:
     """Of log-probabilities, as `ops` take it."""
     return None if config.implementation == "auto" else config.implementation
-
-
-def _join_beside_head(params: Any, frozen: Any) -> Any:
-    return {"model": join(params["model"], frozen), "head": params["head"]}
 
 
 def learning_rate(config: TrainConfig, steps: int) -> Callable:

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import copy
-import os
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
-from jaxalign.algorithms.reward import check_loss, response_scores, reward
+from jaxalign.algorithms.reward import check_loss, laid_over, response_scores, reward
 from jaxalign.data import groups, preferences
 from jaxalign.data.groups import GroupBatches, GroupPlan
 from jaxalign.losses.inputs import input_names
 from jaxalign.losses.mixture import select_loss
 from jaxalign.losses.ranking import RANKING_LOSSES
-from jaxalign.models import huggingface
+from jaxalign.models import heads, huggingface
 from jaxalign.models.decoder import make_decoder
-from jaxalign.models.lora import join
-from jaxalign.models.merge import merge_by_layer
-from jaxalign.models.save import gather, save_pretrained
-from jaxalign.runs import finish, train
-from jaxalign.runs.config import RewardConfig
-from jaxalign.runs.program import Method
+from jaxalign.models.layout import Layout
+from jaxalign.models.save import gather
+from jaxalign.runs import devices, finish, scorer, train
+from jaxalign.runs.config import MeshConfig, RewardConfig
+from jaxalign.runs.program import Method, make_program
 from jaxalign.runs.sft import data_options
+from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.sharding import put_batch
 from jaxalign.training.state import TrainState
+from jaxalign.types import PyTree
 
 PAIRWISE = {"chosen_scores", "rejected_scores"}
+# Columns of the data that a loss may ask for, and what it is told where they lack.
+ASKED = {"margins": ("margin", "bradley_terry"), "preferences": ("preference", "bradley_terry(label_smoothing=0.1)")}
+ASKED["ties"] = ("tie", "bradley_terry")
+REFERENCE_GROUPS = 512  # of training, where nothing is held out
 
 
 def run(config: RewardConfig) -> int:
@@ -37,21 +40,40 @@ def run(config: RewardConfig) -> int:
     return train.run(config, "reward", _gather)
 
 
+def export(config: RewardConfig, output: Path, checkpoints: Checkpoints, step: int | None) -> int | None:
+    """A checkpoint of a run as a folder like `final/`, on the devices that are here; its step, None if there is none.
+
+    The run's data are read again: scores are normalised on what was held out.
+    """
+    task = _gather(dataclasses.replace(config, mesh=MeshConfig()), False)
+    program = make_program(task.config, task.base.model, task.base.mesh, task.method, steps=task.batches.steps)
+    found = checkpoints.restore_part("params", program.like.params, step=step)
+    if found is None:
+        return None
+    params, step = found
+    _write(task, output, laid_over(params, train.load_frozen(task, program)), step)
+    return step
+
+
 def _gather(config: RewardConfig, starts: bool) -> train.Task:
     loss = select_loss(config.algorithm.loss, RANKING_LOSSES)
     check_loss(loss)
+    heads.combine(np.zeros((1, config.members), np.float32), config.combine)
+    _check_trained(config)
     base = train.load_base(config, starts=starts)
+    base = dataclasses.replace(base, model=heads.trunk_config(base.model))
     names = set(input_names(loss))
     data = preferences.load(
         config.data,
         base.vocabulary.tokenizer,
         data_options(config, base.vocabulary.terminators),
-        kind=preferences.PAIRS if names & PAIRWISE else preferences.preference_formats.RANKED,
+        kind=preferences.PAIRS if names & PAIRWISE else preferences.RANKED,
         eval_spec=config.eval_data,
         as_chat=config.as_chat,
     )
-    if "margins" in names and "margin" not in data.responses.columns:
-        raise ValueError(f"--algorithm.loss {config.algorithm.loss}: the data have no margins; take bradley_terry")
+    for name, (column, instead) in ASKED.items():
+        if name in names and column not in data.responses.columns:
+            raise ValueError(f"--algorithm.loss {config.algorithm.loss}: the data have no {name}; take {instead}")
     unit = base.mesh.shape["data"] * base.mesh.shape["fsdp"] * config.microbatches
     plan = GroupPlan(config.batch_size, config.max_length, unit, config.packing, config.shuffle, config.seed)
     batches = GroupBatches(data.train, plan, steps=1, **train.host())
@@ -61,7 +83,7 @@ def _gather(config: RewardConfig, starts: bool) -> train.Task:
     return train.Task(
         config,
         base,
-        Method(lambda graphdef, _: reward(graphdef, loss=loss), heads=config.members),
+        Method(lambda graphdef, _: reward(graphdef, loss=loss), heads=config.members, freeze_trunk=config.freeze_trunk),
         batches,
         held_out,
         shapes=batches.layout.shapes,
@@ -71,67 +93,43 @@ def _gather(config: RewardConfig, starts: bool) -> train.Task:
     )
 
 
+def _check_trained(config: RewardConfig) -> None:
+    if config.freeze_trunk and config.lora.rank:
+        raise ValueError("--freeze-trunk trains the heads alone, and --lora.rank adapters besides; give one of them")
+    if config.members > 1 and config.lora.rank and huggingface.is_random(config.model):
+        raise ValueError(
+            f"--members {config.members} are adapters of --model {config.model}, whose random weights nobody could "
+            "load again; train them first, or leave out --lora.rank"
+        )
+
+
 def _export(task: train.Task, state: TrainState, frozen: Any) -> None:
-    """`final/`: a sequence classifier whose score is the members' mean, the members, and how scores are normalised."""
-    from safetensors.numpy import save_file
-
-    config, base, step = task.config, task.base, int(state.step)
-    model, head = state.params["model"], state.params["head"]
-    if base.lora is not None:
-        model = join(model, frozen)
-    found = _scores(task, model, head)
-    if base.lora is not None:
-        model = merge_by_layer(model, base.lora)
-    members = gather(head)
-    tokenizer, pad = _padded(base.vocabulary)
-    hf = huggingface.read_hf_config(config.model)
-    name = hf["architectures"][0].replace("ForCausalLM", "").replace("LMHeadModel", "")
-    hf |= {"architectures": [f"{name}ForSequenceClassification"], "id2label": {"0": "reward"}, "pad_token_id": pad}
-    hf |= {"label2id": {"reward": 0}, "num_labels": 1}
-    described = {"rule": "mean", "members": len(members), "mean": float(found.mean()), "std": float(found.std())}
-    final = Path(config.output) / "final"
+    final = Path(task.config.output) / "final"
     finish.put_aside(final)
-    staged = final.with_name("final.staged")
-    save_pretrained(
-        staged,
-        model,
-        base.model,
-        hf,
-        tokenizer=tokenizer,
-        model_card=finish._model_card(config, step),
-        extra={"reward.json": described, finish.MARK_FILE: finish.mark(step)},
-        head=members.mean(axis=0, keepdims=True),
-    )
-    if jax.process_index() == 0:
-        save_file({"members": members}, staged / "members.safetensors")
-        os.replace(staged, final)
+    _write(task, final, laid_over(state.params, frozen), int(state.step))
 
 
-def _scores(task: train.Task, model: Any, head: jax.Array) -> np.ndarray:
-    """The members' mean of every held-out response; of the training batches' where nothing is held out."""
+def _write(task: train.Task, folder: Path, params: PyTree, step: int) -> None:
+    found = _reference_scores(task, params)
+    scorer.save(folder, task.config, task.base, params, found.mean(axis=0), found.std(axis=0), step)
+
+
+def _reference_scores(task: train.Task, params: PyTree) -> np.ndarray:
+    """Float32[N M] of every held-out response; of some that were trained on where nothing is held out."""
+    config, base = task.config, task.base
     graphdef, _ = make_decoder(
-        task.base.model,
-        param_dtype=task.config.param_dtype,
-        lora=task.base.lora,
-        quantise=task.config.lora.quantise,
+        base.model,
+        compute_dtype=devices.compute_dtype(config.precision),
+        param_dtype=config.param_dtype,
+        attention=None if config.attention == "auto" else config.attention,
+        layout=Layout(base.mesh) if base.mesh.size > 1 else None,
+        lora=base.lora,
+        quantise=config.lora.quantise,
     )
-
-    @jax.jit
-    def scores(model: Any, head: jax.Array, batch: Any) -> jax.Array:
-        return response_scores(nnx.merge(graphdef, model), head, batch).mean(axis=-1)
-
+    scores = jax.jit(lambda params, batch: response_scores(graphdef, params, batch))
+    few = min(task.batches.steps, -(-REFERENCE_GROUPS // config.batch_size))
     found = []
-    for batch in task.held_out or (task.batches[i] for i in range(task.batches.steps)):
-        batch = put_batch(batch, task.base.mesh)
-        found.append(gather(scores(model, head, batch))[gather(batch.present)])
+    for batch in task.held_out or (task.batches[i] for i in range(few)):
+        batch = put_batch(batch, base.mesh)
+        found.append(gather(scores(params, batch))[gather(batch.present)])
     return np.concatenate(found)
-
-
-def _padded(vocabulary: Any) -> tuple[Any, int]:
-    """The tokenizer and a pad token that ends no text: transformers reads the score at the last other token."""
-    tokenizer = copy.deepcopy(vocabulary.tokenizer)
-    for token in (tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token):
-        if token is not None and tokenizer.convert_tokens_to_ids(token) not in vocabulary.terminators:
-            tokenizer.pad_token = token
-            return tokenizer, tokenizer.pad_token_id
-    raise ValueError("the tokenizer has no token to pad with that ends no text; give it a pad token of its own")

@@ -7,17 +7,24 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from jaxalign.algorithms.reward import response_scores, reward
 from jaxalign.data.groups import GroupPlan, Layout, Responses
-from jaxalign.losses.ranking import bradley_terry, kwise, process
+from jaxalign.losses.ranking import bradley_terry, kwise, process, rao_kupper, soft_bradley_terry
 from jaxalign.models import heads
+from jaxalign.models.decoder import make_decoder
+from jaxalign.models.families import model_config
+from jaxalign.models.lora import Lora, resolve_targets
+from jaxalign.runs import members
 from jaxalign.training import sharding
+from jaxalign.training.optimizer import is_matrix
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
-from tests.algorithms.conftest import make_responses
+from tests.algorithms.conftest import TINY, make_responses
 
 LENGTH = 20
+QUICKLY = {"xla_backend_optimization_level": 0}  # the same arithmetic, in less than half the time to compile
 
 
 def batch_of(responses, *, packing=True, unit=1):
@@ -34,7 +41,7 @@ def params(tiny):
 def test_a_score_is_read_at_the_last_token_of_its_sequence_alone(tiny, params, pairs, packing):
     """Padding is id 0 here and may as well be a token of the text: the batch's ids are not looked at."""
     model, batch = nnx.merge(tiny[0], params["model"]), batch_of(pairs, packing=packing)
-    found = np.asarray(response_scores(model, params["head"], batch))[np.asarray(batch.present)]
+    found = np.asarray(response_scores(tiny[0], params, batch))[np.asarray(batch.present)]
 
     @jax.jit
     def hidden(ids):
@@ -53,7 +60,7 @@ def mean_loss(algorithm, params, batch):
         value, metrics = algorithm.loss(params, batch)
         return value.compute(), metrics
 
-    (value, metrics), grads = jax.jit(jax.value_and_grad(mean, has_aux=True))(params)
+    (value, metrics), grads = jax.jit(jax.value_and_grad(mean, has_aux=True), compiler_options=QUICKLY)(params)
     return float(value), grads, {name: float(average.compute()) for name, average in metrics.items()}
 
 
@@ -68,7 +75,7 @@ def test_missing_candidates_are_in_no_pair_and_a_lone_response_in_no_mean(tiny, 
     groups = whole.groups.copy()
     groups[0, 2] = groups[1, 1] = groups[1, 2] = -1
     batch = batch_of(Responses(whole.examples, groups, {}), packing=False)
-    found = np.asarray(response_scores(nnx.merge(tiny[0], params["model"]), params["head"], batch))[:, 0]
+    found = np.asarray(response_scores(tiny[0], params, batch))[:, 0]
     losses = []
     for scores, here in zip(found, groups >= 0, strict=True):
         count = int(here.sum())
@@ -81,30 +88,103 @@ def test_missing_candidates_are_in_no_pair_and_a_lone_response_in_no_mean(tiny, 
     assert metrics["disagreement"] > 0
 
 
-def trained(tiny, params, pairs, *, microbatches, sizes=None, steps=3):
+def trained(graphdef, params, pairs, *, frozen=None, microbatches=1, sizes=None, steps=3):
     optimizer = optax.sgd(0.1)  # linear in the gradient: Adam magnifies rounding where a gradient is near 0
-    step = make_train_step(reward(tiny[0]), optimizer, microbatches=microbatches)
+    step = make_train_step(reward(graphdef), optimizer, microbatches=microbatches)
     batch = batch_of(pairs, unit=16)
     state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer, jax.random.key(0))  # the step donates it
     if sizes is None:
-        step = jax.jit(step)
+        step = jax.jit(step, compiler_options=QUICKLY)
     else:
         mesh = sharding.make_mesh(**sizes)
-        step = sharding.jit_step(step, state, None, mesh)
+        step = sharding.jit_step(step, state, frozen, mesh)
         state = jax.device_put(state, sharding.shardings(state, mesh))
+        frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
         batch = sharding.put_batch(jax.device_get(batch), mesh)
     for _ in range(steps):
-        state, metrics = step(state, None, batch)
+        state, metrics = step(state, frozen, batch)
     return jax.device_get(state.params), jax.device_get(metrics)
 
 
 def test_microbatches_and_meshes_give_the_same_parameters(tiny, params, pairs):
-    expected, _ = trained(tiny, params, pairs, microbatches=1)
+    expected, _ = trained(tiny[0], params, pairs)
     moved = jax.tree.map(lambda new, old: float(np.abs(new - np.asarray(old)).max()), expected, params)
     assert min(moved["head"], moved["model"]["blocks"]["mlp"]["gate"]["kernel"]) > 1e-3
     for microbatches, sizes in ((4, None), (2, {"data": 2, "fsdp": 2, "tensor": 2})):
-        found, _ = trained(tiny, params, pairs, microbatches=microbatches, sizes=sizes)
+        found, _ = trained(tiny[0], params, pairs, microbatches=microbatches, sizes=sizes)
         chex.assert_trees_all_close(found, expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def adapted(params):
+    """(graphdef, heads with adapters whose B is not 0, for three members, their trunk)"""
+    config = model_config(TINY)
+    graphdef, abstract = make_decoder(config, lora=Lora(2, 4.0, resolve_targets("q_proj,down_proj", config)))
+    shapes, _ = members.divide(abstract, Lora(2, 4.0, ()), 3, freeze_trunk=False)
+    draw = lambda leaf, key: 0.3 * jax.random.normal(key, leaf.shape)  # noqa: E731
+    leaves, tree = jax.tree.flatten(shapes["members"])
+    drawn = map(draw, leaves, jax.random.split(jax.random.key(3), len(leaves)))
+    made = {"head": params["head"], "members": jax.tree.unflatten(tree, drawn)}
+    return graphdef, made, {"model": params["model"]}
+
+
+@pytest.fixture(scope="module")
+def together(adapted, pairs):
+    """(params, metrics) after a step of all members."""
+    graphdef, start, trunk = adapted
+    return trained(graphdef, start, pairs, frozen=trunk, steps=1)
+
+
+def test_members_with_adapters_are_trained_in_one_step_as_each_would_be_alone(adapted, together, pairs):
+    """The loss is the members' mean, so a third of the rate is each one's own."""
+    graphdef, start, trunk = adapted
+    assert together[1]["disagreement"] > 0.1
+    alone = {"head": start["head"][1:2], "members": jax.tree.map(lambda x: x[1:2], start["members"])}
+    found, _ = trained(graphdef, alone, pairs, frozen=trunk, steps=1)
+    moved = lambda after, before, m: jax.tree.map(lambda a, b: a[m] - np.asarray(b)[m], after, before)  # noqa: E731
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda x: 3 * x, moved(together[0], start, 1)), moved(found, alone, 0), atol=1e-5
+    )
+
+
+def test_members_on_a_mesh_end_where_they_end_on_one_device(adapted, together, pairs):
+    graphdef, start, trunk = adapted
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+    found, _ = trained(graphdef, start, pairs, frozen=trunk, sizes=sizes, microbatches=2, steps=1)
+    chex.assert_trees_all_close(found, together[0], atol=1e-5)
+    mesh = sharding.make_mesh(**sizes)
+    placed = sharding.shardings(start, mesh)["members"]["blocks"]["attention"]["query"]["adapter"]
+    assert placed["a"].spec == P(None, None, "fsdp", None) and placed["b"].spec == P(None, None, None, "tensor")
+
+
+def test_weight_decay_knows_a_matrix_beneath_the_axes_of_members_and_layers(adapted, params):
+    _, start, trunk = adapted
+    decayed = is_matrix({**start, **trunk})
+    assert decayed["head"] and decayed["members"]["blocks"]["attention"]["query"]["adapter"]["a"]
+    assert decayed["model"]["blocks"]["mlp"]["gate"]["kernel"]
+    assert not decayed["model"]["blocks"]["mlp_norm"]["scale"] and not decayed["model"]["norm"]["scale"]
+
+
+def test_ties_and_probabilities_of_a_preference_reach_their_losses(tiny, params):
+    responses = make_responses(4, k=2, seed=4)
+    columns = {"tie": np.array([0, 1, 0, 1], bool), "preference": np.array([1, 0.5, 0.25, 1], np.float32)}
+    batch = batch_of(Responses(responses.examples, responses.groups, columns), packing=False)
+    found = np.asarray(response_scores(tiny[0], params, batch))[:, 0]  # [4 K M]
+    difference = found[:, 0] - found[:, 1]
+    log_sigmoid = lambda x: -np.log1p(np.exp(-x))  # noqa: E731
+
+    def loss_of(loss):
+        value, metrics = jax.jit(reward(tiny[0], loss=loss).loss, compiler_options=QUICKLY)(params, batch)
+        return float(value.compute()), metrics
+
+    p = columns["preference"][:, None]
+    soft, _ = loss_of(soft_bradley_terry)
+    assert soft == pytest.approx(np.mean(-p * log_sigmoid(difference) - (1 - p) * log_sigmoid(-difference)), abs=1e-5)
+    win, lose = (-log_sigmoid(sign * difference - np.log(3)) for sign in (1, -1))
+    tied = np.where(columns["tie"][:, None], win + lose - np.log(8), win)
+    value, metrics = loss_of(rao_kupper)
+    assert value == pytest.approx(np.mean(tied), abs=1e-5)
+    assert metrics["accuracy"].compute() == np.mean(difference.mean(1)[[0, 2]] > 0)
 
 
 def test_the_least_member_is_no_more_than_the_mean_and_one_member_agrees_with_itself():

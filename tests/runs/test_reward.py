@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
-from jaxalign.runs import reward
-from jaxalign.runs.config import LoraConfig, RewardAlgorithm, RewardConfig
+from jaxalign.rollout.score import load_reward_model
+from jaxalign.runs import export, reward
+from jaxalign.runs.config import ExportConfig, LoraConfig, RewardAlgorithm, RewardConfig
 from tests.runs.test_preferences import SHARED, pairs, rows  # noqa: F401  a fixture
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 
@@ -33,7 +34,7 @@ def trained(tiny_model, pairs, tmp_path_factory):  # noqa: F811
 def test_pairs_that_differ_by_a_word_are_told_apart(trained):
     held = {row["step"]: row for row in rows(trained.output) if "eval_loss" in row}
     assert held[8]["eval_accuracy"] == 1.0 and held[8]["eval_loss"] < held[0]["eval_loss"]
-    members = load_file(trained.output / "final" / "members.safetensors")["members"]
+    members = load_file(trained.output / "final" / "members" / "heads.safetensors")["heads"]
     assert members.shape == (2, 32) and np.abs(members[0] - members[1]).max() > 0.01
 
 
@@ -44,59 +45,104 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained,
     shutil.rmtree(again.output / "final")
     assert reward.run(again) == 0
     assert rows(again.output) == rows(trained.output)
-    for name in ("model", "members"):
+    for name in ("model", "members/heads"):
         files = [load_file(run.output / "final" / f"{name}.safetensors") for run in (trained, again)]
         assert all(files[0][key].tobytes() == files[1][key].tobytes() for key in files[0])
 
 
-def test_transformers_reads_the_score_at_the_terminator_of_padded_rows(trained):
-    """Against our trunk and head, at the last token of each text, its eos included."""
-    torch = pytest.importorskip("torch")
-    import jax
-    from flax import nnx
-    from transformers import AutoModelForSequenceClassification
+@pytest.fixture(scope="module")
+def scorer(trained):
+    return load_reward_model(str(trained.output / "final"), batch_size=4)
 
-    from jaxalign.models import heads, huggingface
-    from jaxalign.models.decoder import make_decoder
-    from jaxalign.models.load import load_params
+
+PROMPTS, RESPONSES = ["one ?", "one ?", "one ?", "two ?"], ["cat the a", "dog", "", "dog red blue a the"]
+
+
+def test_scores_of_texts_are_those_that_transformers_reads_at_the_terminator_of_padded_rows(trained, scorer):
+    """Its logit is the mean of the members' scores, before they are normalised."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = trained.output / "final"
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    assert type(theirs).__name__ == "LlamaForSequenceClassification" and theirs.config.pad_token_id not in (None, 2)
-    texts = [[1, 4, 6, 2], [1, 4, 7, 8, 9, 2], [1, 5, 2]]
-    ids = np.full((3, 6), theirs.config.pad_token_id)
-    mask = (np.arange(6) < np.array([[len(text)] for text in texts])).astype(np.int64)  # of lengths: pad may be bos
-    for row, text in zip(ids, texts, strict=True):
-        row[: len(text)] = text
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert type(theirs).__name__ == "LlamaForSequenceClassification"
+    assert theirs.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    texts = [f"{prompt} {response} </s>" for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
     with torch.no_grad():
-        found = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits[:, 0]
-    config = huggingface.read_config(trained.model)
-    graphdef, like = make_decoder(config)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    copy = trained.output.parent / "trunk"
-    shutil.copytree(folder, copy, dirs_exist_ok=True)
-    shutil.copy(f"{trained.model}/config.json", copy)
-    (copy / "members.safetensors").unlink()
-    from safetensors.numpy import save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    score = tensors.pop("score.weight")
-    save_file(tensors, copy / "model.safetensors")
-    params = load_params(str(copy), config, shardings=jax.tree.map(lambda _: place, like))
-    model = nnx.merge(graphdef, params)
-    ours = [float(heads.scores(model(np.array([t], np.int32)), score)[0, -1, 0]) for t in texts]
-    np.testing.assert_allclose(found.numpy(), ours, atol=1e-4)
-    described = json.loads((folder / "reward.json").read_text())
-    assert described["std"] > 0 and described["rule"] == "mean"
+        found = theirs(**tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)).logits[:, 0]
+    held = json.loads((folder / "reward.json").read_text())
+    ours = scorer.members(PROMPTS, RESPONSES) * np.array(held["std"]) + np.array(held["mean"])
+    assert ours.shape == (4, 2) and np.ptp(ours.mean(axis=1)) > 0.1
+    np.testing.assert_allclose(found.numpy(), ours.mean(axis=1), atol=1e-4)
 
 
-def test_adapters_and_a_loss_of_rankings_end_in_the_same_kind_of_folder(trained, tmp_path, one_device):  # noqa: F811
-    loss = RewardAlgorithm("kwise")
-    config = dataclasses.replace(trained, output=tmp_path / "run", lora=LoraConfig(rank=2), steps=2, algorithm=loss)
+def test_scores_of_the_held_out_responses_have_mean_0_and_variance_1(trained, scorer, one_device):  # noqa: F811
+    """By way of text, and so of the loaded folder's own tokenizer; the run held some pairs out by its seed."""
+    task = reward._gather(trained, False)
+    examples = task.held_out[0].sequences
+    planes = zip(*(x.reshape(-1, x.shape[-1]) for x in (examples.tokens, examples.segment_ids)), strict=True)
+    rows = [tokens[ids == s] for tokens, ids in planes for s in range(1, ids.max() + 1)]
+    found = scorer.rows(rows)
+    np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(found.std(axis=0), 1, atol=1e-4)
+    text = scorer.tokenizer.decode(rows[0], skip_special_tokens=True)
+    prompt, _, response = text.partition("? ")
+    np.testing.assert_allclose(scorer.members([f"{prompt}?"], [response])[0], found[0], atol=1e-5)
+
+
+def test_the_least_member_is_below_the_mean_and_a_cut_response_is_read_without_a_terminator(scorer):
+    members = scorer.members(PROMPTS, RESPONSES)
+    assert (members.min(axis=1) < members.mean(axis=1)).all()
+    np.testing.assert_array_equal(scorer(PROMPTS, RESPONSES), members.mean(axis=1))
+    least = dataclasses.replace(scorer, model=dataclasses.replace(scorer.model, rule="min"))
+    np.testing.assert_array_equal(least(PROMPTS, RESPONSES), members.min(axis=1))
+    assert scorer.ids("one ?", "cat").tolist() == [15, 21, 6, 2]
+    assert scorer.ids("one ?", "cat", ended=False).tolist() == [15, 21, 6]
+    with pytest.raises(ValueError, match="fills all 16 tokens"):
+        scorer(["the " * 16], ["cat"])
+
+
+def test_a_checkpoint_is_exported_as_the_folder_that_the_run_would_have_ended_in(trained, tmp_path):
+    for step in (8, 4):
+        assert export.run(ExportConfig(run=trained.output, output=tmp_path / str(step), step=step)) == 0
+    folders = tmp_path / "8", tmp_path / "4", trained.output / "final"
+    last, earlier, final = (folder / "members" / "heads.safetensors" for folder in folders)
+    assert last.read_bytes() == final.read_bytes() != earlier.read_bytes()
+    described = [json.loads((path.parents[1] / "reward.json").read_text()) for path in (last, final)]
+    np.testing.assert_allclose(described[0]["mean"], described[1]["mean"], atol=1e-5)
+    with pytest.raises(ValueError, match="whose adapters go with its heads"):
+        export.run(ExportConfig(run=trained.output, output=tmp_path / "adapter", adapter=True))
+
+
+def test_members_with_adapters_differ_and_are_read_with_their_base(trained, tmp_path, one_device):  # noqa: F811
+    config = dataclasses.replace(trained, output=tmp_path / "run", lora=LoraConfig(rank=2), members=3, combine="min")
     assert reward.run(config) == 0
-    shapes = lambda run: {k: v.shape for k, v in load_file(run.output / "final" / "model.safetensors").items()}  # noqa: E731
-    assert shapes(config) == shapes(trained)
-    assert json.loads((config.output / "final" / "reward.json").read_text())["std"] > 0
+    held = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
+    assert held[8]["eval_loss"] < held[0]["eval_loss"] and held[8]["eval_disagreement"] > 0
+    folder = config.output / "final"
+    found = load_reward_model(str(folder), batch_size=4)
+    members = found.members(PROMPTS, RESPONSES)
+    assert members.shape == (4, 3) and np.abs(members[:, 0] - members[:, 1]).max() > 0.01
+    np.testing.assert_array_equal(found(PROMPTS, RESPONSES), members.min(axis=1))
+    described = json.loads((folder / "reward.json").read_text())
+    one = tmp_path / "one"  # without what is besides, the folder is the first member's, merged
+    shutil.copytree(folder, one, ignore=shutil.ignore_patterns("members", "reward.json"))
+    first = load_reward_model(str(one), batch_size=4).members(PROMPTS, RESPONSES)[:, 0]
+    np.testing.assert_allclose((first - described["mean"][0]) / described["std"][0], members[:, 0], atol=1e-4)
+
+
+def test_a_frozen_trunk_stays_and_a_ranking_teaches_the_head_alone(trained, tiny_model, tmp_path, one_device):  # noqa: F811
+    loss = RewardAlgorithm("kwise")
+    config = dataclasses.replace(trained, output=tmp_path / "run", freeze_trunk=True, algorithm=loss)
+    assert reward.run(config) == 0
+    before, after = load_file(tiny_model / "model.safetensors"), load_file(config.output / "final/model.safetensors")
+    assert before.keys() == after.keys() - {"score.weight"}
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    held = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
+    assert held[8]["eval_loss"] < held[0]["eval_loss"]
+    checkpoint = sum(file.stat().st_size for file in (config.output / "checkpoints" / "8").rglob("*"))
+    assert checkpoint < sum(x.nbytes for x in before.values())  # of heads and their moments, not of the trunk
 
 
 @pytest.mark.parametrize(
@@ -104,6 +150,9 @@ def test_adapters_and_a_loss_of_rankings_end_in_the_same_kind_of_folder(trained,
     [
         (["--algorithm.loss", "process"], "asks for an input 'step_scores'"),
         (["--algorithm.loss", "graded_bradley_terry"], "the data have no margins"),
+        (["--algorithm.loss", "rao_kupper"], "the data have no ties; take bradley_terry"),
+        (["--combine", "median"], "unknown name 'median'"),
+        (["--freeze-trunk", "--lora.rank", "2"], "give one of them"),
         (["--members", "0"], "--members 0: it must be at least 1"),
     ],
 )
