@@ -134,7 +134,7 @@ def test_ties_and_probabilities_are_columns_as_soon_as_one_pair_has_them(tmp_pat
     columns = load(tmp_path, tiny_model, told, eval_share=0.0).responses.columns
     assert columns["tie"].tolist() == [True, False, False] and columns["tie"].dtype == bool
     assert columns["preference"].tolist() == [1.0, 0.75, 1.0] and "margin" not in columns
-    with pytest.raises(ValueError, match="preference is 1.5, not a probability"):
+    with pytest.raises(ValueError, match=r"preference is 1\.5, not a probability"):
         load(tmp_path, tiny_model, [pair | {"preference": 1.5}])
 
 
