@@ -23,6 +23,7 @@ from jaxalign.runs import devices, finish, scorer, train
 from jaxalign.runs.config import MeshConfig, RewardConfig
 from jaxalign.runs.program import Method, make_program
 from jaxalign.runs.sft import data_options
+from jaxalign.runs.vocabulary import Vocabulary
 from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.sharding import put_batch
 from jaxalign.training.state import TrainState
@@ -63,14 +64,7 @@ def _gather(config: RewardConfig, starts: bool) -> train.Task:
     base = train.load_base(config, starts=starts)
     base = dataclasses.replace(base, model=heads.trunk_config(base.model))
     names = set(input_names(loss))
-    data = preferences.load(
-        config.data,
-        base.vocabulary.tokenizer,
-        data_options(config, base.vocabulary.terminators),
-        kind=preferences.PAIRS if names & PAIRWISE else preferences.RANKED,
-        eval_spec=config.eval_data,
-        as_chat=config.as_chat,
-    )
+    data = feedback(config, base.vocabulary)
     for name, (column, instead) in ASKED.items():
         if name in names and column not in data.responses.columns:
             raise ValueError(f"--algorithm.loss {config.algorithm.loss}: the data have no {name}; take {instead}")
@@ -90,6 +84,19 @@ def _gather(config: RewardConfig, starts: bool) -> train.Task:
         fingerprint=data.responses.fingerprint(),
         prompts=[],
         export=_export,
+    )
+
+
+def feedback(config: RewardConfig, vocabulary: Vocabulary) -> preferences.PreferenceData:
+    """The groups of responses that the run learns from and those that it holds out."""
+    names = input_names(select_loss(config.algorithm.loss, RANKING_LOSSES))
+    return preferences.load(
+        config.data,
+        vocabulary.tokenizer,
+        data_options(config, vocabulary.terminators),
+        kind=preferences.PAIRS if PAIRWISE & set(names) else preferences.RANKED,
+        eval_spec=config.eval_data,
+        as_chat=config.as_chat,
     )
 
 
