@@ -132,13 +132,14 @@ class Encoder:
             raise ValueError(f"{where}: {error}") from None
         parts = []
         for i, span in enumerate(found):
-            ids = self.continuation(span.text) if i else self._opening(span.text)
+            ids = self.continuation(span.text) if i else self.opening(span.text)
             if span.learned and ids[-1:] and ids[-1] not in self.terminators:
                 ids = [*ids, self.terminators[0]]
             parts.append((ids, span.learned))
         return parts
 
-    def _opening(self, text: str) -> list[int]:
+    def opening(self, text: str) -> list[int]:
+        """Ids of text that begins a sequence, behind one bos token where the tokenizer puts it."""
         ids = self._plain(text)
         return ids if ids[: len(self.bos)] == self.bos else [*self.bos, *ids]
 

@@ -55,6 +55,7 @@ class RewardModel:
     rule: str = "mean"  # how members' scores are combined
     as_chat: bool = False  # texts were turns of a conversation in training
     max_length: int = 0  # tokens of a row in training, or that the model was made for
+    separator: str | None = None  # of a process reward model: the text behind each step
     base: str | None = None  # the trunk's own folder, where the members are adapters on it
     quantise: str = "none"
 
@@ -106,6 +107,7 @@ def read_reward_model(
         rule=described.get("rule", "mean"),
         as_chat=described.get("as_chat", False),
         max_length=described.get("max_length", config.max_length),
+        separator=described.get("separator"),
         base=base,
         quantise=quantise,
     )
@@ -174,12 +176,17 @@ def member_scores(graphdef: Any, params: PyTree, tokens: jax.Array, lengths: jax
       tokens: Int32[B T], padded on the right with anything.
       lengths: Int32[B], tokens of each row, the terminator included.
     """
+    found = scores_at(graphdef, params, tokens, lengths, jnp.maximum(lengths - 1, 0)[:, None])[:, 0]
+    return jnp.where(lengths[:, None] > 0, found, 0.0)
+
+
+def scores_at(graphdef: Any, params: PyTree, tokens: jax.Array, lengths: jax.Array, places: jax.Array) -> jax.Array:
+    """Float32[B S M], the same at the tokens Int32[B S] of each row, such as the ends of a solution's steps."""
     segment_ids = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
 
-    def at_the_end(model: Any, head: jax.Array) -> jax.Array:
+    def read(model: Any, head: jax.Array) -> jax.Array:
         hidden = model(tokens, segment_ids=segment_ids)
-        return heads.scores(jnp.take_along_axis(hidden, last, axis=1)[:, 0], head)
+        return heads.scores(jnp.take_along_axis(hidden, places[..., None], axis=1), head)
 
-    found = heads.each_member(graphdef, params, at_the_end)
-    return jnp.where(lengths[:, None] > 0, (found - params["mean"][None]) / params["std"][None], 0.0)
+    found = heads.each_member(graphdef, params, read)
+    return (found - params["mean"][None, None]) / params["std"][None, None]

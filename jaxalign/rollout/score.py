@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.data.preference_formats import sequence
+from jaxalign.data.steps import MOST_STEPS, encode
 from jaxalign.data.tokens import Encoder
 from jaxalign.models import heads, huggingface
-from jaxalign.models.reward_model import RewardModel, load_reward_params, member_scores, read_reward_model
+from jaxalign.models.reward_model import RewardModel, load_reward_params, member_scores, read_reward_model, scores_at
 from jaxalign.types import PyTree
 
 Prompt = str | Sequence[dict[str, str]]  # a text, or messages
@@ -93,6 +94,29 @@ class Scorer:
                 tokens[b, : len(rows[i])], lengths[b] = rows[i], len(rows[i])
             scores[part] = np.asarray(self._compiled(self.params, tokens, lengths))[: len(part)]
         return scores
+
+    def steps(self, prompt: str, steps: Sequence[str]) -> np.ndarray:
+        """Float32[S M]: of a process reward model, the logit that each step of a solution is right.
+
+        Raises:
+          ValueError: the model is of whole responses, or the solution is longer than it reads.
+        """
+        if self.model.separator is None:
+            raise ValueError(f"{self.model.folder} scores whole responses; `jaxalign reward` with the loss process "
+                             "trains a model of steps")  # fmt: skip
+        ids, ends = encode(self._encoder, prompt, steps, self.model.separator)
+        if len(ids) > self.model.max_length:
+            raise ValueError(f"a solution of {len(ids)} tokens, and the model reads {self.model.max_length}")
+        tokens = np.zeros((1, max(16, 1 << (len(ids) - 1).bit_length())), np.int32)
+        tokens[0, : len(ids)] = ids
+        places = np.zeros((1, MOST_STEPS * -(-len(ends) // MOST_STEPS)), np.int32)  # of few shapes
+        places[0, : len(ends)] = ends
+        found = self._compiled_at(self.params, tokens, np.array([len(ids)], np.int32), places)
+        return np.asarray(found)[0, : len(ends)]
+
+    @functools.cached_property
+    def _compiled_at(self) -> Any:
+        return jax.jit(functools.partial(scores_at, self.model.graphdef))
 
     @functools.cached_property
     def _compiled(self) -> Any:

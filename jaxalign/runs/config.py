@@ -212,7 +212,8 @@ class RewardAlgorithm:
     """What is minimised over the scores of a prompt's responses."""
 
     loss: str = "bradley_terry"
-    """Of losses/ranking.py: 'bradley_terry(margin=0.1, centering_coef=0.01)', 'kwise', or 'my.module:function(x=1)'."""
+    """Of losses/ranking.py: 'bradley_terry(margin=0.1, centering_coef=0.01)', 'kwise', 'process' (a score a step), or
+    'my.module:function(x=1)'."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,8 @@ class RewardConfig(TrainConfig):
     """Of an ensemble, whose disagreement is told: heads on the one trunk; with LoRA, adapters with a head each."""
     combine: str = "mean"
     """Of the members' scores, in what reads the model: 'mean', 'min' or 'mean_minus_std(k=1.0)'."""
+    step_separator: str = "\n"
+    """Text behind each step of a solution, at which its score is read; of the losses of steps."""
     freeze_trunk: bool = False
     """Train the heads alone, on a trunk that stays as it is."""
     algorithm: RewardAlgorithm = field(default_factory=RewardAlgorithm)

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign.algorithms import process
+from jaxalign.algorithms.process import process_reward
 from jaxalign.algorithms.reward import check_loss, laid_over, response_scores, reward
-from jaxalign.data import groups, preferences
+from jaxalign.data import groups, preferences, steps
 from jaxalign.data.groups import GroupBatches, GroupPlan
 from jaxalign.losses.inputs import input_names
 from jaxalign.losses.mixture import select_loss
@@ -58,7 +60,8 @@ def export(config: RewardConfig, output: Path, checkpoints: Checkpoints, step: i
 
 def _gather(config: RewardConfig, starts: bool) -> train.Task:
     loss = select_loss(config.algorithm.loss, RANKING_LOSSES)
-    check_loss(loss)
+    build = process_reward if of_steps(config) else reward
+    (process.check_loss if of_steps(config) else check_loss)(loss)
     heads.combine(np.zeros((1, config.members), np.float32), config.combine)
     _check_trained(config)
     base = train.load_base(config, starts=starts)
@@ -77,7 +80,7 @@ def _gather(config: RewardConfig, starts: bool) -> train.Task:
     return train.Task(
         config,
         base,
-        Method(lambda graphdef, _: reward(graphdef, loss=loss), heads=config.members, freeze_trunk=config.freeze_trunk),
+        Method(lambda graphdef, _: build(graphdef, loss=loss), heads=config.members, freeze_trunk=config.freeze_trunk),
         batches,
         held_out,
         shapes=batches.layout.shapes,
@@ -87,13 +90,27 @@ def _gather(config: RewardConfig, starts: bool) -> train.Task:
     )
 
 
+def of_steps(config: RewardConfig) -> bool:
+    """Whether the loss is of steps, not of whole responses."""
+    return "step_scores" in input_names(select_loss(config.algorithm.loss, RANKING_LOSSES))
+
+
 def feedback(config: RewardConfig, vocabulary: Vocabulary) -> preferences.PreferenceData:
-    """The groups of responses that the run learns from and those that it holds out."""
+    """The responses, in groups, that the run learns from and those that it holds out."""
+    options = data_options(config, vocabulary.terminators)
+    if of_steps(config):
+        return steps.load(
+            config.data,
+            vocabulary.tokenizer,
+            options,
+            separator=config.step_separator,
+            eval_spec=config.eval_data,
+        )
     names = input_names(select_loss(config.algorithm.loss, RANKING_LOSSES))
     return preferences.load(
         config.data,
         vocabulary.tokenizer,
-        data_options(config, vocabulary.terminators),
+        options,
         kind=preferences.PAIRS if PAIRWISE & set(names) else preferences.RANKED,
         eval_spec=config.eval_data,
         as_chat=config.as_chat,
@@ -117,8 +134,11 @@ def _export(task: train.Task, state: TrainState, frozen: Any) -> None:
 
 
 def _write(task: train.Task, folder: Path, params: PyTree, step: int) -> None:
-    found = _reference_scores(task, params)
-    scorer.save(folder, task.config, task.base, params, found.mean(axis=0), found.std(axis=0), step)
+    if of_steps(task.config):  # logits, whose zero and unit mean something
+        found, separator = np.array([[-1.0], [1.0]]).repeat(task.config.members, axis=1), task.config.step_separator
+    else:
+        found, separator = _reference_scores(task, params), None
+    scorer.save(folder, task.config, task.base, params, found.mean(axis=0), found.std(axis=0), step, separator)
 
 
 def _reference_scores(task: train.Task, params: PyTree) -> np.ndarray:

@@ -25,7 +25,14 @@ FLAT = 1e-6  # a standard deviation below it says nothing; dividing by it would 
 
 
 def save(
-    folder: Path, config: RewardConfig, base: Base, params: PyTree, mean: np.ndarray, std: np.ndarray, step: int
+    folder: Path,
+    config: RewardConfig,
+    base: Base,
+    params: PyTree,
+    mean: np.ndarray,
+    std: np.ndarray,
+    step: int,
+    separator: str | None = None,
 ) -> None:
     """Writes the folder that `models/reward_model.py` and transformers read.
 
@@ -39,6 +46,7 @@ def save(
       mean: [M], of each member's scores of the reference responses.
       std: [M], their standard deviations.
       step: updates that the params have seen.
+      separator: the text behind each step, of a model that scores steps.
     """
     from safetensors.numpy import save_file
 
@@ -53,6 +61,8 @@ def save(
         "as_chat": config.as_chat,
         "max_length": config.max_length,
     }
+    if separator is not None:
+        described["separator"] = separator
     if several:
         described |= {"base": _lasting(config.model), "quantise": config.lora.quantise}
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from jaxalign.cli.main import main
 from jaxalign.rollout.score import load_reward_model
 from jaxalign.runs import export, reward
-from jaxalign.runs.config import ExportConfig, LoraConfig, RewardAlgorithm, RewardConfig
+from jaxalign.runs.config import ExportConfig, LoraConfig, OptimizerConfig, RewardAlgorithm, RewardConfig
 from tests.runs.test_preferences import SHARED, pairs, rows  # noqa: F401  a fixture
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 
@@ -97,6 +97,8 @@ def test_the_least_member_is_below_the_mean_and_a_cut_response_is_read_without_a
     np.testing.assert_array_equal(scorer(PROMPTS, RESPONSES), members.mean(axis=1))
     least = dataclasses.replace(scorer, model=dataclasses.replace(scorer.model, rule="min"))
     np.testing.assert_array_equal(least(PROMPTS, RESPONSES), members.min(axis=1))
+    with pytest.raises(ValueError, match="scores whole responses"):
+        scorer.steps("one ?", ["cat"])
     assert scorer.ids("one ?", "cat").tolist() == [15, 21, 6, 2]
     assert scorer.ids("one ?", "cat", ended=False).tolist() == [15, 21, 6]
     with pytest.raises(ValueError, match="fills all 16 tokens"):
@@ -145,10 +147,40 @@ def test_a_frozen_trunk_stays_and_a_ranking_teaches_the_head_alone(trained, tiny
     assert checkpoint < sum(x.nbytes for x in before.values())  # of heads and their moments, not of the trunk
 
 
+def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tmp_path, one_device):  # noqa: F811
+    """A step is right if it begins with a cat; it is found out wherever it stands."""
+    rng, solutions = np.random.default_rng(0), []
+    for _ in range(48):
+        labels = (rng.random(rng.integers(1, 4)) < 0.5).tolist()
+        said = [" ".join(["cat" if right else "dog", *rng.choice(["the", "a"], 1)]) for right in labels]
+        solutions.append({"prompt": "one ?", "completions": said, "labels": labels})
+    path = tmp_path / "steps.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in solutions))
+    more = SHARED | {
+        "steps": 16,
+        "packing": False,
+        "eval_share": 0.25,
+        "optimizer": OptimizerConfig(learning_rate=1e-2),
+    }
+    loss = RewardAlgorithm("process")
+    config = RewardConfig(str(tiny_model), str(path), tmp_path / "run", algorithm=loss, step_separator=".", **more)
+    assert reward.run(config) == 0
+    held = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
+    assert held[16]["eval_accuracy"] == 1.0 and held[16]["eval_loss"] < held[0]["eval_loss"]
+    found = load_reward_model(str(config.output / "final"))
+    steps = found.steps("one ?", ["cat the", "dog a", "cat a"])
+    assert steps.shape == (3, 1) and (steps[:, 0] > 0).tolist() == [True, False, True]
+    np.testing.assert_allclose(
+        found.steps("one ?", ["cat the", "dog a"]), steps[:2], atol=1e-5
+    )  # it sees no later step
+    with pytest.raises(ValueError, match="17 tokens, and the model reads 16"):
+        found.steps("one ?", ["cat the"] * 5)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--algorithm.loss", "process"], "asks for an input 'step_scores'"),
+        (["--algorithm.loss", "process"], "hold no steps; needed are prompt, completions, labels"),
         (["--algorithm.loss", "graded_bradley_terry"], "the data have no margins"),
         (["--algorithm.loss", "rao_kupper"], "the data have no ties; take bradley_terry"),
         (["--combine", "median"], "unknown name 'median'"),
