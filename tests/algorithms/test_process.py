@@ -32,7 +32,7 @@ def solutions():
 def test_the_loss_is_the_mean_over_labelled_steps_of_what_stands_at_their_ends(tiny, solutions, packing):
     params = {"model": tiny[1], "head": heads.init_head(jax.random.key(5), 2, 32)}
     model, errors, right = nnx.merge(tiny[0], tiny[1]), [], []
-    hidden = jax.jit(lambda ids: model(ids))
+    hidden = jax.jit(lambda ids: model(ids), compiler_options=QUICKLY)
     for i in range(8):
         ids, _ = solutions.examples[i]
         every = (

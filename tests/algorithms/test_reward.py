@@ -26,6 +26,13 @@ from tests.algorithms.conftest import TINY, make_responses
 LENGTH = 20
 QUICKLY = {"xla_backend_optimization_level": 0}  # the same arithmetic, in less than half the time to compile
 
+scores_of = jax.jit(response_scores, static_argnums=0, compiler_options=QUICKLY)
+
+
+def loss_of(graphdef, loss, params, batch):
+    value, metrics = jax.jit(reward(graphdef, loss=loss).loss, compiler_options=QUICKLY)(params, batch)
+    return float(value.compute()), {name: float(average.compute()) for name, average in metrics.items()}
+
 
 def batch_of(responses, *, packing=True, unit=1):
     plan = GroupPlan(len(responses), LENGTH, unit=unit, packing=packing)
@@ -41,11 +48,9 @@ def params(tiny):
 def test_a_score_is_read_at_the_last_token_of_its_sequence_alone(tiny, params, pairs, packing):
     """Padding is id 0 here and may as well be a token of the text: the batch's ids are not looked at."""
     model, batch = nnx.merge(tiny[0], params["model"]), batch_of(pairs, packing=packing)
-    found = np.asarray(response_scores(tiny[0], params, batch))[np.asarray(batch.present)]
+    found = np.asarray(scores_of(tiny[0], params, batch))[np.asarray(batch.present)]
 
-    @jax.jit
-    def hidden(ids):
-        return model(ids)
+    hidden = jax.jit(lambda ids: model(ids), compiler_options=QUICKLY)
 
     expected = []
     for ids, _ in (pairs.examples[int(e)] for e in pairs.groups.ravel()):
@@ -55,19 +60,11 @@ def test_a_score_is_read_at_the_last_token_of_its_sequence_alone(tiny, params, p
     np.testing.assert_allclose(order(found), order(expected), atol=1e-4)
 
 
-def mean_loss(algorithm, params, batch):
-    def mean(params):
-        value, metrics = algorithm.loss(params, batch)
-        return value.compute(), metrics
-
-    (value, metrics), grads = jax.jit(jax.value_and_grad(mean, has_aux=True), compiler_options=QUICKLY)(params)
-    return float(value), grads, {name: float(average.compute()) for name, average in metrics.items()}
-
-
 def test_packed_rows_give_the_gradient_of_padded_ones(tiny, params, pairs):
-    packed, padded = (mean_loss(reward(tiny[0]), params, batch_of(pairs, packing=p)) for p in (True, False))
-    assert packed[0] == pytest.approx(padded[0], abs=1e-5)
-    chex.assert_trees_all_close(packed[1], padded[1], atol=1e-5)
+    mean = lambda params, batch: reward(tiny[0]).loss(params, batch)[0].compute()  # noqa: E731
+    gradient = jax.jit(jax.value_and_grad(mean), compiler_options=QUICKLY)
+    packed, padded = (gradient(params, batch_of(pairs, packing=p)) for p in (True, False))
+    chex.assert_trees_all_close(packed, padded, atol=1e-5)
 
 
 def test_missing_candidates_are_in_no_pair_and_a_lone_response_in_no_mean(tiny, params):
@@ -75,7 +72,7 @@ def test_missing_candidates_are_in_no_pair_and_a_lone_response_in_no_mean(tiny, 
     groups = whole.groups.copy()
     groups[0, 2] = groups[1, 1] = groups[1, 2] = -1
     batch = batch_of(Responses(whole.examples, groups, {}), packing=False)
-    found = np.asarray(response_scores(tiny[0], params, batch))[:, 0]
+    found = np.asarray(scores_of(tiny[0], params, batch))[:, 0]
     losses = []
     for scores, here in zip(found, groups >= 0, strict=True):
         count = int(here.sum())
@@ -83,7 +80,7 @@ def test_missing_candidates_are_in_no_pair_and_a_lone_response_in_no_mean(tiny, 
         if pairs:
             losses.append(np.mean([np.log1p(np.exp(scores[j] - scores[i])) for i, j in pairs]))
     assert len(losses) == 5
-    value, _, metrics = mean_loss(reward(tiny[0], loss=kwise), params, batch)
+    value, metrics = loss_of(tiny[0], kwise, params, batch)
     assert value == pytest.approx(np.mean(losses), abs=1e-5)
     assert metrics["disagreement"] > 0
 
@@ -94,13 +91,14 @@ def trained(graphdef, params, pairs, *, frozen=None, microbatches=1, sizes=None,
     batch = batch_of(pairs, unit=16)
     state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer, jax.random.key(0))  # the step donates it
     if sizes is None:
-        step = jax.jit(step, compiler_options=QUICKLY)
+        step = jax.jit(step)
     else:
         mesh = sharding.make_mesh(**sizes)
         step = sharding.jit_step(step, state, frozen, mesh)
         state = jax.device_put(state, sharding.shardings(state, mesh))
         frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
         batch = sharding.put_batch(jax.device_get(batch), mesh)
+    step = step.lower(state, frozen, batch).compile(compiler_options=QUICKLY)
     for _ in range(steps):
         state, metrics = step(state, frozen, batch)
     return jax.device_get(state.params), jax.device_get(metrics)
@@ -121,11 +119,9 @@ def adapted(params):
     config = model_config(TINY)
     graphdef, abstract = make_decoder(config, lora=Lora(2, 4.0, resolve_targets("q_proj,down_proj", config)))
     shapes, _ = members.divide(abstract, Lora(2, 4.0, ()), 3, freeze_trunk=False)
-    draw = lambda leaf, key: 0.3 * jax.random.normal(key, leaf.shape)  # noqa: E731
-    leaves, tree = jax.tree.flatten(shapes["members"])
-    drawn = map(draw, leaves, jax.random.split(jax.random.key(3), len(leaves)))
-    made = {"head": params["head"], "members": jax.tree.unflatten(tree, drawn)}
-    return graphdef, made, {"model": params["model"]}
+    rng = np.random.default_rng(3)
+    drawn = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), shapes["members"])
+    return graphdef, {"head": params["head"], "members": drawn}, {"model": params["model"]}
 
 
 @pytest.fixture(scope="module")
@@ -169,22 +165,17 @@ def test_ties_and_probabilities_of_a_preference_reach_their_losses(tiny, params)
     responses = make_responses(4, k=2, seed=4)
     columns = {"tie": np.array([0, 1, 0, 1], bool), "preference": np.array([1, 0.5, 0.25, 1], np.float32)}
     batch = batch_of(Responses(responses.examples, responses.groups, columns), packing=False)
-    found = np.asarray(response_scores(tiny[0], params, batch))[:, 0]  # [4 K M]
+    found = np.asarray(scores_of(tiny[0], params, batch))[:, 0]  # [4 K M]
     difference = found[:, 0] - found[:, 1]
     log_sigmoid = lambda x: -np.log1p(np.exp(-x))  # noqa: E731
-
-    def loss_of(loss):
-        value, metrics = jax.jit(reward(tiny[0], loss=loss).loss, compiler_options=QUICKLY)(params, batch)
-        return float(value.compute()), metrics
-
     p = columns["preference"][:, None]
-    soft, _ = loss_of(soft_bradley_terry)
+    soft, _ = loss_of(tiny[0], soft_bradley_terry, params, batch)
     assert soft == pytest.approx(np.mean(-p * log_sigmoid(difference) - (1 - p) * log_sigmoid(-difference)), abs=1e-5)
     win, lose = (-log_sigmoid(sign * difference - np.log(3)) for sign in (1, -1))
     tied = np.where(columns["tie"][:, None], win + lose - np.log(8), win)
-    value, metrics = loss_of(rao_kupper)
+    value, metrics = loss_of(tiny[0], rao_kupper, params, batch)
     assert value == pytest.approx(np.mean(tied), abs=1e-5)
-    assert metrics["accuracy"].compute() == np.mean(difference.mean(1)[[0, 2]] > 0)
+    assert metrics["accuracy"] == np.mean(difference.mean(1)[[0, 2]] > 0)
 
 
 def test_the_least_member_is_no_more_than_the_mean_and_one_member_agrees_with_itself():
