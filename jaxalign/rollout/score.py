@@ -86,9 +86,7 @@ class Scorer:
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         for at in range(0, len(order), self.batch_size):
             part = order[at : at + self.batch_size]
-            longest = len(rows[part[0]])
-            width = min(max(16, 1 << (longest - 1).bit_length()), max(self.model.max_length, longest))
-            tokens = np.zeros((self.batch_size, width), np.int32)
+            tokens = np.zeros((self.batch_size, self._width(len(rows[part[0]]))), np.int32)
             lengths = np.zeros(self.batch_size, np.int32)
             for b, i in enumerate(part):
                 tokens[b, : len(rows[i])], lengths[b] = rows[i], len(rows[i])
@@ -107,12 +105,16 @@ class Scorer:
         ids, ends = encode(self._encoder, prompt, steps, self.model.separator)
         if len(ids) > self.model.max_length:
             raise ValueError(f"a solution of {len(ids)} tokens, and the model reads {self.model.max_length}")
-        tokens = np.zeros((1, max(16, 1 << (len(ids) - 1).bit_length())), np.int32)
+        tokens = np.zeros((1, self._width(len(ids))), np.int32)
         tokens[0, : len(ids)] = ids
         places = np.zeros((1, MOST_STEPS * -(-len(ends) // MOST_STEPS)), np.int32)  # of few shapes
         places[0, : len(ends)] = ends
         found = self._compiled_at(self.params, tokens, np.array([len(ids)], np.int32), places)
         return np.asarray(found)[0, : len(ends)]
+
+    def _width(self, longest: int) -> int:
+        """The next power of two, and no more than the model reads, unless a row is longer."""
+        return min(max(16, 1 << (longest - 1).bit_length()), max(self.model.max_length, longest))
 
     @functools.cached_property
     def _compiled_at(self) -> Any:

@@ -9,9 +9,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
+from jaxalign.models.huggingface import load_tokenizer
 from jaxalign.rollout.score import load_reward_model
 from jaxalign.runs import export, reward
 from jaxalign.runs.config import ExportConfig, LoraConfig, OptimizerConfig, RewardAlgorithm, RewardConfig
+from jaxalign.runs.scorer import padded
+from jaxalign.runs.vocabulary import Vocabulary
 from tests.runs.test_preferences import SHARED, pairs, rows  # noqa: F401  a fixture
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 
@@ -103,6 +106,13 @@ def test_the_least_member_is_below_the_mean_and_a_cut_response_is_read_without_a
     assert scorer.ids("one ?", "cat", ended=False).tolist() == [15, 21, 6]
     with pytest.raises(ValueError, match="fills all 16 tokens"):
         scorer(["the " * 16], ["cat"])
+
+
+def test_a_vocabulary_with_nothing_but_an_eos_token_pads_with_its_last_word(tiny_model):
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.bos_token = tokenizer.unk_token = None
+    found, pad = padded(Vocabulary(tokenizer, (2,)))
+    assert pad == found.pad_token_id == len(tokenizer) - 1 and tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
 def test_a_checkpoint_is_exported_as_the_folder_that_the_run_would_have_ended_in(trained, tmp_path):
