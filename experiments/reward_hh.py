@@ -9,7 +9,7 @@ Command:   python experiments/reward_hh.py FOLDER --output runs
 Hardware:  two CPU cores, fp32; any TPU or GPU.
 Expected:  little: the trunk has read children's stories alone, with a vocabulary of 512, and rows are cut at 256
            tokens. A few points over chance at most, and no more than preferring by length gives.
-Observed:  (7494283, two CPU cores, about 9 minutes beside other work) the share of held-out pairs ordered rightly, with
+Observed:  (6e6c1e0, two CPU cores, about 9 minutes beside other work) the share of held-out pairs ordered rightly, with
            its standard error over prompts. hh-rlhf, 259 of 1,294 prompts held out (1,018 do not fit the window), one
            epoch: mean of four heads 0.521 ± 0.031, least 0.552 ± 0.031; "shorter wins" 0.571 ± 0.028. Held-out loss
            0.964 at the start, 0.696 after 65 steps: that of a coin, log 2. OASST, 23 of 113 prompts held out, three
