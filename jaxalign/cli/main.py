@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "sft": (config.SFTConfig, "jaxalign.runs.sft:run"),
     "dpo": (config.DPOConfig, "jaxalign.runs.preferences:run_dpo"),
     "kto": (config.KTOConfig, "jaxalign.runs.preferences:run_kto"),
+    "reward": (config.RewardConfig, "jaxalign.runs.reward:run"),
     "grpo": (config.PolicyConfig, "jaxalign.runs.rl:run_grpo"),
     "rloo": (config.RLOOConfig, "jaxalign.runs.rl:run_rloo"),
     "generate": (config.GenerateConfig, "jaxalign.runs.generate:run"),

@@ -16,6 +16,8 @@ from jaxalign.data import formats
 from jaxalign.data.formats import Conversation, Normal, PromptCompletion, Row
 
 PAIRS, RANKED, RATED = "pairs", "ranked", "rated"
+# Columns of a pair: by how much the first is better, the probability that it is, whether the two are equally good.
+OPINIONS = "margin", "preference", "tie"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Group:
 
     sequences: tuple[Normal, ...]
     label: bool | None = None  # of a rated response: desirable or not
-    margin: float | None = None  # of a pair: by how much the first is better
+    opinions: dict[str, float] = dataclasses.field(default_factory=dict)  # of a pair: OPINIONS that the row has
+    ranks: tuple[int, ...] | None = None  # of a ranking, if some are equal; 0 the best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class FeedbackFormat:
     convert: Callable[[Row, bool], list[Group]]  # (row, as_chat)
 
 
-def _sequence(prompt: Any, response: Any, as_chat: bool) -> Normal:
+def sequence(prompt: Any, response: Any, as_chat: bool) -> Normal:
     """Of a prompt (text or messages) and a response (text, message or messages)."""
     if isinstance(prompt, str) and isinstance(response, str) and not as_chat:
         return PromptCompletion(prompt, response)
@@ -64,7 +67,7 @@ def _pair(prompt: str) -> Callable[[Row, bool], list[Group]]:
         if row.get("system") and isinstance(asked, str):
             asked = [{"role": "system", "content": row["system"]}, {"role": "user", "content": asked}]
         responses = [_without_prompt(row[name]) for name in ("chosen", "rejected")]
-        return [Group(tuple(_sequence(asked, r, as_chat) for r in responses), margin=_margin(row))]
+        return [Group(tuple(sequence(asked, r, as_chat) for r in responses), opinions=_opinions(row))]
 
     return convert
 
@@ -76,23 +79,26 @@ def _without_prompt(response: Any) -> Any:
     return response
 
 
-def _margin(row: Row) -> float | None:
-    if isinstance(row.get("margin"), int | float):
-        return float(row["margin"])
+def _opinions(row: Row) -> dict[str, float]:
+    found = {name: float(row[name]) for name in OPINIONS if isinstance(row.get(name), int | float)}
+    if not 0 <= found.get("preference", 1) <= 1:
+        raise ValueError(f"preference is {row['preference']!r}, not a probability")
     scores = row.get("score_chosen"), row.get("score_rejected")
-    return float(scores[0] - scores[1]) if all(isinstance(s, int | float) for s in scores) else None
+    if "margin" not in found and all(isinstance(s, int | float) for s in scores):
+        found["margin"] = float(scores[0] - scores[1])
+    return found
 
 
 def _instruction_pair(row: Row, as_chat: bool) -> list[Group]:
     asked, more = row["instruction"], row.get("input") or ""
     asked = f"{asked}\n\n{more}" if more.strip() else asked
-    return [Group(tuple(_sequence(asked, row[name], True) for name in ("chosen", "rejected")), margin=_margin(row))]
+    return [Group(tuple(sequence(asked, row[name], True) for name in ("chosen", "rejected")), opinions=_opinions(row))]
 
 
 def _whole_dialogues(row: Row, as_chat: bool) -> list[Group]:
     """hh-rlhf's texts, or lists of messages, which share all but their last turn."""
     chosen, rejected = (_dialogue(row[name]) for name in ("chosen", "rejected"))
-    return [Group((chosen, rejected), margin=_margin(row))]
+    return [Group((chosen, rejected), opinions=_opinions(row))]
 
 
 def _dialogue(text: Any) -> Conversation:
@@ -115,7 +121,7 @@ def _tree(row: Row, as_chat: bool) -> list[Group]:
         replies = [r for r in node.get("replies") or [] if not r.get("deleted")]
         ranked = sorted((r for r in replies if r.get("rank") is not None), key=lambda r: r["rank"])
         if len(ranked) > 1 and ranked[0]["role"] == "assistant":
-            found.append(Group(tuple(_sequence(thread, reply["text"], True) for reply in ranked)))
+            found.append(Group(tuple(sequence(thread, reply["text"], True) for reply in ranked)))
         for reply in replies:
             visit(reply, thread)
 
@@ -133,7 +139,10 @@ def _ranking(row: Row, as_chat: bool) -> list[Group]:
     if len(keys) != len(responses):
         raise ValueError(f"{len(responses)} responses, but {len(keys)} ranks or scores")
     order = sorted(range(len(responses)), key=lambda i: keys[i])
-    return [Group(tuple(_sequence(row["prompt"], responses[i], as_chat) for i in order))]
+    levels = sorted(set(keys))
+    ranks = tuple(levels.index(keys[i]) for i in order)
+    sequences = tuple(sequence(row["prompt"], responses[i], as_chat) for i in order)
+    return [Group(sequences, ranks=ranks if len(levels) < len(keys) else None)]
 
 
 def _rated(label: str) -> Callable[[Row, bool], list[Group]]:
@@ -143,7 +152,7 @@ def _rated(label: str) -> Callable[[Row, bool], list[Group]]:
             raise ValueError(f"column {label} holds {value!r}, not true or false")
         if "messages" in row:
             return [Group((_conversation(row["messages"]),), label=bool(value))]
-        return [Group((_sequence(row["prompt"], row["completion"], as_chat),), label=bool(value))]
+        return [Group((sequence(row["prompt"], row["completion"], as_chat),), label=bool(value))]
 
     return convert
 
@@ -189,12 +198,13 @@ def _rate(group: Group) -> list[Group]:
 
 
 def _pairs(group: Group) -> list[Group]:
-    """All K choose 2 pairs of a ranking, the better first."""
+    """All K choose 2 pairs of a ranking, the better first; of two with equal ranks neither is."""
     if group.label is not None:
         raise ValueError(
             "responses with a label each are no pairs; `jaxalign kto` learns from them, or give chosen and rejected"
         )
-    if len(group.sequences) == 2:
+    if len(group.sequences) == 2 and group.ranks is None:
         return [group]
     count = range(len(group.sequences))
-    return [Group((group.sequences[i], group.sequences[j])) for i in count for j in count if i < j]
+    ranks = group.ranks or tuple(count)
+    return [Group((group.sequences[i], group.sequences[j])) for i in count for j in count if ranks[i] < ranks[j]]

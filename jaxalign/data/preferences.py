@@ -13,7 +13,7 @@ from jaxalign.data import loading, preference_formats, sources
 from jaxalign.data.batches import Mixture
 from jaxalign.data.formats import Conversation
 from jaxalign.data.groups import Responses
-from jaxalign.data.preference_formats import PAIRS, RATED, FeedbackFormat, Group
+from jaxalign.data.preference_formats import PAIRS, RANKED, RATED, FeedbackFormat, Group
 from jaxalign.data.supervised import Options, check_template, openings
 from jaxalign.data.tokens import Encoder, Examples, show
 
@@ -130,7 +130,8 @@ class _Builder:
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []
         self._groups: list[list[int]] = []
         self._labels: list[bool] = []
-        self._margins: list[float] = []
+        self._opinions: list[dict[str, float]] = []
+        self._ranks: list[tuple[int, ...] | None] = []
 
     def add(self, group: Group, encoder: Encoder, place: str) -> str | None:
         """Adds the group, or says why it is of no use."""
@@ -149,17 +150,28 @@ class _Builder:
         self._groups[-1] += [-1] * (self._width - len(encoded))
         self._parts += encoded
         self._labels.append(bool(group.label))
-        self._margins.append(0.0 if group.margin is None else group.margin)
+        self._opinions.append(group.opinions)
+        self._ranks.append(group.ranks)
         return None
 
     def build(self, kind: str) -> Responses:
         columns: dict[str, np.ndarray] = {}
         if kind == RATED:
             columns["label"] = np.array(self._labels, bool)
-        if kind == PAIRS and any(self._margins):
-            columns["margin"] = np.array(self._margins, np.float32)
+        if kind == PAIRS:
+            columns |= self._opinion_columns()
+        if kind == RANKED and any(self._ranks):
+            order = tuple(range(self._width))
+            rows = [(*(ranks or order), *order)[: self._width] for ranks in self._ranks]
+            columns["ranks"] = np.array(rows, np.int32).reshape(-1, self._width)
         groups = np.array(self._groups, np.int64).reshape(-1, self._width)
         return Responses(Examples.of(self._parts), groups, columns)
+
+    def _opinion_columns(self) -> dict[str, np.ndarray]:
+        """Of those that any pair has, with what the silent ones mean: no margin, a certain preference, no tie."""
+        silent = {"margin": np.float32(0), "preference": np.float32(1), "tie": np.bool_(False)}
+        held = {name for opinions in self._opinions for name in opinions}
+        return {n: np.array([o.get(n, x) for o in self._opinions], x.dtype) for n, x in silent.items() if n in held}
 
 
 def _prompt_length(mask: np.ndarray) -> int:

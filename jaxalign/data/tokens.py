@@ -70,6 +70,7 @@ class Encoder:
     max_length: int
     turns: str = "all"
     windows: bool = False  # texts longer than max_length are cut into several examples, not shortened
+    keeps_empty: bool = False  # a response of nothing but its terminator is one: what a policy says is not chosen
     dropped: Counter = dataclasses.field(default_factory=Counter)
     first_dropped: dict[str, str] = dataclasses.field(default_factory=dict)
     shortened: int = 0
@@ -101,12 +102,13 @@ class Encoder:
         if isinstance(row, Text):
             return self._text(row.text, where)
         if isinstance(row, PromptCompletion):
-            if not row.completion.strip():
+            if not row.completion.strip() and not self.keeps_empty:
                 return self._drop("empty response", where)
             prompt = [*self.bos, *self._plain(row.prompt)]
             parts = [(prompt, False), ([*self.continuation(row.completion), self.terminators[0]], True)]
         else:
-            if any(m["role"] == "assistant" and not m["content"].strip() for m in row.messages[-1:]):
+            silent = any(m["role"] == "assistant" and not m["content"].strip() for m in row.messages[-1:])
+            if silent and not self.keeps_empty:
                 return self._drop("empty response", where)
             if not any(m["role"] == "assistant" for m in row.messages):
                 return self._drop("no turn of the assistant", where)
@@ -130,13 +132,14 @@ class Encoder:
             raise ValueError(f"{where}: {error}") from None
         parts = []
         for i, span in enumerate(found):
-            ids = self.continuation(span.text) if i else self._opening(span.text)
+            ids = self.continuation(span.text) if i else self.opening(span.text)
             if span.learned and ids[-1:] and ids[-1] not in self.terminators:
                 ids = [*ids, self.terminators[0]]
             parts.append((ids, span.learned))
         return parts
 
-    def _opening(self, text: str) -> list[int]:
+    def opening(self, text: str) -> list[int]:
+        """Ids of text that begins a sequence, behind one bos token where the tokenizer puts it."""
         ids = self._plain(text)
         return ids if ids[: len(self.bos)] == self.bos else [*self.bos, *ids]
 

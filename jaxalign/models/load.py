@@ -36,6 +36,7 @@ def load_params(
     param_dtype: Any = jnp.float32,
     shardings: PyTree | None = None,
     quantise: str = "none",
+    besides: tuple[str, ...] = (),
 ) -> PyTree:
     """The parameters of a Hugging Face folder or hub name.
 
@@ -45,6 +46,7 @@ def load_params(
       param_dtype: tensors are cast to it, one by one.
       shardings: a tree like params; by default everything is on the first device.
       quantise: "int8" or "nf4" kernels of the blocks, quantised layer by layer: no more than one is held as floats.
+      besides: patterns of tensors that the files hold for others to read, such as a score head.
 
     Raises:
       FileNotFoundError: no safetensors, or a listed file is absent.
@@ -58,7 +60,7 @@ def load_params(
         shardings = jax.tree.map(lambda _: one, abstract)
     with contextlib.ExitStack() as stack:
         files = _open(path, stack)
-        plan = _plan(path, files, config, plain)
+        plan = _plan(path, files, config, plain, besides)
         filled = _fill(plan, dict(_leaves(abstract)), dict(_leaves(shardings)), quantise)
     return jax.tree.map(lambda name: filled[name], leaf_names(abstract))
 
@@ -112,7 +114,19 @@ def _listed(index: Path) -> list[str]:
         raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from None
 
 
-def _plan(path: Path, files: dict[str, Any], config: ModelConfig, abstract: PyTree) -> list[tuple]:
+def read_tensor(source: str, name: str) -> np.ndarray:
+    """One tensor by its name in the files. Raises ValueError when it is not there."""
+    path = folder(source)
+    with contextlib.ExitStack() as stack:
+        files = _open(path, stack)
+        if name not in files:
+            raise ValueError(f"{path} has no tensor {name}")
+        return files[name].get_tensor(name)
+
+
+def _plan(
+    path: Path, files: dict[str, Any], config: ModelConfig, abstract: PyTree, besides: tuple[str, ...] = ()
+) -> list[tuple]:
     """(tensor's handle and name, its map, its layer) for all tensors; raises on what does not fit."""
     shapes = {name: leaf.shape for name, leaf in _leaves(abstract)}
     plan, used = [], set()
@@ -124,7 +138,7 @@ def _plan(path: Path, files: dict[str, Any], config: ModelConfig, abstract: PyTr
             _check_shape(path, name, files[name].get_slice(name).get_shape(), tensor, layer, shapes)
             plan.append((files[name], name, tensor, layer))
             used.add(name)
-    ignored = ignored_tensors(config)
+    ignored = (*ignored_tensors(config), *besides)
     extra = sorted(n for n in files if n not in used and not any(re.search(p, n) for p in ignored))
     if extra:
         more = f" and {len(extra) - 5} more" if len(extra) > 5 else ""

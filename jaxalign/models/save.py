@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ def save_pretrained(
     max_shard_bytes: int = 5_000_000_000,
     dtype: Any = None,
     extra: dict[str, Any] | None = None,
+    head: np.ndarray | None = None,
+    besides: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes the folder, whole or not at all. Every process calls it; the first one writes.
 
@@ -45,6 +47,8 @@ def save_pretrained(
       max_shard_bytes: a file holds at most so much, unless one tensor is larger.
       dtype: cast to it; by default the parameters' own.
       extra: more JSON files, by name.
+      head: [1 D], written as score.weight: what makes a trunk without an output matrix a sequence classifier.
+      besides: called by every process to write more files into the folder, before it gets its name.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -57,7 +61,9 @@ def save_pretrained(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dtype = np.dtype(dtype or jax.tree.leaves(params)[0].dtype)
-    _save_tensors(partial, params, config, dtype, max_shard_bytes, writes)
+    _save_tensors(partial, params, config, dtype, max_shard_bytes, writes, head)
+    if besides is not None:
+        besides(partial)
     if not writes:
         return
     _write_json(partial / "config.json", _without_dtype(hf_config) | {"dtype": dtype.name})
@@ -83,7 +89,13 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _save_tensors(
-    directory: Path, params: PyTree, config: ModelConfig, dtype: np.dtype, max_shard_bytes: int, writes: bool
+    directory: Path,
+    params: PyTree,
+    config: ModelConfig,
+    dtype: np.dtype,
+    max_shard_bytes: int,
+    writes: bool,
+    head: np.ndarray | None = None,
 ) -> None:
     from safetensors.numpy import save_file
 
@@ -98,6 +110,8 @@ def _save_tensors(
             if writes:
                 tensors[name] = np.ascontiguousarray(tensor.to_hf(parts).astype(dtype))
         weight_map |= dict.fromkeys((name for name, _, _ in shard), file)
+        if head is not None and number == len(shards):
+            weight_map["score.weight"], tensors["score.weight"] = file, np.asarray(head, dtype)
         if writes:
             save_file(tensors, directory / file, metadata={"format": "pt"})
     if writes and len(shards) > 1:

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxalign.quickstart import judge, tokenizer, world
-from jaxalign.runs import devices, generate, preferences, sft
+from jaxalign.quickstart import judge, reward_stage, tokenizer, world
+from jaxalign.quickstart.reward_stage import Agreement
+from jaxalign.runs import devices, generate, preferences, reward, sft
 from jaxalign.runs.config import (
     CheckpointConfig,
     DPOAlgorithm,
@@ -19,6 +20,7 @@ from jaxalign.runs.config import (
     KTOConfig,
     OptimizerConfig,
     QuickstartConfig,
+    RewardConfig,
     SFTConfig,
     TrainConfig,
     check,
@@ -28,9 +30,14 @@ from jaxalign.runs.folder import check_writable
 log = logging.getLogger(__name__)
 
 PRETRAINING_TEXTS, INSTRUCTIONS, QUESTIONS = 24_000, 4_000, 140
-PRETRAINING_STEPS, SFT_STEPS, DPO_STEPS, KTO_STEPS = 600, 150, 100, 60
+PRETRAINING_STEPS, SFT_STEPS, DPO_STEPS, KTO_STEPS, REWARD_STEPS = 600, 150, 100, 60, 30
 LENGTH, BATCH = 64, 32
-RUNS = {SFTConfig: sft.run, DPOConfig: preferences.run_dpo, KTOConfig: preferences.run_kto}
+RUNS = {
+    SFTConfig: sft.run,
+    DPOConfig: preferences.run_dpo,
+    KTOConfig: preferences.run_kto,
+    RewardConfig: reward.run,
+}
 
 
 class Stage(NamedTuple):
@@ -41,6 +48,7 @@ class Stage(NamedTuple):
     answers: list[str]
     verdicts: list[judge.Verdict]
     seconds: float
+    finished: tuple[bool, ...] = ()
 
     def mean(self, part: str) -> float:
         values = [getattr(verdict, part) for verdict in self.verdicts]
@@ -58,17 +66,21 @@ def run(config: QuickstartConfig) -> int:
     check_writable(output)
     _write_world(output / "world", config.seed)
     questions = world.held_out_questions(config.seed, QUESTIONS)
-    stages = []
+    stages, agreement = [], None
     for name, what, run_config in _runs(output, config.seed):
         log.info("\n== %s: %s", name, what)
         start = time.perf_counter()
         if status := RUNS[type(run_config)](run_config):
             return status
-        seconds = time.perf_counter() - start
-        stages.append(_judge(name, what, str(run_config.output / "final"), questions, seconds))
+        seconds, model = time.perf_counter() - start, str(run_config.output / "final")
+        if isinstance(run_config, RewardConfig):
+            agreement = reward_stage.measure(model, config.seed, questions, stages, seconds)
+        else:
+            stages.append(_judge(name, what, model, questions, seconds))
     page = output / "index.html"
-    page.write_text(render(questions, stages), encoding="utf-8")
+    page.write_text(render(questions, stages, agreement), encoding="utf-8")
     print(table(stages))
+    print(f"\n{agreement.sentence()}")
     print(f"\nThe answers side by side: {page}")
     return 0
 
@@ -132,11 +144,18 @@ def _runs(output: Path, seed: int) -> list[tuple[str, str, TrainConfig]]:
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=5),
         **feedback,
     )
+    scores = RewardConfig(
+        output=output / "reward",
+        steps=REWARD_STEPS,
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=5),
+        **feedback,
+    )
     return [
         ("base", "pretrained from random weights on the world's texts, good and bad answers alike", base),
         ("SFT", "supervised fine-tuning on demonstrations, some of them bad", tuned),
         ("DPO", "SFT, then pairs of a good and a bad answer", dpo),
         ("KTO", "SFT, then the same answers, each called good or bad", kto),
+        ("reward", "SFT, then a head that scores answers, from the same pairs", scores),
     ]
 
 
@@ -144,7 +163,7 @@ def _judge(name: str, what: str, model: str, questions: list[world.Question], se
     prompts = [[{"role": "user", "content": question.prompt}] for question in questions]
     found = generate.respond(model, prompts, max_new_tokens=30, temperature=1.0, batch_size=len(prompts))
     verdicts = [judge.judge(q, text, finished=ended) for q, (text, ended) in zip(questions, found, strict=True)]
-    return Stage(name, what, [text for text, _ in found], verdicts, seconds)
+    return Stage(name, what, [text for text, _ in found], verdicts, seconds, tuple(ended for _, ended in found))
 
 
 PARTS = ("score", "correct", "polite", "short", "harmless")
@@ -167,8 +186,9 @@ STYLE = (
 )
 
 
-def render(questions: list[world.Question], stages: list[Stage]) -> str:
+def render(questions: list[world.Question], stages: list[Stage], agreement: Agreement | None = None) -> str:
     """The page: what each stage did to the gold score, and answers side by side, escaped."""
+    said = f"<p>{html.escape(agreement.sentence())}</p>" if agreement else ""
     head = "".join(f"<th class=n>{part}</th>" for part in PARTS)
     rows = "".join(
         f"<tr><td><b>{html.escape(s.name)}</b><br>{html.escape(s.what)}</td>"
@@ -186,7 +206,7 @@ def render(questions: list[world.Question], stages: list[Stage]) -> str:
         "<h1>What did each stage do?</h1>"
         f"<p>{len(questions)} held-out questions of the tiny world, answered at temperature 1, judged by rules that "
         "know the truth. All numbers are between 0 and 1; a harmful answer scores 0.</p>"
-        f"<table><tr><th>stage</th>{head}<th class=n>seconds</th></tr>{rows}</table>"
+        f"<table><tr><th>stage</th>{head}<th class=n>seconds</th></tr>{rows}</table>{said}"
         f"<h2>Answers side by side</h2><table><tr><th>question</th>{names}</tr>{answers}</table></html>\n"
     )
 

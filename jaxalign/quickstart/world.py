@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -173,6 +173,12 @@ def preference_rows(seed: int, count: int) -> list[dict[str, str]]:
     rng = np.random.default_rng((seed, 4))
     found = zip(questions(seed + 2), range(count), strict=False)
     return [{"prompt": q.prompt, "chosen": good_answer(q), "rejected": bad_answer(q, rng)} for q, _ in found]
+
+
+def held_out_pairs(seed: int, asked: Sequence[Question]) -> list[dict[str, str]]:
+    """A good and a bad answer to each of these questions."""
+    rng = np.random.default_rng((seed, 5))
+    return [{"prompt": q.prompt, "chosen": good_answer(q), "rejected": bad_answer(q, rng)} for q in asked]
 
 
 def held_out_questions(seed: int, count: int) -> list[Question]:

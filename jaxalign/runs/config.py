@@ -221,6 +221,32 @@ class KTOConfig(FeedbackConfig):
 
 
 @dataclass(frozen=True)
+class RewardAlgorithm:
+    """What is minimised over the scores of a prompt's responses."""
+
+    loss: str = "bradley_terry"
+    """Of losses/ranking.py: 'bradley_terry(margin=0.1, centering_coef=0.01)', 'kwise', 'process' (a score a step), or
+    'my.module:function(x=1)'."""
+
+
+@dataclass(frozen=True)
+class RewardConfig(TrainConfig):
+    """Reward models, from pairs or rankings of responses."""
+
+    as_chat: bool = False
+    """Text prompts are turns of the user, responses of the assistant: they are rendered with the chat template."""
+    members: int = 1
+    """Of an ensemble, whose disagreement is told: heads on the one trunk; with LoRA, adapters with a head each."""
+    combine: str = "mean"
+    """Of the members' scores, in what reads the model: 'mean', 'min' or 'mean_minus_std(k=1.0)'."""
+    step_separator: str = "\n"
+    """Text behind each step of a solution, at which its score is read; of the losses of steps."""
+    freeze_trunk: bool = False
+    """Train the heads alone, on a trunk that stays as it is."""
+    algorithm: RewardAlgorithm = field(default_factory=RewardAlgorithm)
+
+
+@dataclass(frozen=True)
 class PolicyAlgorithm:
     """What is made of responses and their scores; algorithms/policy.py names the papers' choices."""
 
@@ -281,6 +307,7 @@ TRAINING: dict[str, type] = {
     "sft": SFTConfig,
     "dpo": DPOConfig,
     "kto": KTOConfig,
+    "reward": RewardConfig,
     "grpo": PolicyConfig,
     "rloo": RLOOConfig,
 }
@@ -354,6 +381,7 @@ class QuickstartConfig:
 LIMITS: dict[str, tuple[float, float, bool]] = {
     "batch_size": (1, math.inf, True),
     "microbatches": (1, math.inf, True),
+    "members": (1, math.inf, True),
     "steps": (1, math.inf, True),
     "max_length": (2, math.inf, True),  # the first token is never learned
     "eval_share": (0, 1, True),

@@ -11,8 +11,8 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxalign.models import huggingface
 from jaxalign.models.decoder import make_decoder
-from jaxalign.runs import adapters, devices, finish
-from jaxalign.runs.config import TRAINING, ExportConfig, check, from_json
+from jaxalign.runs import adapters, devices, finish, reward
+from jaxalign.runs.config import TRAINING, ExportConfig, RewardConfig, TrainConfig, check, from_json
 from jaxalign.runs.folder import check_writable, read_run
 from jaxalign.runs.vocabulary import load_vocabulary
 from jaxalign.training.checkpoint import Checkpoints
@@ -47,6 +47,23 @@ def run(config: ExportConfig) -> int:
             f"{config.run} kept no checkpoint with a held-out loss, so none is best; leave out --best for the newest, "
             f"or name one with --step ({', '.join(map(str, checkpoints.steps()))})"
         )
+    step = (_reward_model if described["command"] == "reward" else _language_model)(config, held, checkpoints, step)
+    checkpoints.close()
+    if step is None:
+        raise ValueError(f"{config.run} {NOTHING_YET}")
+    log.info("step %d of %s is in %s", step, config.run, config.output)
+    return 0
+
+
+def _reward_model(config: ExportConfig, held: RewardConfig, checkpoints: Checkpoints, step: int | None) -> int | None:
+    """Writes the folder, and returns its step; None where there is no checkpoint."""
+    if config.adapter:
+        raise ValueError(f"{config.run} is of `jaxalign reward`, whose adapters go with its heads; leave out --adapter")
+    return reward.export(held, Path(config.output), checkpoints, step)
+
+
+def _language_model(config: ExportConfig, held: TrainConfig, checkpoints: Checkpoints, step: int | None) -> int | None:
+    """The same of a run that leaves a language model."""
     model = huggingface.read_config(held.model)
     lora = adapters.lora_of(held.lora, model)
     if config.adapter and lora is None:
@@ -55,16 +72,15 @@ def run(config: ExportConfig) -> int:
     trained, frozen = (_on_host(part) for part in adapters.divide(abstract, lora))
     found = checkpoints.restore_part("params", trained, step=step)
     if found is None:
-        raise ValueError(f"{config.run} {NOTHING_YET}")
+        return None
     params, step = found
-    checkpoints.close()
+    output = Path(config.output)
     if config.adapter:
         adapters.save(output, held, model, lora, params, step)
     else:
         params = adapters.whole(held, model, lora, params, frozen)
         finish.export(output, held, model, load_vocabulary(held, model), params, step)
-    log.info("step %d of %s is in %s", step, config.run, config.output)
-    return 0
+    return step
 
 
 def _on_host(abstract: dict) -> dict:

@@ -57,8 +57,8 @@ def export(directory: Path, config: Any, model: ModelConfig, vocabulary: Vocabul
         model,
         huggingface.read_hf_config(config.model),
         tokenizer=vocabulary.tokenizer,
-        generation_config=_generation_config(config.tokenizer or config.model, vocabulary.terminators),
-        model_card=_model_card(config, step),
+        generation_config=generation_config(config.tokenizer or config.model, vocabulary.terminators),
+        model_card=model_card(config, step),
         extra={MARK_FILE: mark(step)},
     )
 
@@ -68,14 +68,14 @@ def mark(step: int) -> dict[str, Any]:
     return {MARK: step, "jaxalign": jaxalign.__version__}
 
 
-def _generation_config(source: str, terminators: tuple[int, ...]) -> dict[str, Any]:
+def generation_config(source: str, terminators: tuple[int, ...]) -> dict[str, Any]:
     """The source's, and in it the tokens that ended texts in training."""
     path = huggingface.folder(source) / "generation_config.json"
     held = json.loads(path.read_text()) if path.exists() else {}
     return held | {"eos_token_id": terminators[0] if len(terminators) == 1 else list(terminators)}
 
 
-def _model_card(config: Any, step: int) -> str:
+def model_card(config: Any, step: int) -> str:
     rows = [row for row in read_rows(Path(config.output) / "metrics.jsonl") if row["step"] <= step]
     held = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
     command = next(name for name, kind in TRAINING.items() if isinstance(config, kind))

@@ -13,7 +13,7 @@ from jaxalign.models.config import ModelConfig
 from jaxalign.models.decoder import make_decoder
 from jaxalign.models.layout import Layout
 from jaxalign.models.lora import join
-from jaxalign.runs import adapters, devices
+from jaxalign.runs import adapters, devices, members
 from jaxalign.runs.config import TrainConfig
 from jaxalign.training import optimizer, sharding
 from jaxalign.training.state import TrainState
@@ -27,6 +27,8 @@ class Method(NamedTuple):
     reference: bool = False  # a model that is not trained runs in `prepare`
     follow: FollowFn | None = None  # how it follows the policy; None: it is frozen
     updates: int = 1  # of the optimizer in a step
+    heads: int = 0  # members of a scalar head on the model: runs/members.py
+    freeze_trunk: bool = False  # the heads alone are trained
 
 
 class Program(NamedTuple):
@@ -64,7 +66,9 @@ def make_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, method: Me
     frozen = base if lora is not None else whole if method.reference and method.follow is None else None
     reference = () if method.follow is None else whole
     algorithm = method.build(graphdef, frozen_graphdef)._replace(follow=method.follow)
-    if lora is not None:
+    if method.heads:
+        trained, frozen = members.divide(abstract, lora, method.heads, freeze_trunk=method.freeze_trunk)
+    elif lora is not None:
         algorithm = algorithm._replace(assemble=join)
     rate = learning_rate(config, steps * method.updates)
     adamw = _optimizer(config, rate)

@@ -21,7 +21,7 @@ from jaxalign.models.config import ModelConfig, train_flops_per_token
 from jaxalign.models.decoder import init_params
 from jaxalign.models.load import check_files, load_params
 from jaxalign.models.lora import Lora
-from jaxalign.runs import adapters, devices, finish, hosts, samples
+from jaxalign.runs import adapters, devices, finish, hosts, members, samples
 from jaxalign.runs.check import check_kernels
 from jaxalign.runs.config import TrainConfig, check, to_json
 from jaxalign.runs.folder import open_run
@@ -140,7 +140,7 @@ def _train(task: Task) -> tuple[TrainState, int | None]:
         Path(config.output) / "checkpoints", keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
     )
     _check_not_beyond(task, checkpoints)
-    frozen = _load_frozen(task, program)
+    frozen = load_frozen(task, program)
     state, progress, iterator = _start_or_resume(task, checkpoints, program, frozen)
     if config.check_kernels:
         params = program.algorithm.assemble(state.params, frozen)
@@ -188,11 +188,13 @@ def _check_not_beyond(task: Task, checkpoints: Checkpoints) -> None:
         )
 
 
-def _load_frozen(task: Task, program: Program) -> Any:
+def load_frozen(task: Task, program: Program) -> Any:
     """The base of adapters, or a reference of its own: in no checkpoint of the run, so read at every start."""
     config, model = task.config, task.base.model
     if program.frozen is None:
         return None
+    if task.method.heads:
+        return {"model": adapters.load_base(config, model, program.frozen["model"])}
     if task.base.lora is not None:
         return adapters.load_base(config, model, program.frozen)
     return _load_reference(task, program.frozen)
@@ -234,6 +236,17 @@ def _new_state(task: Task, program: Program, frozen: Any) -> TrainState:
 
 
 def _new_params(task: Task, like: Any, key: jax.Array, frozen: Any) -> Any:
+    if not task.method.heads:
+        return _new_model(task, like, key, frozen)
+    made = {"head": members.new_heads(like["head"], jax.random.fold_in(key, 2))}
+    if "members" in like:
+        made["members"] = members.new_adapters(like["members"], jax.random.fold_in(key, 1), frozen["model"])
+    if "model" in like:
+        made["model"] = _new_model(task, like["model"], key, frozen)
+    return made
+
+
+def _new_model(task: Task, like: Any, key: jax.Array, frozen: Any) -> Any:
     config, placed = task.config, jax.tree.map(lambda x: x.sharding, like)
     if task.base.lora is not None:
         return adapters.new_adapter(like, jax.random.fold_in(key, 1), frozen)
@@ -248,6 +261,8 @@ def _recorder(task: Task, resumed_at: int) -> Callable:
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
     # a frozen model that runs beside is a forward more, a third of forward and backward
     share = adapters.gradient_share(task.base.lora) + task.method.reference / 3
+    if task.method.freeze_trunk:
+        share = 1 / 3
     return metrics.Recorder(
         Path(task.config.output),
         total_steps=task.batches.steps,
@@ -265,6 +280,8 @@ def _evaluation(task: Task, program: Program, resumed_at: int, frozen: Any) -> C
     if not task.held_out:
         return None
     held_out_metrics = make_evaluate(program.algorithm, task.held_out, task.base.mesh, frozen)
+    if task.method.heads:  # a model that scores has no answers
+        return lambda state, step: held_out_metrics(state)
     sampler = samples.Sampler(task.config, program.graphdef, task.base.model, task.base.vocabulary, resumed_at)
 
     def evaluate(state: TrainState, step: int) -> dict[str, float]:

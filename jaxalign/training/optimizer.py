@@ -39,9 +39,11 @@ def learning_rate_schedule(
 def is_matrix(params: PyTree) -> PyTree:
     """True on leaves that weight decay shrinks: matrices, not biases, nor norms' scales.
 
-    Leaves under `blocks/` carry a layer axis in front, which does not count.
+    Leaves under `blocks/` carry a layer axis in front, and those under `members/` an axis of members before it; neither
+    counts.
     """
-    return jax.tree.map(lambda name, x: x.ndim - (name.split("/")[0] == "blocks") >= 2, leaf_names(params), params)
+    stacked = lambda name: len({"blocks", "members"} & set(name.split("/")))  # noqa: E731
+    return jax.tree.map(lambda name, x: x.ndim - stacked(name) >= 2, leaf_names(params), params)
 
 
 def adamw(

@@ -65,6 +65,8 @@ def shardings(tree: PyTree, mesh: Mesh, rules: tuple[tuple[str, P], ...] = RULES
 
     def place(name: str, leaf: Any) -> NamedSharding:
         spec = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
+        if "members" in name.split("/") and spec:
+            spec = P(None, *spec)  # an axis of members in front, whole: one step is of all of them
         if len(spec) > leaf.ndim:
             spec = P()
         return NamedSharding(mesh, _divisible(name, leaf.shape, spec, mesh.shape))

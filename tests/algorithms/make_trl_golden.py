@@ -3,10 +3,11 @@
     python tests/algorithms/make_trl_golden.py [FILE]        # needs trl
 
 FILE, by default tests/algorithms/golden/trl.npz, has `config` (config.json as text); the tensors that training starts
-from under `policy:<name>` and `reference:<name>` in float16 (their exact values); what the collators gave the trainers,
-`<part>:input_ids`, `:attention_mask` and `:completion_mask` [steps rows width] with part `pairs` (the chosen, then the
-rejected), `rated` or `mismatched`, and `labels`; and for every run `<run>:<metric>` [steps], as TRL logs it, and
-`<run>:final:<name>`, some entries of each tensor after the last step.
+from under `policy:<name>` and `reference:<name>`, and `head`, a reward model's, in float16 (their exact values); what
+the collators gave the trainers, `<part>:input_ids`, `:attention_mask` and `:completion_mask` [steps rows width] with
+part `pairs` (the chosen, then the rejected), `rated`, `mismatched` or `scored` (pairs, without a completion_mask),
+`labels` and `margins`; and for every run `<run>:<metric>` [steps], as TRL logs it, and `<run>:final:<name>`, some
+entries of each tensor after the last step.
 """
 
 import os
@@ -24,8 +25,10 @@ RUNS = {
     "robust": {"loss_type": "robust", "label_smoothing": 0.2},
     "apo_zero": {"loss_type": "apo_zero"},
     "kto": {"loss_type": "kto", "desirable_weight": 0.75, "undesirable_weight": 1.5},
+    "reward": {},
+    "reward_graded": {"center_rewards_coefficient": 0.01},
 }
-SHARED = {"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0, "lr_scheduler_type": "linear", "beta": 0.1}
+SHARED = {"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0, "lr_scheduler_type": "linear"}
 ON_CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "train_sampling_strategy": "sequential"}
 QUIET = {"logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 TINY = {
@@ -77,7 +80,8 @@ def draw_weights(config) -> dict[str, np.ndarray]:
         start = rng.normal(float("norm" in name), 0.15, value.shape).astype(np.float16)
         drawn[f"policy:{name}"] = start
         drawn[f"reference:{name}"] = (start + rng.normal(0, 0.03, value.shape)).astype(np.float16)
-    return drawn
+    head = np.random.default_rng(6).normal(0, 0.15, (1, config.hidden_size))
+    return drawn | {"head": head.astype(np.float16)}
 
 
 def load(config, weights: dict[str, np.ndarray], kind: str):
@@ -90,17 +94,43 @@ def load(config, weights: dict[str, np.ndarray], kind: str):
     return model
 
 
+def load_reward_model(config, weights: dict[str, np.ndarray]):
+    """The policy's trunk in float32 with the head."""
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    config.num_labels, config.pad_token_id = 1, 0  # torch gives the embedding of a config's pad token no gradient
+    model = LlamaForSequenceClassification(config)
+    held = {name: weights.get(f"policy:{name}", weights["head"]) for name in model.state_dict()}
+    model.load_state_dict({name: torch.tensor(value).float() for name, value in held.items()})
+    return model
+
+
 KEPT = {"loss", "grad_norm", "kl"} | {
     f"{kind}/{side}" for kind in ("rewards", "logps") for side in ("chosen", "rejected")
 }
-KEPT |= {"rewards/margins", "rewards/accuracies"}
+KEPT |= {"rewards/margins", "rewards/accuracies", "accuracy", "margin", "mean_reward"}
 
 
 def make_trainer(name: str, policy, reference, folder: str):
-    """DPO's or KTO's, over just the rows of its steps."""
+    """DPO's, KTO's or the reward model's, over just the rows of its steps."""
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
+    if name.startswith("reward"):
+        rows = draw_rows(STEPS * PAIRS, columns=("chosen", "rejected"), seed=4)
+        margins = np.random.default_rng(5).integers(0, 4, len(rows)) / 3
+        if name == "reward_graded":
+            rows = [row | {"margin": float(margin)} for row, margin in zip(rows, margins, strict=True)]
+        options = {**RUNS[name], **SHARED, **ON_CPU, **QUIET, "per_device_train_batch_size": PAIRS, "max_steps": STEPS}
+        return RewardTrainer(
+            policy,
+            args=RewardConfig(
+                folder, pad_token="<unk>", disable_dropout=True, **options
+            ),  # it reads ids: pad is no eos
+            train_dataset=Dataset.from_list(rows),
+            processing_class=words_tokenizer(),
+        )
     if name == "kto":
         config, trainer, size = KTOConfig, KTOTrainer, ROWS
         rows = draw_rows(STEPS * ROWS, columns=("completion",), seed=1)
@@ -110,6 +140,7 @@ def make_trainer(name: str, policy, reference, folder: str):
         config, trainer, size = DPOConfig, DPOTrainer, PAIRS
         rows = draw_rows(STEPS * PAIRS, columns=("chosen", "rejected"), seed=3)
     options = {**RUNS[name], **SHARED, **ON_CPU, **QUIET, "per_device_train_batch_size": size, "max_steps": STEPS}
+    options["beta"] = 0.1
     return trainer(
         policy,
         reference,
@@ -135,18 +166,18 @@ def run(name: str, policy, reference) -> dict[str, np.ndarray]:
     assert len(logs) == len(batches) == STEPS, f"{len(logs)} logs of {len(batches)} batches"
     found = {f"{name}:{key}": np.array([entry[key] for entry in logs]) for key in logs[0] if key in KEPT}
     final = {f"{name}:final:{key}": some(value.numpy()) for key, value in trainer.model.state_dict().items()}
-    return found | final | batches_of(batches)
+    return found | final | batches_of(batches, "scored" if name.startswith("reward") else None)
 
 
-def batches_of(batches: list[dict]) -> dict[str, np.ndarray]:
+def batches_of(batches: list[dict], whole: str | None) -> dict[str, np.ndarray]:
     """One array [steps rows width] of every tensor that the collator made, padded with 0."""
     found = {}
     for name in batches[0]:
         part, key = ("mismatched", name[3:]) if name.startswith("KL_") else ("rated", name)
-        part = "pairs" if "label" not in batches[0] else part
+        part = whole or ("pairs" if "label" not in batches[0] else part)
         values = [batch[name].numpy() for batch in batches]
-        if name == "label":
-            found["labels"] = np.stack(values)
+        if name in ("label", "margin"):
+            found[name + "s"] = np.stack(values)
             continue
         width = max(value.shape[1] for value in values)
         padded = [np.pad(value, ((0, 0), (0, width - value.shape[1]))) for value in values]
@@ -163,8 +194,11 @@ def main(file: Path) -> None:
     make_config = lambda: LlamaConfig(**TINY)  # noqa: E731  trainers write into theirs
     found = {"config": make_config().to_json_string(use_diff=False), **draw_weights(make_config())}
     for name in RUNS:
-        policy, reference = (load(make_config(), found, kind) for kind in ("policy", "reference"))
-        found |= run(name, policy, reference)
+        if name.startswith("reward"):
+            models = load_reward_model(make_config(), found), None
+        else:
+            models = tuple(load(make_config(), found, kind) for kind in ("policy", "reference"))
+        found |= run(name, *models)
     file.parent.mkdir(exist_ok=True)
     np.savez_compressed(file, **found)
 

@@ -1,4 +1,4 @@
-"""Five optimizer steps of DPO's losses and KTO agree with TRL's trainers, on the ids that those were given.
+"""Five optimizer steps of DPO's losses, KTO and reward models agree with TRL's trainers, on the ids those were given.
 
 TRL pads, each response in a row of its own; here several stand in a row. What is known to differ: TRL divides by the
 norm + 1e-6 when it clips, a relative 1e-6 that Adam undoes; adds 1 to `apo_zero`; and logs KTO's `kl` clamped at 0.
@@ -18,13 +18,16 @@ from safetensors.numpy import load_file, save_file
 
 from jaxalign.algorithms.dpo import dpo
 from jaxalign.algorithms.kto import kto
+from jaxalign.algorithms.reward import reward
 from jaxalign.data.groups import GroupPlan, Layout, Responses
 from jaxalign.data.tokens import Examples
 from jaxalign.losses.mixture import select_loss
 from jaxalign.losses.preference import PREFERENCE_LOSSES
+from jaxalign.losses.ranking import RANKING_LOSSES
 from jaxalign.losses.unpaired import UNPAIRED_LOSSES
 from jaxalign.models.decoder import make_decoder
 from jaxalign.models.families import model_config
+from jaxalign.models.heads import trunk_config
 from jaxalign.models.load import load_params
 from jaxalign.models.save import save_pretrained
 from jaxalign.training.optimizer import adamw, learning_rate_schedule
@@ -40,6 +43,8 @@ LOSSES = {
     "robust": "robust(label_smoothing=0.2)",
     "apo_zero": "apo_zero",
     "kto": "kto(lambda_d=0.75, lambda_u=1.5)",
+    "reward": "bradley_terry",
+    "reward_graded": "graded_bradley_terry(centering_coef=0.01)",
 }
 ADDED_BY_TRL = {"apo_zero": 1.0}
 WIDTH = 32  # of a row: two to three responses
@@ -70,22 +75,24 @@ def start(theirs, tmp_path_factory):
         tensors = {n.removeprefix(f"{kind}:"): v.astype(np.float32) for n, v in theirs.items() if n.startswith(kind)}
         save_file(tensors, path / "model.safetensors")
         found.append(load_params(str(path), model_config(json.loads(str(theirs["config"])))))
-    return found
+    policy, reference = found
+    trunk = {name: leaf for name, leaf in policy.items() if name != "unembedding"}
+    return policy, reference, {"model": trunk, "head": jnp.asarray(theirs["head"], jnp.float32)}
 
 
 def responses(theirs, part, step, *, columns=None):
     """Row i of K·N is response i // N of group i % N: TRL puts the chosen of all pairs before the rejected."""
-    ids, there, learned = (
-        theirs[f"{part}:{name}"][step] for name in ("input_ids", "attention_mask", "completion_mask")
-    )
+    ids, there = (theirs[f"{part}:{name}"][step] for name in ("input_ids", "attention_mask"))
+    learned = theirs.get(f"{part}:completion_mask", theirs[f"{part}:attention_mask"])[step]
     lengths = there.sum(1)
     examples = Examples.of([(i[:n], m[:n] > 0) for i, m, n in zip(ids, learned, lengths, strict=True)])
-    k = 2 if part == "pairs" else 1
+    k = 2 if part in ("pairs", "scored") else 1
     return Responses(examples, np.arange(len(ids)).reshape(k, -1).T, columns or {})
 
 
-def batches(theirs, *, paired):
+def batches(theirs, name):
     """The five batches, packed, in rows of one shape."""
+    paired = name != "kto"
 
     def packed(part, columns=lambda step: {}):
         sets = [responses(theirs, part, step, columns=columns(step)) for step in range(STEPS)]
@@ -93,38 +100,52 @@ def batches(theirs, *, paired):
         rows = max(len(layout.rows(each.lengths)) for each in sets)
         return [jax.tree.map(jnp.asarray, layout.batch(each, rows=rows)) for each in sets]
 
+    if name == "reward_graded":
+        return packed("scored", lambda step: {"margin": theirs["margins"][step].astype(np.float32)})
     if paired:
-        return packed("pairs")
+        return packed("scored" if name == "reward" else "pairs")
     rated = packed("rated", lambda step: {"label": theirs["labels"][step].astype(bool)})
     return [UnpairedBatch(*parts) for parts in zip(rated, packed("mismatched"), strict=True)]
+
+
+def algorithm(name, model):
+    if name.startswith("reward"):
+        return reward(make_decoder(trunk_config(model))[0], loss=select_loss(LOSSES[name], RANKING_LOSSES))
+    method, table = (kto, UNPAIRED_LOSSES) if name == "kto" else (dpo, PREFERENCE_LOSSES)
+    graphdef = make_decoder(model)[0]
+    return method(graphdef, loss=select_loss(LOSSES[name], table), ref_graphdef=graphdef)
 
 
 @functools.cache
 def stepper(name, config):
     """The optimizer and the compiled step, one for both sources of TRL's numbers."""
-    graphdef = make_decoder(model_config(json.loads(config)))[0]
-    algorithm, table = (kto, UNPAIRED_LOSSES) if name == "kto" else (dpo, PREFERENCE_LOSSES)
+    model = model_config(json.loads(config))
     schedule = learning_rate_schedule(SHARED["learning_rate"], schedule="linear", steps=STEPS)
     optimizer = adamw(schedule, weight_decay=SHARED["weight_decay"], max_grad_norm=SHARED["max_grad_norm"])
-    loss = select_loss(LOSSES[name], table)
-    step = make_train_step(algorithm(graphdef, loss=loss, ref_graphdef=graphdef), optimizer)
+    step = make_train_step(algorithm(name, model), optimizer)
     # the same arithmetic, in less than half the time to compile
     return optimizer, jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def five_steps(name, theirs, start, folder):
     """(metrics by name [STEPS], final tensors by their Hugging Face names)"""
-    policy, reference = start
+    policy, reference, scored = start
+    scores = name.startswith("reward")
     optimizer, step = stepper(name, str(theirs["config"]))
     # on a device from the start, as all later states are: one compilation
-    state = jax.device_put(TrainState.create(policy, optimizer, jax.random.key(0)), jax.devices()[0])
+    state = jax.device_put(
+        TrainState.create(scored if scores else policy, optimizer, jax.random.key(0)), jax.devices()[0]
+    )
     logs = []
-    for batch in batches(theirs, paired=name != "kto"):
-        state, metrics = step(state, reference, batch)
+    for batch in batches(theirs, name):
+        state, metrics = step(state, None if scores else reference, batch)
         logs.append(jax.device_get(metrics))
     assert step._cache_size() == 1
-    hf = json.loads(str(theirs["config"]))
-    save_pretrained(folder, state.params, model_config(hf), hf)
+    hf, params = json.loads(str(theirs["config"])), state.params
+    if scores:
+        save_pretrained(folder, params["model"], trunk_config(model_config(hf)), hf, head=params["head"])
+    else:
+        save_pretrained(folder, params, model_config(hf), hf)
     return {key: np.array([log[key] for log in logs]) for key in logs[0]}, load_file(folder / "model.safetensors")
 
 

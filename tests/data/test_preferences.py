@@ -74,9 +74,9 @@ def test_texts_stay_texts_unless_they_are_said_to_be_a_conversation():
 def test_margins_come_from_their_column_or_from_scores():
     form = recognise(["prompt", "chosen", "rejected"], where="here")
     row = {"prompt": "p", "chosen": "y", "rejected": "n"}
-    assert form.convert(row | {"margin": 2}, False)[0].margin == 2.0
-    assert form.convert(row | {"score_chosen": 8.0, "score_rejected": 5.5}, False)[0].margin == 2.5
-    assert form.convert(row, False)[0].margin is None
+    assert form.convert(row | {"margin": 2}, False)[0].opinions == {"margin": 2.0}
+    assert form.convert(row | {"score_chosen": 8.0, "score_rejected": 5.5}, False)[0].opinions == {"margin": 2.5}
+    assert form.convert(row, False)[0].opinions == {}
 
 
 def test_a_ranking_of_three_is_three_pairs_and_a_pair_is_two_rated_responses():
@@ -88,6 +88,16 @@ def test_a_ranking_of_three_is_three_pairs_and_a_pair_is_two_rated_responses():
     label = preference_formats.Group((PromptCompletion("p", "y"),), label=True)
     with pytest.raises(ValueError, match="responses with a label each are no pairs; `jaxalign kto` learns from them"):
         as_kind([label], PAIRS)
+
+
+def test_equal_ranks_are_no_pair_and_reach_a_ranking_as_equal():
+    row = {"prompt": "p", "responses": ["worst", "one", "other"], "scores": [1, 5, 5]}
+    ranking = recognise(row.keys(), where="here").convert(row, False)
+    assert ranking[0].ranks == (0, 0, 1)
+    pairs = [tuple(s.completion for s in group.sequences) for group in as_kind(ranking, PAIRS)]
+    assert pairs == [("one", "worst"), ("other", "worst")]
+    tied = recognise(row.keys(), where="here").convert({**row, "scores": [2, 2, 2]}, False)
+    assert as_kind(tied, PAIRS) == []
 
 
 def test_columns_without_feedback_are_told_what_would_be():
@@ -116,6 +126,26 @@ def test_a_pair_shares_its_prompt_and_each_response_ends_once(tmp_path, tiny_mod
     assert first[0] == second[0] and "the cat" in first[0]
     assert first[1].split() == ["a", "dog", "</s>"] and second[1].split() == ["red", "</s>"]
     assert responses.columns["margin"].tolist() == [1.5]
+
+
+def test_ties_and_probabilities_are_columns_as_soon_as_one_pair_has_them(tmp_path, tiny_model):
+    pair = {"prompt": "the cat ?", "chosen": "a dog", "rejected": "red"}
+    told = [pair | {"tie": True, "preference": None}, pair | {"tie": None, "preference": 0.75}, pair]
+    columns = load(tmp_path, tiny_model, told, eval_share=0.0).responses.columns
+    assert columns["tie"].tolist() == [True, False, False] and columns["tie"].dtype == bool
+    assert columns["preference"].tolist() == [1.0, 0.75, 1.0] and "margin" not in columns
+    with pytest.raises(ValueError, match=r"preference is 1\.5, not a probability"):
+        load(tmp_path, tiny_model, [pair | {"preference": 1.5}])
+
+
+def test_ranks_of_a_ranking_are_a_column_where_some_are_equal(tmp_path, tiny_model):
+    rows = [
+        {"prompt": "the ?", "responses": ["cat", "dog", "red"], "ranks": [2, 1, 2]},
+        {"prompt": "the ?", "responses": ["cat", "dog"], "ranks": [1, 2]},
+    ]
+    data = load(tmp_path, tiny_model, rows, kind=preference_formats.RANKED, eval_share=0.0)
+    ranks = data.responses.columns["ranks"]
+    assert ranks[0, :3].tolist() == [0, 1, 1] and ranks[1, :2].tolist() == [0, 1] and ranks.shape == (2, 9)
 
 
 def test_what_cannot_be_compared_is_dropped_counted_and_named(tmp_path, tiny_model, caplog):

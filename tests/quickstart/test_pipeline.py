@@ -2,8 +2,11 @@
 
 from html.parser import HTMLParser
 
+import numpy as np
+
 from jaxalign.quickstart.judge import judge
 from jaxalign.quickstart.pipeline import Stage, render, table
+from jaxalign.quickstart.reward_stage import Agreement, agreement
 from jaxalign.quickstart.world import Question
 
 QUESTION = Question("what is <b> & 'c' ?", "it is d .", ("it is e .",))
@@ -40,3 +43,17 @@ def test_the_table_and_the_page_tell_the_mean_of_each_stage():
     assert rows["SFT"] == ["1.00", "1.00", "1.00", "1.00", "1.00", "61"]
     page = render([QUESTION, QUESTION], stages)
     assert "<td class=n>0.50</td>" in page and "<span class='low'>(0.0)</span>" in page
+
+
+def test_agreement_counts_pairs_of_answers_to_one_question_that_the_judge_orders():
+    gold = np.array([[1.0, 0.5], [0.0, 0.5], [0.6, 1.0]])  # three answers to each of two questions
+    scores = np.array([[3.0, 0.0], [1.0, 5.0], [2.0, -1.0]])
+    assert agreement(scores, gold) == (3 / 5, 5)  # the first as the judge; of the second a tie, and two orders reversed
+
+
+def test_the_page_says_what_the_reward_model_is_worth():
+    said = Agreement(0.97, 140, 0.9, 55, 12.3)
+    page = Tags()
+    page.feed(render([QUESTION], [stage("base", "it is d .")], said))
+    assert said.sentence() in page.text
+    assert "0.97 of 140" in page.text and "0.90 of 55" in page.text and "in 12 seconds" in page.text

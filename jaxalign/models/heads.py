@@ -1,0 +1,82 @@
+"""Scalar heads on a decoder: several are an ensemble, whose members disagree where they know little.
+
+Parameters that score are {"model": the trunk, "head": [M D]}, and {"members": adapters [M ...]} where each member has
+its own adapters on the one trunk. Axis letters: M members, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxalign.models.config import ModelConfig
+from jaxalign.models.lora import join
+from jaxalign.select import select
+from jaxalign.types import PyTree
+
+
+def trunk_config(config: ModelConfig) -> ModelConfig:
+    """The decoder without an output matrix of its own: hidden states are all that a head reads."""
+    return dataclasses.replace(config, tied=True)
+
+
+def init_head(key: jax.Array, members: int, width: int) -> jax.Array:
+    """Float32[M D], normal with standard deviation 1/√(D + 1).
+
+    Reference: Stiennon et al. 2020, https://arxiv.org/abs/2009.01325, appendix B.
+    """
+    return jax.random.normal(key, (members, width), jnp.float32) / jnp.sqrt(jnp.float32(width + 1))
+
+
+def scores(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """Float32[... M], hidden [... D] · head [M D], summed in float32 whatever the trunk computes in."""
+    wide = hidden.astype(jnp.float32), head.astype(jnp.float32)
+    return jnp.einsum("...d,md->...m", *wide, precision=jax.lax.Precision.HIGHEST)
+
+
+def each_member(graphdef: Any, params: PyTree, score: Callable[[Any, jax.Array], jax.Array]) -> jax.Array:
+    """`score(model, head [M D]) -> [... M]` of all members: of one trunk at once, of adapters by vmap over them."""
+    if "members" not in params:
+        return score(nnx.merge(graphdef, params["model"]), params["head"])
+
+    def alone(adapter: PyTree, head: jax.Array) -> jax.Array:
+        return score(nnx.merge(graphdef, join(adapter, params["model"])), head[None])[..., 0]
+
+    return jax.vmap(alone, out_axes=-1)(params["members"], params["head"])
+
+
+def mean(scores: jax.Array) -> jax.Array:
+    """The members' mean [...] of [... M]."""
+    return jnp.mean(scores, axis=-1)
+
+
+def least(scores: jax.Array) -> jax.Array:
+    """The lowest of the members' scores. Coste et al. 2023, https://arxiv.org/abs/2310.02743 (worst-case)."""
+    return jnp.min(scores, axis=-1)
+
+
+def mean_minus_std(scores: jax.Array, *, k: float = 1.0) -> jax.Array:
+    """mean - k · standard deviation over the members."""
+    return mean(scores) - k * disagreement(scores)
+
+
+RULES: dict[str, Callable] = {"mean": mean, "min": least, "mean_minus_std": mean_minus_std}
+
+
+def combine(scores: jax.Array, rule: str = "mean") -> jax.Array:
+    """One score [...] of the members' [... M], by a rule of RULES: "mean", "min" or "mean_minus_std(k=0.5)".
+
+    A member's zero is its own, as ranking losses see differences alone: "min" compares members whose scores were
+    normalised. Raises ValueError on an unknown rule.
+    """
+    return select(rule, RULES)(scores)
+
+
+def disagreement(scores: jax.Array) -> jax.Array:
+    """Standard deviation over the members [...]; 0 for one."""
+    return jnp.std(scores, axis=-1)

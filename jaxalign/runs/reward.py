@@ -1,0 +1,162 @@
+"""`jaxalign reward`: a model and compared responses in, a model that scores responses out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.algorithms import process
+from jaxalign.algorithms.process import process_reward
+from jaxalign.algorithms.reward import check_loss, laid_over, response_scores, reward
+from jaxalign.data import groups, preferences, steps
+from jaxalign.data.groups import GroupBatches, GroupPlan
+from jaxalign.losses.inputs import input_names
+from jaxalign.losses.mixture import select_loss
+from jaxalign.losses.ranking import RANKING_LOSSES
+from jaxalign.models import heads, huggingface
+from jaxalign.models.decoder import make_decoder
+from jaxalign.models.layout import Layout
+from jaxalign.models.save import gather
+from jaxalign.runs import devices, finish, scorer, train
+from jaxalign.runs.config import MeshConfig, RewardConfig
+from jaxalign.runs.program import Method, make_program
+from jaxalign.runs.sft import data_options
+from jaxalign.runs.vocabulary import Vocabulary
+from jaxalign.training.checkpoint import Checkpoints
+from jaxalign.training.sharding import put_batch
+from jaxalign.training.state import TrainState
+from jaxalign.types import PyTree
+
+PAIRWISE = {"chosen_scores", "rejected_scores"}
+# Columns of the data that a loss may ask for, and what it is told where they lack.
+ASKED = {"margins": ("margin", "bradley_terry"), "preferences": ("preference", "bradley_terry(label_smoothing=0.1)")}
+ASKED["ties"] = ("tie", "bradley_terry")
+REFERENCE_GROUPS = 512  # of training, where nothing is held out
+
+
+def run(config: RewardConfig) -> int:
+    """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
+    return train.run(config, "reward", _gather)
+
+
+def export(config: RewardConfig, output: Path, checkpoints: Checkpoints, step: int | None) -> int | None:
+    """A checkpoint of a run as a folder like `final/`, on the devices that are here; its step, None if there is none.
+
+    The run's data are read again: scores are normalised on what was held out.
+    """
+    task = _gather(dataclasses.replace(config, mesh=MeshConfig()), False)
+    program = make_program(task.config, task.base.model, task.base.mesh, task.method, steps=task.batches.steps)
+    found = checkpoints.restore_part("params", program.like.params, step=step)
+    if found is None:
+        return None
+    params, step = found
+    _write(task, output, laid_over(params, train.load_frozen(task, program)), step)
+    return step
+
+
+def _gather(config: RewardConfig, starts: bool) -> train.Task:
+    loss = select_loss(config.algorithm.loss, RANKING_LOSSES)
+    build = process_reward if of_steps(config) else reward
+    (process.check_loss if of_steps(config) else check_loss)(loss)
+    heads.combine(np.zeros((1, config.members), np.float32), config.combine)
+    _check_trained(config)
+    base = train.load_base(config, starts=starts)
+    base = dataclasses.replace(base, model=heads.trunk_config(base.model))
+    names = set(input_names(loss))
+    data = feedback(config, base.vocabulary)
+    for name, (column, instead) in ASKED.items():
+        if name in names and column not in data.responses.columns:
+            raise ValueError(f"--algorithm.loss {config.algorithm.loss}: the data have no {name}; take {instead}")
+    unit = base.mesh.shape["data"] * base.mesh.shape["fsdp"] * config.microbatches
+    plan = GroupPlan(config.batch_size, config.max_length, unit, config.packing, config.shuffle, config.seed)
+    batches = GroupBatches(data.train, plan, steps=1, **train.host())
+    batches.steps = train.count_steps(config, batches.groups_per_epoch() / config.batch_size)
+    held_out = groups.eval_batches(data.held_out, plan, **train.host())
+    train.check_held_out(config, held_out)
+    return train.Task(
+        config,
+        base,
+        Method(lambda graphdef, _: build(graphdef, loss=loss), heads=config.members, freeze_trunk=config.freeze_trunk),
+        batches,
+        held_out,
+        shapes=batches.layout.shapes,
+        fingerprint=data.responses.fingerprint(),
+        prompts=[],
+        export=_export,
+    )
+
+
+def of_steps(config: RewardConfig) -> bool:
+    """Whether the loss is of steps, not of whole responses."""
+    return "step_scores" in input_names(select_loss(config.algorithm.loss, RANKING_LOSSES))
+
+
+def feedback(config: RewardConfig, vocabulary: Vocabulary) -> preferences.PreferenceData:
+    """The responses, in groups, that the run learns from and those that it holds out."""
+    options = data_options(config, vocabulary.terminators)
+    if of_steps(config):
+        return steps.load(
+            config.data,
+            vocabulary.tokenizer,
+            options,
+            separator=config.step_separator,
+            eval_spec=config.eval_data,
+        )
+    names = input_names(select_loss(config.algorithm.loss, RANKING_LOSSES))
+    return preferences.load(
+        config.data,
+        vocabulary.tokenizer,
+        options,
+        kind=preferences.PAIRS if PAIRWISE & set(names) else preferences.RANKED,
+        eval_spec=config.eval_data,
+        as_chat=config.as_chat,
+    )
+
+
+def _check_trained(config: RewardConfig) -> None:
+    if config.freeze_trunk and config.lora.rank:
+        raise ValueError("--freeze-trunk trains the heads alone, and --lora.rank adapters besides; give one of them")
+    if config.members > 1 and config.lora.rank and huggingface.is_random(config.model):
+        raise ValueError(
+            f"--members {config.members} are adapters of --model {config.model}, whose random weights nobody could "
+            "load again; train them first, or leave out --lora.rank"
+        )
+
+
+def _export(task: train.Task, state: TrainState, frozen: Any) -> None:
+    final = Path(task.config.output) / "final"
+    finish.put_aside(final)
+    _write(task, final, laid_over(state.params, frozen), int(state.step))
+
+
+def _write(task: train.Task, folder: Path, params: PyTree, step: int) -> None:
+    if of_steps(task.config):  # logits, whose zero and unit mean something
+        found, separator = np.array([[-1.0], [1.0]]).repeat(task.config.members, axis=1), task.config.step_separator
+    else:
+        found, separator = _reference_scores(task, params), None
+    scorer.save(folder, task.config, task.base, params, found.mean(axis=0), found.std(axis=0), step, separator)
+
+
+def _reference_scores(task: train.Task, params: PyTree) -> np.ndarray:
+    """Float32[N M] of every held-out response; of some that were trained on where nothing is held out."""
+    config, base = task.config, task.base
+    graphdef, _ = make_decoder(
+        base.model,
+        compute_dtype=devices.compute_dtype(config.precision),
+        param_dtype=config.param_dtype,
+        attention=None if config.attention == "auto" else config.attention,
+        layout=Layout(base.mesh) if base.mesh.size > 1 else None,
+        lora=base.lora,
+        quantise=config.lora.quantise,
+    )
+    scores = jax.jit(lambda params, batch: response_scores(graphdef, params, batch))
+    few = min(task.batches.steps, -(-REFERENCE_GROUPS // config.batch_size))
+    found = []
+    for batch in task.held_out or (task.batches[i] for i in range(few)):
+        batch = put_batch(batch, base.mesh)
+        found.append(gather(scores(params, batch))[gather(batch.present)])
+    return np.concatenate(found)

@@ -1,0 +1,206 @@
+"""`jaxalign reward`, end to end on a tiny model: it learns, resumes bit for bit, and transformers reads its scores."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxalign.cli.main import main
+from jaxalign.models.huggingface import load_tokenizer
+from jaxalign.rollout.score import load_reward_model
+from jaxalign.runs import export, reward
+from jaxalign.runs.config import ExportConfig, LoraConfig, OptimizerConfig, RewardAlgorithm, RewardConfig
+from jaxalign.runs.scorer import padded
+from jaxalign.runs.vocabulary import Vocabulary
+from tests.runs.test_preferences import SHARED, pairs, rows  # noqa: F401  a fixture
+from tests.runs.test_sft import one_device  # noqa: F401  a fixture
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, pairs, tmp_path_factory):  # noqa: F811
+    import jax
+
+    from jaxalign.training import sharding
+
+    whole = sharding.make_mesh
+    output = tmp_path_factory.mktemp("reward") / "run"
+    config = RewardConfig(model=str(tiny_model), data=str(pairs), output=output, members=2, **SHARED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        assert reward.run(config) == 0
+    return config
+
+
+def test_pairs_that_differ_by_a_word_are_told_apart(trained):
+    held = {row["step"]: row for row in rows(trained.output) if "eval_loss" in row}
+    assert held[8]["eval_accuracy"] == 1.0 and held[8]["eval_loss"] < held[0]["eval_loss"]
+    members = load_file(trained.output / "final" / "members" / "heads.safetensors")["heads"]
+    assert members.shape == (2, 32) and np.abs(members[0] - members[1]).max() > 0.01
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained, tmp_path, one_device):  # noqa: F811
+    again = dataclasses.replace(trained, output=tmp_path / "again")
+    shutil.copytree(trained.output, again.output)
+    shutil.rmtree(again.output / "checkpoints" / "8")
+    shutil.rmtree(again.output / "final")
+    assert reward.run(again) == 0
+    assert rows(again.output) == rows(trained.output)
+    for name in ("model", "members/heads"):
+        files = [load_file(run.output / "final" / f"{name}.safetensors") for run in (trained, again)]
+        assert all(files[0][key].tobytes() == files[1][key].tobytes() for key in files[0])
+
+
+@pytest.fixture(scope="module")
+def scorer(trained):
+    return load_reward_model(str(trained.output / "final"), batch_size=4)
+
+
+PROMPTS, RESPONSES = ["one ?", "one ?", "one ?", "two ?"], ["cat the a", "dog", "", "dog red blue a the"]
+
+
+def test_scores_of_texts_are_those_that_transformers_reads_at_the_terminator_of_padded_rows(trained, scorer):
+    """Its logit is the mean of the members' scores, before they are normalised."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = trained.output / "final"
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert type(theirs).__name__ == "LlamaForSequenceClassification"
+    assert theirs.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    texts = [f"{prompt} {response} </s>" for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+    with torch.no_grad():
+        found = theirs(**tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)).logits[:, 0]
+    held = json.loads((folder / "reward.json").read_text())
+    ours = scorer.members(PROMPTS, RESPONSES) * np.array(held["std"]) + np.array(held["mean"])
+    assert ours.shape == (4, 2) and np.ptp(ours.mean(axis=1)) > 0.1
+    np.testing.assert_allclose(found.numpy(), ours.mean(axis=1), atol=1e-4)
+
+
+def test_scores_of_the_held_out_responses_have_mean_0_and_variance_1(trained, scorer, one_device):  # noqa: F811
+    """By way of text, and so of the loaded folder's own tokenizer; the run held some pairs out by its seed."""
+    task = reward._gather(trained, False)
+    examples = task.held_out[0].sequences
+    planes = zip(*(x.reshape(-1, x.shape[-1]) for x in (examples.tokens, examples.segment_ids)), strict=True)
+    rows = [tokens[ids == s] for tokens, ids in planes for s in range(1, ids.max() + 1)]
+    found = scorer.rows(rows)
+    np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(found.std(axis=0), 1, atol=1e-4)
+    text = scorer.tokenizer.decode(rows[0], skip_special_tokens=True)
+    prompt, _, response = text.partition("? ")
+    np.testing.assert_allclose(scorer.members([f"{prompt}?"], [response])[0], found[0], atol=1e-5)
+
+
+def test_the_least_member_is_below_the_mean_and_a_cut_response_is_read_without_a_terminator(scorer):
+    members = scorer.members(PROMPTS, RESPONSES)
+    assert (members.min(axis=1) < members.mean(axis=1)).all()
+    np.testing.assert_array_equal(scorer(PROMPTS, RESPONSES), members.mean(axis=1))
+    least = dataclasses.replace(scorer, model=dataclasses.replace(scorer.model, rule="min"))
+    np.testing.assert_array_equal(least(PROMPTS, RESPONSES), members.min(axis=1))
+    with pytest.raises(ValueError, match="scores whole responses"):
+        scorer.steps("one ?", ["cat"])
+    assert scorer.ids("one ?", "cat").tolist() == [15, 21, 6, 2]
+    assert scorer.ids("one ?", "cat", ended=False).tolist() == [15, 21, 6]
+    with pytest.raises(ValueError, match="fills all 16 tokens"):
+        scorer(["the " * 16], ["cat"])
+
+
+def test_a_vocabulary_with_nothing_but_an_eos_token_pads_with_its_last_word(tiny_model):
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.bos_token = tokenizer.unk_token = None
+    found, pad = padded(Vocabulary(tokenizer, (2,)))
+    assert pad == found.pad_token_id == len(tokenizer) - 1 and tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_checkpoint_is_exported_as_the_folder_that_the_run_would_have_ended_in(trained, tmp_path):
+    for step in (8, 4):
+        assert export.run(ExportConfig(run=trained.output, output=tmp_path / str(step), step=step)) == 0
+    folders = tmp_path / "8", tmp_path / "4", trained.output / "final"
+    last, earlier, final = (folder / "members" / "heads.safetensors" for folder in folders)
+    assert last.read_bytes() == final.read_bytes() != earlier.read_bytes()
+    described = [json.loads((path.parents[1] / "reward.json").read_text()) for path in (last, final)]
+    np.testing.assert_allclose(described[0]["mean"], described[1]["mean"], atol=1e-5)
+    with pytest.raises(ValueError, match="whose adapters go with its heads"):
+        export.run(ExportConfig(run=trained.output, output=tmp_path / "adapter", adapter=True))
+
+
+def test_members_with_adapters_differ_and_are_read_with_their_base(trained, tmp_path, one_device):  # noqa: F811
+    config = dataclasses.replace(trained, output=tmp_path / "run", lora=LoraConfig(rank=2), members=3, combine="min")
+    assert reward.run(config) == 0
+    held = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
+    assert held[8]["eval_loss"] < held[0]["eval_loss"] and held[8]["eval_disagreement"] > 0
+    folder = config.output / "final"
+    found = load_reward_model(str(folder), batch_size=4)
+    members = found.members(PROMPTS, RESPONSES)
+    assert members.shape == (4, 3) and np.abs(members[:, 0] - members[:, 1]).max() > 0.01
+    np.testing.assert_array_equal(found(PROMPTS, RESPONSES), members.min(axis=1))
+    described = json.loads((folder / "reward.json").read_text())
+    one = tmp_path / "one"  # without what is besides, the folder is the first member's, merged
+    shutil.copytree(folder, one, ignore=shutil.ignore_patterns("members", "reward.json"))
+    first = load_reward_model(str(one), batch_size=4).members(PROMPTS, RESPONSES)[:, 0]
+    np.testing.assert_allclose((first - described["mean"][0]) / described["std"][0], members[:, 0], atol=1e-4)
+
+
+def test_a_frozen_trunk_stays_and_a_ranking_teaches_the_head_alone(trained, tiny_model, tmp_path, one_device):  # noqa: F811
+    loss = RewardAlgorithm("kwise")
+    config = dataclasses.replace(trained, output=tmp_path / "run", freeze_trunk=True, algorithm=loss)
+    assert reward.run(config) == 0
+    before, after = load_file(tiny_model / "model.safetensors"), load_file(config.output / "final/model.safetensors")
+    assert before.keys() == after.keys() - {"score.weight"}
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    held = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
+    assert held[8]["eval_loss"] < held[0]["eval_loss"]
+    checkpoint = sum(file.stat().st_size for file in (config.output / "checkpoints" / "8").rglob("*"))
+    assert checkpoint < sum(x.nbytes for x in before.values())  # of heads and their moments, not of the trunk
+
+
+def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tmp_path, one_device):  # noqa: F811
+    """A step is right if it begins with a cat; it is found out wherever it stands."""
+    rng, solutions = np.random.default_rng(0), []
+    for _ in range(48):
+        labels = (rng.random(rng.integers(1, 4)) < 0.5).tolist()
+        said = [" ".join(["cat" if right else "dog", *rng.choice(["the", "a"], 1)]) for right in labels]
+        solutions.append({"prompt": "one ?", "completions": said, "labels": labels})
+    path = tmp_path / "steps.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in solutions))
+    more = SHARED | {
+        "steps": 16,
+        "packing": False,
+        "eval_share": 0.25,
+        "optimizer": OptimizerConfig(learning_rate=1e-2),
+    }
+    loss = RewardAlgorithm("process")
+    config = RewardConfig(str(tiny_model), str(path), tmp_path / "run", algorithm=loss, step_separator=".", **more)
+    assert reward.run(config) == 0
+    held = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
+    assert held[16]["eval_accuracy"] == 1.0 and held[16]["eval_loss"] < held[0]["eval_loss"]
+    found = load_reward_model(str(config.output / "final"))
+    steps = found.steps("one ?", ["cat the", "dog a", "cat a"])
+    assert steps.shape == (3, 1) and (steps[:, 0] > 0).tolist() == [True, False, True]
+    np.testing.assert_allclose(
+        found.steps("one ?", ["cat the", "dog a"]), steps[:2], atol=1e-5
+    )  # it sees no later step
+    with pytest.raises(ValueError, match="17 tokens, and the model reads 16"):
+        found.steps("one ?", ["cat the"] * 5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--algorithm.loss", "process"], "hold no steps; needed are prompt, completions, labels"),
+        (["--algorithm.loss", "graded_bradley_terry"], "the data have no margins"),
+        (["--algorithm.loss", "rao_kupper"], "the data have no ties; take bradley_terry"),
+        (["--combine", "median"], "unknown name 'median'"),
+        (["--freeze-trunk", "--lora.rank", "2"], "give one of them"),
+        (["--members", "0"], "--members 0: it must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, pairs, tmp_path, capsys):  # noqa: F811
+    given = ["--model", str(tiny_model), "--data", str(pairs), "--output", str(tmp_path / "run")]
+    assert main(["reward", *given, "--mesh.fsdp", "8", *flags]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
