@@ -97,7 +97,7 @@ def batches(theirs, name):
     def packed(part, columns=lambda step: {}):
         sets = [responses(theirs, part, step, columns=columns(step)) for step in range(STEPS)]
         layout = Layout.of(sets[0], GroupPlan(PAIRS if paired else ROWS, WIDTH, shuffle=False))
-        rows = max(len(layout.rows(each.lengths)) for each in sets)
+        rows = max(len(layout.rows(each)) for each in sets)
         return [jax.tree.map(jnp.asarray, layout.batch(each, rows=rows)) for each in sets]
 
     if name == "reward_graded":
