@@ -76,17 +76,17 @@ def jaxalign_preferences(rows: list[dict], mark, *, method: str, remat: str, pac
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jaxalign.algorithms.reward import reward
-    from jaxalign.models.heads import init_head
 
     from jaxalign.algorithms.dpo import dpo
     from jaxalign.algorithms.kto import kto
+    from jaxalign.algorithms.reward import reward
     from jaxalign.data import batches as batching
     from jaxalign.data.groups import GroupBatches, GroupPlan, Responses, UnpairedBatches
     from jaxalign.data.preferences import mismatched
     from jaxalign.data.tokens import Examples
     from jaxalign.models.decoder import init_params
     from jaxalign.models.families import model_config
+    from jaxalign.models.heads import init_head
     from jaxalign.runs.config import DPOConfig, OptimizerConfig
     from jaxalign.runs.program import Method, make_program
     from jaxalign.training import sharding

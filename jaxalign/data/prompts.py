@@ -19,10 +19,10 @@ COLUMNS = ("prompt", "messages", "question", "instruction", "query")
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What is answered: ids for the model, texts for rewards."""
+    """What is answered: ids for the model, texts or messages for rewards."""
 
     ids: list[tuple[int, ...]]
-    texts: list[str]
+    given: list[Any]  # as the data have them, texts or messages
     columns: dict[str, list[Any]]  # of the rows, by name
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
                 dropped += 1
                 continue
             found.ids.append(ids)
-            found.texts.append(text)
+            found.given.append(row[column])
             for name, value in row.items():
                 if name != column:
                     found.columns.setdefault(name, [None] * (len(found.ids) - 1)).append(value)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import inspect
 import json
 import math
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.rollout.score import Scorer, load_reward_model
 from jaxalign.select import select_sum
 
 Texts = Sequence[str]
@@ -92,7 +94,24 @@ def _lexicon(path: str) -> dict[str, float]:
 
 _lexicons: dict[str, dict[str, float]] = {}
 
+
+def reward_model(
+    prompts: Sequence[Any], responses: Texts, *, path: str, finished: Sequence[bool] | None = None
+) -> list[float]:
+    """Scores of a reward model's folder, normalised and combined over its members as the folder says.
+
+    It reads texts with its own tokenizer and chat template, whatever those of the policy are.
+    """
+    return _scorer(path)(prompts, responses, finished=finished).tolist()
+
+
+@functools.lru_cache
+def _scorer(path: str) -> Scorer:
+    return load_reward_model(path)
+
+
 REWARDS: dict[str, RewardFn] = {
+    "reward_model": reward_model,
     "exact_match": exact_match,
     "numeric_match": numeric_match,
     "regex": regex,
@@ -112,9 +131,13 @@ class Rewards:
           seconds: that one call of one function may take.
 
         Raises:
-          ValueError: a function or keyword does not exist; the message lists what does.
+          ValueError: a function or keyword does not exist, and the message lists what does; or a reward model cannot be
+            read.
         """
-        self._text, self._terms, self._seconds = text, select_sum(text, REWARDS), seconds
+        self._terms, self._seconds = select_sum(text, REWARDS), seconds
+        for _, function in self._terms:
+            if getattr(function, "func", None) is reward_model:
+                _scorer(function.keywords["path"])  # what is wrong with it is said before training starts
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=len(self._terms))
 
     def __call__(self, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> np.ndarray:

@@ -169,14 +169,12 @@ class Rollouts:
         responses = self._engine.generate(params, requests, key, sampling=self._sampling)
         texts = [self._text(response) for response in responses]
         began = time.perf_counter()
-        scores = self._rewards(
-            [self._prompts.texts[i] for i in chosen],
-            texts,
-            {name: [values[i] for i in chosen] for name, values in self._prompts.columns.items()},
-        )
+        columns = {name: [values[i] for i in chosen] for name, values in self._prompts.columns.items()}
+        finished = [response.finished for response in responses]
+        scores = self._rewards([self._prompts.given[i] for i in chosen], texts, columns | {"finished": finished})
         scoring = time.perf_counter() - began
         if config.missing_end_penalty:
-            scores = scores - config.missing_end_penalty * ~np.array([r.finished for r in responses])
+            scores = scores - config.missing_end_penalty * ~np.array(finished)
         groups = scores.reshape(config.batch_size, config.n)
         advantages = np.asarray(ADVANTAGES[config.algorithm.advantages](jnp.asarray(groups, jnp.float32))).reshape(-1)
         self._write_samples(step, chosen, texts, scores)
@@ -203,5 +201,5 @@ class Rollouts:
         if step and (config.eval_every == 0 or step % config.eval_every):
             return
         for row in range(0, min(config.samples, config.batch_size) * config.n, config.n):
-            line = {"step": step, "prompt": self._prompts.texts[chosen[row]], "response": texts[row]}
+            line = {"step": step, "prompt": self._prompts.given[chosen[row]], "response": texts[row]}
             self._samples.write(line | {"score": float(scores[row])})

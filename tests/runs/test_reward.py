@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
 from jaxalign.models.huggingface import load_tokenizer
+from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.score import load_reward_model
 from jaxalign.runs import export, reward
 from jaxalign.runs.config import ExportConfig, LoraConfig, OptimizerConfig, RewardAlgorithm, RewardConfig
@@ -106,6 +107,15 @@ def test_the_least_member_is_below_the_mean_and_a_cut_response_is_read_without_a
     assert scorer.ids("one ?", "cat", ended=False).tolist() == [15, 21, 6]
     with pytest.raises(ValueError, match="fills all 16 tokens"):
         scorer(["the " * 16], ["cat"])
+
+
+def test_a_policy_is_rewarded_by_the_folder_with_the_scores_that_it_gives(trained, scorer):
+    prompts, responses = ["one ?", "one ?"], ["cat the red", "dog a"]
+    rewards = Rewards(f"0.5*reward_model(path={str(trained.output / 'final')!r})")
+    expected = 0.5 * scorer(prompts, responses, finished=[True, False])
+    np.testing.assert_allclose(rewards(prompts, responses, {"finished": [True, False]}), expected, atol=1e-6)
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        Rewards("reward_model(path='/nowhere')")
 
 
 def test_a_vocabulary_with_nothing_but_an_eos_token_pads_with_its_last_word(tiny_model):

@@ -1,0 +1,66 @@
+"""Steer a real TinyStories model to happy stories: GRPO and RLOO on the summed VADER valence of what it writes.
+
+Papers:    Shao et al. 2024 (GRPO), https://arxiv.org/abs/2402.03300; Ahmadian et al. 2024 (RLOO),
+           https://arxiv.org/abs/2402.14740; Hutto and Gilbert 2014 (VADER),
+           https://doi.org/10.1609/icwsm.v8i1.14550.
+Command:   python experiments/grpo_tinystories_sentiment.py FOLDER --output runs [--method rloo] [--kl-coef 0]
+           FOLDER holds models/babyllama-char361 (969,216 parameters over characters, of EN10/BabyLlama, as a Hugging
+           Face folder) and lexicons/vader_lexicon.txt.
+Hardware:  two CPU cores, fp32; any TPU or GPU.
+Expected:  the mean score rises by a standard deviation of the model's own samples (3.6) or more at a KL from the
+           reference of at most 15 nats a response; without a KL term the stories end as lists of happy words.
+Observed:  not run yet.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from jaxalign.runs import rl
+from jaxalign.runs.config import CheckpointConfig, OptimizerConfig, PolicyAlgorithm, PolicyConfig
+
+OPENINGS = ("Once upon a time", "One day,", "There was a", "Lily and Tom")
+
+
+def config(folder: Path, output: Path, *, method: str, kl_coef: float, steps: int, seed: int) -> PolicyConfig:
+    """Four openings a step, sixteen stories of each."""
+    output.mkdir(parents=True, exist_ok=True)
+    prompts = output / "openings.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": opening}) + "\n" for opening in OPENINGS))
+    algorithm = PolicyAlgorithm(kl_coef=kl_coef, aggregate="sequence")
+    if method == "rloo":
+        algorithm = PolicyAlgorithm("reinforce", advantages="leave_one_out", aggregate="sequence", kl_coef=kl_coef)
+    return PolicyConfig(
+        model=str(folder / "models" / "babyllama-char361"),
+        data=str(prompts),
+        output=output / f"{method}-kl{kl_coef:g}-seed{seed}",
+        reward=f"lexicon(path={str(folder / 'lexicons' / 'vader_lexicon.txt')!r})",
+        steps=steps,
+        batch_size=len(OPENINGS),
+        n=16,
+        max_length=256,
+        max_new_tokens=224,
+        slots=64,
+        seed=seed,
+        algorithm=algorithm,
+        eval_every=20,
+        optimizer=OptimizerConfig(learning_rate=2e-4, schedule="constant", warmup_steps=5),
+        checkpoint=CheckpointConfig(every=50),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--method", choices=("grpo", "rloo"), default="grpo")
+    parser.add_argument("--kl-coef", type=float, default=0.05)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    made = config(args.folder, args.output, method=args.method, kl_coef=args.kl_coef, steps=args.steps, seed=args.seed)
+    raise SystemExit((rl.run_grpo if args.method == "grpo" else rl.run_rloo)(made))
+
+
+if __name__ == "__main__":
+    main()
