@@ -357,6 +357,10 @@ class GenerateConfig:
     """Texts that end a response, which holds them."""
     n: int = 1
     """Responses to each prompt."""
+    reward: str | None = None
+    """Score the responses: 'reward_model(path=...)', 'my.module:function', as of jaxalign grpo."""
+    keep: Literal["all", "best"] = "all"
+    """Keep all responses, or each prompt's best by --reward (best-of-n)."""
     batch_size: int = 16
     """Responses generated side by side; one that ends makes room for the next prompt at once."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
@@ -421,7 +425,7 @@ def check(config: Any, *, prefix: str = "--") -> None:
             check(value, prefix=flag + ".")
         elif value is None:
             continue
-        elif f.name in LIMITS:
+        elif f.name in LIMITS and not isinstance(value, str):  # `keep` of checkpoints is a number
             least, most, open_end = LIMITS[f.name]
             if not least <= value <= most or (open_end and value == most):
                 below = "" if most == math.inf else f" and {'below' if open_end else 'at most'} {most}"

@@ -21,6 +21,7 @@ from jaxalign.models.lora import join
 from jaxalign.models.peft import load_adapter
 from jaxalign.rollout.engine import LocalEngine, Request
 from jaxalign.rollout.generate import without_terminator
+from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.slots import Sampling
 from jaxalign.runs import devices
 from jaxalign.runs.config import GenerateConfig, check
@@ -35,11 +36,14 @@ Prompt = str | Sequence[dict[str, str]]  # a text to continue, or messages to an
 def run(config: GenerateConfig) -> int:
     """Prints the responses, or writes {"prompt", "response", "finished"} lines to --output."""
     check(config)
+    if config.keep == "best" and config.reward is None:
+        raise ValueError("--keep best needs --reward, which says which response is the best")
     if config.output is not None:
         _check_output(config.output)
     devices.start()
     devices.start_log()
-    prompts = read_prompts(config.prompts)
+    rewards = None if config.reward is None else Rewards(config.reward)
+    prompts, columns = read_rows(config.prompts)
     found = respond(
         config.model,
         prompts,
@@ -57,10 +61,16 @@ def run(config: GenerateConfig) -> int:
         seed=config.seed,
         precision=config.precision,
     )
+    asked = [number // config.n for number in range(len(found))]  # whose response it is
     rows = [
-        {"prompt": prompts[number // config.n], "response": text, "finished": ended}
-        for number, (text, ended) in enumerate(found)
+        {"prompt": prompts[i], "response": text, "finished": ended}
+        for i, (text, ended) in zip(asked, found, strict=True)
     ]
+    if rewards is not None:
+        rows = _scored(rows, rewards, {name: [values[i] for i in asked] for name, values in columns.items()})
+        if config.keep == "best":
+            groups = [rows[at : at + config.n] for at in range(0, len(rows), config.n)]
+            rows = [max(group, key=lambda row: row["score"]) for group in groups]
     if config.output is None:
         print(
             "\n\n".join(row["response"] if len(rows) == 1 else f"> {row['prompt']}\n{row['response']}" for row in rows)
@@ -71,6 +81,13 @@ def run(config: GenerateConfig) -> int:
     return 0
 
 
+def _scored(rows: list[dict], rewards: Rewards, columns: dict[str, list]) -> list[dict]:
+    """The rows with a `score` each."""
+    said = {name: [row[name] for row in rows] for name in ("prompt", "response", "finished")}
+    scores = rewards(said["prompt"], said["response"], columns | {"finished": said["finished"]})
+    return [row | {"score": float(score)} for row, score in zip(rows, scores, strict=True)]
+
+
 def _check_output(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"--output {path} is a folder; name a .jsonl file")
@@ -79,15 +96,21 @@ def _check_output(path: Path) -> None:
 
 def read_prompts(text: str) -> list[Prompt]:
     """Prompts of a file (`prompt` or `messages` of each row; lines of a .txt), or the text itself."""
+    return read_rows(text)[0]
+
+
+def read_rows(text: str) -> tuple[list[Prompt], dict[str, list[Any]]]:
+    """The prompts, and the other columns of their rows, by name."""
     if not text.endswith(sources.SUFFIXES) and not (os.sep in text and os.path.exists(text)):
-        return [text]
-    loaded = sources.load(sources.parse(text)[0])
+        return [text], {}
+    rows = sources.load(sources.parse(text)[0]).rows
     if text.removesuffix(".gz").endswith(".txt"):
-        return [line for line in loaded.rows[0]["text"].splitlines() if line.strip()]
-    column = next((name for name in ("prompt", "messages") if name in loaded.rows[0]), None)
+        return [line for line in rows[0]["text"].splitlines() if line.strip()], {}
+    column = next((name for name in ("prompt", "messages") if name in rows[0]), None)
     if column is None:
-        raise ValueError(f"{text}: rows have {', '.join(loaded.rows[0])}; prompts are in `prompt` or `messages`")
-    return [_prompt(row.get(column), f"{text}, row {number}", column) for number, row in enumerate(loaded.rows, 1)]
+        raise ValueError(f"{text}: rows have {', '.join(rows[0])}; prompts are in `prompt` or `messages`")
+    prompts = [_prompt(row.get(column), f"{text}, row {number}", column) for number, row in enumerate(rows, 1)]
+    return prompts, {name: [row.get(name) for row in rows] for name in rows[0] if name != column}
 
 
 def _prompt(value: Any, where: str, column: str) -> Prompt:

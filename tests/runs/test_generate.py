@@ -96,6 +96,30 @@ def test_several_answers_to_a_prompt_stand_together_and_a_stop_text_ends_each(ti
         assert row["finished"] and row["response"].count(" ") <= 1
 
 
+def test_the_best_of_n_is_the_response_with_the_highest_score(tiny_model, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": "dog"}) + "\n" for p in PROMPTS))
+    options = {
+        "max_new_tokens": 12,
+        "n": 4,
+        "seed": 3,
+        "reward": "tests.runs.rewards:answered + tests.runs.rewards:dogs",
+    }
+    found = {}
+    for keep in ("all", "best"):
+        output = tmp_path / f"{keep}.jsonl"
+        assert (
+            generate.run(GenerateConfig(str(tiny_model), str(tmp_path / "prompts.jsonl"), output, keep=keep, **options))
+            == 0
+        )
+        found[keep] = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(found["all"]) == 12 and any(row["score"] > 1 for row in found["all"])
+    for number, row in enumerate(found["best"]):
+        assert row["prompt"] == PROMPTS[number] and row in found["all"]
+        assert row["score"] == max(other["score"] for other in found["all"][4 * number : 4 * number + 4])
+    with pytest.raises(ValueError, match="--keep best needs --reward"):
+        generate.run(GenerateConfig(str(tiny_model), "the cat", keep="best"))
+
+
 def test_samples_follow_from_the_seed(tiny_model):
     first, again, other = (answers(tiny_model, PROMPTS, seed=seed) for seed in (0, 0, 1))
     assert first == again != other
