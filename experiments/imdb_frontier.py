@@ -1,0 +1,238 @@
+"""Score against KL to the reference, along training and for several β: the frontier of the DPO paper's figure 2, left.
+
+Every number is an estimate from fresh samples: one response to each held-out prompt, drawn from the policy at
+temperature 1, scored, and read by the policy and the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import imdb_scorer
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from imdb_sentiment import LENGTH, QUICK, Policy, Sample, Size, Task, load_policy, prepare, sample
+
+from jaxalign.ops.logprobs import next_token_logps
+from jaxalign.runs import devices, export
+from jaxalign.runs.config import CheckpointConfig, ExportConfig, FeedbackConfig, OptimizerConfig
+
+log = logging.getLogger("jaxalign.experiments")
+
+METHODS = {"dpo": "DPO", "kto": "KTO"}
+
+
+class Point(NamedTuple):
+    """A policy on the frontier; `_se` are standard errors of the means over prompts."""
+
+    method: str
+    beta: float  # 0 for the reference
+    step: int
+    score: float  # mean P(positive)
+    score_se: float
+    score_sd: float  # over samples
+    kl: float  # nats a response: mean of log π(y|x) - log π_ref(y|x), y ~ π
+    kl_se: float
+    tokens: float  # of a response, its terminator included
+    ended: float  # share that ended by itself
+    distinct: float  # share of the samples' words that differ from each other
+
+
+class Told(NamedTuple):
+    """What both scripts are told."""
+
+    task: Task
+    output: Path
+    size: Size
+
+
+def start(doc: str) -> Told:
+    """Reads the command line, and makes all that comes before alignment."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("runs/imdb"))
+    parser.add_argument("--quick", action="store_true", help="a smoke run of a minute, whose numbers mean nothing")
+    args = parser.parse_args()
+    require_matplotlib()
+    devices.start()
+    devices.start_log()
+    size = QUICK if args.quick else Size()
+    args.output.mkdir(parents=True, exist_ok=True)
+    return Told(prepare(args.folder, args.output, size), args.output, size)
+
+
+def require_matplotlib() -> None:
+    """Ends the program, before an hour of work, when the picture could not be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise SystemExit("this experiment draws a picture: pip install matplotlib") from None
+
+
+def feedback_config(kind: type, told: Told, name: str, data: Path, batch: int, rate: float, **more: Any) -> Any:
+    """The settings that all runs of an experiment share; every evaluated step is a checkpoint that is kept."""
+    size = told.size
+    config = kind(
+        model=str(told.task.reference),
+        data=str(data),
+        output=told.output / name,
+        steps=size.steps,
+        batch_size=batch,
+        max_length=LENGTH,
+        packing=False,  # few pairs share a row of LENGTH tokens, and rows of one shape are compiled once
+        remat="none",
+        samples=0,
+        optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=size.steps // 10, schedule="constant"),
+        checkpoint=CheckpointConfig(every=size.every, keep=size.steps),
+        **more,
+    )
+    assert isinstance(config, FeedbackConfig)
+    return config
+
+
+def trace(method: str, told: Told, run: Callable, config_of: Callable) -> list[Point]:
+    """Trains once for each β and measures along the way; writes the points and the picture after every β.
+
+    Args:
+      method: of METHODS.
+      told: the command line's task.
+      run: config -> exit status.
+      config_of: β -> config.
+    """
+    ref = load_policy(told.task.reference)
+    measure = functools.partial(measured, ref=ref, task=told.task)
+    points = [Point(method, 0.0, 0, *measure(ref))]
+    log.info("%s", line(points[0]))
+    for beta in told.size.betas:
+        config = config_of(beta)
+        if status := run(config):
+            raise SystemExit(status)
+        for step in range(told.size.every, told.size.steps + 1, told.size.every):
+            points.append(Point(method, beta, step, *measure(load_policy(exported(config, step)))))
+            log.info("%s", line(points[-1]))
+        _path(told.output, method).write_text(json.dumps([p._asdict() for p in points], indent=1) + "\n")
+        draw(read_points(told.output), told.output / "imdb_frontier.png")
+    log.info("%s", summary(points))
+    return points
+
+
+def exported(config: FeedbackConfig, step: int) -> Path:
+    """The checkpoint of a step as a folder, which is made on the first call."""
+    folder = Path(config.output) / f"step-{step}"
+    if not folder.exists():
+        export.run(ExportConfig(run=Path(config.output), output=folder, step=step))
+    return folder
+
+
+def measured(policy: Policy, *, ref: Policy, task: Task) -> tuple[float, ...]:
+    """The fields of a Point from `score` on. All policies draw with the same key, so chance moves them alike."""
+    found = sample(policy, task.prompts, jax.random.key(23))
+    scores = task.scorer([s.text for s in found])
+    tokens, mask = rows_of(task.prompts, found, policy.terminators[0])
+    log_ratio = np.float64(response_logps(policy.graphdef, policy.params, tokens, mask))
+    log_ratio -= np.float64(response_logps(ref.graphdef, ref.params, tokens, mask))
+    error = lambda values: float(np.std(values, ddof=1) / np.sqrt(len(values)))  # noqa: E731
+    words = [word for s in found for word in imdb_scorer.WORD.findall(s.text)]
+    return (
+        float(scores.mean()), error(scores), float(np.std(scores, ddof=1)), float(log_ratio.mean()), error(log_ratio),
+        float(mask.sum(axis=1).mean()), float(np.mean([s.ended for s in found])), len(set(words)) / max(len(words), 1),
+    )  # fmt: skip
+
+
+def rows_of(prompts: list[list[int]], found: list[Sample], terminator: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, mask) [N LENGTH]: prompt, response, and the terminator if it was drawn; the mask is on the response."""
+    tokens, mask = np.zeros((len(found), LENGTH), np.int32), np.zeros((len(found), LENGTH), bool)
+    for row, (prompt, one) in enumerate(zip(prompts, found, strict=True)):
+        ids = [*prompt, *one.ids, *[terminator] * one.ended]
+        tokens[row, : len(ids)], mask[row, len(prompt) : len(ids)] = ids, True
+    return tokens, mask
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def response_logps(graphdef: Any, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Float32[N], log π(response | prompt) in nats, summed over the mask."""
+    model = nnx.merge(graphdef, params)
+    return jnp.sum(next_token_logps(model(tokens), model.unembed(), tokens, mask).logps, axis=1)
+
+
+def line(p: Point) -> str:
+    return (
+        f"{METHODS[p.method]} β={p.beta:<4g} step {p.step:3d}: score {p.score:.3f} ± {p.score_se:.3f}, "
+        f"KL {p.kl:6.2f} ± {p.kl_se:.2f} nats, {p.tokens:.1f} tokens, {p.ended:.0%} ended, {p.distinct:.0%} distinct"
+    )
+
+
+def gains(points: list[Point]) -> list[tuple[float, Point]]:
+    """(gain in standard deviations of the reference's samples, point) of all but the reference."""
+    ref = points[0]
+    return [((p.score - ref.score) / ref.score_sd, p) for p in points[1:]]
+
+
+def summary(points: list[Point], *, most_kl: float = 10.0) -> str:
+    """The largest gain below a KL, for each β and over all."""
+    near = [(gain, p) for gain, p in gains(points) if p.kl < most_kl]
+    best = [max((g for g in near if g[1].beta == beta), default=None) for beta in sorted({p.beta for p in points[1:]})]
+    lines = [f"{line(p)}: {gain:+.2f} s.d." for gain, p in filter(None, best)]
+    return "\n".join([f"largest gain at KL below {most_kl:g} nats, for each β:", *lines])
+
+
+def _path(output: Path, method: str) -> Path:
+    return output / f"imdb_frontier_{method}.json"
+
+
+def read_points(output: Path) -> dict[str, list[Point]]:
+    """By method, of those that were traced; the reference comes first."""
+    found = {method: _path(output, method) for method in METHODS}
+    return {
+        method: [Point(**row) for row in json.loads(path.read_text())]
+        for method, path in found.items()
+        if path.exists()
+    }
+
+
+def draw(traced: dict[str, list[Point]], path: Path) -> None:
+    """A panel for each method, a curve for each β, one standard error each way; steps follow the curves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(traced), figsize=(5.2 * len(traced), 4.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (method, points) in zip(axes[0], traced.items(), strict=True):
+        _panel(axis, method, points)
+    axes[0, 0].set_ylabel("score: mean P(positive) of the response")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _panel(axis: Any, method: str, points: list[Point]) -> None:
+    ref = points[0]
+    axis.axhline(ref.score, color="black", linewidth=1, label="reference")
+    axis.axhline(ref.score + ref.score_sd, color="black", linewidth=1, linestyle=":", label="reference + 1 s.d.")
+    for beta in sorted({p.beta for p in points[1:]}):
+        curve = [ref._replace(kl_se=0.0), *[p for p in points[1:] if p.beta == beta]]
+        axis.errorbar(
+            [p.kl for p in curve],
+            [p.score for p in curve],
+            xerr=[p.kl_se for p in curve],
+            yerr=[p.score_se for p in curve],
+            marker="o",
+            markersize=3,
+            linewidth=1.2,
+            elinewidth=0.7,
+            label=f"β = {beta:g}",
+        )
+    axis.set_title(METHODS[method])
+    axis.set_xlabel("KL(policy ‖ reference), nats a response")
+    axis.grid(alpha=0.25)
+    axis.legend(loc="lower right", fontsize=8)

@@ -1,0 +1,298 @@
+"""The controlled sentiment task of the DPO paper in miniature, up to where alignment begins.
+
+Reviews are cut into pieces of one to a few sentences. A small Llama is trained from scratch on pieces of IMDb's
+training reviews; it continues the first 2 to 8 tokens of pieces of test reviews, several times each, and a scorer
+fitted to the labels of the training reviews rates what it wrote. From the same samples come pairs for DPO (the best and
+the worst of each prompt) and rated responses for KTO (above or below the median of all).
+
+What differs from the paper: its policy is a fine-tuned GPT-2-large, its scorer a fine-tuned RoBERTa.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import imdb_scorer
+import jax
+import numpy as np
+
+from jaxalign.models import huggingface
+from jaxalign.models.decoder import make_decoder
+from jaxalign.models.load import load_params
+from jaxalign.rollout.generate import Sampling, generate_ids
+from jaxalign.runs import sft
+from jaxalign.runs.config import OptimizerConfig, SFTConfig
+
+log = logging.getLogger("jaxalign.experiments")
+
+LEAST_WORDS, MOST_WORDS = 10, 26  # of a piece
+LEAST_PROMPT, MOST_PROMPT, MOST_RESPONSE = 2, 8, 48  # tokens
+LENGTH = 64  # room for <s>, a prompt, a response and </s>
+SPECIAL = ["<pad>", "<s>", "</s>"]
+TAG, SENTENCE_END = re.compile(r"<[^>]*>"), re.compile(r"(?<=[.!?])\s+")
+
+
+class Size(NamedTuple):
+    """How much of everything."""
+
+    reviews: int = 25_000  # of the training and of the test set
+    vocabulary: int = 2048
+    width: int = 192
+    layers: int = 4
+    sft_steps: int = 700
+    sft_rows: int = 64  # of LENGTH tokens, packed
+    prompts: int = 2000  # that feedback is about
+    samples: int = 6  # of each
+    steps: int = 150  # of alignment
+    every: int = 30  # steps from one evaluation to the next
+    batch: int = 32  # pairs; KTO takes twice as many rated responses
+    measured: int = 512  # prompts of an evaluation, one fresh sample each
+    betas: tuple[float, ...] = (0.05, 0.1, 0.3, 1.0)
+
+
+QUICK = Size(
+    reviews=1000, vocabulary=1024, width=48, layers=1, sft_steps=200, sft_rows=16,
+    prompts=64, samples=4, steps=4, every=2, batch=8, measured=64, betas=(0.1,),
+)  # fmt: skip
+
+
+class Piece(NamedTuple):
+    """Consecutive sentences of a review, in lower case, and the review's label."""
+
+    text: str
+    label: int  # 1 where positive
+
+
+class Policy(NamedTuple):
+    """A model that writes."""
+
+    graphdef: Any
+    params: Any
+    tokenizer: Any
+    terminators: tuple[int, ...]
+
+
+class Sample(NamedTuple):
+    """A response to the prompt of the same number."""
+
+    ids: list[int]  # without a terminator
+    ended: bool
+    text: str
+
+
+class Task(NamedTuple):
+    """What alignment starts from: a reference, a scorer, feedback on the reference's samples, prompts to test on."""
+
+    reference: Path  # a Hugging Face folder
+    pairs: Path  # prompt, chosen, rejected
+    rated: Path  # prompt, completion, label
+    scorer: imdb_scorer.Scorer
+    prompts: list[list[int]]  # of other reviews than the feedback's
+
+
+def read_reviews(path: Path, count: int) -> list[Piece]:
+    """Reviews as they stand, the first `count` after a seeded shuffle."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    order = np.random.default_rng(0).permutation(len(rows))[:count]
+    return [Piece(rows[i]["text"], rows[i]["label"]) for i in order]
+
+
+def pieces(review: str) -> list[str]:
+    """Runs of whole sentences of LEAST_WORDS to MOST_WORDS words, without markup; what does not fit is left out."""
+    found, current = [], []
+    for sentence in SENTENCE_END.split(" ".join(TAG.sub(" ", review).lower().split())):
+        words = sentence.split()
+        if len(current) + len(words) > MOST_WORDS:
+            found.append(current)
+            current = []
+        current = current + words if len(words) <= MOST_WORDS else []
+    return [" ".join(words) for words in [*found, current] if len(words) >= LEAST_WORDS]
+
+
+def cut(reviews: Sequence[Piece]) -> list[Piece]:
+    """All pieces of all reviews, in order."""
+    return [Piece(text, review.label) for review in reviews for text in pieces(review.text)]
+
+
+def prepare(folder: Path, output: Path, size: Size) -> Task:
+    """Everything before alignment; what OUTPUT holds already is not made again.
+
+    Args:
+      folder: holds imdb/train.jsonl.gz and imdb/test.jsonl.gz.
+      output: for the reference and the feedback.
+      size: how much of everything.
+    """
+    train, test = (read_reviews(folder / "imdb" / f"{name}.jsonl.gz", size.reviews) for name in ("train", "test"))
+    learned, half = cut(train), len(test) // 2
+    feedback, held = cut(test[:half]), cut(test[half:])
+    scorer = imdb_scorer.fit([p.text for p in learned], np.array([p.label for p in learned]))
+    reference = _train_reference(output, learned, held[:512], size)
+    policy = load_policy(reference)
+    _write_feedback(output, policy, prompts_of(feedback, policy.tokenizer, size.prompts), scorer, size)
+    log.info(
+        "scorer: %d words; on the test reviews it is right about %.1f%% of pieces and %.1f%% of whole reviews",
+        len(scorer.column),
+        100 * scorer.accuracy([p.text for p in held], np.array([p.label for p in held])),
+        100 * scorer.accuracy([r.text for r in test], np.array([r.label for r in test])),
+    )
+    prompts = prompts_of(held[512:], policy.tokenizer, size.measured)
+    return Task(reference, output / "pairs.jsonl", output / "rated.jsonl", scorer, prompts)
+
+
+def _train_reference(output: Path, learned: list[Piece], held: list[Piece], size: Size) -> Path:
+    write_start(output / "start", [p.text for p in learned], size)
+    _write_rows(output / "train.jsonl", [{"text": p.text} for p in learned])
+    _write_rows(output / "held.jsonl", [{"text": p.text} for p in held])
+    config = SFTConfig(
+        model=f"config:{output / 'start'}",
+        data=str(output / "train.jsonl"),
+        eval_data=str(output / "held.jsonl"),
+        output=output / "sft",
+        steps=size.sft_steps,
+        batch_size=size.sft_rows,
+        max_length=LENGTH,
+        remat="none",
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=size.sft_steps // 10, weight_decay=0.1, b2=0.95),
+    )
+    _finish(sft.run(config))
+    return output / "sft" / "final"
+
+
+def _finish(status: int) -> None:
+    """Ends the program as the run ended, if a signal stopped it; the same command continues."""
+    if status:
+        raise SystemExit(status)
+
+
+def write_start(folder: Path, texts: Sequence[str], size: Size) -> None:
+    """config.json of a small Llama and a byte-level BPE trained on the texts: what `config:FOLDER` starts from."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if (folder / "config.json").exists():
+        return
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size.vocabulary, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(texts, trainer)
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.width,
+        "intermediate_size": size.width * 8 // 3,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2 * LENGTH,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_policy(folder: Path) -> Policy:
+    """A model in float32, from a Hugging Face folder."""
+    config, tokenizer = huggingface.read_config(str(folder)), huggingface.load_tokenizer(str(folder))
+    graphdef, _ = make_decoder(config)
+    params = load_params(str(folder), config)
+    return Policy(graphdef, params, tokenizer, huggingface.terminators(str(folder), tokenizer))
+
+
+def prompts_of(found: Sequence[Piece], tokenizer: Any, count: int) -> list[list[int]]:
+    """Ids of `count` openings of LEAST_PROMPT to MOST_PROMPT tokens behind <s>, each of another piece, seeded.
+
+    Only those that are the same tokens after a detour over text, so that a file of texts tells them truly.
+    """
+    draw, prompts = np.random.default_rng(1), []
+    for i in draw.permutation(len(found)):
+        ids = tokenizer(found[i].text)["input_ids"][: 1 + draw.integers(LEAST_PROMPT, MOST_PROMPT + 1)]
+        if tokenizer(tokenizer.decode(ids[1:]))["input_ids"] == ids:
+            prompts.append(ids)
+        if len(prompts) == count:
+            return prompts
+    raise ValueError(f"{len(found)} pieces give {len(prompts)} prompts, and {count} are asked for; read more reviews")
+
+
+def sample(policy: Policy, prompts: Sequence[list[int]], key: jax.Array) -> list[Sample]:
+    """A response to each prompt at temperature 1, of at most MOST_RESPONSE tokens."""
+    sampling = Sampling(MOST_RESPONSE, terminators=policy.terminators)
+    batch = min(256, len(prompts))
+    found = generate_ids(policy.graphdef, policy.params, prompts, key, sampling=sampling, batch_size=batch)
+    return [Sample(ids, ended, policy.tokenizer.decode(ids)) for ids, ended in found]
+
+
+def _write_feedback(
+    output: Path, policy: Policy, prompts: list[list[int]], scorer: imdb_scorer.Scorer, size: Size
+) -> None:
+    if (output / "rated.jsonl").exists():
+        return
+    start = time.perf_counter()
+    repeated = [prompt for prompt in prompts for _ in range(size.samples)]
+    found = sample(policy, repeated, jax.random.key(11))
+    seconds = time.perf_counter() - start
+    texts = [policy.tokenizer.decode(prompt[1:]) for prompt in repeated]
+    scores = scorer([s.text for s in found])
+    told = np.array([usable(s, policy.tokenizer) for s in found])
+    pairs, rated = feedback_rows(texts, found, scores, told)
+    _write_rows(output / "pairs.jsonl", pairs)
+    _write_rows(output / "rated.jsonl", rated)
+    log.info(
+        "%d samples in %.0f s, score %.3f ± %.3f (s.d.), %.1f%% ended by themselves, %.1f%% told truly by their text; "
+        "%d pairs, %d rated",
+        len(found), seconds, scores.mean(), scores.std(), 100 * np.mean([s.ended for s in found]),
+        100 * told.mean(), len(pairs), len(rated),
+    )  # fmt: skip
+
+
+def usable(found: Sample, tokenizer: Any) -> bool:
+    """Whether training on the text sees what was sampled: it ended, and its text becomes the same tokens again."""
+    same = tokenizer(found.text, add_special_tokens=False)["input_ids"] == found.ids
+    return found.ended and bool(found.text.strip()) and same
+
+
+def feedback_rows(
+    prompts: Sequence[str], found: Sequence[Sample], scores: np.ndarray, told: np.ndarray
+) -> tuple[list[dict], list[dict]]:
+    """(pairs, rated responses) of the samples that are `told` truly; equal neighbours in `prompts` are one prompt."""
+    kept = np.flatnonzero(told)
+    if not len(kept):
+        raise ValueError(f"none of {len(told)} samples ended and is told truly by its text; train the reference longer")
+    median = float(np.median(scores[kept]))
+    rated = [{"prompt": prompts[i], "completion": found[i].text, "label": bool(scores[i] > median)} for i in kept]
+    pairs = []
+    begins = [i for i in range(1, len(kept)) if prompts[kept[i]] != prompts[kept[i - 1]]]
+    for group in np.split(kept, begins):
+        best, worst = group[np.argmax(scores[group])], group[np.argmin(scores[group])]
+        if scores[best] > scores[worst]:
+            pairs.append({"prompt": prompts[best], "chosen": found[best].text, "rejected": found[worst].text})
+    return pairs, rated
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
