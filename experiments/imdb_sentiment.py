@@ -44,15 +44,15 @@ class Size(NamedTuple):
 
     reviews: int = 25_000  # of the training and of the test set
     vocabulary: int = 2048
-    width: int = 192
+    width: int = 128
     layers: int = 4
-    sft_steps: int = 700
-    sft_rows: int = 64  # of LENGTH tokens, packed
-    prompts: int = 2000  # that feedback is about
+    sft_steps: int = 1500
+    sft_rows: int = 32  # of LENGTH tokens, packed
+    prompts: int = 1200  # that feedback is about
     samples: int = 6  # of each
-    steps: int = 150  # of alignment
-    every: int = 30  # steps from one evaluation to the next
-    batch: int = 32  # pairs; KTO takes twice as many rated responses
+    steps: int = 96  # of alignment
+    every: int = 24  # steps from one evaluation to the next
+    batch: int = 16  # pairs; KTO takes twice as many rated responses
     measured: int = 512  # prompts of an evaluation, one fresh sample each
     betas: tuple[float, ...] = (0.05, 0.1, 0.3, 1.0)
 
@@ -159,8 +159,9 @@ def _train_reference(output: Path, learned: list[Piece], held: list[Piece], size
         steps=size.sft_steps,
         batch_size=size.sft_rows,
         max_length=LENGTH,
+        samples=0,
         remat="none",
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=size.sft_steps // 10, weight_decay=0.1, b2=0.95),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=size.sft_steps // 10, weight_decay=0.1, b2=0.95),
     )
     _finish(sft.run(config))
     return output / "sft" / "final"
