@@ -3,7 +3,28 @@
 Paper:     Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, section 6.1 and figure 2, left; reviews of Maas et
            al. 2011, https://aclanthology.org/P11-1015.
 Command:   python experiments/dpo_imdb_sentiment.py FOLDER --output runs/imdb
-           FOLDER holds imdb/train.jsonl.gz and imdb/test.jsonl.gz (text, label).
+           FOLDER holds imdb/train.jsonl.gz and imdb/test.jsonl.gz (text, label). --quick is a smoke run.
+Hardware:  two CPU cores, fp32; any TPU or GPU.
+Expected:  score rises with KL for every β; a smaller β goes further, a larger one stays nearer for the same steps; by
+           one standard deviation of the reference's samples, and more, at a KL below 10 nats.
+Observed:  (0e2d622, two CPU cores that others worked on too, 30 minutes: reference 14, its 7,200 samples 2.5, DPO 9)
+           The reference (1.05M parameters, 2.8M tokens of pieces) has a held-out loss of 3.99 nats a token, from 7.66.
+           The scorer is right about 70.8 % of pieces of test reviews and 85.9 % of whole ones. 512 fresh samples of the
+           reference score 0.504 ± 0.007 (s.d. 0.169); of all its samples 73 % are told truly by their text and used.
+
+           Score at KL in nats, with standard errors of 0.007 and 0.1 to 0.3:
+
+               β      step 24        step 48        step 72        step 96
+               0.05   0.578 at 2.5   0.618 at 7.4   0.714 at 12.8  0.720 at 14.4
+               0.1    0.577 at 2.4   0.631 at 6.7   0.730 at 11.7  0.749 at 15.1
+               0.3    0.574 at 2.0   0.638 at 5.0   0.705 at 8.4   0.721 at 11.0
+               1      0.564 at 1.5   0.610 at 3.6   0.655 at 6.0   0.676 at 8.7
+
+           Below 10 nats: +1.19 s.d. with β = 0.3, +1.02 with 1, +0.75 with 0.1, +0.67 with 0.05, whose next point is
+           beyond (figures/imdb_frontier.png). Part of it is length: responses grow from 29 to 42 tokens at β = 0.3, and
+           40 % of them then run into the limit of 48, where 5 % of the reference's do: longer texts hold more words
+           that count. The chosen responses of the 1,189 pairs score 0.679, and the best of six samples has a KL of at most
+           log 6 - 5/6 = 0.96 nats: most of the KL spent here buys no sentiment.
 """
 
 from imdb_frontier import Told, feedback_config, start, trace

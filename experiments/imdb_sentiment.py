@@ -59,7 +59,7 @@ class Size(NamedTuple):
 
 QUICK = Size(
     reviews=1000, vocabulary=1024, width=48, layers=1, sft_steps=200, sft_rows=16,
-    prompts=64, samples=4, steps=4, every=2, batch=8, measured=64, betas=(0.1,),
+    prompts=64, samples=4, steps=2, every=2, batch=8, measured=64, betas=(0.1,),
 )  # fmt: skip
 
 
