@@ -23,8 +23,8 @@ Observed:  (0e2d622, two CPU cores that others worked on too, 30 minutes: refere
            Below 10 nats: +1.19 s.d. with β = 0.3, +1.02 with 1, +0.75 with 0.1, +0.67 with 0.05, whose next point is
            beyond (figures/imdb_frontier.png). Part of it is length: responses grow from 29 to 42 tokens at β = 0.3, and
            40 % of them then run into the limit of 48, where 5 % of the reference's do: longer texts hold more words
-           that count. The chosen responses of the 1,189 pairs score 0.679, and the best of six samples has a KL of at most
-           log 6 - 5/6 = 0.96 nats: most of the KL spent here buys no sentiment.
+           that count. The chosen responses of the 1,189 pairs score 0.679, and the best of six samples has a KL of at
+           most log 6 - 5/6 = 0.96 nats: most of the KL spent here buys no sentiment.
 """
 
 from imdb_frontier import Told, feedback_config, start, trace
