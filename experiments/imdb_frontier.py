@@ -28,6 +28,7 @@ from jaxalign.runs.config import CheckpointConfig, ExportConfig, FeedbackConfig,
 log = logging.getLogger("jaxalign.experiments")
 
 METHODS = {"dpo": "DPO", "kto": "KTO"}
+WARMUP = 9  # steps; the rate is constant after it, so a run may be continued
 
 
 class Point(NamedTuple):
@@ -60,11 +61,14 @@ def start(doc: str) -> Told:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/imdb"))
     parser.add_argument("--quick", action="store_true", help="a smoke run of a minute, whose numbers mean nothing")
+    parser.add_argument("--betas", type=float, nargs="+", help="trace these, beside what --output holds already")
+    parser.add_argument("--steps", type=int, help="of alignment; a longer run continues the shorter one")
     args = parser.parse_args()
     require_matplotlib()
     devices.start()
     devices.start_log()
     size = QUICK if args.quick else Size()
+    size = size._replace(betas=tuple(args.betas or size.betas), steps=args.steps or size.steps)
     args.output.mkdir(parents=True, exist_ok=True)
     return Told(prepare(args.folder, args.output, size), args.output, size)
 
@@ -90,7 +94,7 @@ def feedback_config(kind: type, told: Told, name: str, data: Path, batch: int, r
         packing=False,  # few pairs share a row of LENGTH tokens, and rows of one shape are compiled once
         remat="none",
         samples=0,
-        optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=size.steps // 10, schedule="constant"),
+        optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=min(WARMUP, size.steps - 1), schedule="constant"),
         checkpoint=CheckpointConfig(every=size.every, keep=size.steps),
         **more,
     )
@@ -101,6 +105,8 @@ def feedback_config(kind: type, told: Told, name: str, data: Path, batch: int, r
 def trace(method: str, told: Told, run: Callable, config_of: Callable) -> list[Point]:
     """Trains once for each β and measures along the way; writes the points and the picture after every β.
 
+    What OUTPUT holds already is neither trained nor measured again.
+
     Args:
       method: of METHODS.
       told: the command line's task.
@@ -108,16 +114,21 @@ def trace(method: str, told: Told, run: Callable, config_of: Callable) -> list[P
       config_of: β -> config.
     """
     ref = load_policy(told.task.reference)
-    measure = functools.partial(measured, ref=ref, task=told.task)
-    points = [Point(method, 0.0, 0, *measure(ref))]
-    log.info("%s", line(points[0]))
+    held = {(p.beta, p.step): p for p in read_points(told.output).get(method, [])}
+
+    def add(beta: float, step: int, policy_of: Callable[[], Policy]) -> None:
+        if (beta, step) not in held:
+            held[beta, step] = Point(method, beta, step, *measured(policy_of(), ref=ref, task=told.task))
+        log.info("%s", line(held[beta, step]))
+
+    add(0.0, 0, lambda: ref)
     for beta in told.size.betas:
         config = config_of(beta)
         if status := run(config):
             raise SystemExit(status)
         for step in range(told.size.every, told.size.steps + 1, told.size.every):
-            points.append(Point(method, beta, step, *measure(load_policy(exported(config, step)))))
-            log.info("%s", line(points[-1]))
+            add(beta, step, lambda config=config, step=step: load_policy(exported(config, step)))
+        points = [held[at] for at in sorted(held)]
         _path(told.output, method).write_text(json.dumps([p._asdict() for p in points], indent=1) + "\n")
         draw(read_points(told.output), told.output / "imdb_frontier.png")
     log.info("%s", summary(points))
@@ -206,7 +217,7 @@ def draw(traced: dict[str, list[Point]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
-        1, len(traced), figsize=(5.2 * len(traced), 4.2), sharey=True, squeeze=False, layout="constrained"
+        1, len(traced), figsize=(5.2 * len(traced), 4.2), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
     for axis, (method, points) in zip(axes[0], traced.items(), strict=True):
         _panel(axis, method, points)

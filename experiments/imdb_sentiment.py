@@ -54,7 +54,7 @@ class Size(NamedTuple):
     every: int = 24  # steps from one evaluation to the next
     batch: int = 16  # pairs; KTO takes twice as many rated responses
     measured: int = 512  # prompts of an evaluation, one fresh sample each
-    betas: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 1.0)
+    betas: tuple[float, ...] = (0.05, 0.1, 0.3, 1.0)
 
 
 QUICK = Size(

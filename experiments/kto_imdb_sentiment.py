@@ -4,6 +4,10 @@ Paper:     Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306; the task is
            https://arxiv.org/abs/2305.18290, section 6.1, on reviews of Maas et al. 2011.
 Command:   python experiments/kto_imdb_sentiment.py FOLDER --output runs/imdb
            FOLDER is that of dpo_imdb_sentiment.py; in the same OUTPUT both share the reference and its samples.
+Hardware:  two CPU cores, fp32; any TPU or GPU.
+Expected:  as DPO: score rises with KL, a larger β stays nearer, and one standard deviation of the reference's samples
+           is gained at a KL below 10 nats.
+Observed:  @@OBSERVED@@
 """
 
 from imdb_frontier import Told, feedback_config, start, trace
