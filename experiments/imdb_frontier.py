@@ -219,14 +219,15 @@ def draw(traced: dict[str, list[Point]], path: Path) -> None:
     figure, axes = pyplot.subplots(
         1, len(traced), figsize=(5.2 * len(traced), 4.2), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
+    betas = sorted({p.beta for points in traced.values() for p in points[1:]})
     for axis, (method, points) in zip(axes[0], traced.items(), strict=True):
-        _panel(axis, method, points)
+        _panel(axis, method, points, {beta: f"C{i}" for i, beta in enumerate(betas)})
     axes[0, 0].set_ylabel("score: mean P(positive) of the response")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _panel(axis: Any, method: str, points: list[Point]) -> None:
+def _panel(axis: Any, method: str, points: list[Point], colours: dict[float, str]) -> None:
     ref = points[0]
     axis.axhline(ref.score, color="black", linewidth=1, label="reference")
     axis.axhline(ref.score + ref.score_sd, color="black", linewidth=1, linestyle=":", label="reference + 1 s.d.")
@@ -241,6 +242,7 @@ def _panel(axis: Any, method: str, points: list[Point]) -> None:
             markersize=3,
             linewidth=1.2,
             elinewidth=0.7,
+            color=colours[beta],
             label=f"β = {beta:g}",
         )
     axis.set_title(METHODS[method])
