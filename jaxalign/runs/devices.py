@@ -54,9 +54,10 @@ def start_log() -> None:
     root.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
     for name in ("transformers", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # when a write fails, Orbax logs a traceback from every thread, and leaves callbacks to a loop that it has closed;
-    # what went wrong is in the error that Checkpoints raises
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # when a write fails, Orbax logs a traceback from every thread, and leaves futures that nobody asks and callbacks to
+    # a loop that it has closed; what went wrong is in the error that Checkpoints raises
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _all_but_closed_loops
 
 
