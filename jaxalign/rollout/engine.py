@@ -54,7 +54,7 @@ class Stats(NamedTuple):
 
     @property
     def busy(self) -> float:
-        """Share of slots that drew a token, mean over steps."""
+        """Slots that drew a token, mean over steps."""
         return self.tokens / max(self.steps, 1)
 
 

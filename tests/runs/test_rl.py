@@ -13,6 +13,7 @@ from jaxalign.rollout.rewards import RewardError
 from jaxalign.runs import rl
 from jaxalign.runs.config import (
     CheckpointConfig,
+    LoraConfig,
     MeshConfig,
     OptimizerConfig,
     PolicyConfig,
@@ -121,6 +122,15 @@ def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, pro
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_adapters_leave_the_reference_as_it_was(trained, tmp_path, one_device):  # noqa: F811
+    """With LoRA the reference is the base: at the first step the policy is it, and then it is not."""
+    config, run = trained["grpo"]
+    assert run(dataclasses.replace(config, output=tmp_path / "run", lora=LoraConfig(rank=2), steps=3)) == 0
+    found = rows(tmp_path / "run")
+    assert found[0]["kl"] == pytest.approx(0.0, abs=1e-3) and found[2]["kl_k3"] > 1e-5
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
 
 
 def test_the_final_folder_generates(trained):
