@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxalign.models.layout import Layout
 
 IMPLEMENTATIONS = ("xla", "splash", "cudnn")
+QUERY_BLOCK, MOST_BLOCKS = 64, 8  # of queries, where XLA computes the products
 SPLASH_BLOCK = 512  # queries and keys of a tile; smaller when the row is
 
 
@@ -60,13 +61,23 @@ def attention(
     implementation = implementation or choose(query, key, softcap, platform=jax.default_backend())
     if implementation == "splash" and prefix_ids is None:
         return _splash(query, key, value, segment_ids, window, softcap, scale, layout)
-    visible = _visible(positions, segment_ids, key_positions, key_segment_ids, window, prefix_ids)
-    visible = visible[:, None]  # the same for every head
-    if softcap is not None:
-        return _capped(query, key, value, visible, softcap, scale)
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=visible, scale=scale, implementation="cudnn" if implementation == "cudnn" else "xla"
-    )
+
+    def of_rows(rows: slice, keys: slice) -> jax.Array:
+        ids = positions[:, rows], segment_ids[:, rows], key_positions[:, keys], key_segment_ids[:, keys]
+        visible = _visible(*ids, window, None if prefix_ids is None else prefix_ids[:, rows])[:, None]  # for every head
+        given = query[:, rows], key[:, keys], value[:, keys]
+        if softcap is not None:
+            return _capped(*given, visible, softcap, scale)
+        library = "cudnn" if implementation == "cudnn" else "xla"
+        return jax.nn.dot_product_attention(*given, mask=visible, scale=scale, implementation=library)
+
+    length = query.shape[1]
+    block = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))
+    if implementation == "cudnn" or length != key.shape[1] or length <= block:
+        return of_rows(slice(None), slice(None))
+    # No key stands behind the queries that see it: a block of queries needs the keys up to its own end, half of all.
+    starts = range(0, length, block)
+    return jnp.concatenate([of_rows(slice(at, at + block), slice(0, at + block)) for at in starts], axis=1)
 
 
 def _visible(
