@@ -109,11 +109,11 @@ def _measure(kind: str, name: str, steps: int) -> dict[str, float]:
 
 def _report(kind: str, names: list[str], rounds: list[dict]) -> None:
     print(f"\n{kind}: medians of {len(rounds)} rounds (lowest to highest)")
-    print(f"{'':30}{'tokens/s':>22}{'ratio to first':>16}{'peak GiB':>10}{'first step s':>14}", flush=True)
+    print(f"{'':36}{'tokens/s':>22}{'ratio to first':>16}{'peak GiB':>10}{'first step s':>14}", flush=True)
     median = lambda name, field: statistics.median(r[name][field] for r in rounds)  # noqa: E731
     for name in names:
         speeds = [r[name]["tokens_per_second"] for r in rounds]
         ratio = statistics.median(r[name]["tokens_per_second"] / r[names[0]]["tokens_per_second"] for r in rounds)
         speed = f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})"
         memory, first = median(name, "peak_gib"), median(name, "first_step_seconds")
-        print(f"{name:30}{speed:>22}{ratio:>16.2f}{memory:>10.2f}{first:>14.1f}", flush=True)
+        print(f"{name:36}{speed:>22}{ratio:>16.2f}{memory:>10.2f}{first:>14.1f}", flush=True)
