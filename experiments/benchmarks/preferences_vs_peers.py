@@ -124,7 +124,8 @@ def jaxalign_preferences(
     columns = {"label": np.array([wanted == ["chosen"] for wanted in sides])} if rated else {}
     responses = Responses(examples, np.arange(len(examples)).reshape(len(rows), -1), columns)
     mixture = batching.Mixture.of(responses, [len(rows)], [None])
-    width = 2 * LENGTH - PROMPT if share_prompt else LENGTH  # room for the longest pair
+    # of the longest pair, the last token of whose prompt stands before each response
+    width = 2 * LENGTH - PROMPT + 1 if share_prompt else LENGTH
     plan = GroupPlan(size, width, packing=packing or share_prompt, shuffle=False, share_prompt=share_prompt)
     steps = len(rows) // size
     source = (

@@ -113,14 +113,18 @@ def attention_of_one(
 ) -> jax.Array:
     """`attention` of one query a row, [B 1 H K], on keys and values [B Hk S K], which are read once, in order."""
     batch, _, heads, width = query.shape
-    groups = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
-    logits = scale * jnp.einsum("bkgd,bksd->bkgs", groups, key, preferred_element_type=jnp.float32)
+    # With a query head for each key head there is no matrix in the product, and XLA is told so.
+    shared = heads > key.shape[1]
+    groups = query.reshape((batch, key.shape[1], heads // key.shape[1], width) if shared else (batch, heads, width))
+    to_logits, to_values = ("bkgd,bksd->bkgs", "bkgs,bksd->bkgd") if shared else ("bkd,bksd->bks", "bks,bksd->bkd")
+    logits = scale * jnp.einsum(to_logits, groups, key, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     visible = _visible(positions, segment_ids, key_positions, key_segment_ids, window, prefix_ids)
-    logits = jnp.where(visible[:, :, None], logits, -0.7 * jnp.finfo(jnp.float32).max)
+    visible = visible.reshape(batch, *(1,) * (logits.ndim - 2), -1)
+    logits = jnp.where(visible, logits, -0.7 * jnp.finfo(jnp.float32).max)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bkgs,bksd->bkgd", weights, value, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum(to_values, weights, value, preferred_element_type=jnp.float32)
     return mixed.astype(query.dtype).reshape(query.shape)
 
 
