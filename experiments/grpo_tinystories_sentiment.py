@@ -9,7 +9,11 @@ Command:   python experiments/grpo_tinystories_sentiment.py FOLDER --output runs
 Hardware:  two CPU cores, fp32; any TPU or GPU.
 Expected:  the mean score rises by a standard deviation of the model's own samples (3.6) or more at a KL from the
            reference of at most 15 nats a response; without a KL term the stories end as lists of happy words.
-Observed:  not run yet.
+Observed:  (two CPU cores, about 5 s a step of 64 stories, one seed, --method grpo --kl-coef 0.05) mean score of a step,
+           at KL in nats a response: 4.8 at 0, 7.4 at 1.4 (step 7), 8.9 at 3.2 (9), 11.4 at 5.9 (11), 15.7 at 12.6 (15):
+           one standard deviation costs 3 nats, three cost 13, in 80 seconds. It goes on: 24.6 at 29 (23), so stop it,
+           or raise --kl-coef. With a learning rate of 2e-4 it is at 59 and 228 nats after 49 steps, and writes "loved
+           best friends loved to love best friends loved to fun fun". rloo and other seeds were not run.
 """
 
 import argparse
@@ -43,8 +47,8 @@ def config(folder: Path, output: Path, *, method: str, kl_coef: float, steps: in
         slots=64,
         seed=seed,
         algorithm=algorithm,
-        eval_every=20,
-        optimizer=OptimizerConfig(learning_rate=2e-4, schedule="constant", warmup_steps=5),
+        eval_every=10,
+        optimizer=OptimizerConfig(learning_rate=3e-5, schedule="constant", warmup_steps=5),
         checkpoint=CheckpointConfig(every=50),
     )
 
@@ -55,7 +59,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--method", choices=("grpo", "rloo"), default="grpo")
     parser.add_argument("--kl-coef", type=float, default=0.05)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     made = config(args.folder, args.output, method=args.method, kl_coef=args.kl_coef, steps=args.steps, seed=args.seed)
