@@ -36,15 +36,13 @@ import functools
 import tempfile
 
 from side_by_side import (
-    HEADS,
     HIDDEN,
-    LAYERS,
     LEARNING_RATE,
     LENGTH,
-    MLP,
     VOCABULARY,
     hf_config,
     in_turns,
+    tunix_config,
     word_tokenizer,
 )
 
@@ -231,21 +229,11 @@ def tunix_dpo(rows: list[dict], mark) -> None:
     import numpy as np
     import optax
     from flax import nnx
-    from tunix.models.llama3.model import Llama3, ModelConfig
+    from tunix.models.llama3.model import Llama3
     from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig, TrainingInput
 
     mark("imported", 0)
-    config = ModelConfig(
-        num_layers=LAYERS,
-        vocab_size=VOCABULARY,
-        embed_dim=HIDDEN,
-        hidden_dim=MLP,
-        num_heads=HEADS,
-        head_dim=HIDDEN // HEADS,
-        num_kv_heads=HEADS,
-        rope_theta=10_000,
-        norm_eps=1e-6,
-    )
+    config = tunix_config()
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     counts = tokens_of(rows, rated=False)
 

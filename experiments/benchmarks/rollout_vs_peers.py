@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 
-from side_by_side import HEADS, HIDDEN, LAYERS, MLP, VOCABULARY, hf_config, in_turns, word_tokenizer
+from side_by_side import HEADS, HIDDEN, LAYERS, VOCABULARY, hf_config, in_turns, tunix_config, word_tokenizer
 
 SLOTS, PROMPT, NEW, LONGEST, MANY = 16, 64, 128, 256, 64
 
@@ -100,20 +100,10 @@ def tunix(passes: list, mark, *, sampled: bool) -> None:
     from flax import nnx
     from transformers import PreTrainedTokenizerFast
     from tunix.generate.sampler import CacheConfig, Sampler
-    from tunix.models.llama3.model import Llama3, ModelConfig
+    from tunix.models.llama3.model import Llama3
 
     mark("imported", 0)
-    config = ModelConfig(
-        num_layers=LAYERS,
-        vocab_size=VOCABULARY,
-        embed_dim=HIDDEN,
-        hidden_dim=MLP,
-        num_heads=HEADS,
-        head_dim=HIDDEN // HEADS,
-        num_kv_heads=HEADS,
-        rope_theta=10_000,
-        norm_eps=1e-6,
-    )
+    config = tunix_config()
     tokenizer = word_tokenizer(PreTrainedTokenizerFast)
     longest_of_all = max(wanted for rows in passes for _, wanted in rows)
     cache = CacheConfig(PROMPT + longest_of_all, LAYERS, HEADS, HIDDEN // HEADS)

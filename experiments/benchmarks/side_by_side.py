@@ -36,6 +36,23 @@ def hf_config():
     )
 
 
+def tunix_config():
+    """The same model in Tunix's words."""
+    from tunix.models.llama3.model import ModelConfig
+
+    return ModelConfig(
+        num_layers=LAYERS,
+        vocab_size=VOCABULARY,
+        embed_dim=HIDDEN,
+        hidden_dim=MLP,
+        num_heads=HEADS,
+        head_dim=HIDDEN // HEADS,
+        num_kv_heads=HEADS,
+        rope_theta=10_000,
+        norm_eps=1e-6,
+    )
+
+
 def word_tokenizer(kind):
     """Token i is the word "w<i>", but for the special ones, 0 to 3: pad, start, end and unknown."""
     from tokenizers import Tokenizer
