@@ -13,7 +13,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,11 @@ class Rewards:
                 _scorer(function.keywords["path"])  # what is wrong with it is said before training starts
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=len(self._terms))
 
+    def check(self, columns: Sequence[str]) -> None:
+        """Raises ValueError when a function asks for a column that the data do not have."""
+        for _, function in self._terms:
+            _wanted(function, [*columns, "finished"])
+
     def __call__(self, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> np.ndarray:
         """Float32[N].
 
@@ -171,7 +176,7 @@ class Rewards:
         return np.array(scores, np.float64)
 
 
-def _wanted(function: RewardFn, columns: dict) -> list[str]:
+def _wanted(function: RewardFn, columns: Collection[str]) -> list[str]:
     """The data's columns that a function names; all of them where it takes any."""
 
     parameters = inspect.signature(function).parameters

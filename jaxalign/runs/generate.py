@@ -44,6 +44,8 @@ def run(config: GenerateConfig) -> int:
     devices.start_log()
     rewards = None if config.reward is None else Rewards(config.reward)
     prompts, columns = read_rows(config.prompts)
+    if rewards is not None:
+        rewards.check(list(columns))
     found = respond(
         config.model,
         prompts,

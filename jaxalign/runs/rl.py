@@ -65,6 +65,7 @@ def _gather(config: PolicyConfig, starts: bool) -> train.Task:
         max_dropped=config.max_dropped,
         as_chat=config.as_chat,
     )
+    rewards.check(list(prompts.columns))
     batches = PromptBatches(len(prompts), config.batch_size, steps=1, shuffle=config.shuffle, seed=config.seed)
     batches.steps = train.count_steps(config, len(prompts) / config.batch_size)
 

@@ -12,6 +12,10 @@ def answered(prompts, responses, *, answer, worth=1.0):
     return [worth * (right in said.split()) for said, right in zip(responses, answer, strict=True)]
 
 
+def needs(prompts, responses, *, solution):
+    return [float(said in right) for said, right in zip(responses, solution, strict=True)]
+
+
 def raises(prompts, responses):
     return [1 / len(said) for said in [*responses, ""]]
 

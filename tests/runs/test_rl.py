@@ -107,6 +107,7 @@ def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(tra
     [
         (["--reward", "tests.runs.rewards:dog"], "has no function 'dog' (did you mean 'dogs'?)"),
         (["--reward", "numeric_mach"], "did you mean 'numeric_match'?"),
+        (["--reward", "tests.runs.rewards:needs"], "the data have no column 'solution'; they have answer, finished"),
         (["--n", "1"], "--n 1: a response is judged beside others"),
         (["--max-new-tokens", "16"], "--max-new-tokens 16 leaves no room for a prompt in --max-length 16"),
         (["--temperature", "0"], "--temperature 0: greedy responses are all alike"),
@@ -117,7 +118,8 @@ def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(tra
 )
 def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, prompts, tmp_path, capsys):
     given = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
-    given += ["--max-length", "16", "--max-new-tokens", "8", "--batch-size", "4", "--mesh.fsdp", "8"]
+    given += ["--reward", "tests.runs.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
+    given += ["--batch-size", "4", "--mesh.fsdp", "8"]
     assert main(["grpo", *given, *flags]) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
