@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.runs import config
+from jaxalign.runs.values import from_json
 
 # command -> (its config, the function that runs it)
 COMMANDS: dict[str, tuple[type, str]] = {
@@ -120,7 +121,7 @@ def _from_config(kind: type, arguments: list[str]) -> tuple[Any, list[str]]:
     names = [name for name, (known, _) in COMMANDS.items() if known is kind]
     if held.get("command", names[0]) not in names:
         raise ValueError(f"--from-config {path} is of `jaxalign {held['command']}`, not of `jaxalign {names[0]}`")
-    return config.from_json(kind, values, where=str(path)), rest
+    return from_json(kind, values, where=str(path)), rest
 
 
 def _overview() -> str:

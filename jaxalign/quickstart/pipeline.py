@@ -23,9 +23,9 @@ from jaxalign.runs.config import (
     RewardConfig,
     SFTConfig,
     TrainConfig,
-    check,
 )
 from jaxalign.runs.folder import check_writable
+from jaxalign.runs.values import check
 
 log = logging.getLogger(__name__)
 

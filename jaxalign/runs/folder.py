@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxalign
-from jaxalign.runs.config import to_json
+from jaxalign.runs.values import to_json
 
 # A continued run may differ in these: they change how long it runs and what it shows, not what step n computes.
 FREE_FIELDS = frozenset(

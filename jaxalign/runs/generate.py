@@ -24,8 +24,9 @@ from jaxalign.rollout.generate import without_terminator
 from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.slots import Sampling
 from jaxalign.runs import devices
-from jaxalign.runs.config import GenerateConfig, check
+from jaxalign.runs.config import GenerateConfig
 from jaxalign.runs.folder import check_writable
+from jaxalign.runs.values import check
 from jaxalign.runs.vocabulary import check_fits
 
 log = logging.getLogger(__name__)

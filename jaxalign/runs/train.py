@@ -23,9 +23,10 @@ from jaxalign.models.load import check_files, load_params
 from jaxalign.models.lora import Lora
 from jaxalign.runs import adapters, devices, finish, hosts, members, samples
 from jaxalign.runs.check import check_kernels
-from jaxalign.runs.config import TrainConfig, check, to_json
+from jaxalign.runs.config import TrainConfig
 from jaxalign.runs.folder import open_run
 from jaxalign.runs.program import Method, Program, learning_rate, make_program
+from jaxalign.runs.values import check, to_json
 from jaxalign.runs.vocabulary import Vocabulary, load_vocabulary
 from jaxalign.training import loop, metrics, sharding
 from jaxalign.training.checkpoint import Checkpoints

@@ -12,7 +12,8 @@ import jax
 import pytest
 
 from jaxalign.cli.main import main
-from jaxalign.runs.config import SFTConfig, to_json
+from jaxalign.runs.config import SFTConfig
+from jaxalign.runs.values import to_json
 
 ROW = {"prompt": "the cat ?", "completion": "the dog ."}
 LOSSES = """

@@ -12,7 +12,8 @@ import pytest
 import jaxalign
 from jaxalign.cli.main import COMMANDS, main, parse
 from jaxalign.runs import config
-from jaxalign.runs.config import SFTConfig, from_json, to_json
+from jaxalign.runs.config import SFTConfig
+from jaxalign.runs.values import from_json, to_json
 
 
 def fields(kind, prefix="--"):
