@@ -52,11 +52,6 @@ class Stats(NamedTuple):
     steps: int  # of all slots at once
     prompt_tokens: int  # read, without padding
 
-    @property
-    def busy(self) -> float:
-        """Slots that drew a token, mean over steps."""
-        return self.tokens / max(self.steps, 1)
-
 
 class Engine(Protocol):
     """Whatever answers requests; `params` may be None for one that holds its own."""
