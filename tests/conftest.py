@@ -16,8 +16,18 @@ install_import_hook(["jaxalign.ops", "jaxalign.losses", "jaxalign.kernels"], "be
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def compilation_cache_goes_with_the_test():
+    """A command turns it on for its process, and programs for devices that are absent cannot be read from it."""
+    yield
+    if jax.config.jax_compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")
