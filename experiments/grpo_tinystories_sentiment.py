@@ -21,7 +21,8 @@ import json
 from pathlib import Path
 
 from jaxalign.runs import rl
-from jaxalign.runs.config import CheckpointConfig, OptimizerConfig, PolicyAlgorithm, PolicyConfig
+from jaxalign.runs.config import CheckpointConfig, OptimizerConfig
+from jaxalign.runs.rl_config import PolicyAlgorithm, PolicyConfig
 
 OPENINGS = ("Once upon a time", "One day,", "There was a", "Lily and Tom")
 

@@ -1,4 +1,4 @@
-"""`jaxalign <command> --flags`: tyro over the dataclasses of `runs/config.py`, and nothing else.
+"""`jaxalign <command> --flags`: tyro over the config dataclasses of runs/, and nothing else.
 
 What is heavy is imported when a command runs. A mistake of the user is one line on stderr and exit status 2;
 `JAXALIGN_TRACEBACK=1` shows where it was raised.
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxalign.runs import config
+from jaxalign.runs import config, rl_config
 from jaxalign.runs.values import from_json
 
 # command -> (its config, the function that runs it)
@@ -24,8 +24,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "dpo": (config.DPOConfig, "jaxalign.runs.preferences:run_dpo"),
     "kto": (config.KTOConfig, "jaxalign.runs.preferences:run_kto"),
     "reward": (config.RewardConfig, "jaxalign.runs.reward:run"),
-    "grpo": (config.PolicyConfig, "jaxalign.runs.rl:run_grpo"),
-    "rloo": (config.RLOOConfig, "jaxalign.runs.rl:run_rloo"),
+    "grpo": (rl_config.PolicyConfig, "jaxalign.runs.rl:run_grpo"),
+    "rloo": (rl_config.RLOOConfig, "jaxalign.runs.rl:run_rloo"),
     "generate": (config.GenerateConfig, "jaxalign.runs.generate:run"),
     "export": (config.ExportConfig, "jaxalign.runs.export:run"),
     "quickstart": (config.QuickstartConfig, "jaxalign.quickstart.pipeline:run"),

@@ -12,7 +12,8 @@ from jax.sharding import SingleDeviceSharding
 from jaxalign.models import huggingface
 from jaxalign.models.decoder import make_decoder
 from jaxalign.runs import adapters, devices, finish, reward
-from jaxalign.runs.config import TRAINING, ExportConfig, RewardConfig, TrainConfig
+from jaxalign.runs.commands import TRAINING
+from jaxalign.runs.config import ExportConfig, RewardConfig, TrainConfig
 from jaxalign.runs.folder import check_writable, read_run
 from jaxalign.runs.values import check, from_json
 from jaxalign.runs.vocabulary import load_vocabulary

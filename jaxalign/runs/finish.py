@@ -12,7 +12,7 @@ import jaxalign
 from jaxalign.models import huggingface
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.save import save_pretrained
-from jaxalign.runs.config import TRAINING
+from jaxalign.runs.commands import TRAINING
 from jaxalign.runs.vocabulary import Vocabulary
 from jaxalign.training.metrics import read_rows
 from jaxalign.training.state import TrainState

@@ -36,6 +36,8 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "top_k": (0, math.inf, True),
     "min_p": (0, 1, True),
     "n": (1, math.inf, True),
+    "slots": (1, math.inf, True),
+    "minibatches": (1, math.inf, True),
 }
 # What is above 0, and at most so much.
 POSITIVE = {

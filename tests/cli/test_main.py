@@ -1,6 +1,7 @@
 """The program itself: its overview, the help of every field, and --from-config."""
 
 import dataclasses
+import inspect
 import json
 import re
 import subprocess
@@ -20,7 +21,7 @@ def fields(kind, prefix="--"):
     """Every flag of a config, dotted where configs are nested, with the class and field that it stands for."""
     for field in dataclasses.fields(kind):
         flag = prefix + field.name.replace("_", "-")
-        inner = getattr(config, str(field.type), None)
+        inner = getattr(sys.modules[kind.__module__], str(field.type), getattr(config, str(field.type), None))
         if dataclasses.is_dataclass(inner):
             yield from fields(inner, f"{flag}.")
         else:
@@ -30,7 +31,9 @@ def fields(kind, prefix="--"):
 def help_line(kind, name):
     """The docstring under a field, as it stands in the source of the class that declares it."""
     owner = next(c for c in kind.__mro__ if name in c.__annotations__)
-    lines = re.split(rf"\nclass {owner.__name__}\b.*:", Path(config.__file__).read_text())[1].splitlines()
+    lines = re.split(rf"\nclass {owner.__name__}\b.*:", inspect.getsource(sys.modules[owner.__module__]))[
+        1
+    ].splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith(f"    {name}: "))
     return lines[at + 1].strip().strip('"')
 

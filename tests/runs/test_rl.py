@@ -16,9 +16,8 @@ from jaxalign.runs.config import (
     LoraConfig,
     MeshConfig,
     OptimizerConfig,
-    PolicyConfig,
-    RLOOConfig,
 )
+from jaxalign.runs.rl_config import PolicyConfig, RLOOConfig
 from tests.runs.test_preferences import final, rows
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 

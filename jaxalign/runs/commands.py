@@ -1,0 +1,13 @@
+"""The commands that leave a run folder, and what each is told."""
+
+from jaxalign.runs.config import DPOConfig, KTOConfig, RewardConfig, SFTConfig
+from jaxalign.runs.rl_config import PolicyConfig, RLOOConfig
+
+TRAINING: dict[str, type] = {
+    "sft": SFTConfig,
+    "dpo": DPOConfig,
+    "kto": KTOConfig,
+    "reward": RewardConfig,
+    "grpo": PolicyConfig,
+    "rloo": RLOOConfig,
+}
