@@ -129,6 +129,7 @@ class RolloutBatch:
 
     sequences: TokenBatch  # the mask is True on response tokens, the terminator included
     columns: dict[str, jax.Array]  # [B T] about tokens (old_logps, advantages, ref_logps), [B] about responses
+    pretraining: TokenBatch | None = None  # as many rows of other text, whose likelihood is kept up (PPO-ptx)
 
 
 @jax.tree_util.register_dataclass

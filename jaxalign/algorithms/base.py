@@ -20,6 +20,8 @@ AcrossFn = Callable[[Any], Any]
 RememberFn = Callable[[PyTree, Any], tuple[PyTree, Any]]
 # (reference, params, step) -> reference
 FollowFn = Callable[[PyTree, PyTree, jax.Array], PyTree]
+# (Averages of an update, the loss's own among them) -> Bool[]: neither it nor the ones behind it are applied
+HaltFn = Callable[[dict[str, Average]], jax.Array]
 # (trained params, frozen) -> the params that loss and prepare see
 AssembleFn = Callable[[PyTree, PyTree], PyTree]
 
@@ -75,6 +77,8 @@ class Algorithm(NamedTuple):
     across: AcrossFn = rows_apart  # on the whole batch, after prepare, no gradient
     epochs: int = 1  # passes over a prepared batch (PPO)
     minibatches: int = 1  # optimizer updates in each pass (PPO)
+    halt: HaltFn | None = None  # ends the updates of a batch; None: all are applied
+    at_first: tuple[str, ...] = ()  # metrics that are logged of the first update of a batch besides, as `first/<name>`
     assemble: AssembleFn = trained_only  # LoRA: models/lora.py: join
     carry: PyTree = ()  # of the state at step 0
     remember: RememberFn = nothing_remembered  # on the whole batch, between prepare and across, no gradient

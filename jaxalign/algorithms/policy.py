@@ -66,7 +66,8 @@ def policy_gradient(
     Batches are `RolloutBatch`es with the columns old_logps, advantages [B T], scores [B] and ended [B]. Logs: `ratio`
     (1 in the first update, or sampling and scoring disagree) and `clip_fraction` (ratios beyond 1 ± 0.2),
     `approx_kl` (k3 of the old policy), `entropy` (-log π of the drawn tokens: an estimate of it), `score`, `length`,
-    `ended`, and with a reference `kl`, summed over a response, and its never negative estimate `kl_k3`.
+    `ended`, and with a reference `kl` of the policy that drew, summed over a response, and its never negative estimate
+    `kl_k3`.
 
     Raises:
       ValueError: an unknown estimator, level or aggregate, or what they need is missing.
@@ -100,7 +101,7 @@ def policy_gradient(
         values = loss(judged, old, batch.columns[ADVANTAGES])
         if kl_coef:
             values = values + kl_coef * KL_ESTIMATORS[kl_estimator](logps - batch.columns[REF])
-        return _aggregated(values, mask, aggregate, longest), _metrics(jax.lax.stop_gradient(logps), batch)
+        return _aggregated(values, mask, aggregate, longest), rollout_metrics(jax.lax.stop_gradient(logps), batch)
 
     return Algorithm(loss=token_loss, prepare=prepare, epochs=epochs, minibatches=minibatches)
 
@@ -131,7 +132,8 @@ def _aggregated(values: jax.Array, mask: jax.Array, aggregate: str, longest: int
     return Average.of(sums / (longest if aggregate == "fixed" else jnp.maximum(lengths, 1)), here)
 
 
-def _metrics(logps: jax.Array, batch: RolloutBatch) -> dict[str, Average]:
+def rollout_metrics(logps: jax.Array, batch: RolloutBatch) -> dict[str, Average]:
+    """What `policy_gradient` says it logs, of log π [B T] as it is now; `kl` is that of the policy that drew."""
     mask, here = batch.sequences.mask, jnp.any(batch.sequences.mask, axis=1)
     change = jnp.where(mask, logps - batch.columns[OLD], 0.0)
     ratio = jnp.exp(change)
@@ -146,6 +148,6 @@ def _metrics(logps: jax.Array, batch: RolloutBatch) -> dict[str, Average]:
         "ended": Average.of(batch.columns[ENDED], here),
     }
     if REF in batch.columns:
-        log_ratio = jnp.where(mask, logps - batch.columns[REF], 0.0)
+        log_ratio = jnp.where(mask, batch.columns[OLD] - batch.columns[REF], 0.0)
         found |= {"kl": per_response(k1(log_ratio)), "kl_k3": per_response(k3(log_ratio))}
     return found

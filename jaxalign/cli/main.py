@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "dpo": (config.DPOConfig, "jaxalign.runs.preferences:run_dpo"),
     "kto": (config.KTOConfig, "jaxalign.runs.preferences:run_kto"),
     "reward": (config.RewardConfig, "jaxalign.runs.reward:run"),
+    "ppo": (rl_config.PPOConfig, "jaxalign.runs.ppo:run"),
     "grpo": (rl_config.PolicyConfig, "jaxalign.runs.rl:run_grpo"),
     "rloo": (rl_config.RLOOConfig, "jaxalign.runs.rl:run_rloo"),
     "generate": (config.GenerateConfig, "jaxalign.runs.generate:run"),

@@ -27,7 +27,7 @@ def shaped_rewards(
     kl: Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
-    kl_coef: float,
+    kl_coef: float | Float[Array, ""],
 ) -> Float[Array, "B T"]:
     """-kl_coef · kl on every response token, and the score besides on the last of them.
 

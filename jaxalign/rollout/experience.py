@@ -15,7 +15,7 @@ def rollout_batch(
     responses: Sequence[Response],
     *,
     scores: np.ndarray,
-    advantages: np.ndarray,
+    advantages: np.ndarray | None = None,
     width: int,
     rows: int,
 ) -> RolloutBatch:
@@ -25,20 +25,23 @@ def rollout_batch(
       prompts: ids, one for each response.
       responses: what was drawn.
       scores: Float[N], of each response.
-      advantages: Float[N], the same for all tokens of a response.
+      advantages: Float[N], the same for all tokens of a response; None: a critic will say.
       width: tokens of a row.
       rows: of the batch; those beyond N are empty.
     """
     tokens, positions, segments = (np.zeros((rows, width), np.int32) for _ in range(3))
     mask = np.zeros((rows, width), bool)
     logps, gains = (np.zeros((rows, width), np.float32) for _ in range(2))
+    each = np.zeros(len(responses)) if advantages is None else advantages
     given, ended = np.zeros(rows, np.float32), np.zeros(rows, bool)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         length = len(prompt) + len(response.tokens)
         answer = slice(len(prompt), length)
         tokens[row, :length] = [*prompt, *response.tokens]
         positions[row, :length], segments[row, :length] = np.arange(length), 1
-        mask[row, answer], logps[row, answer], gains[row, answer] = True, response.logps, advantages[row]
+        mask[row, answer], logps[row, answer], gains[row, answer] = True, response.logps, each[row]
         given[row], ended[row] = scores[row], response.finished
-    columns = {"old_logps": logps, "advantages": gains, "scores": given, "ended": ended}
+    columns = {"old_logps": logps, "scores": given, "ended": ended}
+    if advantages is not None:
+        columns["advantages"] = gains
     return RolloutBatch(TokenBatch(tokens=tokens, mask=mask, positions=positions, segment_ids=segments), columns)

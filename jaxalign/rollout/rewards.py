@@ -140,6 +140,12 @@ class Rewards:
                 _scorer(function.keywords["path"])  # what is wrong with it is said before training starts
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=len(self._terms))
 
+    @property
+    def folders(self) -> list[str]:
+        """Of the reward models in the sum."""
+        terms = (function for _, function in self._terms if getattr(function, "func", None) is reward_model)
+        return [function.keywords["path"] for function in terms]
+
     def check(self, columns: Sequence[str]) -> None:
         """Raises ValueError when a function asks for a column that the data do not have."""
         for _, function in self._terms:

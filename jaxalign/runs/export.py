@@ -15,6 +15,7 @@ from jaxalign.runs import adapters, devices, finish, reward
 from jaxalign.runs.commands import TRAINING
 from jaxalign.runs.config import ExportConfig, RewardConfig, TrainConfig
 from jaxalign.runs.folder import check_writable, read_run
+from jaxalign.runs.rl_config import PPOConfig
 from jaxalign.runs.values import check, from_json
 from jaxalign.runs.vocabulary import load_vocabulary
 from jaxalign.training.checkpoint import Checkpoints
@@ -72,7 +73,8 @@ def _language_model(config: ExportConfig, held: TrainConfig, checkpoints: Checkp
         raise ValueError(f"{config.run} trained all parameters, so it has no adapter; export it without --adapter")
     _, abstract = make_decoder(model, param_dtype=held.param_dtype, lora=lora, quantise=held.lora.quantise)
     trained, frozen = (_on_host(part) for part in adapters.divide(abstract, lora))
-    found = checkpoints.restore_part("params", trained, step=step)
+    prefix = "params.policy" if isinstance(held, PPOConfig) else "params"  # beside it is the critic
+    found = checkpoints.restore_part(prefix, trained, step=step)
     if found is None:
         return None
     params, step = found

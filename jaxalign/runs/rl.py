@@ -67,7 +67,12 @@ def _gather(config: PolicyConfig, starts: bool) -> train.Task:
     return train.Task(
         config,
         base,
-        Method(build, reference=algorithm.reference, updates=algorithm.epochs * algorithm.minibatches),
+        Method(
+            build,
+            reference=algorithm.reference,
+            epochs=algorithm.epochs,
+            updates=algorithm.epochs * algorithm.minibatches,
+        ),
         asked.batches,
         held_out=[],
         shapes=len(bucket_widths(config.max_length)),
@@ -75,6 +80,7 @@ def _gather(config: PolicyConfig, starts: bool) -> train.Task:
         prompts=[],
         export=train.export_language_model,
         source=source,
+        enough=rollouts.kl_budget(config),
     )
 
 
@@ -84,6 +90,8 @@ def _check(config: PolicyConfig) -> None:
         raise ValueError("--n 1: a response is judged beside others to its prompt; draw 2 or more")
     if algorithm.kl_coef and not algorithm.reference:
         raise ValueError(f"--algorithm.kl-coef {algorithm.kl_coef} needs the reference; leave --algorithm.reference on")
+    if config.kl_budget is not None and not algorithm.reference:
+        raise ValueError(f"--kl-budget {config.kl_budget} needs the reference; leave --algorithm.reference on")
 
 
 def _batch(config: PolicyConfig, judged: Judged) -> tuple[RolloutBatch, dict[str, float]]:

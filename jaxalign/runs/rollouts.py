@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxalign.data import prompts as prompting
 from jaxalign.data.batches import bucket_widths
@@ -22,6 +23,7 @@ from jaxalign.rollout.slots import Sampling
 from jaxalign.runs import train
 from jaxalign.runs.program import Program
 from jaxalign.runs.rl_config import RolloutConfig
+from jaxalign.training import loop
 from jaxalign.training.metrics import JsonLines
 from jaxalign.training.state import TrainState
 from jaxalign.types import PyTree, RolloutBatch
@@ -31,6 +33,7 @@ from jaxalign.types import PyTree, RolloutBatch
 class Judged:
     """The responses of a step, those to one prompt side by side."""
 
+    step: int
     prompts: list[tuple[int, ...]]
     responses: list[Response]
     scores: np.ndarray  # Float32[N]
@@ -81,12 +84,31 @@ def _check(config: RolloutConfig) -> None:
             f"{config.batch_size} prompts x {config.n} responses = {rows} rows cannot be cut into "
             f"--algorithm.minibatches {algorithm.minibatches} x --microbatches {config.microbatches}"
         )
+    if config.check_kernels:
+        raise ValueError("--check-kernels compares on the first batch, which is not made yet; check with jaxalign sft")
     if jax.process_count() > 1:
         raise ValueError(f"jaxalign generates on one host so far, not on {jax.process_count()}")
     if config.eval_data is not None:
         raise ValueError(
             "--eval-data: rewards of the training prompts are new at every step; there is no held-out loss"
         )
+
+
+def count_rows(config: RolloutConfig, mesh: Mesh) -> int:
+    """Rows of a batch: a response each, filled up so that devices, minibatches and microbatches get equally many."""
+    unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.microbatches * config.algorithm.minibatches
+    return -(-config.batch_size * config.n // unit) * unit
+
+
+def kl_budget(config: RolloutConfig) -> Callable[[loop.Row], str | None]:
+    """Why a step's row ends the run: its policy is further from the reference than --kl-budget."""
+
+    def enough(row: loop.Row) -> str | None:
+        if config.kl_budget is None or row["kl"] <= config.kl_budget:
+            return None
+        return f"its responses are {row['kl']:.3g} nats from the reference, beyond --kl-budget {config.kl_budget:g}"
+
+    return enough
 
 
 class Rollouts:
@@ -123,8 +145,7 @@ class Rollouts:
         self._engine = LocalEngine(
             program.graphdef, slots=-(-slots // devices) * devices, prompt_room=max(map(len, asked.prompts.ids))
         )
-        unit = devices * config.microbatches * config.algorithm.minibatches
-        self._rows = -(-rows // unit) * unit
+        self._rows = count_rows(config, task.base.mesh)
         self._samples = JsonLines(Path(config.output) / "samples.jsonl", keep_until=resumed_at - 1)
 
     def __call__(self, state: TrainState) -> tuple[RolloutBatch, dict[str, float]]:
@@ -142,7 +163,7 @@ class Rollouts:
         stats = self._engine.stats
         longest = max(len(p) + len(r.tokens) for p, r in zip(prompts, responses, strict=True))
         width = next(w for w in bucket_widths(config.max_length) if w >= longest)
-        batch, said = self._batch_of(Judged(prompts, responses, scores, width, self._rows))
+        batch, said = self._batch_of(Judged(step, prompts, responses, scores, width, self._rows))
         said |= {
             "generation_seconds": stats.seconds,
             "generated_tokens_per_second": stats.tokens / stats.seconds,

@@ -63,6 +63,7 @@ class Task:
     # of on-policy data: (task, program, frozen, iterator of batches, step resumed at) -> what makes them of the state
     source: Callable[..., loop.SourceFn] | None = None
     complete: Callable[[Task], Task] = lambda task: task  # device work before training, once the folder is this run's
+    enough: Callable[[loop.Row], str | None] | None = None  # why a step was the last, if it was
 
 
 # (config, whether the run is new) -> its task; raises on whatever is wrong, before device work
@@ -158,15 +159,16 @@ def _train(task: Task) -> tuple[TrainState, int | None]:
         checkpoints.save(progress.step, state, extras, metric=row.get("eval_loss"))
 
     evaluate = _evaluation(task, program, progress.step, frozen)
+    last = progress.step if progress.ended else steps
     try:
         state, stopped_by = loop.fit(
             CompiledStep(program.step, announced=task.shapes),
             state,
             frozen,
             source,
-            loop.Hooks(recorder, save, evaluate, lambda step: rates[step * updates]),
+            loop.Hooks(recorder, save, evaluate, lambda step: rates[step * updates], task.enough),
             mesh=task.base.mesh,
-            steps=steps,
+            steps=last,
             progress=progress,
             eval_every=config.eval_every,
             save_every=config.checkpoint.every,
@@ -175,7 +177,7 @@ def _train(task: Task) -> tuple[TrainState, int | None]:
     finally:
         recorder.close()
         checkpoints.close()
-    if stopped_by is None:
+    if stopped_by is None and not finish.is_finished(config.output, progress.step):
         task.export(task, state, frozen)
     return state, stopped_by
 
@@ -237,6 +239,9 @@ def _new_state(task: Task, program: Program, frozen: Any) -> TrainState:
 
 
 def _new_params(task: Task, like: Any, key: jax.Array, frozen: Any) -> Any:
+    if (critic := task.method.critic) is not None:
+        beside = critic.new(like["critic"], jax.random.fold_in(key, 3), frozen)
+        return {"policy": _new_model(task, like["policy"], key, frozen), "critic": beside}
     if not task.method.heads:
         return _new_model(task, like, key, frozen)
     made = {"head": members.new_heads(like["head"], jax.random.fold_in(key, 2))}
@@ -260,10 +265,7 @@ def _recorder(task: Task, resumed_at: int) -> Callable:
     if jax.process_index() != 0:
         return metrics.Silent()
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
-    # a frozen model that runs beside is a forward more, a third of forward and backward
-    share = adapters.gradient_share(task.base.lora) + task.method.reference / 3
-    if task.method.freeze_trunk:
-        share = 1 / 3
+    share = _share_of_flops(task)
     return metrics.Recorder(
         Path(task.config.output),
         total_steps=task.batches.steps,
@@ -274,6 +276,16 @@ def _recorder(task: Task, resumed_at: int) -> Callable:
         wandb=task.config.log.wandb,
         stream=sys.stderr,
     )
+
+
+def _share_of_flops(task: Task) -> float:
+    """Operations of a step, in forward and backward passes over its tokens; a forward alone is a third of one."""
+    method = task.method
+    if method.freeze_trunk:
+        return 1 / 3
+    critic = method.critic is not None and method.critic.own_trunk
+    trained = adapters.gradient_share(task.base.lora) * method.epochs
+    return trained * (1 + critic) + (method.reference + critic) / 3
 
 
 def _evaluation(task: Task, program: Program, resumed_at: int, frozen: Any) -> Callable | None:

@@ -38,6 +38,13 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "n": (1, math.inf, True),
     "slots": (1, math.inf, True),
     "minibatches": (1, math.inf, True),
+    "gamma": (0, 1, False),
+    "gae_lambda": (0, 1, False),
+    "kl_coef": (0, math.inf, True),
+    "value_coef": (0, math.inf, True),
+    "entropy_coef": (0, math.inf, True),
+    "pretraining_coef": (0, math.inf, True),
+    "missing_end_penalty": (0, math.inf, True),
 }
 # What is above 0, and at most so much.
 POSITIVE = {
@@ -45,6 +52,12 @@ POSITIVE = {
     "alpha": math.inf,
     "top_p": 1.0,
     "repetition_penalty": math.inf,
+    "reward_seconds": math.inf,
+    "kl_target": math.inf,
+    "kl_budget": math.inf,
+    "clip_scores": math.inf,
+    "halt_kl": math.inf,
+    "value_clip_epsilon": math.inf,
 }
 
 

@@ -20,6 +20,7 @@ from jaxalign.types import PyTree
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 3
+SOURCE_SECONDS = "source_seconds"
 PROFILED_STEPS = range(3, 6)  # counted from where this process starts: after compilation and one warm step
 
 Row = dict[str, Any]
@@ -39,6 +40,7 @@ class Progress:
     tokens: int = 0  # trained on so far, padding aside
     skipped: int = 0  # steps skipped so far
     skipped_in_a_row: int = 0
+    ended: bool = False  # a step was enough, so there are no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Hooks:
     save: Callable[[TrainState, Progress, Row], None]  # the newest row says how good the state is
     evaluate: Callable[[TrainState, int], Row] | None = None  # (state, step) -> metrics, `eval_loss` among them
     learning_rate: Callable[[int], Any] | None = None  # of a step, counted without those that were skipped
+    enough: Callable[[Row], str | None] | None = None  # why the run ends with this row; None: it goes on
 
 
 def offline(batches: Iterator[Any]) -> SourceFn:
@@ -72,8 +75,9 @@ def fit(
 ) -> tuple[TrainState, int | None]:
     """Runs until `steps` and returns the state, and the signal that stopped it early, if one did.
 
-    The metrics of step n - 1 are fetched after step n is dispatched, so the device never waits for the host. Row n is
-    recorded before a checkpoint of step n is saved. A run that resumes records the same rows that it would have.
+    The metrics of step n - 1 are fetched after step n is dispatched, so the device never waits for the host. A source
+    that has something to say needs the state of step n - 1 itself, so that they are fetched at once. Row n is recorded
+    before a checkpoint of step n is saved. A run that resumes records the same rows that it would have.
 
     Args:
       train_step: (state, frozen, batch) -> (state, metrics), jitted; it may donate the state.
@@ -93,16 +97,20 @@ def fit(
             hooks.record({"step": 0, **hooks.evaluate(state, 0)})
             clock.reset()
         pending: tuple[int, Any, Row] | None = None
+        unsaved: Row | None = None  # the newest row, where no checkpoint has its state
         profiler = _Profiler(profile, progress.step)
         for step in range(progress.step + 1, steps + 1):
+            began = time.perf_counter()
             try:
                 batch, said = source(state)
             except Exception:
                 if pending:
-                    row = _finish(pending, progress, hooks, clock)
-                    hooks.record(row)
-                    hooks.save(state, progress, row)
+                    hooks.record(unsaved := _finish(pending, progress, hooks, clock))
+                if unsaved:
+                    hooks.save(state, progress, unsaved)
                 raise
+            if said:
+                said = said | {SOURCE_SECONDS: time.perf_counter() - began}
             profiler.before(step)
             state, metrics = train_step(state, frozen, put_batch(batch, mesh))
             if pending:
@@ -113,17 +121,22 @@ def fit(
             evaluating = hooks.evaluate and _due(step, eval_every, steps)
             saving = stopping or _due(step, save_every, steps)
             profiler.after(step, metrics)
-            if evaluating or saving:
-                row = _finish(pending, progress, hooks, clock)
+            if evaluating or saving or said or hooks.enough:
+                row = unsaved = _finish(pending, progress, hooks, clock)
                 pending = None
                 if evaluating:
                     row |= hooks.evaluate(state, step)
                 hooks.record(row)
-                if saving:
+                if hooks.enough and (why := hooks.enough(row)):
+                    log.warning("step %d is the last: %s", step, why)
+                    progress.ended = True
+                if saving or progress.ended:
                     hooks.save(state, progress, row)
-                clock.reset()
-            if stopping:
-                return state, stop.signal
+                    unsaved = None
+                if evaluating or saving:
+                    clock.reset()
+            if stopping or progress.ended:
+                return state, stop.signal if stopping else None
     return state, None
 
 
@@ -146,6 +159,9 @@ def _finish(pending: tuple[int, Any, Row], progress: Progress, hooks: Hooks, clo
         row["learning_rate"] = float(hooks.learning_rate(update))
     row |= {"skipped_steps": progress.skipped, "num_tokens": progress.tokens}
     row |= {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
+    if SOURCE_SECONDS in row:
+        training = max(seconds - row.pop(SOURCE_SECONDS), 1e-9)
+        row |= {"training_seconds": training, "trained_tokens_per_second": tokens / training}
     if skipped:
         log.warning("step %d: loss %s, grad_norm %s; the step was skipped", step, row["loss"], row["grad_norm"])
     if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:

@@ -17,6 +17,7 @@ from typing import IO, Any
 Row = dict[str, Any]
 CLOCK_FIELDS = ("step_seconds", "tokens_per_second", "mfu")
 CLOCK_FIELDS += ("generation_seconds", "generated_tokens_per_second", "reward_seconds")
+CLOCK_FIELDS += ("training_seconds", "trained_tokens_per_second")
 
 
 def deterministic(row: Row) -> Row:

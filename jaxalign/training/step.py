@@ -33,7 +33,8 @@ def make_train_step(
 
     Metrics are scalars: `loss`, `grad_norm` (before clipping), `skipped`, `tokens` (of the batch, padding aside), and
     the algorithm's own; over several updates in one step (epochs, minibatches) they are merged, `grad_norm` being the
-    largest.
+    largest, and those of `at_first` told of the first besides. Where the algorithm may halt, `updates` counts the ones
+    that were applied; those behind the halt are not computed, and not in the metrics.
     """
     prepare = _prepare_in_parts(algorithm, microbatches)
     update = _make_update(algorithm, optimizer, microbatches)
@@ -45,15 +46,20 @@ def make_train_step(
         carry, batch = algorithm.remember(state.carry, batch)
         batch = algorithm.across(batch)
         trained = state.params, state.opt_state
-        if algorithm.epochs == algorithm.minibatches == 1:
+        once = algorithm.epochs == algorithm.minibatches == 1
+        if once:
             trained, (averages, grad_norm, finite) = update(trained, frozen, batch)
+            first = averages
         else:
-            step_key = jax.random.fold_in(state.key, state.step)
-            next_update = lambda trained, rows: update(trained, frozen, rows)  # noqa: E731
-            trained, outcomes = jax.lax.scan(next_update, trained, _minibatches(algorithm, step_key, batch))
+            parts = _minibatches(algorithm, jax.random.fold_in(state.key, state.step), batch)
+            trained, outcomes, applied = _updates(algorithm, update, trained, frozen, parts)
             averages, grad_norm, finite = _merge(outcomes)
+            first = jax.tree.map(lambda x: x[0], outcomes[0])
         metrics = {name: average.compute() for name, average in averages.items()}
+        metrics |= {f"first/{name}": first[name].compute() for name in algorithm.at_first}
         metrics |= {"grad_norm": grad_norm, "skipped": 1.0 - finite, "tokens": tokens}
+        if not once and algorithm.halt is not None:
+            metrics["updates"] = jnp.sum(applied)
         carry = jax.tree.map(lambda after, before: jnp.where(finite > 0, after, before), carry, state.carry)
         step, reference = state.step + 1, state.reference
         if algorithm.follow is not None:
@@ -61,6 +67,33 @@ def make_train_step(
         return TrainState(step, *trained, state.key, carry, reference), metrics
 
     return train_step
+
+
+def _updates(
+    algorithm: Algorithm, update: Callable, trained: tuple, frozen: PyTree, parts: Any
+) -> tuple[tuple, tuple, jax.Array]:
+    """One update after the other, until the algorithm halts: (trained, outcomes [U ...], which were applied [U])."""
+    if algorithm.halt is None:
+        trained, outcomes = jax.lax.scan(lambda trained, rows: update(trained, frozen, rows), trained, parts)
+        return trained, outcomes, outcomes[2]
+    shapes = jax.eval_shape(update, trained, frozen, jax.tree.map(lambda x: x[0], parts))[1]
+    averages, grad_norm, finite = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    nothing = averages, grad_norm, finite + 1
+
+    def until_halted(carry: tuple, rows: Any) -> tuple[tuple, tuple]:
+        trained, halted = carry
+
+        def go_on() -> tuple[tuple, tuple, jax.Array]:
+            new, outcome = update(trained, frozen, rows)
+            stop = algorithm.halt(outcome[0])
+            kept = jax.tree.map(lambda after, before: jnp.where(stop, before, after), new, trained)
+            return kept, outcome, stop
+
+        trained, outcome, halted = jax.lax.cond(halted, lambda: (trained, nothing, halted), go_on)
+        return (trained, halted), (outcome, jnp.where(halted, 0.0, outcome[2]))
+
+    (trained, _), (outcomes, applied) = jax.lax.scan(until_halted, (trained, jnp.zeros((), bool)), parts)
+    return trained, outcomes, applied
 
 
 def _make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, microbatches: int) -> Callable:

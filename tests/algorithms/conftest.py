@@ -1,6 +1,7 @@
 """A tiny policy, another model as its reference, and responses of ragged length to a few prompts."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,6 +9,8 @@ from jaxalign.data.groups import Responses
 from jaxalign.data.tokens import Examples
 from jaxalign.models.decoder import init_params, make_decoder
 from jaxalign.models.families import model_config
+from jaxalign.rollout.engine import Response
+from jaxalign.rollout.experience import rollout_batch
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -46,3 +49,18 @@ def make_responses(count, *, k, longest=12, seed=0):
 @pytest.fixture(scope="session")
 def pairs():
     return make_responses(16, k=2)
+
+
+@pytest.fixture(scope="session")
+def rolled_out():
+    """15 ragged responses with log-probs some way from the policy's, and an empty row at the end."""
+    count, rng = 16, np.random.default_rng(0)
+    prompts = [rng.integers(3, 30, rng.integers(1, 5)).tolist() for _ in range(count - 1)]
+    lengths = rng.integers(1, 8, count - 1)
+    responses = [
+        Response(rng.integers(3, 30, n), rng.normal(-3.4, 0.3, n).astype(np.float32), np.zeros(n), bool(n % 2))
+        for n in lengths
+    ]
+    scores, advantages = rng.normal(size=(2, count - 1)).astype(np.float32)
+    made = rollout_batch(prompts, responses, scores=scores, advantages=advantages, width=12, rows=count)
+    return jax.tree.map(jnp.asarray, made)

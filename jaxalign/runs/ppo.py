@@ -1,0 +1,110 @@
+"""`jaxalign ppo`: a model, prompts and a reward in, a policy that earns more of it out, with a critic's help."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from jaxalign.algorithms.ppo import ppo
+from jaxalign.algorithms.trust_region import follow
+from jaxalign.data import supervised
+from jaxalign.data.batches import Plan, TrainBatches, bucket_widths
+from jaxalign.losses.policy import POLICY_LOSSES
+from jaxalign.rollout.experience import rollout_batch
+from jaxalign.runs import critics, rollouts, train
+from jaxalign.runs.program import Method, Program, implementation
+from jaxalign.runs.rl_config import PPOConfig
+from jaxalign.runs.rollouts import Judged, Rollouts
+from jaxalign.runs.sft import data_options
+from jaxalign.select import select
+from jaxalign.training.state import TrainState
+from jaxalign.types import RolloutBatch
+
+
+def run(config: PPOConfig) -> int:
+    """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
+    return train.run(config, "ppo", _gather)
+
+
+def _gather(config: PPOConfig, starts: bool) -> train.Task:
+    algorithm, loss = config.algorithm, select(config.algorithm.loss, POLICY_LOSSES)
+    _check(config)
+    base, asked = rollouts.gather(config, starts)
+    critic = critics.plan(config, base, asked.rewards.folders)
+    text = _pretraining(config, base)
+
+    def build(graphdef: Any, ref_graphdef: Any) -> Any:
+        settings = {f.name: getattr(algorithm, f.name) for f in dataclasses.fields(algorithm)}
+        return ppo(
+            graphdef,
+            critic.graphdef,
+            ref_graphdef=ref_graphdef,
+            **settings | {"loss": loss},
+            temperature=config.temperature,
+            implementation=implementation(config),
+            mesh=base.mesh,
+        )
+
+    def source(task: train.Task, program: Program, frozen: Any, numbers: Iterator, resumed_at: int) -> Rollouts:
+        batch_of = functools.partial(_batch, text)
+        policy_of = lambda params: params["policy"]  # noqa: E731
+        return Rollouts(
+            config, task, program, frozen, numbers, resumed_at, asked=asked, batch_of=batch_of, policy_of=policy_of
+        )
+
+    method = Method(
+        build,
+        reference=True,
+        follow=follow(alpha=config.ref_update.alpha, every=config.ref_update.every)
+        if config.ref_update.every
+        else None,
+        epochs=algorithm.epochs,
+        updates=algorithm.epochs * algorithm.minibatches,
+        critic=critic.critic,
+    )
+    return train.Task(
+        config,
+        base,
+        method,
+        asked.batches,
+        held_out=[],
+        shapes=len(bucket_widths(config.max_length)),
+        fingerprint=asked.prompts.fingerprint() ^ (text.mixture.examples.fingerprint() if text else 0),
+        prompts=[],
+        export=_export,
+        source=source,
+        enough=rollouts.kl_budget(config),
+    )
+
+
+def _check(config: PPOConfig) -> None:
+    algorithm = config.algorithm
+    if config.ref_update.every and config.lora.rank:
+        raise ValueError("--ref-update.every with --lora.rank: the base that adapters are on cannot follow the policy")
+    if bool(algorithm.pretraining_coef) != bool(config.pretraining_data):
+        raise ValueError(
+            f"--algorithm.pretraining-coef {algorithm.pretraining_coef:g} and --pretraining-data "
+            f"{config.pretraining_data}: text to keep likely and its weight belong together"
+        )
+
+
+def _pretraining(config: PPOConfig, base: train.Base) -> TrainBatches | None:
+    """Step n -> as many rows of text as there are responses."""
+    if config.pretraining_data is None:
+        return None
+    options = data_options(dataclasses.replace(config, eval_share=0.0), base.vocabulary.terminators)
+    data = supervised.load(config.pretraining_data, base.vocabulary.tokenizer, options)
+    rows = rollouts.count_rows(config, base.mesh)
+    return TrainBatches(data.train, Plan(rows, config.max_length, seed=config.seed), steps=2**31)
+
+
+def _batch(text: TrainBatches | None, judged: Judged) -> tuple[RolloutBatch, dict[str, float]]:
+    batch = rollout_batch(judged.prompts, judged.responses, scores=judged.scores, width=judged.width, rows=judged.rows)
+    return dataclasses.replace(batch, pretraining=None if text is None else text[judged.step]), {}
+
+
+def _export(task: train.Task, state: TrainState, frozen: Any) -> None:
+    """`final/` is the policy; the critic stays in the checkpoints."""
+    train.export_language_model(task, dataclasses.replace(state, params=state.params["policy"]), frozen)

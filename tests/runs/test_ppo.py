@@ -1,0 +1,170 @@
+"""`jaxalign ppo`, end to end on a tiny model: scores rise, a resumed run is exact, and ends are as told."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from jaxalign.cli.main import main
+from jaxalign.runs import ppo, reward
+from jaxalign.runs.config import (
+    ExportConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RefUpdateConfig,
+    RewardConfig,
+)
+from jaxalign.runs.rl_config import CriticConfig, PPOAlgorithm, PPOConfig
+from tests.runs.test_preferences import final, rows
+from tests.runs.test_rl import SHARED, prompts  # noqa: F401  a fixture
+from tests.runs.test_sft import one_device  # noqa: F401  a fixture
+
+EVERYTHING = PPOAlgorithm(
+    kl_coef=0.05,
+    kl_target=4.0,
+    value_coef=0.5,
+    value_clip_epsilon=None,
+    normalise_scores=True,
+    clip_scores=3.0,
+    pretraining_coef=0.02,
+    epochs=2,
+    minibatches=2,
+    halt_kl=1.0,
+)
+
+
+def config_of(tiny_model, prompts, output, **changes):  # noqa: F811
+    settings = SHARED | {"n": 8, "algorithm": EVERYTHING, "pretraining_data": str(prompts.with_name("text.jsonl"))}
+    return PPOConfig(model=str(tiny_model), data=str(prompts), output=output, **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, prompts, tmp_path_factory):  # noqa: F811
+    """One run with nearly all that PPO has, its critic a model of its own."""
+    import jax
+
+    from jaxalign.training import sharding
+
+    prompts.with_name("text.jsonl").write_text('{"text": "the cat sees the dog . the dog runs to the cat ."}\n' * 8)
+    whole = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        config = config_of(tiny_model, prompts, tmp_path_factory.mktemp("ppo") / "run")
+        assert ppo.run(config) == 0
+    return config
+
+
+def test_scores_rise_and_the_screen_tells_the_truth(trained):
+    found = rows(trained.output)
+    scores = [row["score"] for row in found]
+    assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.2
+    for row in found:  # sampling and scoring agree, at every step
+        assert row["first/ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert found[0]["kl"] == pytest.approx(0.0, abs=1e-3) and found[-1]["kl_k3"] > 0.01
+    assert found[0]["explained_variance"] == pytest.approx(0.0, abs=1e-5)  # the first values are 0
+    assert found[-1]["value_loss"] < found[0]["value_loss"]
+    assert found[-1]["kl_coef"] != found[0]["kl_coef"] == pytest.approx(0.05)
+    assert {"updates", "policy_loss", "rlhf_reward", "clip_fraction", "pretraining_loss"} <= found[0].keys()
+    lines = [json.loads(line) for line in (trained.output / "metrics.jsonl").read_text().splitlines()]
+    assert {"training_seconds", "generation_seconds", "reward_seconds", "trained_tokens_per_second"} <= lines[0].keys()
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained, tmp_path, one_device):  # noqa: F811
+    """Policy, critic, both optimizers, the KL coefficient and the normaliser: all of it shows in the metrics."""
+    again = dataclasses.replace(trained, output=tmp_path / "again")
+    shutil.copytree(trained.output, again.output)
+    shutil.rmtree(again.output / "checkpoints" / "12")
+    shutil.rmtree(again.output / "final")
+    assert ppo.run(again) == 0
+    assert rows(again.output) == rows(trained.output)
+    for key, tensor in final(trained.output).items():
+        assert final(again.output)[key].tobytes() == tensor.tobytes()
+
+
+def test_a_checkpoint_is_exported_as_the_policy_alone(trained, tmp_path):
+    from jaxalign.runs import export
+
+    assert export.run(ExportConfig(run=trained.output, output=tmp_path / "out")) == 0
+    from safetensors.numpy import load_file
+
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    for key, tensor in final(trained.output).items():
+        assert exported[key].tobytes() == tensor.tobytes()
+
+
+def test_the_critic_starts_from_the_reward_model(tiny_model, prompts, tmp_path, one_device):  # noqa: F811
+    """At a discount of 1 the first value of the last token is the score of the response without it."""
+    pairs = tmp_path / "pairs.jsonl"
+    lines = [{"prompt": "one cat ?", "chosen": " dog dog", "rejected": " cat the"} for _ in range(16)]
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {"steps": 4, "batch_size": 4, "max_length": 16, "remat": "none", "mesh": MeshConfig(data=1, fsdp=1)}
+    scored = RewardConfig(model=str(tiny_model), data=str(pairs), output=tmp_path / "rm", **settings)
+    scored = dataclasses.replace(scored, optimizer=OptimizerConfig(learning_rate=1e-2))
+    assert reward.run(scored) == 0
+    name = f"reward_model(path={str(tmp_path / 'rm' / 'final')!r})"
+    config = config_of(tiny_model, prompts, tmp_path / "run", reward=name, steps=2, algorithm=PPOAlgorithm(epochs=1))
+    assert ppo.run(dataclasses.replace(config, pretraining_data=None)) == 0
+    found = rows(tmp_path / "run")[0]
+    assert found["explained_variance"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "kl"),
+    [
+        ({"critic": CriticConfig(shared=True)}, 0.0),
+        ({"lora": LoraConfig(rank=2), "critic": CriticConfig(learning_rate=1e-3)}, 0.0),
+        ({"ref_update": RefUpdateConfig(every=1, alpha=1.0)}, None),
+    ],
+    ids=["shared", "lora", "moving reference"],
+)
+def test_other_critics_and_references(changes, kl, trained, tmp_path, one_device):  # noqa: F811
+    plain = PPOAlgorithm(kl_coef=0.05, epochs=2)
+    config = dataclasses.replace(trained, output=tmp_path / "run", steps=3, pretraining_data=None, algorithm=plain)
+    assert ppo.run(dataclasses.replace(config, **changes)) == 0
+    found = rows(tmp_path / "run")
+    assert [row["first/ratio"] for row in found] == pytest.approx([1.0] * 3, abs=1e-4)
+    if kl is None:  # the reference is the policy that draws
+        assert [row["kl_k3"] for row in found] == pytest.approx([0.0] * 3, abs=1e-4)
+    else:
+        assert found[0]["kl"] == pytest.approx(kl, abs=1e-3) and found[2]["kl_k3"] > 1e-5
+    assert found[2]["value_loss"] != found[0]["value_loss"]
+
+
+def test_a_budget_of_kl_ends_the_run_and_the_same_command_finds_it_complete(trained, tmp_path, one_device, caplog):  # noqa: F811
+    config = dataclasses.replace(trained, output=tmp_path / "run", kl_budget=0.5, pretraining_data=None)
+    config = dataclasses.replace(config, algorithm=PPOAlgorithm(kl_coef=0.0, epochs=2))
+    assert ppo.run(config) == 0
+    found = rows(config.output)
+    assert len(found) < 12 and found[-1]["kl"] > 0.5 and all(row["kl"] <= 0.5 for row in found[:-1])
+    before = (config.output / "final" / "model.safetensors").stat().st_mtime_ns
+    assert ppo.run(config) == 0
+    assert rows(config.output) == found
+    assert (config.output / "final" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--critic.model", "nowhere", "--critic.shared"], "is a model of its own; leave out --critic.shared"),
+        (["--critic.model", "nowhere"], "nowhere"),
+        (["--pretraining-data", "text.jsonl"], "belong together"),
+        (["--algorithm.kl-in", "loss"], "needs k2 or k3"),
+        (["--algorithm.kl-target", "0"], "it must be above 0"),
+        (["--algorithm.gamma", "1.5"], "it must be at least 0 and at most 1"),
+        (["--kl-budget", "-1"], "it must be above 0"),
+        (["--check-kernels"], "check with jaxalign sft"),
+        (["--ref-update.every", "1", "--lora.rank", "2"], "cannot follow the policy"),
+        (["--ref-update.every", "1", "--ref-update.alpha", "2"], "must be in (0, 1]"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, prompts, tmp_path, capsys):  # noqa: F811
+    given = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
+    given += ["--reward", "tests.runs.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
+    given += ["--batch-size", "8", "--mesh.fsdp", "8"]
+    assert main(["ppo", *given, *flags]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
