@@ -140,7 +140,15 @@ def ppo(
     https://arxiv.org/abs/2203.02155, eq. 2. Score normalisation and clipping: Zheng et al. 2023,
     https://arxiv.org/abs/2307.04964.
     """
-    _check(kl_coef, kl_target, kl_estimator, kl_in, clip_scores, halt_kl, pretraining_coef)
+    check(
+        kl_coef=kl_coef,
+        kl_target=kl_target,
+        kl_estimator=kl_estimator,
+        kl_in=kl_in,
+        clip_scores=clip_scores,
+        halt_kl=halt_kl,
+        pretraining_coef=pretraining_coef,
+    )
     estimate = KL_ESTIMATORS[kl_estimator]
 
     def logps_of(model: Any, hidden: jax.Array, rows: Any, *, at: float, entropy: bool = False) -> TokenLogps:
@@ -251,7 +259,8 @@ def log_ratio(batch: RolloutBatch) -> jax.Array:
     return jnp.where(batch.sequences.mask, batch.columns[OLD] - batch.columns[REF], 0.0)
 
 
-def _check(
+def check(
+    *,
     kl_coef: float,
     kl_target: float | None,
     kl_estimator: str,
@@ -259,7 +268,9 @@ def _check(
     clip_scores: float | None,
     halt_kl: float | None,
     pretraining_coef: float,
+    **others: Any,
 ) -> None:
+    """Raises ValueError on options of `ppo` that cannot be; those named here are the ones that are looked at."""
     for name, value, known in (("kl_estimator", kl_estimator, tuple(KL_ESTIMATORS)), ("kl_in", kl_in, KL_PLACES)):
         if value not in known:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")

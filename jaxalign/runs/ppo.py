@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from jaxalign.algorithms.ppo import ppo
+from jaxalign.algorithms.ppo import check, ppo
 from jaxalign.algorithms.trust_region import follow
 from jaxalign.data import supervised
 from jaxalign.data.batches import Plan, TrainBatches, bucket_widths
@@ -15,7 +15,7 @@ from jaxalign.losses.policy import POLICY_LOSSES
 from jaxalign.rollout.experience import rollout_batch
 from jaxalign.runs import critics, rollouts, train
 from jaxalign.runs.program import Method, Program, implementation
-from jaxalign.runs.rl_config import PPOConfig
+from jaxalign.runs.rl_config import PPOAlgorithm, PPOConfig
 from jaxalign.runs.rollouts import Judged, Rollouts
 from jaxalign.runs.sft import data_options
 from jaxalign.select import select
@@ -36,12 +36,11 @@ def _gather(config: PPOConfig, starts: bool) -> train.Task:
     text = _pretraining(config, base)
 
     def build(graphdef: Any, ref_graphdef: Any) -> Any:
-        settings = {f.name: getattr(algorithm, f.name) for f in dataclasses.fields(algorithm)}
         return ppo(
             graphdef,
             critic.graphdef,
             ref_graphdef=ref_graphdef,
-            **settings | {"loss": loss},
+            **_settings(algorithm) | {"loss": loss},
             temperature=config.temperature,
             implementation=implementation(config),
             mesh=base.mesh,
@@ -81,6 +80,7 @@ def _gather(config: PPOConfig, starts: bool) -> train.Task:
 
 def _check(config: PPOConfig) -> None:
     algorithm = config.algorithm
+    check(**_settings(algorithm))
     if config.ref_update.every and config.lora.rank:
         raise ValueError("--ref-update.every with --lora.rank: the base that adapters are on cannot follow the policy")
     if bool(algorithm.pretraining_coef) != bool(config.pretraining_data):
@@ -88,6 +88,11 @@ def _check(config: PPOConfig) -> None:
             f"--algorithm.pretraining-coef {algorithm.pretraining_coef:g} and --pretraining-data "
             f"{config.pretraining_data}: text to keep likely and its weight belong together"
         )
+
+
+def _settings(algorithm: PPOAlgorithm) -> dict[str, Any]:
+    """As keywords of `ppo`."""
+    return {f.name: getattr(algorithm, f.name) for f in dataclasses.fields(algorithm)}
 
 
 def _pretraining(config: PPOConfig, base: train.Base) -> TrainBatches | None:
