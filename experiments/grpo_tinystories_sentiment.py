@@ -19,6 +19,7 @@ Observed:  (two CPU cores, about 5 s a step of 64 stories, one seed, --method gr
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from jaxalign.runs import rl
 from jaxalign.runs.config import CheckpointConfig, OptimizerConfig
@@ -27,28 +28,43 @@ from jaxalign.runs.rl_config import PolicyAlgorithm, PolicyConfig
 OPENINGS = ("Once upon a time", "One day,", "There was a", "Lily and Tom")
 
 
-def config(folder: Path, output: Path, *, method: str, kl_coef: float, steps: int, seed: int) -> PolicyConfig:
-    """Four openings a step, sixteen stories of each."""
+def story_teller(folder: Path) -> dict[str, Any]:
+    """The model, what it is rewarded with, and how long its stories are."""
+    return {
+        "model": str(folder / "models" / "babyllama-char361"),
+        "reward": f"lexicon(path={str(folder / 'lexicons' / 'vader_lexicon.txt')!r})",
+        "max_length": 256,
+        "max_new_tokens": 224,
+        "slots": 64,
+    }
+
+
+def asked(output: Path) -> str:
+    """A file of the openings."""
     output.mkdir(parents=True, exist_ok=True)
     prompts = output / "openings.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": opening}) + "\n" for opening in OPENINGS))
+    return str(prompts)
+
+
+def config(
+    folder: Path, output: Path, *, method: str, kl_coef: float, kl_budget: float, steps: int, seed: int
+) -> PolicyConfig:
+    """Four openings a step, sixteen stories of each."""
     algorithm = PolicyAlgorithm(kl_coef=kl_coef, aggregate="sequence")
     if method == "rloo":
         algorithm = PolicyAlgorithm("reinforce", advantages="leave_one_out", aggregate="sequence", kl_coef=kl_coef)
     return PolicyConfig(
-        model=str(folder / "models" / "babyllama-char361"),
-        data=str(prompts),
+        **story_teller(folder),
+        data=asked(output),
         output=output / f"{method}-kl{kl_coef:g}-seed{seed}",
-        reward=f"lexicon(path={str(folder / 'lexicons' / 'vader_lexicon.txt')!r})",
         steps=steps,
         batch_size=len(OPENINGS),
         n=16,
-        max_length=256,
-        max_new_tokens=224,
-        slots=64,
         seed=seed,
+        kl_budget=kl_budget,
         algorithm=algorithm,
-        eval_every=10,
+        eval_every=5,
         optimizer=OptimizerConfig(learning_rate=3e-5, schedule="constant", warmup_steps=5),
         checkpoint=CheckpointConfig(every=50),
     )
@@ -60,10 +76,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--method", choices=("grpo", "rloo"), default="grpo")
     parser.add_argument("--kl-coef", type=float, default=0.05)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--kl-budget", type=float, default=15.0)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    made = config(args.folder, args.output, method=args.method, kl_coef=args.kl_coef, steps=args.steps, seed=args.seed)
+    made = config(
+        args.folder,
+        args.output,
+        method=args.method,
+        kl_coef=args.kl_coef,
+        kl_budget=args.kl_budget,
+        steps=args.steps,
+        seed=args.seed,
+    )
     raise SystemExit((rl.run_grpo if args.method == "grpo" else rl.run_rloo)(made))
 
 

@@ -249,9 +249,9 @@ def test_microbatches_and_meshes_give_the_same_state(tiny, params, rolled_out, t
     assert said["updates"] == 4
     moved = jax.tree.map(lambda new, old: float(np.abs(new - np.asarray(old)).max()), expected.params, params)
     assert min(moved["policy"]["blocks"]["mlp"]["gate"]["kernel"], moved["critic"]["head"]) > 1e-3
-    for microbatches, sizes in ((4, None), (2, {"data": 2, "fsdp": 2, "tensor": 2})):
-        found, _ = stepped(tiny, params, batch, microbatches=microbatches, sizes=sizes, **options)
-        chex.assert_trees_all_close((found.params, found.carry), (expected.params, expected.carry), atol=1e-5)
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+    found, _ = stepped(tiny, params, batch, microbatches=2, sizes=sizes, **options)
+    chex.assert_trees_all_close((found.params, found.carry), (expected.params, expected.carry), atol=1e-5)
 
 
 def test_updates_beyond_the_halt_are_not_applied(tiny, params, rolled_out):
