@@ -22,7 +22,7 @@ from jaxalign.runs.rl_config import CriticConfig, PPOAlgorithm, PPOConfig
 
 
 def config(folder: Path, output: Path, *, kl_coef: float, kl_budget: float | None, steps: int, seed: int) -> PPOConfig:
-    """Four openings a step, sixteen stories of each, four passes over them."""
+    """Four openings a step, sixteen stories of each, two passes over them in halves."""
     return PPOConfig(
         **story_teller(folder),
         data=asked(output),
@@ -32,7 +32,9 @@ def config(folder: Path, output: Path, *, kl_coef: float, kl_budget: float | Non
         n=16,
         seed=seed,
         kl_budget=kl_budget,
-        algorithm=PPOAlgorithm(kl_coef=kl_coef, normalise_scores=True, value_coef=1.0, epochs=4),
+        algorithm=PPOAlgorithm(
+            kl_coef=kl_coef, gae_lambda=1.0, normalise_scores=True, value_coef=1.0, epochs=2, minibatches=2
+        ),
         critic=CriticConfig(learning_rate=3e-4),
         eval_every=5,
         optimizer=OptimizerConfig(learning_rate=3e-5, schedule="constant"),
