@@ -3,16 +3,22 @@
 "numeric_match"                               of the table below; it reads the data's column `answer`
 "my_lab.rewards:short(most=40)"               your own
 "numeric_match + 0.2*length(target=60)"       a sum
+
+A function of (prompt, response, **columns) judges one response and is called for each. Both kinds may be `async def`:
+one that judges single responses then has all of them under way at once, as one that asks a service should.
 """
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import functools
 import inspect
 import json
 import math
 import re
+import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -22,7 +28,7 @@ from jaxalign.rollout.score import Scorer, load_reward_model
 from jaxalign.select import select_sum
 
 Texts = Sequence[str]
-RewardFn = Callable[..., Sequence[float]]  # (prompts, responses, **columns) -> scores
+RewardFn = Callable[..., Any]  # (prompts, responses, **columns) -> scores, or (prompt, response, **columns) -> score
 
 
 class RewardError(RuntimeError):
@@ -128,44 +134,53 @@ class Rewards:
         """
         Args:
           text: what `select_sum` takes, over REWARDS.
-          seconds: that one call of one function may take.
+          seconds: that the functions, which run side by side, may take for the responses of one call.
 
         Raises:
           ValueError: a function or keyword does not exist, and the message lists what does; or a reward model cannot be
             read.
         """
-        self._terms, self._seconds = select_sum(text, REWARDS), seconds
-        for _, function in self._terms:
+        terms, self._seconds = select_sum(text, REWARDS), seconds
+        for _, function in terms:
             if getattr(function, "func", None) is reward_model:
                 _scorer(function.keywords["path"])  # what is wrong with it is said before training starts
-        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=len(self._terms))
+        names = _distinct([_name(function) for _, function in terms])
+        self._functions = dict(zip(names, (function for _, function in terms), strict=True))
+        self._weights = dict(zip(names, (weight for weight, _ in terms), strict=True))
 
     def check(self, columns: Sequence[str]) -> None:
         """Raises ValueError when a function asks for a column that the data do not have."""
-        for _, function in self._terms:
+        for function in self._functions.values():
             _wanted(function, [*columns, "finished"])
 
     def __call__(self, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> np.ndarray:
-        """Float32[N].
+        """Float32[N], the weighted sum.
 
         Raises:
           RewardError: a function raised, took too long, or gave other than one finite number for each response.
         """
-        calls = [self._pool.submit(self._call, function, prompts, responses, columns) for _, function in self._terms]
-        total = np.zeros(len(responses), np.float64)
-        for (weight, function), call in zip(self._terms, calls, strict=True):
-            total += weight * self._checked(function, call, len(responses))
-        return total.astype(np.float32)
+        return self.summed(self.by_name(prompts, responses, columns))
 
-    def _call(self, function: RewardFn, prompts: Texts, responses: Texts, columns: dict) -> Any:
-        return function(prompts, responses, **{name: columns[name] for name in _wanted(function, columns)})
+    def by_name(self, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> dict[str, np.ndarray]:
+        """Each function's own scores, Float64[N], before weights. Raises what the sum does."""
+        run = lambda function: _started(functools.partial(_call, function, prompts, responses, columns))  # noqa: E731
+        until = time.monotonic() + self._seconds
+        calls = {name: run(function) for name, function in self._functions.items()}
+        return {name: self._checked(name, call, until, len(responses)) for name, call in calls.items()}
 
-    def _checked(self, function: RewardFn, call: concurrent.futures.Future, count: int) -> np.ndarray:
-        name = f"the reward {_name(function)}"
+    def summed(self, scores: dict[str, np.ndarray]) -> np.ndarray:
+        """Float32[N] of `by_name`'s scores."""
+        return sum(self._weights[name] * values for name, values in scores.items()).astype(np.float32)
+
+    def _checked(self, name: str, call: concurrent.futures.Future, until: float, count: int) -> np.ndarray:
+        name = f"the reward {name}"
         try:
-            scores = list(call.result(timeout=self._seconds))
+            scores = list(call.result(timeout=max(0.0, until - time.monotonic())))
         except concurrent.futures.TimeoutError:
             raise RewardError(f"{name} took longer than {self._seconds:g} s for {count} responses") from None
+        except _RowError as error:
+            cause = error.__cause__
+            raise RewardError(f"{name} raised {type(cause).__name__} for response {error.row}: {cause}") from cause
         except Exception as error:  # a function of the user's may raise anything
             raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
         if len(scores) != count:
@@ -176,12 +191,66 @@ class Rewards:
         return np.array(scores, np.float64)
 
 
+class _RowError(Exception):
+    """A function that judges single responses failed at `row`."""
+
+    def __init__(self, row: int):
+        super().__init__(row)
+        self.row = row
+
+
+def _started(work: Callable[[], Any]) -> concurrent.futures.Future:
+    """What `work` will return, of a thread of its own. An executor's threads would keep the process from its end for as
+    long as a function hangs; this one is left behind."""
+    future: concurrent.futures.Future = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="reward", daemon=True).start()
+    return future
+
+
+def _call(function: RewardFn, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> Any:
+    """One call for all responses, or one for each."""
+    wanted = {name: columns[name] for name in _wanted(function, columns)}
+    if not _judges_one(function):
+        scores = function(prompts, responses, **wanted)
+        return asyncio.run(_awaited(scores)) if inspect.isawaitable(scores) else scores
+    one = lambda row: function(  # noqa: E731
+        prompts[row], responses[row], **{name: values[row] for name, values in wanted.items()}
+    )
+    return asyncio.run(_each(one, len(responses)))
+
+
+async def _awaited(scores: Any) -> Any:
+    return await scores
+
+
+async def _each(one: Callable[[int], Any], count: int) -> list[Any]:
+    async def judged(row: int) -> Any:
+        try:
+            score = one(row)
+            return await score if inspect.isawaitable(score) else score
+        except Exception as error:
+            raise _RowError(row) from error
+
+    return await asyncio.gather(*(judged(row) for row in range(count)))
+
+
+def _judges_one(function: RewardFn) -> bool:
+    return next(iter(inspect.signature(function).parameters), "") == "prompt"
+
+
 def _wanted(function: RewardFn, columns: Collection[str]) -> list[str]:
     """The data's columns that a function names; all of them where it takes any."""
-
     parameters = inspect.signature(function).parameters
+    own = list(parameters)[:2]  # prompts and responses, whatever the data call theirs
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return list(columns)
+        return [name for name in columns if name not in own]
     bound = getattr(function, "keywords", {})
     missing = [
         name
@@ -190,8 +259,13 @@ def _wanted(function: RewardFn, columns: Collection[str]) -> list[str]:
     ]
     if missing:
         raise ValueError(f"the data have no column {missing[0]!r}; they have {', '.join(columns) or 'none'}")
-    return [name for name in parameters if name in columns and name not in bound]
+    return [name for name in parameters if name in columns and name not in bound and name not in own]
 
 
 def _name(function: RewardFn) -> str:
     return getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", "function")
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """A name that comes again is numbered: length, length_2."""
+    return [name if (seen := names[:i].count(name)) == 0 else f"{name}_{seen + 1}" for i, name in enumerate(names)]

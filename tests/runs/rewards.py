@@ -1,5 +1,6 @@
 """Reward functions as a user's module has them, right and wrong ones."""
 
+import asyncio
 import time
 
 
@@ -28,8 +29,8 @@ def undefined(prompts, responses):
     return [*[0.0] * (len(responses) - 1), float("nan")]
 
 
-def hangs(prompts, responses):
-    time.sleep(3)
+def hangs(prompts, responses, *, seconds=3.0):
+    time.sleep(seconds)
     return [0.0] * len(responses)
 
 
@@ -39,3 +40,19 @@ def fails_later(prompts, responses):
     if fails_later.calls > 2:
         raise RuntimeError("the judge has gone home")
     return dogs(prompts, responses)
+
+
+async def asked(prompts, responses):
+    """As a service that is asked once."""
+    await asyncio.sleep(0.01)
+    return [float(len(said)) for said in responses]
+
+
+async def asked_each(prompt, response, *, answer):
+    """As a service that is asked for each response, half a second each."""
+    await asyncio.sleep(0.5)
+    return float(answer in response)
+
+
+def each(prompt, response):
+    return 1 / len(response)
