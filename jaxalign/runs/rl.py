@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from jaxalign.runs.rl_config import PolicyConfig
 from jaxalign.runs.rollouts import Judged, Rollouts
 from jaxalign.select import select
 from jaxalign.types import RolloutBatch
+
+log = logging.getLogger(__name__)
 
 ADVANTAGES: dict[str, Callable] = {
     "group": functools.partial(group_advantages, scale="group"),
@@ -43,6 +46,13 @@ def _gather(config: PolicyConfig, starts: bool) -> train.Task:
     algorithm, loss = config.algorithm, select(config.algorithm.loss, POLICY_LOSSES)
     _check(config)
     base, asked = rollouts.gather(config, starts)
+    corrected = rollouts.sampling_of(config).truncates
+    if corrected:
+        log.info(
+            "--top-p, --top-k and --min-p draw tokens from another distribution than the policy's: each is weighted by "
+            "the ratio of the two, at most %g; those that are never drawn cannot be learned from",
+            algorithm.importance_cap,
+        )
 
     def build(graphdef: Any, ref_graphdef: Any) -> Any:
         return policy_gradient(
@@ -55,6 +65,7 @@ def _gather(config: PolicyConfig, starts: bool) -> train.Task:
             aggregate=algorithm.aggregate,
             longest=config.max_new_tokens,
             temperature=config.temperature,
+            importance_cap=algorithm.importance_cap if corrected else None,
             epochs=algorithm.epochs,
             minibatches=algorithm.minibatches,
             implementation=implementation(config),

@@ -24,6 +24,12 @@ class RolloutConfig(TrainConfig):
     """Length limit of a response, in tokens; --max-length is of prompt and response."""
     temperature: float = 1.0
     """That responses are drawn at; the policy that is trained is the tempered one."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens that holds this share of the probability."""
+    top_k: int = 0
+    """Draw from the k most likely tokens; 0: from all."""
+    min_p: float = 0.0
+    """Draw from tokens at least this share as likely as the most likely one; 0: from all."""
     missing_end_penalty: float = 0.0
     """Taken off the score of a response that did not end by itself."""
     length_penalty: float = 0.0
@@ -48,6 +54,8 @@ class PolicyAlgorithm:
     """Weight of KL(policy || reference) in the loss, per nat."""
     kl_estimator: Literal["k2", "k3"] = "k3"
     """How the KL of the loss is estimated from the drawn tokens."""
+    importance_cap: float = 2.0
+    """The most that a token weighs where another distribution than the policy's drew it (--top-p and so on)."""
     reference: bool = True
     """Hold the model that training starts from beside the policy, to log how far the policy has gone."""
     epochs: int = 1

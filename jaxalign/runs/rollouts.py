@@ -47,6 +47,18 @@ class Asked:
     batches: PromptBatches
 
 
+def sampling_of(config: RolloutConfig, terminators: tuple[int, ...] = ()) -> Sampling:
+    """How the responses are drawn."""
+    return Sampling(
+        config.max_new_tokens,
+        config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        terminators=terminators,
+    )
+
+
 def gather(config: RolloutConfig, starts: bool) -> tuple[train.Base, Asked]:
     """Everything that can be wrong is found: ValueError."""
     rewards = Rewards(config.reward, seconds=config.reward_seconds)
@@ -114,9 +126,7 @@ class Rollouts:
         self._config, self._prompts, self._rewards = config, asked.prompts, asked.rewards
         self._vocabulary, self._numbers, self._batch_of = task.base.vocabulary, numbers, batch_of
         self._policy = lambda state: policy_of(program.algorithm.assemble(state.params, frozen))
-        self._sampling = Sampling(
-            config.max_new_tokens, config.temperature, terminators=task.base.vocabulary.terminators
-        )
+        self._sampling = sampling_of(config, task.base.vocabulary.terminators)
         rows = config.batch_size * config.n
         devices = task.base.mesh.shape["data"] * task.base.mesh.shape["fsdp"]
         slots = min(config.slots, rows)

@@ -44,6 +44,7 @@ POSITIVE = {
     "epochs": math.inf,
     "alpha": math.inf,
     "top_p": 1.0,
+    "importance_cap": math.inf,
     "repetition_penalty": math.inf,
 }
 
