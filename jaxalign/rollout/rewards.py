@@ -84,6 +84,23 @@ def length(prompts: Texts, responses: Texts, *, target: int) -> list[float]:
     return [-abs(len(said.split()) - target) / target for said in responses]
 
 
+def overlong(prompts: Texts, responses: Texts, *, tokens: Sequence[int], max_length: int, buffer: int) -> list[float]:
+    """0 for up to max_length - buffer tokens, from there evenly down to -1 at max_length, and -1 beyond.
+
+    Args:
+      prompts: not read.
+      responses: not read.
+      tokens: of each response, its terminator included.
+      max_length: usually --max-new-tokens, so that a response that was cut off costs 1.
+      buffer: over which the penalty grows.
+
+    Reference: Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476, eq. 13.
+    """
+    if not 0 < buffer <= max_length:
+        raise ValueError(f"buffer={buffer} must be above 0 and at most max_length={max_length}")
+    return [-min(max((count - max_length + buffer) / buffer, 0.0), 1.0) for count in tokens]
+
+
 def lexicon(prompts: Texts, responses: Texts, *, path: str) -> list[float]:
     """Σ over words of their score in a file of `word<tab>score` lines, such as VADER's lexicon; unknown words are 0."""
     scores = _lexicon(path)
@@ -123,6 +140,7 @@ REWARDS: dict[str, RewardFn] = {
     "regex": regex,
     "json_schema": json_schema,
     "length": length,
+    "overlong": overlong,
     "lexicon": lexicon,
 }
 
@@ -149,9 +167,9 @@ class Rewards:
         self._weights = dict(zip(names, (weight for weight, _ in terms), strict=True))
 
     def check(self, columns: Sequence[str]) -> None:
-        """Raises ValueError when a function asks for a column that the data do not have."""
+        """Raises ValueError when a function asks for a column that is not among these."""
         for function in self._functions.values():
-            _wanted(function, [*columns, "finished"])
+            _wanted(function, columns)
 
     def __call__(self, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> np.ndarray:
         """Float32[N], the weighted sum.

@@ -14,6 +14,7 @@ from jaxalign.algorithms.policy import policy_gradient
 from jaxalign.data.batches import bucket_widths
 from jaxalign.losses.policy import POLICY_LOSSES
 from jaxalign.ops.advantages import group_advantages, leave_one_out
+from jaxalign.rollout.dynamic import differ
 from jaxalign.rollout.experience import rollout_batch
 from jaxalign.runs import rollouts, train
 from jaxalign.runs.program import Method, Program, implementation
@@ -73,7 +74,8 @@ def _gather(config: PolicyConfig, starts: bool) -> train.Task:
 
     def source(task: train.Task, program: Program, frozen: Any, numbers: Iterator, resumed_at: int) -> Rollouts:
         batch_of = functools.partial(_batch, config)
-        return Rollouts(config, task, program, frozen, numbers, resumed_at, asked=asked, batch_of=batch_of)
+        more = {"asked": asked, "batch_of": batch_of, "rounds": config.dynamic_sampling}
+        return Rollouts(config, task, program, frozen, numbers, resumed_at, **more)
 
     return train.Task(
         config,
@@ -99,7 +101,7 @@ def _check(config: PolicyConfig) -> None:
 
 def _batch(config: PolicyConfig, judged: Judged) -> tuple[RolloutBatch, dict[str, float]]:
     """Responses with their advantages over those to the same prompt."""
-    groups = judged.scores.reshape(config.batch_size, config.n)
+    groups = judged.scores.reshape(-1, config.n)
     advantages = np.asarray(ADVANTAGES[config.algorithm.advantages](jnp.asarray(groups, jnp.float32))).reshape(-1)
     batch = rollout_batch(
         judged.prompts,
@@ -111,6 +113,6 @@ def _batch(config: PolicyConfig, judged: Judged) -> tuple[RolloutBatch, dict[str
     )
     said = {
         "score_std": float(groups.std(axis=1).mean()),
-        "same_scores": float(np.mean(groups.max(axis=1) == groups.min(axis=1))),
+        "same_scores": float(np.mean(~differ(groups))),
     }
     return batch, said

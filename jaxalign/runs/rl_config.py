@@ -15,7 +15,9 @@ class RolloutConfig(TrainConfig):
     reward: str = "numeric_match"
     """Of rollout/rewards.py: 'numeric_match + 0.1*length(target=60)', or 'my.module:function(x=1)'."""
     reward_seconds: float = 60.0
-    """That a reward function may take for the responses of a step."""
+    """That the reward functions, side by side, may take for the responses of a step."""
+    reward_clip: float = 0.0
+    """The sum of --reward is cut to this much on either side of 0; 0: not."""
     as_chat: bool = False
     """Text prompts are turns of the user: they are rendered with the chat template."""
     n: int = 8
@@ -65,7 +67,15 @@ class PolicyAlgorithm:
 
 
 @dataclass(frozen=True)
-class PolicyConfig(RolloutConfig):
+class GroupConfig(RolloutConfig):
+    """How responses to one prompt are compared with each other."""
+
+    dynamic_sampling: int = 0
+    """Rounds of generation a step, at most, to put others in place of prompts of equal scores (DAPO); 0: they stay."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig(GroupConfig):
     """Group-relative policy optimisation (GRPO, DAPO, Dr. GRPO, GSPO, CISPO): rewards for a model's own responses."""
 
     algorithm: PolicyAlgorithm = field(default_factory=PolicyAlgorithm)

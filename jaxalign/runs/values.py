@@ -38,6 +38,8 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "n": (1, math.inf, True),
     "slots": (1, math.inf, True),
     "minibatches": (1, math.inf, True),
+    "reward_clip": (0, math.inf, True),
+    "dynamic_sampling": (0, math.inf, True),
 }
 # What is above 0, and at most so much.
 POSITIVE = {

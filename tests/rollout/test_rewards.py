@@ -31,6 +31,8 @@ def test_what_the_other_rewards_say(tmp_path):
     assert REWARDS["regex"]("???", said, pattern=r"^y|n.$") == [1, 1, 0]
     assert REWARDS["json_schema"]("???", said, required=["a"]) == [0, 0, 1]
     assert REWARDS["length"]("??", ["a b c", "a"], target=2) == [-0.5, -0.5]
+    worth = REWARDS["overlong"]("????", said, tokens=[6, 8, 9, 12], max_length=10, buffer=4)
+    assert worth == [0, -0.5, -0.75, -1]  # DAPO's eq. 13
     (tmp_path / "words.txt").write_text("good\t1.5\tmore\nbad\t-2.0\n")
     path = str(tmp_path / "words.txt")
     assert REWARDS["lexicon"]("??", ["Good, good dog", "not bad"], path=path) == [3.0, -2.0]

@@ -9,6 +9,11 @@ def dogs(prompts, responses):
     return [said.split().count("dog") / max(len(said.split()), 1) for said in responses]
 
 
+def names_dog(prompt, response):
+    """1 where one of the words is `dog`: of few responses to a prompt, all are often worth the same."""
+    return float("dog" in response.split())
+
+
 def answered(prompts, responses, *, answer, worth=1.0):
     return [worth * (right in said.split()) for said, right in zip(responses, answer, strict=True)]
 

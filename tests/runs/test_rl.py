@@ -1,4 +1,4 @@
-"""`jaxalign grpo` and `rloo`, end to end on a tiny model: rewards rise, runs resume exactly, failures lose nothing."""
+"""`jaxalign grpo` and `rloo` on a tiny model: rewards rise, runs resume exactly, nothing is lost."""
 
 import dataclasses
 import json
@@ -17,7 +17,11 @@ from jaxalign.runs.config import (
     MeshConfig,
     OptimizerConfig,
 )
-from jaxalign.runs.rl_config import PolicyConfig, RLOOConfig
+from jaxalign.runs.rl_config import (
+    PolicyAlgorithm,
+    PolicyConfig,
+    RLOOConfig,
+)
 from tests.runs.test_preferences import final, rows
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 
@@ -35,6 +39,23 @@ SHARED = {
     "mesh": MeshConfig(data=1, fsdp=1),
     "optimizer": OptimizerConfig(learning_rate=1e-2, schedule="constant"),
     "checkpoint": CheckpointConfig(every=6),
+}
+
+
+COMMANDS = {  # by a name of the run
+    "grpo": (rl.run_grpo, PolicyConfig, {}),
+    "rloo": (rl.run_rloo, RLOOConfig, {}),
+    "dapo": (
+        rl.run_grpo,
+        PolicyConfig,
+        {
+            "reward": "tests.runs.rewards:names_dog + 0.1*overlong(max_length=8, buffer=2)",
+            "dynamic_sampling": 3,
+            "top_p": 0.9,
+            "n": 4,
+            "algorithm": PolicyAlgorithm("ppo_clip(clip_epsilon_high=0.28)"),
+        },
+    ),
 }
 
 
@@ -56,29 +77,42 @@ def trained(tiny_model, prompts, tmp_path_factory):
     whole, runs = sharding.make_mesh, {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
-        for name, kind, run in (("grpo", PolicyConfig, rl.run_grpo), ("rloo", RLOOConfig, rl.run_rloo)):
+        for name, (run, kind, options) in COMMANDS.items():
             output = tmp_path_factory.mktemp(name) / "run"
-            config = kind(model=str(tiny_model), data=str(prompts), output=output, **SHARED)
+            config = kind(model=str(tiny_model), data=str(prompts), output=output, **{**SHARED, **options})
             assert run(config) == 0
             runs[name] = config, run
     return runs
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_rewards_rise_and_the_screen_tells_the_truth(trained, name):
     config, _ = trained[name]
     found = rows(config.output)
     scores = [row["score"] for row in found]
     assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.2
-    assert found[0]["ratio"] == pytest.approx(1.0, abs=1e-4)  # sampling and scoring agree
-    assert found[0]["kl"] == pytest.approx(0.0, abs=1e-3) and found[-1]["kl_k3"] > 0.01
-    assert 0 < found[0]["entropy"] < np.log(32) and found[0]["length"] <= 8
+    assert 0 < found[0]["length"] <= 8
     samples = [json.loads(line) for line in (config.output / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 0, 4, 4, 8, 8]
     assert samples[0].keys() == {"step", "prompt", "response", "score"}
+    assert found[0]["ratio"] == pytest.approx(1.0, abs=1e-4)  # sampling and scoring agree
+    assert found[0]["kl"] == pytest.approx(0.0, abs=1e-3) and found[-1]["kl_k3"] > 0.01
+    assert 0 < found[0]["entropy"] < np.log(32)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_dynamic_sampling_learns_from_unequal_scores_alone_and_a_nucleus_weighs_its_mass(trained):
+    config, _ = trained["dapo"]
+    found = rows(config.output)
+    assert all(row["same_scores"] == 0 for row in found)
+    assert {row["sampling_rounds"] for row in found} <= {1, 2, 3} and found[0]["sampling_rounds"] > 1
+    assert 0 < min(row["kept_share"] for row in found) < 1
+    # every token of a nucleus of mass 0.9 or a little more weighs that mass
+    assert all(0.89 < row["importance_weight"] < 1 for row in found)
+    for row in found:
+        assert row["score"] == pytest.approx(row["rewards/names_dog"] + 0.1 * row["rewards/overlong"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained, name, tmp_path, one_device):  # noqa: F811
     config, run = trained[name]
     again = dataclasses.replace(config, output=tmp_path / "again")
@@ -106,7 +140,10 @@ def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(tra
     [
         (["--reward", "tests.runs.rewards:dog"], "has no function 'dog' (did you mean 'dogs'?)"),
         (["--reward", "numeric_mach"], "did you mean 'numeric_match'?"),
-        (["--reward", "tests.runs.rewards:needs"], "the data have no column 'solution'; they have answer, finished"),
+        (
+            ["--reward", "tests.runs.rewards:needs"],
+            "the data have no column 'solution'; they have answer, finished, tokens",
+        ),
         (["--n", "1"], "--n 1: a response is judged beside others"),
         (["--max-new-tokens", "16"], "--max-new-tokens 16 leaves no room for a prompt in --max-length 16"),
         (["--temperature", "0"], "--temperature 0: greedy responses are all alike"),
