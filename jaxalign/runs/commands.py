@@ -1,7 +1,7 @@
 """The commands that leave a run folder, and what each is told."""
 
 from jaxalign.runs.config import DPOConfig, KTOConfig, RewardConfig, SFTConfig
-from jaxalign.runs.rl_config import PolicyConfig, RLOOConfig
+from jaxalign.runs.rl_config import OnlineDPOConfig, PolicyConfig, RLOOConfig
 
 TRAINING: dict[str, type] = {
     "sft": SFTConfig,
@@ -10,4 +10,5 @@ TRAINING: dict[str, type] = {
     "reward": RewardConfig,
     "grpo": PolicyConfig,
     "rloo": RLOOConfig,
+    "online-dpo": OnlineDPOConfig,
 }

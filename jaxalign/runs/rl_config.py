@@ -88,3 +88,24 @@ class RLOOConfig(PolicyConfig):
     algorithm: PolicyAlgorithm = field(
         default_factory=lambda: PolicyAlgorithm(loss="reinforce", advantages="leave_one_out", aggregate="fixed")
     )
+
+
+@dataclass(frozen=True)
+class OnlineDPOAlgorithm:
+    """What is minimised over pairs of the policy's own responses."""
+
+    loss: str = "dpo"
+    """Of losses/preference.py: 'ipo(beta=0.05)', a sum 'dpo(beta=0.1) + 0.2*sft', or 'my.module:function(x=1)'."""
+    epochs: int = 1
+    """Passes over the pairs of a step."""
+    minibatches: int = 1
+    """Optimizer updates in each pass."""
+
+
+@dataclass(frozen=True)
+class OnlineDPOConfig(GroupConfig):
+    """Online DPO: pairs of a model's own responses, the best and the worst to each prompt by the reward."""
+
+    n: int = 2
+    """Responses to each of the --batch-size prompts of a step; the best and the worst are a pair."""
+    algorithm: OnlineDPOAlgorithm = field(default_factory=OnlineDPOAlgorithm)

@@ -1,4 +1,4 @@
-"""`jaxalign grpo` and `rloo` on a tiny model: rewards rise, runs resume exactly, nothing is lost."""
+"""`jaxalign grpo`, `rloo` and `online-dpo` on a tiny model: rewards rise, runs resume exactly, nothing is lost."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
 from jaxalign.rollout.rewards import RewardError
-from jaxalign.runs import rl
+from jaxalign.runs import online_dpo, rl
 from jaxalign.runs.config import (
     CheckpointConfig,
     LoraConfig,
@@ -18,6 +18,8 @@ from jaxalign.runs.config import (
     OptimizerConfig,
 )
 from jaxalign.runs.rl_config import (
+    OnlineDPOAlgorithm,
+    OnlineDPOConfig,
     PolicyAlgorithm,
     PolicyConfig,
     RLOOConfig,
@@ -55,6 +57,11 @@ COMMANDS = {  # by a name of the run
             "n": 4,
             "algorithm": PolicyAlgorithm("ppo_clip(clip_epsilon_high=0.28)"),
         },
+    ),
+    "online-dpo": (
+        online_dpo.run,
+        OnlineDPOConfig,
+        {"n": 4, "batch_size": 8, "microbatches": 2, "algorithm": OnlineDPOAlgorithm("dpo(beta=0.2)")},
     ),
 }
 
@@ -95,6 +102,11 @@ def test_rewards_rise_and_the_screen_tells_the_truth(trained, name):
     samples = [json.loads(line) for line in (config.output / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 0, 4, 4, 8, 8]
     assert samples[0].keys() == {"step", "prompt", "response", "score"}
+    if name == "online-dpo":
+        assert found[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-5) and found[-1]["rewards/margins"] > 0
+        assert all(row["score_chosen"] > row["score"] > row["score_rejected"] for row in found)
+        assert found[0]["rewards/dogs"] == pytest.approx(found[0]["score"], abs=1e-6)
+        return
     assert found[0]["ratio"] == pytest.approx(1.0, abs=1e-4)  # sampling and scoring agree
     assert found[0]["kl"] == pytest.approx(0.0, abs=1e-3) and found[-1]["kl_k3"] > 0.01
     assert 0 < found[0]["entropy"] < np.log(32)
