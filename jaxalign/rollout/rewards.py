@@ -164,7 +164,7 @@ class Rewards:
                 _scorer(function.keywords["path"])  # what is wrong with it is said before training starts
         names = _distinct([_name(function) for _, function in terms])
         self._functions = dict(zip(names, (function for _, function in terms), strict=True))
-        self._weights = dict(zip(names, (weight for weight, _ in terms), strict=True))
+        self.weights = dict(zip(names, (weight for weight, _ in terms), strict=True))
 
     def check(self, columns: Sequence[str]) -> None:
         """Raises ValueError when a function asks for a column that is not among these."""
@@ -188,7 +188,7 @@ class Rewards:
 
     def summed(self, scores: dict[str, np.ndarray]) -> np.ndarray:
         """Float32[N] of `by_name`'s scores."""
-        return sum(self._weights[name] * values for name, values in scores.items()).astype(np.float32)
+        return sum(self.weights[name] * values for name, values in scores.items()).astype(np.float32)
 
     def _checked(self, name: str, call: concurrent.futures.Future, until: float, count: int) -> np.ndarray:
         name = f"the reward {name}"

@@ -6,6 +6,7 @@ is the model that training starts from; with LoRA, the base.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,14 +36,15 @@ def run(config: OnlineDPOConfig) -> int:
 def _gather(config: OnlineDPOConfig, starts: bool) -> train.Task:
     algorithm, loss = config.algorithm, select_loss(config.algorithm.loss, PREFERENCE_LOSSES)
     _check(config, loss)
-    base, asked = rollouts.gather(config, starts)
+    base, asked = rollouts.gather(config, starts, own_tokens=False)
 
     def build(graphdef: Any, ref_graphdef: Any) -> Algorithm:
         made = dpo(graphdef, loss=loss, ref_graphdef=ref_graphdef, implementation=implementation(config))
         return made._replace(epochs=algorithm.epochs, minibatches=algorithm.minibatches)
 
     def source(task: train.Task, program: Program, frozen: Any, numbers: Iterator, resumed_at: int) -> Rollouts:
-        batch_of = functools.partial(_batch, config)
+        rows = rollouts.count_rows(dataclasses.replace(config, n=1), base.mesh)  # of a pair each
+        batch_of = functools.partial(_batch, config, rows)
         more = {"asked": asked, "batch_of": batch_of, "rounds": config.dynamic_sampling}
         return Rollouts(config, task, program, frozen, numbers, resumed_at, **more)
 
@@ -71,12 +73,11 @@ def _check(config: OnlineDPOConfig, loss: Callable) -> None:
         )
 
 
-def _batch(config: OnlineDPOConfig, judged: Judged) -> tuple[ResponseBatch, dict[str, float]]:
+def _batch(config: OnlineDPOConfig, rows: int, judged: Judged) -> tuple[ResponseBatch, dict[str, float]]:
     """A pair a row; a prompt whose responses are all worth the same has none, and its row is empty."""
     groups = judged.scores.reshape(-1, config.n)
     chosen = best_and_worst(groups)
     pairs = pairs_of(judged.prompts, judged.responses, chosen)
-    rows = -(-config.batch_size // judged.unit) * judged.unit
     plan = GroupPlan(rows, config.max_length, packing=False)
     batch = Layout(plan, responses=2, most=1, row_counts=(rows,)).batch(pairs)
     best, worst = (judged.scores[side] for side in chosen.T)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxalign.algorithms.policy import policy_gradient
 from jaxalign.data.batches import bucket_widths
 from jaxalign.losses.policy import POLICY_LOSSES
-from jaxalign.ops.advantages import group_advantages, leave_one_out
+from jaxalign.ops.advantages import decoupled_advantages, group_advantages, leave_one_out
 from jaxalign.rollout.dynamic import differ
 from jaxalign.rollout.experience import rollout_batch
 from jaxalign.runs import rollouts, train
@@ -25,6 +25,7 @@ from jaxalign.types import RolloutBatch
 
 log = logging.getLogger(__name__)
 
+DECOUPLED = "decoupled"  # of the reward functions' own scores, not of their sum
 ADVANTAGES: dict[str, Callable] = {
     "group": functools.partial(group_advantages, scale="group"),
     "batch": functools.partial(group_advantages, scale="batch"),
@@ -46,7 +47,7 @@ def run_rloo(config: PolicyConfig) -> int:
 def _gather(config: PolicyConfig, starts: bool) -> train.Task:
     algorithm, loss = config.algorithm, select(config.algorithm.loss, POLICY_LOSSES)
     _check(config)
-    base, asked = rollouts.gather(config, starts)
+    base, asked = rollouts.gather(config, starts, own_tokens=False)
     corrected = rollouts.sampling_of(config).truncates
     if corrected:
         log.info(
@@ -73,7 +74,7 @@ def _gather(config: PolicyConfig, starts: bool) -> train.Task:
         )
 
     def source(task: train.Task, program: Program, frozen: Any, numbers: Iterator, resumed_at: int) -> Rollouts:
-        batch_of = functools.partial(_batch, config)
+        batch_of = functools.partial(_batch, config, asked.rewards.weights)
         more = {"asked": asked, "batch_of": batch_of, "rounds": config.dynamic_sampling}
         return Rollouts(config, task, program, frozen, numbers, resumed_at, **more)
 
@@ -97,17 +98,27 @@ def _check(config: PolicyConfig) -> None:
         raise ValueError("--n 1: a response is judged beside others to its prompt; draw 2 or more")
     if algorithm.kl_coef and not algorithm.reference:
         raise ValueError(f"--algorithm.kl-coef {algorithm.kl_coef} needs the reference; leave --algorithm.reference on")
+    changed = config.reward_clip is not None or config.missing_end_penalty or config.length_penalty
+    if algorithm.advantages == DECOUPLED and changed:
+        raise ValueError(
+            "--algorithm.advantages decoupled compares the reward functions one by one, not their sum, which "
+            "--reward-clip, --missing-end-penalty and --length-penalty are about; write penalties as functions"
+        )
 
 
-def _batch(config: PolicyConfig, judged: Judged) -> tuple[RolloutBatch, dict[str, float]]:
+def _batch(config: PolicyConfig, weights: dict[str, float], judged: Judged) -> tuple[RolloutBatch, dict[str, float]]:
     """Responses with their advantages over those to the same prompt."""
     groups = judged.scores.reshape(-1, config.n)
-    advantages = np.asarray(ADVANTAGES[config.algorithm.advantages](jnp.asarray(groups, jnp.float32))).reshape(-1)
+    if config.algorithm.advantages == DECOUPLED:
+        terms = jnp.stack([jnp.asarray(judged.terms[name].reshape(groups.shape), jnp.float32) for name in weights])
+        advantages = decoupled_advantages(terms, jnp.asarray([*weights.values()], jnp.float32))
+    else:
+        advantages = ADVANTAGES[config.algorithm.advantages](jnp.asarray(groups, jnp.float32))
     batch = rollout_batch(
         judged.prompts,
         judged.responses,
         scores=judged.scores,
-        advantages=advantages,
+        advantages=np.asarray(advantages).reshape(-1),
         width=judged.width,
         rows=judged.rows,
     )

@@ -16,8 +16,8 @@ class RolloutConfig(TrainConfig):
     """Of rollout/rewards.py: 'numeric_match + 0.1*length(target=60)', or 'my.module:function(x=1)'."""
     reward_seconds: float = 60.0
     """That the reward functions, side by side, may take for the responses of a step."""
-    reward_clip: float = 0.0
-    """The sum of --reward is cut to this much on either side of 0; 0: not."""
+    reward_clip: float | None = None
+    """The sum of --reward is cut to this much on either side of 0, before penalties; by default not."""
     as_chat: bool = False
     """Text prompts are turns of the user: they are rendered with the chat template."""
     n: int = 8
@@ -46,8 +46,8 @@ class PolicyAlgorithm:
 
     loss: str = "ppo_clip"
     """Of losses/policy.py: 'ppo_clip(clip_epsilon_high=0.28)', 'reinforce', 'cispo', or 'my.module:function(x=1)'."""
-    advantages: Literal["group", "batch", "none", "leave_one_out"] = "group"
-    """Scores less their prompt's mean: divided by the std of the prompt, of the batch, not at all; or RLOO's."""
+    advantages: Literal["group", "batch", "none", "leave_one_out", "decoupled"] = "group"
+    """Scores less their prompt's mean: over the std of the prompt, of the batch, not divided; RLOO's; or GDPO's."""
     aggregate: Literal["token", "sequence", "fixed"] = "token"
     """Mean over tokens (DAPO), over responses of their means (GRPO), or sums over a fixed length (Dr. GRPO)."""
     level: Literal["token", "sequence"] = "token"

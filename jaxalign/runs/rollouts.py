@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxalign.data import prompts as prompting
 from jaxalign.data.batches import bucket_widths
@@ -41,7 +42,7 @@ class Judged:
     scores: np.ndarray  # Float32[N]
     width: int  # tokens of the rows that hold prompt and response
     rows: int  # of the batch, one for each response of all --batch-size prompts, or some more
-    unit: int  # that rows are a multiple of: devices x microbatches x minibatches
+    terms: dict[str, np.ndarray]  # Float64[N], of each reward function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +66,19 @@ def sampling_of(config: RolloutConfig, terminators: tuple[int, ...] = ()) -> Sam
     )
 
 
-def gather(config: RolloutConfig, starts: bool) -> tuple[train.Base, Asked]:
-    """Everything that can be wrong is found: ValueError."""
+def gather(config: RolloutConfig, starts: bool, *, own_tokens: bool = True) -> tuple[train.Base, Asked]:
+    """Everything that can be wrong is found: ValueError.
+
+    Args:
+      own_tokens: the loss takes every token for one that the policy itself drew, so sampling must not cut any off.
+    """
     rewards = Rewards(config.reward, seconds=config.reward_seconds)
     _check(config)
+    if own_tokens and sampling_of(config).truncates:
+        raise ValueError(
+            "--top-p, --top-k and --min-p draw tokens from another distribution than the policy's, and the loss of "
+            "this command takes them for the policy's own; leave them out, or use jaxalign grpo, which weighs tokens"
+        )
     base = train.load_base(config, starts=starts)
     prompts = prompting.load(
         config.data,
@@ -107,6 +117,12 @@ def _check(config: RolloutConfig) -> None:
         )
 
 
+def count_rows(config: RolloutConfig, mesh: Mesh) -> int:
+    """Rows of a batch: a response each, filled up so that devices, minibatches and microbatches get equally many."""
+    unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.microbatches * config.algorithm.minibatches
+    return -(-config.batch_size * config.n // unit) * unit
+
+
 class Rollouts:
     """state -> (a batch of its policy's responses, what is said of how they were made)."""
 
@@ -141,8 +157,7 @@ class Rollouts:
         self._engine = LocalEngine(
             program.graphdef, slots=-(-slots // devices) * devices, prompt_room=max(map(len, asked.prompts.ids))
         )
-        self._unit = devices * config.microbatches * config.algorithm.minibatches
-        self._rows = -(-rows // self._unit) * self._unit
+        self._rows = count_rows(config, task.base.mesh)
         self._samples = JsonLines(Path(config.output) / "samples.jsonl", keep_until=resumed_at - 1)
 
     def __call__(self, state: TrainState) -> tuple[Any, dict[str, float]]:
@@ -160,7 +175,7 @@ class Rollouts:
         prompts = [self._prompts.ids[i] for i in drawn.prompts]
         longest = max(len(p) + len(r.tokens) for p, r in zip(prompts, drawn.responses, strict=True))
         width = next(w for w in bucket_widths(config.max_length) if w >= longest)
-        batch, more = self._batch_of(Judged(prompts, drawn.responses, drawn.scores, width, self._rows, self._unit))
+        batch, more = self._batch_of(Judged(prompts, drawn.responses, drawn.scores, width, self._rows, drawn.terms))
         return batch, said | more | spent.said()
 
     def _draw(self, policy: PyTree, numbers: np.ndarray, before: int, key: jax.Array, spent: _Spent) -> Drawn:
@@ -186,7 +201,7 @@ class Rollouts:
         columns |= {"finished": finished, "tokens": tokens}
         terms = self._rewards.by_name([self._prompts.given[i] for i in chosen], texts, columns)
         scores = self._rewards.summed(terms)
-        if config.reward_clip:
+        if config.reward_clip is not None:
             scores = np.clip(scores, -config.reward_clip, config.reward_clip)
         if config.missing_end_penalty:
             scores = scores - config.missing_end_penalty * ~np.array(finished)

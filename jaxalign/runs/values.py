@@ -38,7 +38,6 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "n": (1, math.inf, True),
     "slots": (1, math.inf, True),
     "minibatches": (1, math.inf, True),
-    "reward_clip": (0, math.inf, True),
     "dynamic_sampling": (0, math.inf, True),
 }
 # What is above 0, and at most so much.
@@ -47,6 +46,7 @@ POSITIVE = {
     "alpha": math.inf,
     "top_p": 1.0,
     "importance_cap": math.inf,
+    "reward_clip": math.inf,
     "repetition_penalty": math.inf,
 }
 

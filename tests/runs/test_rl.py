@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
 from jaxalign.rollout.rewards import RewardError
-from jaxalign.runs import online_dpo, rl
+from jaxalign.runs import online_dpo, rl, rollouts
 from jaxalign.runs.config import (
     CheckpointConfig,
     LoraConfig,
@@ -162,6 +162,8 @@ def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(tra
         (["--algorithm.minibatches", "3"], "cannot be cut into --algorithm.minibatches 3"),
         (["--max-new-tokens", "14"], "12 of 12 prompts have more than 2 tokens"),
         (["--algorithm.kl-coef", "0.1", "--algorithm.no-reference"], "needs the reference"),
+        (["--algorithm.advantages", "decoupled", "--reward-clip", "1"], "one by one, not their sum"),
+        (["--algorithm.importance-cap", "0"], "--algorithm.importance-cap 0.0: it must be above 0"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, prompts, tmp_path, capsys):
@@ -172,6 +174,34 @@ def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, pro
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_microbatches_change_no_step_of_online_dpo(trained, tmp_path, one_device):  # noqa: F811
+    config, run = trained["online-dpo"]
+    assert run(dataclasses.replace(config, output=tmp_path / "run", steps=3, microbatches=1)) == 0
+    for whole, cut in zip(rows(tmp_path / "run"), rows(config.output), strict=False):
+        assert whole["score"] == pytest.approx(cut["score"], abs=1e-6)
+        assert whole["grad_norm"] == pytest.approx(cut["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--n", "1"], "--n 1: a pair is two responses"),
+        (["--algorithm.loss", "aot"], "compares the pairs of whole batches"),
+        (["--algorithm.loss", "ppo_clip"], "unknown name 'ppo_clip'"),
+    ],
+)
+def test_mistakes_of_online_dpo_are_one_line(flags, message, tiny_model, prompts, tmp_path, capsys):
+    given = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
+    assert main(["online-dpo", *given, *flags]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_loss_of_the_policys_own_tokens_refuses_to_cut_any_off(trained):
+    config, _ = trained["dapo"]
+    with pytest.raises(ValueError, match="draw tokens from another distribution than the policy's"):
+        rollouts.gather(config, starts=True)
 
 
 def test_adapters_leave_the_reference_as_it_was(trained, tmp_path, one_device):  # noqa: F811
