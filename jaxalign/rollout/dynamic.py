@@ -62,7 +62,7 @@ def fill(
 
     Each round asks for as many prompts as should fill the rest by the share kept so far, and at most for as many as
     were chosen. Where no round finds any group, the chosen prompts' own are the answer: what they say of the policy
-    is true, and their advantages are 0.
+    is true, and their advantages are 0. `score_drawn` is the mean over all that was drawn, kept or not.
 
     Args:
       draw: (numbers of prompts, how many responses were drawn before) -> n responses to each.

@@ -10,25 +10,22 @@ one that judges single responses then has all of them under way at once, as one 
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import functools
-import inspect
 import json
 import math
 import re
-import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxalign.rollout.calls import RewardFn, RowError, call, name_of, started, wanted
 from jaxalign.rollout.score import Scorer, load_reward_model
 from jaxalign.select import select_sum
 
 Texts = Sequence[str]
-RewardFn = Callable[..., Any]  # (prompts, responses, **columns) -> scores, or (prompt, response, **columns) -> score
 
 
 class RewardError(RuntimeError):
@@ -162,14 +159,14 @@ class Rewards:
         for _, function in terms:
             if getattr(function, "func", None) is reward_model:
                 _scorer(function.keywords["path"])  # what is wrong with it is said before training starts
-        names = _distinct([_name(function) for _, function in terms])
+        names = _distinct([name_of(function) for _, function in terms])
         self._functions = dict(zip(names, (function for _, function in terms), strict=True))
         self.weights = dict(zip(names, (weight for weight, _ in terms), strict=True))
 
     def check(self, columns: Sequence[str]) -> None:
         """Raises ValueError when a function asks for a column that is not among these."""
         for function in self._functions.values():
-            _wanted(function, columns)
+            wanted(function, columns)
 
     def __call__(self, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> np.ndarray:
         """Float32[N], the weighted sum.
@@ -181,25 +178,25 @@ class Rewards:
 
     def by_name(self, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> dict[str, np.ndarray]:
         """Each function's own scores, Float64[N], before weights. Raises what the sum does."""
-        run = lambda function: _started(functools.partial(_call, function, prompts, responses, columns))  # noqa: E731
+        run = lambda function: started(functools.partial(call, function, prompts, responses, columns))  # noqa: E731
         until = time.monotonic() + self._seconds
-        calls = {name: run(function) for name, function in self._functions.items()}
-        return {name: self._checked(name, call, until, len(responses)) for name, call in calls.items()}
+        under_way = {name: run(function) for name, function in self._functions.items()}
+        return {name: self._checked(name, future, until, len(responses)) for name, future in under_way.items()}
 
     def summed(self, scores: dict[str, np.ndarray]) -> np.ndarray:
         """Float32[N] of `by_name`'s scores."""
         return sum(self.weights[name] * values for name, values in scores.items()).astype(np.float32)
 
-    def _checked(self, name: str, call: concurrent.futures.Future, until: float, count: int) -> np.ndarray:
+    def _checked(self, name: str, future: concurrent.futures.Future, until: float, count: int) -> np.ndarray:
         name = f"the reward {name}"
         try:
-            scores = list(call.result(timeout=max(0.0, until - time.monotonic())))
-        except concurrent.futures.TimeoutError:
-            raise RewardError(f"{name} took longer than {self._seconds:g} s for {count} responses") from None
-        except _RowError as error:
+            scores = list(future.result(timeout=max(0.0, until - time.monotonic())))
+        except RowError as error:
             cause = error.__cause__
             raise RewardError(f"{name} raised {type(cause).__name__} for response {error.row}: {cause}") from cause
-        except Exception as error:  # a function of the user's may raise anything
+        except Exception as error:  # a function of the user's may raise anything, a TimeoutError of its own too
+            if not future.done():
+                raise RewardError(f"{name} took longer than {self._seconds:g} s for {count} responses") from None
             raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
         if len(scores) != count:
             raise RewardError(f"{name} gave {len(scores)} scores for {count} responses; it must give one each")
@@ -207,81 +204,6 @@ class Rewards:
             if not isinstance(score, int | float | np.number) or not math.isfinite(score):
                 raise RewardError(f"{name} gave {score!r} for response {row}; a score is a finite number")
         return np.array(scores, np.float64)
-
-
-class _RowError(Exception):
-    """A function that judges single responses failed at `row`."""
-
-    def __init__(self, row: int):
-        super().__init__(row)
-        self.row = row
-
-
-def _started(work: Callable[[], Any]) -> concurrent.futures.Future:
-    """What `work` will return, of a thread of its own. An executor's threads would keep the process from its end for as
-    long as a function hangs; this one is left behind."""
-    future: concurrent.futures.Future = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="reward", daemon=True).start()
-    return future
-
-
-def _call(function: RewardFn, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> Any:
-    """One call for all responses, or one for each."""
-    wanted = {name: columns[name] for name in _wanted(function, columns)}
-    if not _judges_one(function):
-        scores = function(prompts, responses, **wanted)
-        return asyncio.run(_awaited(scores)) if inspect.isawaitable(scores) else scores
-    one = lambda row: function(  # noqa: E731
-        prompts[row], responses[row], **{name: values[row] for name, values in wanted.items()}
-    )
-    return asyncio.run(_each(one, len(responses)))
-
-
-async def _awaited(scores: Any) -> Any:
-    return await scores
-
-
-async def _each(one: Callable[[int], Any], count: int) -> list[Any]:
-    async def judged(row: int) -> Any:
-        try:
-            score = one(row)
-            return await score if inspect.isawaitable(score) else score
-        except Exception as error:
-            raise _RowError(row) from error
-
-    return await asyncio.gather(*(judged(row) for row in range(count)))
-
-
-def _judges_one(function: RewardFn) -> bool:
-    return next(iter(inspect.signature(function).parameters), "") == "prompt"
-
-
-def _wanted(function: RewardFn, columns: Collection[str]) -> list[str]:
-    """The data's columns that a function names; all of them where it takes any."""
-    parameters = inspect.signature(function).parameters
-    own = list(parameters)[:2]  # prompts and responses, whatever the data call theirs
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return [name for name in columns if name not in own]
-    bound = getattr(function, "keywords", {})
-    missing = [
-        name
-        for name, p in parameters.items()
-        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and name not in columns and name not in bound
-    ]
-    if missing:
-        raise ValueError(f"the data have no column {missing[0]!r}; they have {', '.join(columns) or 'none'}")
-    return [name for name in parameters if name in columns and name not in bound and name not in own]
-
-
-def _name(function: RewardFn) -> str:
-    return getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", "function")
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -1,7 +1,8 @@
 """`jaxalign online-dpo`: at each step the policy answers, the reward ranks, and a preference loss learns from pairs.
 
 Guo et al. 2024 (OAIF), https://arxiv.org/abs/2402.04792, with any reward in the place of the annotator. The reference
-is the model that training starts from; with LoRA, the base.
+is the model that training starts from; with LoRA, the base. Log-probabilities are at temperature 1, whatever
+--temperature the responses were drawn at: a preference loss makes no ratio to what drew them.
 """
 
 from __future__ import annotations

@@ -81,6 +81,7 @@ def test_a_reward_that_hangs_does_not_keep_the_process_from_its_end():
         ("each", "the reward each raised ZeroDivisionError for response 1: division by zero"),
         ("short", "the reward short gave 1 scores for 2 responses"),
         ("undefined", "the reward undefined gave nan for response 1; a score is a finite number"),
+        ("times_out", "the reward times_out raised TimeoutError: no answer from the judge"),
         ("hangs", r"the reward hangs took longer than 0.2 s for 2 responses"),
         ("answered", "the data have no column 'answer'; they have none"),
     ],

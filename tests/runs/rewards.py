@@ -39,6 +39,10 @@ def hangs(prompts, responses, *, seconds=3.0):
     return [0.0] * len(responses)
 
 
+def times_out(prompts, responses):
+    raise TimeoutError("no answer from the judge")
+
+
 def fails_later(prompts, responses):
     """Works twice, then never again."""
     fails_later.calls = getattr(fails_later, "calls", 0) + 1
