@@ -3,9 +3,9 @@
 Paper:     Shao et al. 2024 (GRPO), https://arxiv.org/abs/2402.03300.
 Command:   python experiments/grpo_arithmetic.py --output runs/arithmetic [--seed 0]
            A random Llama of 0.5M parameters over characters learns by `sft` from 7,600 problems, each answered four
-           times, by people of whom 60 % never carry from the units to the tens. Imitation makes that mistake its own:
-           where there is a carry, the greedy answer is wrong. `grpo` on the same problems, with the right sums as
-           `exact_match`, then has to find in its samples what it does not do by itself. 500 problems are held out.
+           times, and 60 % of the answers carry nothing from the units to the tens. Imitation makes that mistake its
+           own: where there is a carry, most greedy answers are wrong. `grpo` on the same problems, with the right sums
+           for `exact_match`, has to find in its samples what it seldom does. 500 problems are held out of both.
 Hardware:  two CPU cores, fp32; any TPU or GPU.
 Expected:  held-out accuracy of the SFT model at temperature 1 near 0.73 = 0.55 + 0.45 · 0.4, and of its greedy answers
            near 0.55; after GRPO above 0.9.
