@@ -9,6 +9,9 @@ Advantages come with the batch (`ops/advantages.py`); here is what one update ma
     CISPO        cispo, aggregate="token"
     RLOO         reinforce; leave-one-out advantages
     REINFORCE++  ppo_clip; advantages of the group, divided by the std of the batch
+
+Tokens that were drawn from another distribution than the policy's (a nucleus; an engine of other numerics) are weighted
+by the ratio of the two, cut at a cap: truncated importance sampling.
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxalign.algorithms.base import Algorithm, shards_of
-from jaxalign.losses.policy import ppo_clip, sequence_logps
+from jaxalign.losses.policy import ppo_clip, sequence_logps, truncated_weights
 from jaxalign.ops.kl import KL_ESTIMATORS, k1, k3
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.types import Average, PyTree, RolloutBatch
 
 OLD, REF, ADVANTAGES, SCORES, ENDED = "old_logps", "ref_logps", "advantages", "scores", "ended"
+WEIGHTS = "weights"
 AGGREGATES, LEVELS = ("token", "sequence", "fixed"), ("token", "sequence")
 
 
@@ -42,11 +46,20 @@ def policy_gradient(
     aggregate: str = "token",
     longest: int | None = None,
     temperature: float = 1.0,
+    importance_cap: float | None = None,
     epochs: int = 1,
     minibatches: int = 1,
     implementation: str | None = None,
 ) -> Algorithm:
-    """Minimise the aggregate over response tokens of loss(logps, old_logps, advantages) + kl_coef · KL estimate.
+    """Minimise the aggregate over response tokens of w · [loss(logps, old_logps, advantages) + kl_coef · KL estimate].
+
+    w = 1, unless `importance_cap` says that the tokens were drawn from some q that is not the policy. Then the policy
+    reads them before the first update, that is what ratios are to, and w = min(π_old(t)/q(t), cap), with q the batch's
+    old_logps. Of the softmax over a nucleus that holds the mass Z, w = Z for every token that can be drawn, so the cap
+    is for engines whose numerics differ. What no weight mends is the support: the terms of tokens outside the nucleus
+    are missing, their π moves through the softmax's normaliser alone, and of a group's baseline they are no part.
+
+    Reference: Yao et al. 2025, https://fengyao.notion.site/off-policy-rl, truncated importance sampling.
 
     Args:
       graphdef: the policy's structure.
@@ -59,6 +72,7 @@ def policy_gradient(
         (GRPO); "fixed", Σ over tokens / (responses · longest), so that length has no say (Dr. GRPO).
       longest: tokens of the longest possible response, for "fixed".
       temperature: that the tokens were drawn at: ratios are of tempered policies, so the first is 1.
+      importance_cap: C, the most that a token may weigh; None: old_logps are the policy's own, no token is weighted.
       epochs: passes over a batch.
       minibatches: optimizer updates in each pass.
       implementation: of the log-probabilities.
@@ -67,12 +81,12 @@ def policy_gradient(
     (1 in the first update, or sampling and scoring disagree) and `clip_fraction` (ratios beyond 1 ± 0.2),
     `approx_kl` (k3 of the old policy), `entropy` (-log π of the drawn tokens: an estimate of it), `score`, `length`,
     `ended`, and with a reference `kl` of the policy that drew, summed over a response, and its never negative estimate
-    `kl_k3`.
+    `kl_k3`. With a cap `importance_weight`, the mean of w; entropy and KL are then of the tokens as q drew them.
 
     Raises:
       ValueError: an unknown estimator, level or aggregate, or what they need is missing.
     """
-    _check(kl_coef, kl_estimator, level, aggregate, longest, ref_graphdef)
+    _check(kl_coef, kl_estimator, level, aggregate, longest, ref_graphdef, importance_cap)
     has_reference = ref_graphdef is not None
 
     def logps_of(structure: Any, params: PyTree, batch: RolloutBatch) -> jax.Array:
@@ -90,10 +104,13 @@ def policy_gradient(
         return found.logps
 
     def prepare(params: PyTree, frozen: PyTree, batch: RolloutBatch) -> RolloutBatch:
-        if not has_reference:
-            return batch
-        found = jax.lax.stop_gradient(logps_of(ref_graphdef, frozen, batch))
-        return dataclasses.replace(batch, columns={**batch.columns, REF: found})
+        found = {}
+        if has_reference:
+            found[REF] = jax.lax.stop_gradient(logps_of(ref_graphdef, frozen, batch))
+        if importance_cap is not None:
+            own = jax.lax.stop_gradient(logps_of(graphdef, params, batch))
+            found |= {OLD: own, WEIGHTS: truncated_weights(own, batch.columns[OLD], importance_cap)}
+        return dataclasses.replace(batch, columns={**batch.columns, **found})
 
     def token_loss(params: PyTree, batch: RolloutBatch) -> tuple[Average, dict[str, Average]]:
         logps, mask, old = logps_of(graphdef, params, batch), batch.sequences.mask, batch.columns[OLD]
@@ -101,13 +118,21 @@ def policy_gradient(
         values = loss(judged, old, batch.columns[ADVANTAGES])
         if kl_coef:
             values = values + kl_coef * KL_ESTIMATORS[kl_estimator](logps - batch.columns[REF])
+        if WEIGHTS in batch.columns:
+            values = values * batch.columns[WEIGHTS]
         return _aggregated(values, mask, aggregate, longest), rollout_metrics(jax.lax.stop_gradient(logps), batch)
 
     return Algorithm(loss=token_loss, prepare=prepare, epochs=epochs, minibatches=minibatches)
 
 
 def _check(
-    kl_coef: float, kl_estimator: str, level: str, aggregate: str, longest: int | None, ref_graphdef: Any
+    kl_coef: float,
+    kl_estimator: str,
+    level: str,
+    aggregate: str,
+    longest: int | None,
+    ref_graphdef: Any,
+    importance_cap: float | None,
 ) -> None:
     for name, value, known in (
         ("kl_estimator", kl_estimator, tuple(KL_ESTIMATORS)),
@@ -122,6 +147,8 @@ def _check(
         raise ValueError(f"kl_coef={kl_coef} needs a reference")
     if aggregate == "fixed" and not longest:
         raise ValueError("aggregate='fixed' divides by the longest response there can be; say how long it is")
+    if importance_cap is not None and importance_cap <= 0:
+        raise ValueError(f"importance_cap={importance_cap} must be above 0, or no token has a say")
 
 
 def _aggregated(values: jax.Array, mask: jax.Array, aggregate: str, longest: int | None) -> Average:
@@ -147,6 +174,8 @@ def rollout_metrics(logps: jax.Array, batch: RolloutBatch) -> dict[str, Average]
         "score": Average.of(batch.columns[SCORES], here),
         "ended": Average.of(batch.columns[ENDED], here),
     }
+    if WEIGHTS in batch.columns:
+        found["importance_weight"] = Average.of(batch.columns[WEIGHTS], mask)
     if REF in batch.columns:
         log_ratio = jnp.where(mask, batch.columns[OLD] - batch.columns[REF], 0.0)
         found |= {"kl": per_response(k1(log_ratio)), "kl_k3": per_response(k3(log_ratio))}

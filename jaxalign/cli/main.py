@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "ppo": (rl_config.PPOConfig, "jaxalign.runs.ppo:run"),
     "grpo": (rl_config.PolicyConfig, "jaxalign.runs.rl:run_grpo"),
     "rloo": (rl_config.RLOOConfig, "jaxalign.runs.rl:run_rloo"),
+    "online-dpo": (rl_config.OnlineDPOConfig, "jaxalign.runs.online_dpo:run"),
     "generate": (config.GenerateConfig, "jaxalign.runs.generate:run"),
     "export": (config.ExportConfig, "jaxalign.runs.export:run"),
     "quickstart": (config.QuickstartConfig, "jaxalign.quickstart.pipeline:run"),

@@ -92,6 +92,23 @@ def sequence_logps(
     return old_logps + jax.lax.stop_gradient(mean) + (logps - jax.lax.stop_gradient(logps))
 
 
+def truncated_weights(logps: PerToken, drawn_logps: PerToken, cap: float) -> PerToken:
+    """min(π(t)/q(t), cap): what a token's loss is multiplied by where q, not π, drew the token.
+
+    The weight of one token, not of its response: the state that it is in stays q's, and with it some bias, for a
+    variance that does not grow with length. Uncapped, Σ_t q w f = Σ_t π f over the tokens that q can draw.
+
+    Args:
+      logps: log π(t).
+      drawn_logps: log q(t).
+      cap: C; what it cuts off is biased towards 0.
+
+    Reference: Ionides 2008, https://doi.org/10.1198/106186008X320456; of tokens, Yao et al. 2025,
+    https://fengyao.notion.site/off-policy-rl.
+    """
+    return jnp.minimum(jnp.exp(logps - drawn_logps), cap)
+
+
 def value_clip(
     values: PerToken, old_values: PerToken, returns: PerToken, *, clip_epsilon: float | None = 0.2
 ) -> PerToken:

@@ -180,6 +180,27 @@ def group_advantages(scores: Float[Array, "N G"], *, scale: str = "group", eps: 
     return centred / (std + eps)
 
 
+def decoupled_advantages(
+    scores: Float[Array, "K N G"], weights: Float[Array, "K"], *, eps: float = 1e-4
+) -> Float[Array, "N G"]:
+    """Σ_k w_k A_k, divided by its std over the batch, with A_k the group advantages of the k-th reward alone.
+
+    So a response that earns two rewards where its neighbours earn none stands out more than one that earns a single
+    one, which the advantages of the sum, divided by the sum's own std, do not tell apart; and a reward of small
+    scale counts by its weight, not by its scale.
+
+    Args:
+      scores: of K rewards, of G responses to each of N prompts.
+      weights: of the rewards.
+      eps: added to each std.
+
+    Reference: Liu et al. 2026 (GDPO), https://arxiv.org/abs/2601.05242.
+    """
+    each = jnp.stack([group_advantages(one, eps=eps) for one in scores])
+    total = jnp.tensordot(weights.astype(jnp.float32), each, axes=1)
+    return total / (jnp.std(total, ddof=1) + eps)  # its mean is 0 in every group
+
+
 def leave_one_out(scores: Float[Array, "N G"]) -> Float[Array, "N G"]:
     """s_i minus the mean of the other G - 1 scores of the prompt: RLOO's advantage, G/(G - 1) of the centred score.
 

@@ -3,26 +3,29 @@
 "numeric_match"                               of the table below; it reads the data's column `answer`
 "my_lab.rewards:short(most=40)"               your own
 "numeric_match + 0.2*length(target=60)"       a sum
+
+A function of (prompt, response, **columns) judges one response and is called for each. Both kinds may be `async def`:
+one that judges single responses then has all of them under way at once, as one that asks a service should.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import functools
-import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxalign.rollout.calls import RewardFn, RowError, call, name_of, started, wanted
 from jaxalign.rollout.score import Scorer, load_reward_model
 from jaxalign.select import select_sum
 
 Texts = Sequence[str]
-RewardFn = Callable[..., Sequence[float]]  # (prompts, responses, **columns) -> scores
 
 
 class RewardError(RuntimeError):
@@ -78,6 +81,23 @@ def length(prompts: Texts, responses: Texts, *, target: int) -> list[float]:
     return [-abs(len(said.split()) - target) / target for said in responses]
 
 
+def overlong(prompts: Texts, responses: Texts, *, tokens: Sequence[int], max_length: int, buffer: int) -> list[float]:
+    """0 for up to max_length - buffer tokens, from there evenly down to -1 at max_length, and -1 beyond.
+
+    Args:
+      prompts: not read.
+      responses: not read.
+      tokens: of each response, its terminator included.
+      max_length: usually --max-new-tokens, so that a response that was cut off costs 1.
+      buffer: over which the penalty grows.
+
+    Reference: Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476, eq. 13.
+    """
+    if not 0 < buffer <= max_length:
+        raise ValueError(f"buffer={buffer} must be above 0 and at most max_length={max_length}")
+    return [-min(max((count - max_length + buffer) / buffer, 0.0), 1.0) for count in tokens]
+
+
 def lexicon(prompts: Texts, responses: Texts, *, path: str) -> list[float]:
     """Σ over words of their score in a file of `word<tab>score` lines, such as VADER's lexicon; unknown words are 0."""
     scores = _lexicon(path)
@@ -117,6 +137,7 @@ REWARDS: dict[str, RewardFn] = {
     "regex": regex,
     "json_schema": json_schema,
     "length": length,
+    "overlong": overlong,
     "lexicon": lexicon,
 }
 
@@ -128,51 +149,60 @@ class Rewards:
         """
         Args:
           text: what `select_sum` takes, over REWARDS.
-          seconds: that one call of one function may take.
+          seconds: that the functions, which run side by side, may take for the responses of one call.
 
         Raises:
           ValueError: a function or keyword does not exist, and the message lists what does; or a reward model cannot be
             read.
         """
-        self._terms, self._seconds = select_sum(text, REWARDS), seconds
-        for _, function in self._terms:
+        terms, self._seconds = select_sum(text, REWARDS), seconds
+        for _, function in terms:
             if getattr(function, "func", None) is reward_model:
                 _scorer(function.keywords["path"])  # what is wrong with it is said before training starts
-        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=len(self._terms))
+        names = _distinct([name_of(function) for _, function in terms])
+        self._functions = dict(zip(names, (function for _, function in terms), strict=True))
+        self.weights = dict(zip(names, (weight for weight, _ in terms), strict=True))
 
     @property
     def folders(self) -> list[str]:
         """Of the reward models in the sum."""
-        terms = (function for _, function in self._terms if getattr(function, "func", None) is reward_model)
-        return [function.keywords["path"] for function in terms]
+        models = (f for f in self._functions.values() if getattr(f, "func", None) is reward_model)
+        return [function.keywords["path"] for function in models]
 
     def check(self, columns: Sequence[str]) -> None:
-        """Raises ValueError when a function asks for a column that the data do not have."""
-        for _, function in self._terms:
-            _wanted(function, [*columns, "finished"])
+        """Raises ValueError when a function asks for a column that is not among these."""
+        for function in self._functions.values():
+            wanted(function, columns)
 
     def __call__(self, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> np.ndarray:
-        """Float32[N].
+        """Float32[N], the weighted sum.
 
         Raises:
           RewardError: a function raised, took too long, or gave other than one finite number for each response.
         """
-        calls = [self._pool.submit(self._call, function, prompts, responses, columns) for _, function in self._terms]
-        total = np.zeros(len(responses), np.float64)
-        for (weight, function), call in zip(self._terms, calls, strict=True):
-            total += weight * self._checked(function, call, len(responses))
-        return total.astype(np.float32)
+        return self.summed(self.by_name(prompts, responses, columns))
 
-    def _call(self, function: RewardFn, prompts: Texts, responses: Texts, columns: dict) -> Any:
-        return function(prompts, responses, **{name: columns[name] for name in _wanted(function, columns)})
+    def by_name(self, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> dict[str, np.ndarray]:
+        """Each function's own scores, Float64[N], before weights. Raises what the sum does."""
+        run = lambda function: started(functools.partial(call, function, prompts, responses, columns))  # noqa: E731
+        until = time.monotonic() + self._seconds
+        under_way = {name: run(function) for name, function in self._functions.items()}
+        return {name: self._checked(name, future, until, len(responses)) for name, future in under_way.items()}
 
-    def _checked(self, function: RewardFn, call: concurrent.futures.Future, count: int) -> np.ndarray:
-        name = f"the reward {_name(function)}"
+    def summed(self, scores: dict[str, np.ndarray]) -> np.ndarray:
+        """Float32[N] of `by_name`'s scores."""
+        return sum(self.weights[name] * values for name, values in scores.items()).astype(np.float32)
+
+    def _checked(self, name: str, future: concurrent.futures.Future, until: float, count: int) -> np.ndarray:
+        name = f"the reward {name}"
         try:
-            scores = list(call.result(timeout=self._seconds))
-        except concurrent.futures.TimeoutError:
-            raise RewardError(f"{name} took longer than {self._seconds:g} s for {count} responses") from None
-        except Exception as error:  # a function of the user's may raise anything
+            scores = list(future.result(timeout=max(0.0, until - time.monotonic())))
+        except RowError as error:
+            cause = error.__cause__
+            raise RewardError(f"{name} raised {type(cause).__name__} for response {error.row}: {cause}") from cause
+        except Exception as error:  # a function of the user's may raise anything, a TimeoutError of its own too
+            if not future.done():
+                raise RewardError(f"{name} took longer than {self._seconds:g} s for {count} responses") from None
             raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
         if len(scores) != count:
             raise RewardError(f"{name} gave {len(scores)} scores for {count} responses; it must give one each")
@@ -182,22 +212,6 @@ class Rewards:
         return np.array(scores, np.float64)
 
 
-def _wanted(function: RewardFn, columns: Collection[str]) -> list[str]:
-    """The data's columns that a function names; all of them where it takes any."""
-
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return list(columns)
-    bound = getattr(function, "keywords", {})
-    missing = [
-        name
-        for name, p in parameters.items()
-        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and name not in columns and name not in bound
-    ]
-    if missing:
-        raise ValueError(f"the data have no column {missing[0]!r}; they have {', '.join(columns) or 'none'}")
-    return [name for name in parameters if name in columns and name not in bound]
-
-
-def _name(function: RewardFn) -> str:
-    return getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", "function")
+def _distinct(names: Sequence[str]) -> list[str]:
+    """A name that comes again is numbered: length, length_2."""
+    return [name if (seen := names[:i].count(name)) == 0 else f"{name}_{seen + 1}" for i, name in enumerate(names)]

@@ -1,7 +1,7 @@
 """The commands that leave a run folder, and what each is told."""
 
 from jaxalign.runs.config import DPOConfig, KTOConfig, RewardConfig, SFTConfig
-from jaxalign.runs.rl_config import PolicyConfig, PPOConfig, RLOOConfig
+from jaxalign.runs.rl_config import OnlineDPOConfig, PolicyConfig, PPOConfig, RLOOConfig
 
 TRAINING: dict[str, type] = {
     "sft": SFTConfig,
@@ -11,4 +11,5 @@ TRAINING: dict[str, type] = {
     "ppo": PPOConfig,
     "grpo": PolicyConfig,
     "rloo": RLOOConfig,
+    "online-dpo": OnlineDPOConfig,
 }

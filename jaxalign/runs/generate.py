@@ -46,7 +46,7 @@ def run(config: GenerateConfig) -> int:
     rewards = None if config.reward is None else Rewards(config.reward)
     prompts, columns = read_rows(config.prompts)
     if rewards is not None:
-        rewards.check(list(columns))
+        rewards.check([*columns, "finished"])
     found = respond(
         config.model,
         prompts,

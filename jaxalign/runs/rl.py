@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 from jaxalign.algorithms.policy import policy_gradient
 from jaxalign.data.batches import bucket_widths
 from jaxalign.losses.policy import POLICY_LOSSES
-from jaxalign.ops.advantages import group_advantages, leave_one_out
+from jaxalign.ops.advantages import decoupled_advantages, group_advantages, leave_one_out
+from jaxalign.rollout.dynamic import differ
 from jaxalign.rollout.experience import rollout_batch
 from jaxalign.runs import rollouts, train
 from jaxalign.runs.program import Method, Program, implementation
@@ -21,6 +23,9 @@ from jaxalign.runs.rollouts import Judged, Rollouts
 from jaxalign.select import select
 from jaxalign.types import RolloutBatch
 
+log = logging.getLogger(__name__)
+
+DECOUPLED = "decoupled"  # of the reward functions' own scores, not of their sum
 ADVANTAGES: dict[str, Callable] = {
     "group": functools.partial(group_advantages, scale="group"),
     "batch": functools.partial(group_advantages, scale="batch"),
@@ -42,7 +47,14 @@ def run_rloo(config: PolicyConfig) -> int:
 def _gather(config: PolicyConfig, starts: bool) -> train.Task:
     algorithm, loss = config.algorithm, select(config.algorithm.loss, POLICY_LOSSES)
     _check(config)
-    base, asked = rollouts.gather(config, starts)
+    base, asked = rollouts.gather(config, starts, own_tokens=False)
+    corrected = rollouts.sampling_of(config).truncates
+    if corrected:
+        log.info(
+            "--top-p, --top-k and --min-p draw tokens from another distribution than the policy's: each is weighted by "
+            "the ratio of the two, at most %g; those that are never drawn cannot be learned from",
+            algorithm.importance_cap,
+        )
 
     def build(graphdef: Any, ref_graphdef: Any) -> Any:
         return policy_gradient(
@@ -55,14 +67,16 @@ def _gather(config: PolicyConfig, starts: bool) -> train.Task:
             aggregate=algorithm.aggregate,
             longest=config.max_new_tokens,
             temperature=config.temperature,
+            importance_cap=algorithm.importance_cap if corrected else None,
             epochs=algorithm.epochs,
             minibatches=algorithm.minibatches,
             implementation=implementation(config),
         )
 
     def source(task: train.Task, program: Program, frozen: Any, numbers: Iterator, resumed_at: int) -> Rollouts:
-        batch_of = functools.partial(_batch, config)
-        return Rollouts(config, task, program, frozen, numbers, resumed_at, asked=asked, batch_of=batch_of)
+        batch_of = functools.partial(_batch, config, asked.rewards.weights)
+        more = {"asked": asked, "batch_of": batch_of, "rounds": config.dynamic_sampling}
+        return Rollouts(config, task, program, frozen, numbers, resumed_at, **more)
 
     return train.Task(
         config,
@@ -92,22 +106,32 @@ def _check(config: PolicyConfig) -> None:
         raise ValueError(f"--algorithm.kl-coef {algorithm.kl_coef} needs the reference; leave --algorithm.reference on")
     if config.kl_budget is not None and not algorithm.reference:
         raise ValueError(f"--kl-budget {config.kl_budget} needs the reference; leave --algorithm.reference on")
+    changed = config.reward_clip is not None or config.missing_end_penalty or config.length_penalty
+    if algorithm.advantages == DECOUPLED and changed:
+        raise ValueError(
+            "--algorithm.advantages decoupled compares the reward functions one by one, not their sum, which "
+            "--reward-clip, --missing-end-penalty and --length-penalty are about; write penalties as functions"
+        )
 
 
-def _batch(config: PolicyConfig, judged: Judged) -> tuple[RolloutBatch, dict[str, float]]:
+def _batch(config: PolicyConfig, weights: dict[str, float], judged: Judged) -> tuple[RolloutBatch, dict[str, float]]:
     """Responses with their advantages over those to the same prompt."""
-    groups = judged.scores.reshape(config.batch_size, config.n)
-    advantages = np.asarray(ADVANTAGES[config.algorithm.advantages](jnp.asarray(groups, jnp.float32))).reshape(-1)
+    groups = judged.scores.reshape(-1, config.n)
+    if config.algorithm.advantages == DECOUPLED:
+        terms = jnp.stack([jnp.asarray(judged.terms[name].reshape(groups.shape), jnp.float32) for name in weights])
+        advantages = decoupled_advantages(terms, jnp.asarray([*weights.values()], jnp.float32))
+    else:
+        advantages = ADVANTAGES[config.algorithm.advantages](jnp.asarray(groups, jnp.float32))
     batch = rollout_batch(
         judged.prompts,
         judged.responses,
         scores=judged.scores,
-        advantages=advantages,
+        advantages=np.asarray(advantages).reshape(-1),
         width=judged.width,
         rows=judged.rows,
     )
     said = {
         "score_std": float(groups.std(axis=1).mean()),
-        "same_scores": float(np.mean(groups.max(axis=1) == groups.min(axis=1))),
+        "same_scores": float(np.mean(~differ(groups))),
     }
     return batch, said

@@ -15,7 +15,9 @@ class RolloutConfig(TrainConfig):
     reward: str = "numeric_match"
     """Of rollout/rewards.py: 'numeric_match + 0.1*length(target=60)', or 'my.module:function(x=1)'."""
     reward_seconds: float = 60.0
-    """That a reward function may take for the responses of a step."""
+    """That the reward functions, side by side, may take for the responses of a step."""
+    reward_clip: float | None = None
+    """The sum of --reward is cut to this much on either side of 0, before penalties; by default not."""
     as_chat: bool = False
     """Text prompts are turns of the user: they are rendered with the chat template."""
     n: int = 8
@@ -24,6 +26,12 @@ class RolloutConfig(TrainConfig):
     """Length limit of a response, in tokens; --max-length is of prompt and response."""
     temperature: float = 1.0
     """That responses are drawn at; the policy that is trained is the tempered one."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens that holds this share of the probability."""
+    top_k: int = 0
+    """Draw from the k most likely tokens; 0: from all."""
+    min_p: float = 0.0
+    """Draw from tokens at least this share as likely as the most likely one; 0: from all."""
     missing_end_penalty: float = 0.0
     """Taken off the score of a response that did not end by itself."""
     length_penalty: float = 0.0
@@ -40,8 +48,8 @@ class PolicyAlgorithm:
 
     loss: str = "ppo_clip"
     """Of losses/policy.py: 'ppo_clip(clip_epsilon_high=0.28)', 'reinforce', 'cispo', or 'my.module:function(x=1)'."""
-    advantages: Literal["group", "batch", "none", "leave_one_out"] = "group"
-    """Scores less their prompt's mean: divided by the std of the prompt, of the batch, not at all; or RLOO's."""
+    advantages: Literal["group", "batch", "none", "leave_one_out", "decoupled"] = "group"
+    """Scores less their prompt's mean: over the std of the prompt, of the batch, not divided; RLOO's; or GDPO's."""
     aggregate: Literal["token", "sequence", "fixed"] = "token"
     """Mean over tokens (DAPO), over responses of their means (GRPO), or sums over a fixed length (Dr. GRPO)."""
     level: Literal["token", "sequence"] = "token"
@@ -50,6 +58,8 @@ class PolicyAlgorithm:
     """Weight of KL(policy || reference) in the loss, per nat."""
     kl_estimator: Literal["k2", "k3"] = "k3"
     """How the KL of the loss is estimated from the drawn tokens."""
+    importance_cap: float = 2.0
+    """The most that a token weighs where another distribution than the policy's drew it (--top-p and so on)."""
     reference: bool = True
     """Hold the model that training starts from beside the policy, to log how far the policy has gone."""
     epochs: int = 1
@@ -59,7 +69,15 @@ class PolicyAlgorithm:
 
 
 @dataclass(frozen=True)
-class PolicyConfig(RolloutConfig):
+class GroupConfig(RolloutConfig):
+    """How responses to one prompt are compared with each other."""
+
+    dynamic_sampling: int = 0
+    """Rounds of generation a step, at most, to put others in place of prompts of equal scores (DAPO); 0: they stay."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig(GroupConfig):
     """Group-relative policy optimisation (GRPO, DAPO, Dr. GRPO, GSPO, CISPO): rewards for a model's own responses."""
 
     algorithm: PolicyAlgorithm = field(default_factory=PolicyAlgorithm)
@@ -72,6 +90,27 @@ class RLOOConfig(PolicyConfig):
     algorithm: PolicyAlgorithm = field(
         default_factory=lambda: PolicyAlgorithm(loss="reinforce", advantages="leave_one_out", aggregate="fixed")
     )
+
+
+@dataclass(frozen=True)
+class OnlineDPOAlgorithm:
+    """What is minimised over pairs of the policy's own responses."""
+
+    loss: str = "dpo"
+    """Of losses/preference.py: 'ipo(beta=0.05)', a sum 'dpo(beta=0.1) + 0.2*sft', or 'my.module:function(x=1)'."""
+    epochs: int = 1
+    """Passes over the pairs of a step."""
+    minibatches: int = 1
+    """Optimizer updates in each pass."""
+
+
+@dataclass(frozen=True)
+class OnlineDPOConfig(GroupConfig):
+    """Online DPO: pairs of a model's own responses, the best and the worst to each prompt by the reward."""
+
+    n: int = 2
+    """Responses to each of the --batch-size prompts of a step; the best and the worst are a pair."""
+    algorithm: OnlineDPOAlgorithm = field(default_factory=OnlineDPOAlgorithm)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from jaxalign.data import prompts as prompting
 from jaxalign.data.batches import bucket_widths
 from jaxalign.data.prompts import PromptBatches, Prompts
 from jaxalign.models import huggingface
-from jaxalign.rollout.engine import LocalEngine, Request, Response
+from jaxalign.rollout import dynamic
+from jaxalign.rollout.dynamic import Drawn
+from jaxalign.rollout.engine import LocalEngine, Request, Response, Stats
 from jaxalign.rollout.generate import without_terminator
 from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.slots import Sampling
@@ -26,19 +28,23 @@ from jaxalign.runs.rl_config import RolloutConfig
 from jaxalign.training import loop
 from jaxalign.training.metrics import JsonLines
 from jaxalign.training.state import TrainState
-from jaxalign.types import PyTree, RolloutBatch
+from jaxalign.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """The responses of a step, those to one prompt side by side."""
+    """The responses of a step, those to one prompt side by side.
+
+    With dynamic sampling they are to fewer prompts than --batch-size where not enough were found.
+    """
 
     step: int
     prompts: list[tuple[int, ...]]
     responses: list[Response]
     scores: np.ndarray  # Float32[N]
     width: int  # tokens of the rows that hold prompt and response
-    rows: int  # of the batch, N or some more
+    rows: int  # of the batch, one for each response of all --batch-size prompts, or some more
+    terms: dict[str, np.ndarray]  # Float64[N], of each reward function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +56,31 @@ class Asked:
     batches: PromptBatches
 
 
-def gather(config: RolloutConfig, starts: bool) -> tuple[train.Base, Asked]:
-    """Everything that can be wrong is found: ValueError."""
+def sampling_of(config: RolloutConfig, terminators: tuple[int, ...] = ()) -> Sampling:
+    """How the responses are drawn."""
+    return Sampling(
+        config.max_new_tokens,
+        config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        terminators=terminators,
+    )
+
+
+def gather(config: RolloutConfig, starts: bool, *, own_tokens: bool = True) -> tuple[train.Base, Asked]:
+    """Everything that can be wrong is found: ValueError.
+
+    Args:
+      own_tokens: the loss takes every token for one that the policy itself drew, so sampling must not cut any off.
+    """
     rewards = Rewards(config.reward, seconds=config.reward_seconds)
     _check(config)
+    if own_tokens and sampling_of(config).truncates:
+        raise ValueError(
+            "--top-p, --top-k and --min-p draw tokens from another distribution than the policy's, and the loss of "
+            "this command takes them for the policy's own; leave them out, or use jaxalign grpo, which weighs tokens"
+        )
     base = train.load_base(config, starts=starts)
     prompts = prompting.load(
         config.data,
@@ -62,7 +89,7 @@ def gather(config: RolloutConfig, starts: bool) -> tuple[train.Base, Asked]:
         max_dropped=config.max_dropped,
         as_chat=config.as_chat,
     )
-    rewards.check(list(prompts.columns))
+    rewards.check([*prompts.columns, "finished", "tokens"])
     batches = PromptBatches(len(prompts), config.batch_size, steps=1, shuffle=config.shuffle, seed=config.seed)
     batches.steps = train.count_steps(config, len(prompts) / config.batch_size)
     return base, Asked(prompts, rewards, batches)
@@ -124,21 +151,21 @@ class Rollouts:
         resumed_at: int,
         *,
         asked: Asked,
-        batch_of: Callable[[Judged], tuple[RolloutBatch, dict[str, float]]],
+        batch_of: Callable[[Judged], tuple[Any, dict[str, float]]],
         policy_of: Callable[[PyTree], PyTree] = lambda params: params,
+        rounds: int = 0,
     ):
         """
         Args:
           numbers: of the prompts of each step.
           batch_of: makes what an update learns from, and what is said of it.
           policy_of: the policy's params among those that the algorithm assembles.
+          rounds: of generation at most, by dynamic sampling, in a step; 0: the prompts are taken as they come.
         """
-        self._config, self._prompts, self._rewards = config, asked.prompts, asked.rewards
+        self._config, self._prompts, self._rewards, self._rounds = config, asked.prompts, asked.rewards, rounds
         self._vocabulary, self._numbers, self._batch_of = task.base.vocabulary, numbers, batch_of
         self._policy = lambda state: policy_of(program.algorithm.assemble(state.params, frozen))
-        self._sampling = Sampling(
-            config.max_new_tokens, config.temperature, terminators=task.base.vocabulary.terminators
-        )
+        self._sampling = sampling_of(config, task.base.vocabulary.terminators)
         rows = config.batch_size * config.n
         devices = task.base.mesh.shape["data"] * task.base.mesh.shape["fsdp"]
         slots = min(config.slots, rows)
@@ -148,49 +175,85 @@ class Rollouts:
         self._rows = count_rows(config, task.base.mesh)
         self._samples = JsonLines(Path(config.output) / "samples.jsonl", keep_until=resumed_at - 1)
 
-    def __call__(self, state: TrainState) -> tuple[RolloutBatch, dict[str, float]]:
-        config, step = self._config, int(state.step)
-        chosen = np.repeat(next(self._numbers), config.n)
-        prompts = [self._prompts.ids[i] for i in chosen]
-        requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
+    def __call__(self, state: TrainState) -> tuple[Any, dict[str, float]]:
+        config, step, chosen = self._config, int(state.step), next(self._numbers)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 3), step)
-        responses = self._engine.generate(self._policy(state), requests, key, sampling=self._sampling)
+        policy, spent = self._policy(state), _Spent()
+        draw = lambda numbers, before: self._draw(policy, numbers, before, key, spent)  # noqa: E731
+        if self._rounds:
+            others = dynamic.stand_ins(len(self._prompts), chosen, seed=config.seed, step=step)
+            drawn, said = dynamic.fill(draw, chosen, others, n=config.n, rounds=self._rounds)
+        else:
+            drawn, said = draw(chosen, 0), {}
+        self._write_samples(step, drawn)
+        said |= {f"rewards/{name}": float(scores.mean()) for name, scores in drawn.terms.items()}
+        prompts = [self._prompts.ids[i] for i in drawn.prompts]
+        longest = max(len(p) + len(r.tokens) for p, r in zip(prompts, drawn.responses, strict=True))
+        width = next(w for w in bucket_widths(config.max_length) if w >= longest)
+        batch, more = self._batch_of(
+            Judged(step, prompts, drawn.responses, drawn.scores, width, self._rows, drawn.terms)
+        )
+        return batch, said | more | spent.said()
+
+    def _draw(self, policy: PyTree, numbers: np.ndarray, before: int, key: jax.Array, spent: _Spent) -> Drawn:
+        """--n responses to each of the prompts, rewarded; `before` of this step were drawn already."""
+        chosen = np.repeat(numbers, self._config.n)
+        requests = [Request(self._prompts.ids[i], before + k) for k, i in enumerate(chosen)]
+        responses = self._engine.generate(policy, requests, key, sampling=self._sampling)
         texts = [self._text(response) for response in responses]
         began = time.perf_counter()
-        scores = self._score(chosen, responses, texts)
-        scoring = time.perf_counter() - began
-        self._write_samples(step, chosen, texts, scores)
-        stats = self._engine.stats
-        longest = max(len(p) + len(r.tokens) for p, r in zip(prompts, responses, strict=True))
-        width = next(w for w in bucket_widths(config.max_length) if w >= longest)
-        batch, said = self._batch_of(Judged(step, prompts, responses, scores, width, self._rows))
-        said |= {
-            "generation_seconds": stats.seconds,
-            "generated_tokens_per_second": stats.tokens / stats.seconds,
-            "reward_seconds": scoring,
-        }
-        return batch, said
+        scores, terms = self._score(chosen, responses, texts)
+        spent.add(self._engine.stats, time.perf_counter() - began)
+        return Drawn(chosen, responses, texts, scores, terms)
 
-    def _score(self, chosen: np.ndarray, responses: list[Response], texts: list[str]) -> np.ndarray:
+    def _score(
+        self, chosen: np.ndarray, responses: list[Response], texts: list[str]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(Float32[N], the scores of each reward function by its name)"""
         config = self._config
         columns = {name: [values[i] for i in chosen] for name, values in self._prompts.columns.items()}
-        finished = [response.finished for response in responses]
-        scores = self._rewards([self._prompts.given[i] for i in chosen], texts, columns | {"finished": finished})
+        finished, tokens = (
+            list(values) for values in zip(*((r.finished, len(r.tokens)) for r in responses), strict=True)
+        )
+        columns |= {"finished": finished, "tokens": tokens}
+        terms = self._rewards.by_name([self._prompts.given[i] for i in chosen], texts, columns)
+        scores = self._rewards.summed(terms)
+        if config.reward_clip is not None:
+            scores = np.clip(scores, -config.reward_clip, config.reward_clip)
         if config.missing_end_penalty:
             scores = scores - config.missing_end_penalty * ~np.array(finished)
         if config.length_penalty:
-            scores = scores - config.length_penalty * np.array([len(response.tokens) for response in responses])
-        return scores.astype(np.float32)
+            scores = scores - config.length_penalty * np.array(tokens)
+        return scores.astype(np.float32), terms
 
     def _text(self, response: Response) -> str:
         ids = without_terminator(response.tokens, self._sampling)
         return self._vocabulary.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _write_samples(self, step: int, chosen: np.ndarray, texts: list[str], scores: np.ndarray) -> None:
+    def _write_samples(self, step: int, drawn: Drawn) -> None:
         """The first responses of a few prompts, every --eval-every steps and at the first."""
         config = self._config
         if step and (config.eval_every == 0 or step % config.eval_every):
             return
-        for row in range(0, min(config.samples, config.batch_size) * config.n, config.n):
-            line = {"step": step, "prompt": self._prompts.given[chosen[row]], "response": texts[row]}
-            self._samples.write(line | {"score": float(scores[row])})
+        for row in range(0, min(config.samples * config.n, len(drawn.texts)), config.n):
+            line = {"step": step, "prompt": self._prompts.given[drawn.prompts[row]], "response": drawn.texts[row]}
+            self._samples.write(line | {"score": float(drawn.scores[row])})
+
+
+class _Spent:
+    """What the rounds of a step took."""
+
+    def __init__(self) -> None:
+        self._seconds, self._tokens, self._scoring = 0.0, 0, 0.0
+
+    def add(self, stats: Stats, scoring: float) -> None:
+        self._seconds += stats.seconds
+        self._tokens += stats.tokens
+        self._scoring += scoring
+
+    def said(self) -> dict[str, float]:
+        return {
+            "generation_seconds": self._seconds,
+            "generated_tokens_per_second": self._tokens / self._seconds,
+            "reward_seconds": self._scoring,
+        }

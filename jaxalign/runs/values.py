@@ -45,12 +45,15 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "entropy_coef": (0, math.inf, True),
     "pretraining_coef": (0, math.inf, True),
     "missing_end_penalty": (0, math.inf, True),
+    "dynamic_sampling": (0, math.inf, True),
 }
 # What is above 0, and at most so much.
 POSITIVE = {
     "epochs": math.inf,
     "alpha": math.inf,
     "top_p": 1.0,
+    "importance_cap": math.inf,
+    "reward_clip": math.inf,
     "repetition_penalty": math.inf,
     "reward_seconds": math.inf,
     "kl_target": math.inf,

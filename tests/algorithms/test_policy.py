@@ -111,6 +111,19 @@ def test_epochs_and_minibatches_are_updates_and_the_second_has_ratios(tiny, batc
     assert abs(twice["ratio"] - 1) > 1e-4 and twice["approx_kl"] > 1e-6
 
 
+def test_tokens_of_another_distribution_are_weighted_and_the_first_ratio_is_one(tiny, batch, logps):
+    """Drawn at 1/0.8 of the policy's probability they weigh 0.8, at half of it 2 and at a quarter the cap of 3."""
+    gap = np.log(np.array([0.8, 2.0, 4.0]))[np.arange(batch.sequences.mask.size).reshape(COUNT, WIDTH) % 3]
+    columns = {**batch.columns, "old_logps": jnp.asarray(logps[0] - gap, jnp.float32)}
+    found = loss_of(tiny, batch.__class__(batch.sequences, columns), importance_cap=3.0, kl_coef=0.3)
+    mask, weights = np.asarray(batch.sequences.mask), np.minimum(np.exp(gap), 3.0)
+    gains = np.asarray(batch.columns["advantages"], np.float64)
+    values = weights * (-gains + 0.3 * (np.exp(logps[1] - logps[0]) - 1 + logps[0] - logps[1]))
+    assert found["loss"] == pytest.approx(values[mask].mean(), abs=1e-5)
+    assert found["importance_weight"] == pytest.approx(weights[mask].mean(), abs=1e-5)
+    assert found["ratio"] == pytest.approx(1.0, abs=1e-6) and found["clip_fraction"] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -120,6 +133,7 @@ def test_epochs_and_minibatches_are_updates_and_the_second_has_ratios(tiny, batc
         ({"kl_coef": -1.0}, "must be at least 0"),
         ({"kl_coef": 0.1}, "needs a reference"),
         ({"aggregate": "fixed"}, "say how long it is"),
+        ({"importance_cap": 0.0}, "must be above 0"),
     ],
 )
 def test_what_cannot_be_is_refused(tiny, options, message):

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.losses.policy import POLICY_LOSSES, cispo, ppo_clip, reinforce, sequence_logps, value_clip
+from jaxalign.losses.policy import (
+    POLICY_LOSSES,
+    cispo,
+    ppo_clip,
+    reinforce,
+    sequence_logps,
+    truncated_weights,
+    value_clip,
+)
 
 LOG = jnp.log
 
@@ -91,3 +99,12 @@ def test_extreme_log_probs_of_masked_tokens_are_the_callers_to_drop_and_others_a
 def test_a_clip_that_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ppo_clip(jnp.zeros(1), jnp.zeros(1), jnp.zeros(1), **options)
+
+
+def test_weights_turn_means_over_a_nucleus_into_sums_over_its_part_of_the_policy():
+    """π = (.5, .3, .2), q its nucleus of mass 0.8: q = (.625, .375). Σ q w f is Σ π f without the token never drawn."""
+    policy, nucleus, values = jnp.array([0.5, 0.3]), jnp.array([0.625, 0.375]), jnp.array([2.0, 10.0])
+    weights = truncated_weights(LOG(policy), LOG(nucleus), 2.0)
+    np.testing.assert_allclose(weights, [0.8, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(jnp.sum(nucleus * weights * values), 0.5 * 2 + 0.3 * 10, rtol=1e-6)
+    np.testing.assert_allclose(truncated_weights(LOG(jnp.array([0.9])), LOG(jnp.array([0.1])), 2.0), [2.0])

@@ -11,7 +11,14 @@ from jax.sharding import PartitionSpec as P
 
 from jaxalign.kernels import gae as kernel
 from jaxalign.kernels.runtime import interpreted
-from jaxalign.ops.advantages import gae, group_advantages, leave_one_out, returns, shaped_rewards
+from jaxalign.ops.advantages import (
+    decoupled_advantages,
+    gae,
+    group_advantages,
+    leave_one_out,
+    returns,
+    shaped_rewards,
+)
 
 IMPLEMENTATIONS = ["scan", "associative", "matmul", "pallas"]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -198,6 +205,16 @@ def test_a_groups_advantages_by_hand():
     np.testing.assert_allclose(
         group_advantages(scores, scale="batch", eps=0.0)[0], np.array([-2, 0, 2]) / std, rtol=1e-6
     )
+
+
+def test_rewards_normalised_one_by_one_tell_two_successes_from_one():
+    """The sums' advantages are ±1/√2 in both groups; one by one they are ±1/√2 and ±2/√2, over their std √(5/3)."""
+    scores = jnp.array([[[0.0, 1.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
+    np.testing.assert_allclose(group_advantages(scores.sum(0))[:, 1], [0.7071, 0.7071], atol=2e-4)
+    found = decoupled_advantages(scores, jnp.array([1.0, 1.0]))
+    np.testing.assert_allclose(found, np.array([[-1, 1], [-2, 2]]) * np.sqrt(0.3), atol=3e-4)
+    scaled = decoupled_advantages(scores * jnp.array([1.0, 100.0])[:, None, None], jnp.array([1.0, 1.0]))
+    np.testing.assert_allclose(scaled, found, atol=3e-4)
 
 
 def test_leave_one_out_is_the_score_less_the_mean_of_the_others():

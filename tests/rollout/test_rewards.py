@@ -1,5 +1,9 @@
 """Rewards: what each function says, sums, the data's columns, and every way to be wrong."""
 
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 
@@ -27,6 +31,8 @@ def test_what_the_other_rewards_say(tmp_path):
     assert REWARDS["regex"]("???", said, pattern=r"^y|n.$") == [1, 1, 0]
     assert REWARDS["json_schema"]("???", said, required=["a"]) == [0, 0, 1]
     assert REWARDS["length"]("??", ["a b c", "a"], target=2) == [-0.5, -0.5]
+    worth = REWARDS["overlong"]("????", said, tokens=[6, 8, 9, 12], max_length=10, buffer=4)
+    assert worth == [0, -0.5, -0.75, -1]  # DAPO's eq. 13
     (tmp_path / "words.txt").write_text("good\t1.5\tmore\nbad\t-2.0\n")
     path = str(tmp_path / "words.txt")
     assert REWARDS["lexicon"]("??", ["Good, good dog", "not bad"], path=path) == [3.0, -2.0]
@@ -39,16 +45,47 @@ def test_a_sum_is_weighted_and_columns_go_to_those_who_name_them():
     assert found.dtype == np.float32
 
 
+def test_what_is_awaited_is_a_reward_like_others_and_single_responses_are_judged_at_once():
+    rewards = Rewards("tests.runs.rewards:asked + 10*tests.runs.rewards:asked_each")
+    began = time.monotonic()
+    found = rewards(["?"] * 50, ["a dog", "a cat"] * 25, {"answer": ["dog"] * 50, "response": ["x"] * 50})
+    assert time.monotonic() - began < 10  # one after the other they would take 25 s
+    np.testing.assert_allclose(found, [15.0, 5.0] * 25)
+
+
+def test_terms_are_told_apart_by_name():
+    rewards = Rewards("2*length(target=2) + length(target=4) + tests.runs.rewards:dogs")
+    found = rewards.by_name(["?"], ["a dog"], {})
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "length": [0.0],
+        "length_2": [-0.5],
+        "dogs": [0.5],
+    }
+    assert rewards.summed(found).tolist() == [0.0]
+
+
+def test_a_reward_that_hangs_does_not_keep_the_process_from_its_end():
+    code = (
+        "from jaxalign.rollout.rewards import Rewards\n"
+        "try: Rewards('tests.runs.rewards:hangs(seconds=300.0)', seconds=0.2)(['?'], ['a'], {})\n"
+        "except RuntimeError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
+    assert "took longer than 0.2 s" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("raises", "the reward raises raised ZeroDivisionError: division by zero"),
+        ("each", "the reward each raised ZeroDivisionError for response 1: division by zero"),
         ("short", "the reward short gave 1 scores for 2 responses"),
         ("undefined", "the reward undefined gave nan for response 1; a score is a finite number"),
+        ("times_out", "the reward times_out raised TimeoutError: no answer from the judge"),
         ("hangs", r"the reward hangs took longer than 0.2 s for 2 responses"),
         ("answered", "the data have no column 'answer'; they have none"),
     ],
 )
 def test_a_reward_that_is_wrong_is_named(name, message):
     with pytest.raises(RewardError, match=message):
-        Rewards(f"tests.runs.rewards:{name}", seconds=0.2)(["?", "?"], ["a", "b"], {})
+        Rewards(f"tests.runs.rewards:{name}", seconds=0.2)(["?", "?"], ["a", ""], {})

@@ -1,11 +1,17 @@
 """Reward functions as a user's module has them, right and wrong ones."""
 
+import asyncio
 import time
 
 
 def dogs(prompts, responses):
     """Share of words that are `dog`."""
     return [said.split().count("dog") / max(len(said.split()), 1) for said in responses]
+
+
+def names_dog(prompt, response):
+    """1 where one of the words is `dog`: of few responses to a prompt, all are often worth the same."""
+    return float("dog" in response.split())
 
 
 def answered(prompts, responses, *, answer, worth=1.0):
@@ -28,9 +34,13 @@ def undefined(prompts, responses):
     return [*[0.0] * (len(responses) - 1), float("nan")]
 
 
-def hangs(prompts, responses):
-    time.sleep(3)
+def hangs(prompts, responses, *, seconds=3.0):
+    time.sleep(seconds)
     return [0.0] * len(responses)
+
+
+def times_out(prompts, responses):
+    raise TimeoutError("no answer from the judge")
 
 
 def fails_later(prompts, responses):
@@ -39,3 +49,19 @@ def fails_later(prompts, responses):
     if fails_later.calls > 2:
         raise RuntimeError("the judge has gone home")
     return dogs(prompts, responses)
+
+
+async def asked(prompts, responses):
+    """As a service that is asked once."""
+    await asyncio.sleep(0.01)
+    return [float(len(said)) for said in responses]
+
+
+async def asked_each(prompt, response, *, answer):
+    """As a service that is asked for each response, half a second each."""
+    await asyncio.sleep(0.5)
+    return float(answer in response)
+
+
+def each(prompt, response):
+    return 1 / len(response)

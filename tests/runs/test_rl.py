@@ -1,4 +1,4 @@
-"""`jaxalign grpo` and `rloo`, end to end on a tiny model: rewards rise, runs resume exactly, failures lose nothing."""
+"""`jaxalign grpo`, `rloo` and `online-dpo` on a tiny model: rewards rise, runs resume exactly, nothing is lost."""
 
 import dataclasses
 import json
@@ -10,14 +10,20 @@ from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
 from jaxalign.rollout.rewards import RewardError
-from jaxalign.runs import rl
+from jaxalign.runs import online_dpo, rl, rollouts
 from jaxalign.runs.config import (
     CheckpointConfig,
     LoraConfig,
     MeshConfig,
     OptimizerConfig,
 )
-from jaxalign.runs.rl_config import PolicyConfig, RLOOConfig
+from jaxalign.runs.rl_config import (
+    OnlineDPOAlgorithm,
+    OnlineDPOConfig,
+    PolicyAlgorithm,
+    PolicyConfig,
+    RLOOConfig,
+)
 from tests.runs.test_preferences import final, rows
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 
@@ -35,6 +41,28 @@ SHARED = {
     "mesh": MeshConfig(data=1, fsdp=1),
     "optimizer": OptimizerConfig(learning_rate=1e-2, schedule="constant"),
     "checkpoint": CheckpointConfig(every=6),
+}
+
+
+COMMANDS = {  # by a name of the run
+    "grpo": (rl.run_grpo, PolicyConfig, {}),
+    "rloo": (rl.run_rloo, RLOOConfig, {}),
+    "dapo": (
+        rl.run_grpo,
+        PolicyConfig,
+        {
+            "reward": "tests.runs.rewards:names_dog + 0.1*overlong(max_length=8, buffer=2)",
+            "dynamic_sampling": 3,
+            "top_p": 0.9,
+            "n": 4,
+            "algorithm": PolicyAlgorithm("ppo_clip(clip_epsilon_high=0.28)"),
+        },
+    ),
+    "online-dpo": (
+        online_dpo.run,
+        OnlineDPOConfig,
+        {"n": 4, "batch_size": 8, "microbatches": 2, "algorithm": OnlineDPOAlgorithm("dpo(beta=0.2)")},
+    ),
 }
 
 
@@ -56,29 +84,47 @@ def trained(tiny_model, prompts, tmp_path_factory):
     whole, runs = sharding.make_mesh, {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
-        for name, kind, run in (("grpo", PolicyConfig, rl.run_grpo), ("rloo", RLOOConfig, rl.run_rloo)):
+        for name, (run, kind, options) in COMMANDS.items():
             output = tmp_path_factory.mktemp(name) / "run"
-            config = kind(model=str(tiny_model), data=str(prompts), output=output, **SHARED)
+            config = kind(model=str(tiny_model), data=str(prompts), output=output, **{**SHARED, **options})
             assert run(config) == 0
             runs[name] = config, run
     return runs
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_rewards_rise_and_the_screen_tells_the_truth(trained, name):
     config, _ = trained[name]
     found = rows(config.output)
     scores = [row["score"] for row in found]
     assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.2
-    assert found[0]["ratio"] == pytest.approx(1.0, abs=1e-4)  # sampling and scoring agree
-    assert found[0]["kl"] == pytest.approx(0.0, abs=1e-3) and found[-1]["kl_k3"] > 0.01
-    assert 0 < found[0]["entropy"] < np.log(32) and found[0]["length"] <= 8
+    assert 0 < found[0]["length"] <= 8
     samples = [json.loads(line) for line in (config.output / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 0, 4, 4, 8, 8]
     assert samples[0].keys() == {"step", "prompt", "response", "score"}
+    if name == "online-dpo":
+        assert found[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-5) and found[-1]["rewards/margins"] > 0
+        assert all(row["score_chosen"] > row["score"] > row["score_rejected"] for row in found)
+        assert found[0]["rewards/dogs"] == pytest.approx(found[0]["score"], abs=1e-6)
+        return
+    assert found[0]["ratio"] == pytest.approx(1.0, abs=1e-4)  # sampling and scoring agree
+    assert found[0]["kl"] == pytest.approx(0.0, abs=1e-3) and found[-1]["kl_k3"] > 0.01
+    assert 0 < found[0]["entropy"] < np.log(32)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_dynamic_sampling_learns_from_unequal_scores_alone_and_a_nucleus_weighs_its_mass(trained):
+    config, _ = trained["dapo"]
+    found = rows(config.output)
+    assert all(row["same_scores"] == 0 for row in found)
+    assert {row["sampling_rounds"] for row in found} <= {1, 2, 3} and found[0]["sampling_rounds"] > 1
+    assert 0 < min(row["kept_share"] for row in found) < 1
+    # every token of a nucleus of mass 0.9 or a little more weighs that mass
+    assert all(0.89 < row["importance_weight"] < 1 for row in found)
+    for row in found:
+        assert row["score"] == pytest.approx(row["rewards/names_dog"] + 0.1 * row["rewards/overlong"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained, name, tmp_path, one_device):  # noqa: F811
     config, run = trained[name]
     again = dataclasses.replace(config, output=tmp_path / "again")
@@ -106,13 +152,18 @@ def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(tra
     [
         (["--reward", "tests.runs.rewards:dog"], "has no function 'dog' (did you mean 'dogs'?)"),
         (["--reward", "numeric_mach"], "did you mean 'numeric_match'?"),
-        (["--reward", "tests.runs.rewards:needs"], "the data have no column 'solution'; they have answer, finished"),
+        (
+            ["--reward", "tests.runs.rewards:needs"],
+            "the data have no column 'solution'; they have answer, finished, tokens",
+        ),
         (["--n", "1"], "--n 1: a response is judged beside others"),
         (["--max-new-tokens", "16"], "--max-new-tokens 16 leaves no room for a prompt in --max-length 16"),
         (["--temperature", "0"], "--temperature 0: greedy responses are all alike"),
         (["--algorithm.minibatches", "3"], "cannot be cut into --algorithm.minibatches 3"),
         (["--max-new-tokens", "14"], "12 of 12 prompts have more than 2 tokens"),
         (["--algorithm.kl-coef", "0.1", "--algorithm.no-reference"], "needs the reference"),
+        (["--algorithm.advantages", "decoupled", "--reward-clip", "1"], "one by one, not their sum"),
+        (["--algorithm.importance-cap", "0"], "--algorithm.importance-cap 0.0: it must be above 0"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, prompts, tmp_path, capsys):
@@ -123,6 +174,34 @@ def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, pro
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_microbatches_change_no_step_of_online_dpo(trained, tmp_path, one_device):  # noqa: F811
+    config, run = trained["online-dpo"]
+    assert run(dataclasses.replace(config, output=tmp_path / "run", steps=3, microbatches=1)) == 0
+    for whole, cut in zip(rows(tmp_path / "run"), rows(config.output), strict=False):
+        assert whole["score"] == pytest.approx(cut["score"], abs=1e-6)
+        assert whole["grad_norm"] == pytest.approx(cut["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--n", "1"], "--n 1: a pair is two responses"),
+        (["--algorithm.loss", "aot"], "compares the pairs of whole batches"),
+        (["--algorithm.loss", "ppo_clip"], "unknown name 'ppo_clip'"),
+    ],
+)
+def test_mistakes_of_online_dpo_are_one_line(flags, message, tiny_model, prompts, tmp_path, capsys):
+    given = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
+    assert main(["online-dpo", *given, *flags]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_loss_of_the_policys_own_tokens_refuses_to_cut_any_off(trained):
+    config, _ = trained["dapo"]
+    with pytest.raises(ValueError, match="draw tokens from another distribution than the policy's"):
+        rollouts.gather(config, starts=True)
 
 
 def test_adapters_leave_the_reference_as_it_was(trained, tmp_path, one_device):  # noqa: F811

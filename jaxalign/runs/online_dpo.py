@@ -1,0 +1,101 @@
+"""`jaxalign online-dpo`: at each step the policy answers, the reward ranks, and a preference loss learns from pairs.
+
+Guo et al. 2024 (OAIF), https://arxiv.org/abs/2402.04792, with any reward in the place of the annotator. The reference
+is the model that training starts from; with LoRA, the base. Log-probabilities are at temperature 1, whatever
+--temperature the responses were drawn at: a preference loss makes no ratio to what drew them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxalign.algorithms.base import Algorithm
+from jaxalign.algorithms.dpo import dpo
+from jaxalign.data.batches import bucket_widths
+from jaxalign.data.groups import GroupPlan, Layout
+from jaxalign.losses import inputs
+from jaxalign.losses.mixture import select_loss
+from jaxalign.losses.preference import PREFERENCE_LOSSES
+from jaxalign.rollout.pairs import best_and_worst, pairs_of
+from jaxalign.runs import rollouts, train
+from jaxalign.runs.program import Method, Program, implementation
+from jaxalign.runs.rl_config import OnlineDPOConfig
+from jaxalign.runs.rollouts import Judged, Rollouts
+from jaxalign.types import ResponseBatch
+
+
+def run(config: OnlineDPOConfig) -> int:
+    """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
+    return train.run(config, "online-dpo", _gather)
+
+
+def _gather(config: OnlineDPOConfig, starts: bool) -> train.Task:
+    algorithm, loss = config.algorithm, select_loss(config.algorithm.loss, PREFERENCE_LOSSES)
+    _check(config, loss)
+    base, asked = rollouts.gather(config, starts, own_tokens=False)
+
+    def build(graphdef: Any, ref_graphdef: Any) -> Algorithm:
+        made = dpo(graphdef, loss=loss, ref_graphdef=ref_graphdef, implementation=implementation(config))
+        return made._replace(epochs=algorithm.epochs, minibatches=algorithm.minibatches)
+
+    def source(task: train.Task, program: Program, frozen: Any, numbers: Iterator, resumed_at: int) -> Rollouts:
+        rows = rollouts.count_rows(dataclasses.replace(config, n=1), base.mesh)  # of a pair each
+        batch_of = functools.partial(_batch, config, rows)
+        more = {"asked": asked, "batch_of": batch_of, "rounds": config.dynamic_sampling}
+        return Rollouts(config, task, program, frozen, numbers, resumed_at, **more)
+
+    return train.Task(
+        config,
+        base,
+        Method(
+            build,
+            reference=inputs.needs_reference(loss),
+            epochs=algorithm.epochs,
+            updates=algorithm.epochs * algorithm.minibatches,
+        ),
+        asked.batches,
+        held_out=[],
+        shapes=len(bucket_widths(config.max_length)),
+        fingerprint=asked.prompts.fingerprint(),
+        prompts=[],
+        export=train.export_language_model,
+        source=source,
+    )
+
+
+def _check(config: OnlineDPOConfig, loss: Callable) -> None:
+    inputs.check_inputs(loss, inputs.PAIR_INPUTS)
+    if config.kl_budget is not None:
+        raise ValueError(f"--kl-budget {config.kl_budget:g}: the KL of pairs is not measured; grpo and ppo do")
+    if config.n < 2:
+        raise ValueError("--n 1: a pair is two responses to a prompt; draw 2 or more")
+    if inputs.needs_whole_batch(loss):
+        raise ValueError(
+            f"--algorithm.loss {config.algorithm.loss!r} compares the pairs of whole batches with each other, and "
+            "these have a number that changes: prompts whose responses are worth the same give none"
+        )
+
+
+def _batch(config: OnlineDPOConfig, rows: int, judged: Judged) -> tuple[ResponseBatch, dict[str, float]]:
+    """A pair a row; a prompt whose responses are all worth the same has none, and its row is empty."""
+    groups = judged.scores.reshape(-1, config.n)
+    chosen = best_and_worst(groups)
+    pairs = pairs_of(judged.prompts, judged.responses, chosen)
+    plan = GroupPlan(rows, config.max_length, packing=False)
+    batch = Layout(plan, responses=2, most=1, row_counts=(rows,)).batch(pairs)
+    best, worst = (judged.scores[side] for side in chosen.T)
+    said = {
+        "score": float(judged.scores.mean()),
+        "score_chosen": float(best.mean()) if len(best) else 0.0,
+        "score_rejected": float(worst.mean()) if len(worst) else 0.0,
+        "score_std": float(groups.std(axis=1).mean()),
+        "ties": len(groups) - len(chosen),
+        "length": float(np.mean([len(response.tokens) for response in judged.responses])),
+        "ended": float(np.mean([response.finished for response in judged.responses])),
+    }
+    return batch, said
