@@ -298,6 +298,10 @@ class GenerateConfig:
     """Seed of sampling."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of compute; auto is bfloat16 on TPU and GPU and float32 on CPU."""
+    engine: str | None = None
+    """Address of a server that answers with what it serves, http://host:port; --model gives the tokenizer."""
+    engine_kind: Literal["vllm", "sglang"] = "vllm"
+    """What the server is; rollout/servers.py says how it must be started."""
 
 
 @dataclass(frozen=True)

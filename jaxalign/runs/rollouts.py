@@ -15,11 +15,11 @@ from jaxalign.data import prompts as prompting
 from jaxalign.data.batches import bucket_widths
 from jaxalign.data.prompts import PromptBatches, Prompts
 from jaxalign.models import huggingface
-from jaxalign.rollout.engine import LocalEngine, Request, Response
+from jaxalign.rollout.engine import Request, Response
 from jaxalign.rollout.generate import without_terminator
 from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.slots import Sampling
-from jaxalign.runs import train
+from jaxalign.runs import engines, train
 from jaxalign.runs.program import Program
 from jaxalign.runs.rl_config import RolloutConfig
 from jaxalign.training.metrics import JsonLines
@@ -60,6 +60,8 @@ def gather(config: RolloutConfig, starts: bool) -> tuple[train.Base, Asked]:
         as_chat=config.as_chat,
     )
     rewards.check(list(prompts.columns))
+    if starts:
+        engines.check_server(config)
     batches = PromptBatches(len(prompts), config.batch_size, steps=1, shuffle=config.shuffle, seed=config.seed)
     batches.steps = train.count_steps(config, len(prompts) / config.batch_size)
     return base, Asked(prompts, rewards, batches)
@@ -119,10 +121,8 @@ class Rollouts:
         )
         rows = config.batch_size * config.n
         devices = task.base.mesh.shape["data"] * task.base.mesh.shape["fsdp"]
-        slots = min(config.slots, rows)
-        self._engine = LocalEngine(
-            program.graphdef, slots=-(-slots // devices) * devices, prompt_room=max(map(len, asked.prompts.ids))
-        )
+        longest = max(map(len, asked.prompts.ids))
+        self._engine = engines.make_engine(config, task.base, program, ways=devices, prompt_room=longest)
         unit = devices * config.microbatches * config.algorithm.minibatches
         self._rows = -(-rows // unit) * unit
         self._samples = JsonLines(Path(config.output) / "samples.jsonl", keep_until=resumed_at - 1)
