@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "grpo": (rl_config.PolicyConfig, "jaxalign.runs.rl:run_grpo"),
     "rloo": (rl_config.RLOOConfig, "jaxalign.runs.rl:run_rloo"),
     "generate": (config.GenerateConfig, "jaxalign.runs.generate:run"),
+    "chat": (config.ChatConfig, "jaxalign.runs.chat:run"),
     "export": (config.ExportConfig, "jaxalign.runs.export:run"),
     "quickstart": (config.QuickstartConfig, "jaxalign.quickstart.pipeline:run"),
 }

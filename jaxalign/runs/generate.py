@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from jaxalign.rollout.slots import Sampling
 from jaxalign.runs import devices
 from jaxalign.runs.config import GenerateConfig
 from jaxalign.runs.folder import check_writable
+from jaxalign.runs.terminal import visible
 from jaxalign.runs.values import check
 from jaxalign.runs.vocabulary import check_fits
 from jaxalign.types import PyTree
@@ -79,9 +81,10 @@ def run(config: GenerateConfig) -> int:
             groups = [rows[at : at + config.n] for at in range(0, len(rows), config.n)]
             rows = [max(group, key=lambda row: row["score"]) for group in groups]
     if config.output is None:
-        print(
-            "\n\n".join(row["response"] if len(rows) == 1 else f"> {row['prompt']}\n{row['response']}" for row in rows)
+        said = "\n\n".join(
+            row["response"] if len(rows) == 1 else f"> {row['prompt']}\n{row['response']}" for row in rows
         )
+        print(visible(said, sys.stdout.encoding) if sys.stdout.isatty() else said)
     else:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         config.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
