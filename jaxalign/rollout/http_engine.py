@@ -168,7 +168,7 @@ class HttpEngine:
         drawn = np.array(logps, np.float32)
         known = not sampling.truncates and sampling.temperature == 1
         model_logps = drawn if known else np.full_like(drawn, np.nan)
-        return Response(np.array(tokens, np.int32), drawn, model_logps, finished)
+        return Response(np.array(tokens, np.int32), drawn, model_logps, finished or tokens[-1] in sampling.terminators)
 
     def _send(self, path: str, body: dict[str, Any] | None, stopped: threading.Event) -> Any:
         """The JSON that a path answers; None where it answers nothing."""

@@ -95,6 +95,8 @@ def _shared(sampling: Sampling) -> dict[str, Any]:
         "top_k": sampling.top_k or -1,
         "min_p": sampling.min_p,
         "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
         "stop_token_ids": list(sampling.terminators),
     }
 
