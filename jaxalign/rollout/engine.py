@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.models.save import gather
 from jaxalign.rollout import slots as device
 from jaxalign.rollout.slots import Admitted, Sampling, Slots, Weights
 from jaxalign.types import PyTree
@@ -66,7 +67,10 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """Generates with the model that trains, on the devices that its parameters are on."""
+    """Generates with the model that trains, on the devices that its parameters are on.
+
+    Where those are of several hosts, all of them make the same call: they take every step together, and know all.
+    """
 
     def __init__(
         self,
@@ -92,6 +96,7 @@ class LocalEngine:
         self._graphdef, self._slots, self._refill, self._prompt_room = graphdef, slots, refill, prompt_room
         self._cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
         self._decode_text = decode_text
+        self._alone = jax.process_count() == 1
         self.stats = Stats(0.0, 0, 0, 0)
 
     def generate(
@@ -181,8 +186,8 @@ class LocalEngine:
         return device.decode(self._graphdef, weights, slots, want, most, sampling=sampling)
 
     def _collect(self, slots: Slots, table: _Table, sampling: Sampling, watch: WatchFn | None) -> Slots:
-        found = jax.device_get((slots.alive, slots.count, slots.start, slots.tokens, slots.logps, slots.model_logps))
-        alive, count, start, *rings = found
+        held = slots.alive, slots.count, slots.start, slots.tokens, slots.logps, slots.model_logps
+        alive, count, start, *rings = jax.device_get(held) if self._alone else map(gather, held)
         stopped = []
         for place in list(table.held):
             order = (start[place] + np.arange(count[place])) % rings[0].shape[1]

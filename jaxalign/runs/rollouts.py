@@ -19,7 +19,7 @@ from jaxalign.rollout.engine import Request, Response
 from jaxalign.rollout.generate import without_terminator
 from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.slots import Sampling
-from jaxalign.runs import engines, train
+from jaxalign.runs import engines, hosts, train
 from jaxalign.runs.program import Program
 from jaxalign.runs.rl_config import RolloutConfig
 from jaxalign.training.metrics import JsonLines
@@ -83,8 +83,8 @@ def _check(config: RolloutConfig) -> None:
             f"{config.batch_size} prompts x {config.n} responses = {rows} rows cannot be cut into "
             f"--algorithm.minibatches {algorithm.minibatches} x --microbatches {config.microbatches}"
         )
-    if jax.process_count() > 1:
-        raise ValueError(f"jaxalign generates on one host so far, not on {jax.process_count()}")
+    if jax.process_count() > 1 and config.engine is not None:
+        raise ValueError(f"--engine serves a run on one host so far, not on {jax.process_count()}")
     if config.eval_data is not None:
         raise ValueError(
             "--eval-data: rewards of the training prompts are new at every step; there is no held-out loss"
@@ -92,7 +92,10 @@ def _check(config: RolloutConfig) -> None:
 
 
 class Rollouts:
-    """state -> (a batch of its policy's responses, what is said of how they were made)."""
+    """state -> (a batch of its policy's responses, what is said of how they were made).
+
+    Several hosts take every step of generation together, know all responses, and take their rows of the batch.
+    """
 
     def __init__(
         self,
@@ -125,7 +128,8 @@ class Rollouts:
         self._engine = engines.make_engine(config, task.base, program, ways=devices, prompt_room=longest)
         unit = devices * config.microbatches * config.algorithm.minibatches
         self._rows = -(-rows // unit) * unit
-        self._samples = JsonLines(Path(config.output) / "samples.jsonl", keep_until=resumed_at - 1)
+        path = Path(config.output) / "samples.jsonl"
+        self._samples = JsonLines(path, keep_until=resumed_at - 1) if jax.process_index() == 0 else None
 
     def __call__(self, state: TrainState) -> tuple[RolloutBatch, dict[str, float]]:
         config, step = self._config, int(state.step)
@@ -148,13 +152,15 @@ class Rollouts:
             "generated_tokens_per_second": stats.tokens / stats.seconds,
             "reward_seconds": scoring,
         }
-        return batch, said
+        return hosts.share(batch), said
 
     def _score(self, chosen: np.ndarray, responses: list[Response], texts: list[str]) -> np.ndarray:
         config = self._config
         columns = {name: [values[i] for i in chosen] for name, values in self._prompts.columns.items()}
         finished = [response.finished for response in responses]
-        scores = self._rewards([self._prompts.given[i] for i in chosen], texts, columns | {"finished": finished})
+        given = [self._prompts.given[i] for i in chosen]
+        reward = lambda: self._rewards(given, texts, columns | {"finished": finished})  # noqa: E731
+        scores = hosts.from_first(reward, len(texts))
         if config.missing_end_penalty:
             scores = scores - config.missing_end_penalty * ~np.array(finished)
         if config.length_penalty:
@@ -168,7 +174,7 @@ class Rollouts:
     def _write_samples(self, step: int, chosen: np.ndarray, texts: list[str], scores: np.ndarray) -> None:
         """The first responses of a few prompts, every --eval-every steps and at the first."""
         config = self._config
-        if step and (config.eval_every == 0 or step % config.eval_every):
+        if self._samples is None or (step and (config.eval_every == 0 or step % config.eval_every)):
             return
         for row in range(0, min(config.samples, config.batch_size) * config.n, config.n):
             line = {"step": step, "prompt": self._prompts.given[chosen[row]], "response": texts[row]}

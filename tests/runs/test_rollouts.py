@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -21,6 +24,7 @@ from jaxalign.runs.agreement import Agreement
 from jaxalign.runs.config import GenerateConfig, LoraConfig
 from jaxalign.runs.rl_config import PolicyConfig
 from tests.rollout.server import Server
+from tests.runs.test_hosts import free_port
 from tests.runs.test_rl import SHARED
 from tests.runs.test_sft import final, one_device, rows  # noqa: F401  a fixture
 
@@ -75,11 +79,11 @@ def test_a_run_through_a_server_is_the_run_without_one(local, tiny_model, prompt
     assert server.folder == config.output / "policy"
 
 
-def test_a_mesh_of_eight_devices_takes_the_step_of_one(local, tiny_model, prompts, tmp_path):
+def flags_of(model, prompts, output, **more):
     flags = {
-        "model": tiny_model,
+        "model": model,
         "data": prompts,
-        "output": tmp_path / "run",
+        "output": output,
         "reward": SHARED["reward"],
         "batch-size": SHARED["batch_size"],
         "n": SHARED["n"],
@@ -89,13 +93,42 @@ def test_a_mesh_of_eight_devices_takes_the_step_of_one(local, tiny_model, prompt
         "remat": "none",
         "optimizer.learning-rate": 1e-2,
         "optimizer.schedule": "constant",
-        "steps": 1,
-        "mesh.data": 2,
-        "mesh.fsdp": 2,
-        "mesh.tensor": 2,
+        **more,
     }
-    assert main(["grpo", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]) == 0
+    return ["grpo", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
+
+
+def test_a_mesh_of_eight_devices_takes_the_step_of_one(local, tiny_model, prompts, tmp_path):
+    axes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    assert main(flags_of(tiny_model, prompts, tmp_path / "run", steps=1, **axes)) == 0
     assert rows(tmp_path / "run")[0] == pytest.approx(rows(local)[0], abs=1e-4)
+
+
+def test_two_hosts_generate_and_learn_together_what_one_does(local, tiny_model, prompts, tmp_path):
+    """Two processes of two devices each. The reward is asked on the first alone, and its failure ends both."""
+    joint = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    joint |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = flags_of(tiny_model, prompts, tmp_path / "run", steps=3, samples=2)
+    # fails_later is SHARED's reward until the third step
+    flags += ["--distributed", "--reward", "tests.runs.rewards:fails_later"]
+    run = [sys.executable, "-m", "jaxalign.cli.main", *flags]
+    pair = [
+        subprocess.Popen(run, env=os.environ | joint | {"JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=400)[1] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [2, 2], said
+    assert "the judge has gone home" in said[0] and "host 0 has failed; its message says why" in said[1]
+    found, expected = rows(tmp_path / "run"), rows(local)[:2]
+    assert found[0] == pytest.approx(expected[0], abs=1e-4)
+    assert [row["ratio"] for row in found] == pytest.approx([1.0, 1.0], abs=1e-4)
+    samples = [(run / "samples.jsonl").read_text().splitlines()[:2] for run in (tmp_path / "run", local)]
+    assert samples[0] == samples[1]
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
 def test_a_run_on_policy_is_exported_as_any_other(local, tmp_path):
