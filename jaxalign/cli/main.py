@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "rloo": (rl_config.RLOOConfig, "jaxalign.runs.rl:run_rloo"),
     "online-dpo": (rl_config.OnlineDPOConfig, "jaxalign.runs.online_dpo:run"),
     "generate": (config.GenerateConfig, "jaxalign.runs.generate:run"),
+    "chat": (config.ChatConfig, "jaxalign.runs.chat:run"),
     "export": (config.ExportConfig, "jaxalign.runs.export:run"),
     "quickstart": (config.QuickstartConfig, "jaxalign.quickstart.pipeline:run"),
 }

@@ -106,8 +106,8 @@ def spans(tokenizer: Any, messages: Sequence[Message], *, terminators: Sequence[
         raise ValueError("a conversation without a turn of the assistant")
     found, done = [], ""
     for i in answers:
-        before = _render(tokenizer, messages[:i], True)
-        after = _render(tokenizer, messages[: i + 1], False)
+        before = render(tokenizer, messages[:i], True)
+        after = render(tokenizer, messages[: i + 1], False)
         if not before.startswith(done) or not after.startswith(before):
             raise ValueError(
                 f"the chat template renders turn {i + 1} in a way that changes what stands before it, so the response "
@@ -120,7 +120,8 @@ def spans(tokenizer: Any, messages: Sequence[Message], *, terminators: Sequence[
     return found
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], generation: bool) -> str:
+def render(tokenizer: Any, messages: Sequence[Message], generation: bool) -> str:
+    """The conversation as text, `generation` with what begins a turn of the assistant. Raises ValueError."""
     import jinja2
 
     try:

@@ -56,7 +56,7 @@ def load_params(
     _, plain = make_decoder(config, param_dtype=param_dtype)
     _, abstract = make_decoder(config, param_dtype=param_dtype, quantise=quantise)
     if shardings is None:
-        one = SingleDeviceSharding(jax.devices()[0])
+        one = SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: one, abstract)
     with contextlib.ExitStack() as stack:
         files = _open(path, stack)

@@ -142,7 +142,7 @@ def load_reward_params(model: RewardModel, *, shardings: PyTree | None = None) -
     from safetensors.numpy import load_file
 
     if shardings is None:
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: one, model.like)
     trunk = load_params(
         model.base or str(model.folder),

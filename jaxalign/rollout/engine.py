@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.models.save import gather
 from jaxalign.rollout import slots as device
 from jaxalign.rollout.slots import Admitted, Sampling, Slots, Weights
 from jaxalign.types import PyTree
 
 PROMPT_BUCKET = 32  # prompts are padded to a power of two of at least it, so that few programs are compiled
 STOP_EVERY = 16  # tokens between two looks for stop strings
+SHOW_EVERY = 4  # tokens between two looks of who watches
 
 
 class Request(NamedTuple):
@@ -42,6 +44,9 @@ class Response(NamedTuple):
     logps: np.ndarray  # Float32[R], under the distribution that the tokens were drawn from
     model_logps: np.ndarray  # Float32[R], under the model itself, at temperature 1
     finished: bool  # by a terminator or a stop string, not by the limit
+
+
+WatchFn = Callable[[int, np.ndarray], None]  # (number of a request, its tokens so far)
 
 
 class Stats(NamedTuple):
@@ -62,7 +67,10 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """Generates with the model that trains, on the devices that its parameters are on."""
+    """Generates with the model that trains, on the devices that its parameters are on.
+
+    Where those are of several hosts, all of them make the same call: they take every step together, and know all.
+    """
 
     def __init__(
         self,
@@ -88,12 +96,19 @@ class LocalEngine:
         self._graphdef, self._slots, self._refill, self._prompt_room = graphdef, slots, refill, prompt_room
         self._cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
         self._decode_text = decode_text
+        self._alone = jax.process_count() == 1
         self.stats = Stats(0.0, 0, 0, 0)
 
     def generate(
-        self, params: PyTree, requests: Sequence[Request], key: jax.Array, *, sampling: Sampling
+        self,
+        params: PyTree,
+        requests: Sequence[Request],
+        key: jax.Array,
+        *,
+        sampling: Sampling,
+        watch: WatchFn | None = None,
     ) -> list[Response]:
-        """A response to each request, in their order.
+        """A response to each request, in their order; `watch` is shown those that are not yet finished.
 
         Raises:
           ValueError: an empty prompt, a limit that cannot be, or stop strings without `decode_text`.
@@ -118,8 +133,8 @@ class LocalEngine:
                 slots = self._admit(weights, slots, table, key)
             if not table.held:
                 break
-            slots = self._decode(weights, slots, table, sampling)
-            slots = self._collect(slots, table, sampling)
+            slots = self._decode(weights, slots, table, sampling, watched=watch is not None)
+            slots = self._collect(slots, table, sampling, watch)
         tokens = sum(len(r.tokens) for r in table.responses.values())
         self.stats = Stats(time.perf_counter() - began, tokens, int(slots.clock), table.prompt_tokens)
         return [table.responses[number] for number in range(len(requests))]
@@ -153,28 +168,34 @@ class LocalEngine:
             mask,
             slot=fill(places, self._slots),
             source=fill([where[r.prompt] for r in chosen], 0),
-            keys=_keys(key, fill([r.seed for r in chosen], 0)),
+            keys=self.request_keys(key, fill([r.seed for r in chosen], 0)),
             limit=fill([_limit(r, table.sampling) for r in chosen], 1),
         )
         return device.admit(self._graphdef, weights, slots, new)
 
-    def _decode(self, weights: Weights, slots: Slots, table: _Table, sampling: Sampling) -> Slots:
+    def request_keys(self, key: jax.Array, seeds: np.ndarray) -> jax.Array:
+        """Typed keys [A]: what decides the draws of requests with these seeds."""
+        return request_keys(key, seeds)
+
+    def _decode(self, weights: Weights, slots: Slots, table: _Table, sampling: Sampling, *, watched: bool) -> Slots:
         """Until enough slots are free that reading prompts for them pays, or all are when nobody waits."""
         want = self._slots + 1
         if table.waiting and self._refill:
             want = self._slots - len(table.held) + max(1, self._slots // 8)
-        most = STOP_EVERY if sampling.stop else np.iinfo(np.int32).max // 2
+        most = SHOW_EVERY if watched else STOP_EVERY if sampling.stop else np.iinfo(np.int32).max // 2
         return device.decode(self._graphdef, weights, slots, want, most, sampling=sampling)
 
-    def _collect(self, slots: Slots, table: _Table, sampling: Sampling) -> Slots:
-        found = jax.device_get((slots.alive, slots.count, slots.start, slots.tokens, slots.logps, slots.model_logps))
-        alive, count, start, *rings = found
+    def _collect(self, slots: Slots, table: _Table, sampling: Sampling, watch: WatchFn | None) -> Slots:
+        held = slots.alive, slots.count, slots.start, slots.tokens, slots.logps, slots.model_logps
+        alive, count, start, *rings = jax.device_get(held) if self._alone else map(gather, held)
         stopped = []
         for place in list(table.held):
             order = (start[place] + np.arange(count[place])) % rings[0].shape[1]
             tokens, logps, model_logps = (ring[place, order] for ring in rings)
             cut = self._stop(tokens, sampling.stop) if sampling.stop else None
             if cut is None and alive[place]:
+                if watch is not None:
+                    watch(table.held[place], tokens)
                 continue
             ended = cut is not None or int(tokens[-1]) in sampling.terminators
             cut = len(tokens) if cut is None else cut
@@ -218,7 +239,8 @@ class _Table:
 
 
 @jax.jit
-def _keys(key: jax.Array, seeds: jax.Array) -> jax.Array:
+def request_keys(key: jax.Array, seeds: jax.Array) -> jax.Array:
+    """Typed keys [A], one for each seed: whatever draws the responses, these decide."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, seeds)
 
 

@@ -298,6 +298,44 @@ class GenerateConfig:
     """Seed of sampling."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of compute; auto is bfloat16 on TPU and GPU and float32 on CPU."""
+    engine: str | None = None
+    """Address of a server that answers with what it serves, http://host:port; --model gives the tokenizer."""
+    engine_kind: Literal["vllm", "sglang"] = "vllm"
+    """What the server is; rollout/servers.py says how it must be started."""
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """A conversation with a model in the terminal."""
+
+    model: str
+    """A Hugging Face folder (a run's final/ is one) or hub name."""
+    adapter: Path | None = None
+    """A folder of LoRA adapters in PEFT's format, of --model: a run's adapter/ is one."""
+    system: str | None = None
+    """What the model is told before the conversation."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer, if it is not the model's."""
+    chat_template: str | None = None
+    """A named template (chatml, llama3, ...) or a Jinja file, in place of the tokenizer's own."""
+    max_new_tokens: int = 512
+    """Length limit of an answer, in tokens; the rest of the model's window is for what was said before."""
+    temperature: float = 0.7
+    """Sampling temperature; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens that holds this share of the probability."""
+    top_k: int = 0
+    """Sample from the k most likely tokens; 0: from all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this share as likely as the most likely one; 0: from all."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens of the prompt and of the answer so far are divided by it; 1: not."""
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Dtype of the cached keys and values; auto is that of compute."""
+    seed: int = 0
+    """Seed of sampling."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of compute; auto is bfloat16 on TPU and GPU and float32 on CPU."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from jaxalign.models.lora import join
 from jaxalign.models.peft import load_adapter
 from jaxalign.rollout.engine import LocalEngine, Request
 from jaxalign.rollout.generate import without_terminator
+from jaxalign.rollout.http_engine import HttpEngine
 from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.slots import Sampling
 from jaxalign.runs import devices
 from jaxalign.runs.config import GenerateConfig
 from jaxalign.runs.folder import check_writable
+from jaxalign.runs.terminal import visible
 from jaxalign.runs.values import check
 from jaxalign.runs.vocabulary import check_fits
+from jaxalign.types import PyTree
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +67,8 @@ def run(config: GenerateConfig) -> int:
         cache_dtype=None if config.cache_dtype == "auto" else config.cache_dtype,
         seed=config.seed,
         precision=config.precision,
+        engine=config.engine,
+        engine_kind=config.engine_kind,
     )
     asked = [number // config.n for number in range(len(found))]  # whose response it is
     rows = [
@@ -75,9 +81,10 @@ def run(config: GenerateConfig) -> int:
             groups = [rows[at : at + config.n] for at in range(0, len(rows), config.n)]
             rows = [max(group, key=lambda row: row["score"]) for group in groups]
     if config.output is None:
-        print(
-            "\n\n".join(row["response"] if len(rows) == 1 else f"> {row['prompt']}\n{row['response']}" for row in rows)
+        said = "\n\n".join(
+            row["response"] if len(rows) == 1 else f"> {row['prompt']}\n{row['response']}" for row in rows
         )
+        print(visible(said, sys.stdout.encoding) if sys.stdout.isatty() else said)
     else:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         config.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -141,8 +148,13 @@ def respond(
     cache_dtype: str | None = None,
     seed: int = 0,
     precision: str = "auto",
+    engine: str | None = None,
+    engine_kind: str = "vllm",
 ) -> list[tuple[str, bool]]:
-    """(response, whether it ended by itself), n for each prompt in turn. Texts are continued, messages are answered."""
+    """(response, whether it ended by itself), n for each prompt in turn. Texts are continued, messages are answered.
+
+    With the address of an engine its server answers, with what it serves; of the model only the tokenizer is used.
+    """
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
         raise ValueError(
             f"temperature={temperature} must be at least 0, top_p={top_p} in (0, 1], top_k={top_k} at least 0 and "
@@ -155,12 +167,6 @@ def respond(
     check_fits(tokenizer, config, model)
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
     _check_lengths(ids, max_new_tokens, config, model)
-    dtype = devices.compute_dtype(precision)
-    lora, adapted = (None, None) if adapter is None else load_adapter(adapter, config)
-    graphdef, _ = make_decoder(config, compute_dtype=dtype, param_dtype=dtype, lora=lora)
-    params = load_params(model, config, param_dtype=dtype)
-    if adapted is not None:
-        params = join(jax.device_put(adapted), params)
     sampling = Sampling(
         max_new_tokens,
         temperature,
@@ -172,10 +178,25 @@ def respond(
         stop=tuple(stop),
     )
     decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
-    engine = LocalEngine(graphdef, slots=batch_size, cache_dtype=cache_dtype, decode_text=decode)
+    if engine is None:
+        graphdef, params = load_model(model, config, adapter, precision)
+        draws = LocalEngine(graphdef, slots=batch_size, cache_dtype=cache_dtype, decode_text=decode)
+    elif adapter is not None:
+        raise ValueError(f"--adapter {adapter} would be loaded here, and --engine answers elsewhere: serve it there")
+    else:
+        draws, params = HttpEngine(engine, kind=engine_kind, concurrency=batch_size), None
     requests = [Request(tuple(prompt), n * row + sample) for row, prompt in enumerate(ids) for sample in range(n)]
-    found = engine.generate(params, requests, jax.random.key(seed), sampling=sampling)
+    found = draws.generate(params, requests, jax.random.key(seed), sampling=sampling)
     return [(decode(without_terminator(response.tokens, sampling)), response.finished) for response in found]
+
+
+def load_model(model: str, config: ModelConfig, adapter: Path | None, precision: str) -> tuple[Any, PyTree]:
+    """(graphdef, params) of a model in the dtype of compute, with an adapter's leaves beside the base's."""
+    dtype = devices.compute_dtype(precision)
+    lora, adapted = (None, None) if adapter is None else load_adapter(adapter, config)
+    graphdef, _ = make_decoder(config, compute_dtype=dtype, param_dtype=dtype, lora=lora)
+    params = load_params(model, config, param_dtype=dtype)
+    return graphdef, params if adapted is None else join(jax.device_put(adapted), params)
 
 
 def _check_lengths(ids: list[list[int]], max_new_tokens: int, config: ModelConfig, model: str) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from jaxalign.types import PyTree
+
 
 def join() -> None:
     """Joins the other processes of the run.
@@ -82,3 +84,33 @@ def first_decides(decide: Callable[[], bool]) -> bool:
     if said < 0:
         raise RuntimeError("host 0 refused to start; its message says why")
     return bool(said)
+
+
+def from_first(make: Callable[[], np.ndarray], count: int) -> np.ndarray:
+    """Float32[count] that `make` gives on the first host, on all of them: what it asks others for is asked once.
+
+    Raises:
+      RuntimeError: it raised there; there it raises what it raised.
+    """
+    if jax.process_count() == 1:
+        return make()
+    from jax.experimental import multihost_utils
+
+    said, error = np.zeros(count + 1, np.float32), None  # the last says whether there are any
+    if jax.process_index() == 0:
+        try:
+            said = np.append(make(), 1.0).astype(np.float32)
+        except Exception as raised:
+            error = raised
+    said = np.asarray(multihost_utils.broadcast_one_to_all(said))
+    if error is not None:
+        raise error
+    if not said[-1]:
+        raise RuntimeError("host 0 has failed; its message says why")
+    return said[:-1]
+
+
+def share(batch: PyTree) -> PyTree:
+    """This host's rows of a batch that all hosts have."""
+    index, count = jax.process_index(), jax.process_count()
+    return jax.tree.map(lambda x: x[index * len(x) // count : (index + 1) * len(x) // count], batch)

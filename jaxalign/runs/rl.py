@@ -48,11 +48,12 @@ def _gather(config: PolicyConfig, starts: bool) -> train.Task:
     algorithm, loss = config.algorithm, select(config.algorithm.loss, POLICY_LOSSES)
     _check(config)
     base, asked = rollouts.gather(config, starts, own_tokens=False)
-    corrected = rollouts.sampling_of(config).truncates
+    corrected = rollouts.sampling_of(config).truncates or config.engine is not None
     if corrected:
+        cut = "--top-p, --top-k and --min-p cut tokens off, from which nothing can be learned"
         log.info(
-            "--top-p, --top-k and --min-p draw tokens from another distribution than the policy's: each is weighted by "
-            "the ratio of the two, at most %g; those that are never drawn cannot be learned from",
+            "%s: each token is weighted by the ratio of the policy to what drew it, at most %g",
+            "--engine has numerics of its own" if config.engine else cut,
             algorithm.importance_cap,
         )
 

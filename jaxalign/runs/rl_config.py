@@ -40,6 +40,12 @@ class RolloutConfig(TrainConfig):
     """Nats a response from the reference beyond which the run ends, with the model as it is; by default it goes on."""
     slots: int = 64
     """Responses generated side by side; one that ends makes room for the next prompt at once."""
+    engine: str | None = None
+    """Address of a server that draws the responses, http://host:port; by default the devices that train do."""
+    engine_kind: Literal["vllm", "sglang"] = "vllm"
+    """What the server is; rollout/servers.py says how it must be started."""
+    engine_reload: str | None = None
+    """Requests that make it load the policy, if not those of its kind: '/load {"path": "{folder}"} /reset_cache'."""
 
 
 @dataclass(frozen=True)

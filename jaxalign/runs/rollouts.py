@@ -18,11 +18,11 @@ from jaxalign.data.prompts import PromptBatches, Prompts
 from jaxalign.models import huggingface
 from jaxalign.rollout import dynamic
 from jaxalign.rollout.dynamic import Drawn
-from jaxalign.rollout.engine import LocalEngine, Request, Response, Stats
+from jaxalign.rollout.engine import Request, Response, Stats
 from jaxalign.rollout.generate import without_terminator
 from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.slots import Sampling
-from jaxalign.runs import train
+from jaxalign.runs import engines, hosts, train
 from jaxalign.runs.program import Program
 from jaxalign.runs.rl_config import RolloutConfig
 from jaxalign.training import loop
@@ -90,6 +90,8 @@ def gather(config: RolloutConfig, starts: bool, *, own_tokens: bool = True) -> t
         as_chat=config.as_chat,
     )
     rewards.check([*prompts.columns, "finished", "tokens"])
+    if starts:
+        engines.check_server(config)
     batches = PromptBatches(len(prompts), config.batch_size, steps=1, shuffle=config.shuffle, seed=config.seed)
     batches.steps = train.count_steps(config, len(prompts) / config.batch_size)
     return base, Asked(prompts, rewards, batches)
@@ -113,8 +115,8 @@ def _check(config: RolloutConfig) -> None:
         )
     if config.check_kernels:
         raise ValueError("--check-kernels compares on the first batch, which is not made yet; check with jaxalign sft")
-    if jax.process_count() > 1:
-        raise ValueError(f"jaxalign generates on one host so far, not on {jax.process_count()}")
+    if jax.process_count() > 1 and config.engine is not None:
+        raise ValueError(f"--engine serves a run on one host so far, not on {jax.process_count()}")
     if config.eval_data is not None:
         raise ValueError(
             "--eval-data: rewards of the training prompts are new at every step; there is no held-out loss"
@@ -139,7 +141,10 @@ def kl_budget(config: RolloutConfig) -> Callable[[loop.Row], str | None]:
 
 
 class Rollouts:
-    """state -> (a batch of its policy's responses, what is said of how they were made)."""
+    """state -> (a batch of its policy's responses, what is said of how they were made).
+
+    Several hosts take every step of generation together, know all responses, and take their rows of the batch.
+    """
 
     def __init__(
         self,
@@ -166,14 +171,12 @@ class Rollouts:
         self._vocabulary, self._numbers, self._batch_of = task.base.vocabulary, numbers, batch_of
         self._policy = lambda state: policy_of(program.algorithm.assemble(state.params, frozen))
         self._sampling = sampling_of(config, task.base.vocabulary.terminators)
-        rows = config.batch_size * config.n
         devices = task.base.mesh.shape["data"] * task.base.mesh.shape["fsdp"]
-        slots = min(config.slots, rows)
-        self._engine = LocalEngine(
-            program.graphdef, slots=-(-slots // devices) * devices, prompt_room=max(map(len, asked.prompts.ids))
-        )
+        longest = max(map(len, asked.prompts.ids))
+        self._engine = engines.make_engine(config, task.base, program, ways=devices, prompt_room=longest)
         self._rows = count_rows(config, task.base.mesh)
-        self._samples = JsonLines(Path(config.output) / "samples.jsonl", keep_until=resumed_at - 1)
+        path = Path(config.output) / "samples.jsonl"
+        self._samples = JsonLines(path, keep_until=resumed_at - 1) if jax.process_index() == 0 else None
 
     def __call__(self, state: TrainState) -> tuple[Any, dict[str, float]]:
         config, step, chosen = self._config, int(state.step), next(self._numbers)
@@ -193,7 +196,7 @@ class Rollouts:
         batch, more = self._batch_of(
             Judged(step, prompts, drawn.responses, drawn.scores, width, self._rows, drawn.terms)
         )
-        return batch, said | more | spent.said()
+        return hosts.share(batch), said | more | spent.said()
 
     def _draw(self, policy: PyTree, numbers: np.ndarray, before: int, key: jax.Array, spent: _Spent) -> Drawn:
         """--n responses to each of the prompts, rewarded; `before` of this step were drawn already."""
@@ -216,7 +219,10 @@ class Rollouts:
             list(values) for values in zip(*((r.finished, len(r.tokens)) for r in responses), strict=True)
         )
         columns |= {"finished": finished, "tokens": tokens}
-        terms = self._rewards.by_name([self._prompts.given[i] for i in chosen], texts, columns)
+        given, names = [self._prompts.given[i] for i in chosen], list(self._rewards.weights)
+        reward = lambda: np.concatenate([*self._rewards.by_name(given, texts, columns).values()])  # noqa: E731
+        each = hosts.from_first(reward, len(names) * len(texts)).reshape(len(names), -1)
+        terms = dict(zip(names, each, strict=True))
         scores = self._rewards.summed(terms)
         if config.reward_clip is not None:
             scores = np.clip(scores, -config.reward_clip, config.reward_clip)
@@ -233,7 +239,7 @@ class Rollouts:
     def _write_samples(self, step: int, drawn: Drawn) -> None:
         """The first responses of a few prompts, every --eval-every steps and at the first."""
         config = self._config
-        if step and (config.eval_every == 0 or step % config.eval_every):
+        if self._samples is None or (step and (config.eval_every == 0 or step % config.eval_every)):
             return
         for row in range(0, min(config.samples * config.n, len(drawn.texts)), config.n):
             line = {"step": step, "prompt": self._prompts.given[drawn.prompts[row]], "response": drawn.texts[row]}

@@ -70,6 +70,15 @@ def test_behaviour_logps_are_the_scores_of_the_model_that_trains(model, scored, 
             np.testing.assert_allclose(response.logps, tempered, atol=1e-4)
 
 
+def test_a_prompt_may_fill_its_bucket_and_not_be_padded(model, scored):
+    """Prompts are padded to 32 tokens, and beyond to 64: those at the edge are read as all others are."""
+    at_the_edge = [Request(tuple(range(3, 3 + length)), length) for length in (31, 32, 33)]
+    for requests in (at_the_edge[:2], at_the_edge):
+        for request, response in zip(requests, generate(model, Sampling(18), requests=requests), strict=True):
+            assert len(response.tokens) == 18 and not response.finished
+            np.testing.assert_allclose(response.model_logps, scored(request.prompt, response), atol=1e-4)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_refilled_slots_give_what_one_request_at_a_time_gives(model, temperature):
     sampling = Sampling(18, temperature=temperature)

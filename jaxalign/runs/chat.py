@@ -1,0 +1,144 @@
+"""`jaxalign chat`: a conversation with a model in the terminal.
+
+Ctrl-C stops an answer, which stays as far as it came, and at the prompt ends the program; so does Ctrl-D.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+from typing import Any
+
+import jax
+
+from jaxalign.models import huggingface
+from jaxalign.models.config import ModelConfig
+from jaxalign.rollout.engine import LocalEngine, Request
+from jaxalign.rollout.generate import without_terminator
+from jaxalign.rollout.slots import Sampling
+from jaxalign.runs import devices
+from jaxalign.runs.config import ChatConfig
+from jaxalign.runs.conversation import Continuation, Conversation
+from jaxalign.runs.generate import load_model
+from jaxalign.runs.terminal import Stream
+from jaxalign.runs.values import check
+from jaxalign.runs.vocabulary import load_vocabulary
+from jaxalign.types import PyTree
+
+log = logging.getLogger(__name__)
+
+COMMANDS = "/reset forgets what was said, /quit ends"
+
+
+def run(config: ChatConfig) -> int:
+    """Answers the lines of stdin until they end."""
+    check(config)
+    devices.start()
+    devices.start_log()
+    if huggingface.is_random(config.model):
+        raise ValueError(f"--model {config.model} has random weights, which answer nothing; name a trained model")
+    model = huggingface.read_config(config.model)
+    vocabulary = load_vocabulary(config, model)
+    talk = _conversation(config, model, vocabulary.tokenizer)
+    graphdef, params = load_model(config.model, model, config.adapter, config.precision)
+    engine = LocalEngine(graphdef, slots=1, cache_dtype=None if config.cache_dtype == "auto" else config.cache_dtype)
+    sampling = Sampling(
+        config.max_new_tokens,
+        config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        terminators=vocabulary.terminators,
+    )
+    decode = functools.partial(vocabulary.tokenizer.decode, skip_special_tokens=True)
+    log.info("%s answers; %s", config.model, COMMANDS)
+    turn = 0
+    for text in _lines(talk):
+        try:
+            ids, dropped = talk.ask(text)
+        except ValueError as error:
+            log.warning("%s", error)
+            continue
+        if dropped:
+            log.info("the window is full: the %d oldest %s are forgotten", dropped, talk.dropped_of)
+        key = jax.random.fold_in(jax.random.key(config.seed), turn)
+        _answer(talk, engine, params, Request(tuple(ids), 0), key, sampling, Stream(decode, sys.stdout))
+        turn += 1
+    return 0
+
+
+def _conversation(config: ChatConfig, model: ModelConfig, tokenizer: Any) -> Conversation | Continuation:
+    """What fits the tokenizer. Raises ValueError where the template refuses --system, or there is no room."""
+    window = model.learned_positions or model.max_length
+    room = window - config.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a question in the {window} tokens of "
+            f"{config.model}"
+        )
+    if tokenizer.chat_template:
+        talk = Conversation(tokenizer, room=room, system=config.system)
+        talk.ask("?")
+        talk.reset()
+        return talk
+    if config.system is not None:
+        raise ValueError("--system needs a chat template, which the tokenizer does not have; name one: --chat-template")
+    log.info("the tokenizer has no chat template, so what you write is continued, not answered")
+    return Continuation(tokenizer, room=room)
+
+
+def _lines(talk: Conversation | Continuation) -> Any:
+    """What is said, one line at a time, after what is told to the program itself."""
+    asks = "> " if sys.stdin.isatty() else ""
+    if asks:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  lines can be edited then
+    while True:
+        try:
+            line = input(asks)
+        except EOFError:
+            if asks:
+                print()
+            return
+        said = line.strip()
+        if said == "/quit":
+            return
+        if said == "/reset":
+            talk.reset()
+            log.info("what was said is forgotten")
+        elif said.startswith("/") and len(said.split()) == 1:
+            log.warning("%s is no command: %s", said, COMMANDS)
+        elif said:
+            yield line
+
+
+def _answer(
+    talk: Conversation | Continuation,
+    engine: LocalEngine,
+    params: PyTree,
+    request: Request,
+    key: jax.Array,
+    sampling: Sampling,
+    stream: Stream,
+) -> None:
+    """Says the answer as it is drawn, and keeps it."""
+    try:
+        [response] = engine.generate(
+            params, [request], key, sampling=sampling, watch=lambda _, tokens: stream.show(tokens.tolist())
+        )
+        ids = without_terminator(response.tokens, sampling)
+        stream.finish(ids)
+    except KeyboardInterrupt:
+        if not stream.text:
+            talk.forget()
+            log.info("no answer")
+        else:
+            talk.answer(stream.tokens, stream.text)
+            print(" ...")
+        return
+    talk.answer(ids, stream.text)
+    if not response.finished:
+        log.info("(cut off after --max-new-tokens %d)", sampling.max_new_tokens)

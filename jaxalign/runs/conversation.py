@@ -1,0 +1,99 @@
+"""What has been said, as the model reads it: turns of a chat template, or one text that grows. The oldest goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxalign.data import chat
+
+
+class Asked(NamedTuple):
+    """What the model is given."""
+
+    ids: list[int]
+    dropped: int  # turns, or tokens of the text, that there was no more room for
+
+
+class Conversation:
+    """Turns of user and assistant, rendered with the tokenizer's chat template."""
+
+    dropped_of = "turns"
+
+    def __init__(self, tokenizer: Any, *, room: int, system: str | None = None):
+        """
+        Args:
+          tokenizer: with a chat template.
+          room: tokens that a prompt may have.
+          system: the message that stands before all, whatever is dropped.
+        """
+        self._tokenizer, self._room = tokenizer, room
+        self._system = [] if system is None else [{"role": "system", "content": system}]
+        self._turns: list[dict[str, str]] = []
+
+    def ask(self, text: str) -> Asked:
+        """Adds a turn of the user. Raises ValueError, and adds nothing, where it alone is too long."""
+        turns = [*self._turns, {"role": "user", "content": text}]
+        while len(ids := self._ids(turns)) > self._room:
+            if len(turns) == 1:
+                raise ValueError(_too_long(len(ids), self._room))
+            turns = turns[2:]
+        dropped = len(self._turns) + 1 - len(turns)
+        self._turns = turns
+        return Asked(ids, dropped)
+
+    def answer(self, ids: Sequence[int], text: str) -> None:
+        """Adds what the model said."""
+        self._turns.append({"role": "assistant", "content": text})
+
+    def forget(self) -> None:
+        """Takes back the last `ask`, but not what was dropped for it."""
+        self._turns.pop()
+
+    def reset(self) -> None:
+        """All but the system's message is forgotten."""
+        self._turns = []
+
+    def _ids(self, turns: list[dict[str, str]]) -> list[int]:
+        text = chat.render(self._tokenizer, [*self._system, *turns], True)
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class Continuation:
+    """One text that user and model write in turn, for tokenizers without a chat template."""
+
+    dropped_of = "tokens"
+
+    def __init__(self, tokenizer: Any, *, room: int):
+        self._tokenizer, self._room = tokenizer, room
+        self._ids: list[int] = []
+        self._before = 0  # ids before the last `ask`
+
+    def ask(self, text: str) -> Asked:
+        """Adds a line. Raises ValueError, and adds nothing, where it alone is too long."""
+        said = self._tokenizer(f"\n{text}" if self._ids else text, add_special_tokens=not self._ids)["input_ids"]
+        if len(said) > self._room:
+            raise ValueError(_too_long(len(said), self._room))
+        dropped = max(0, len(self._ids) + len(said) - self._room)
+        self._before = len(self._ids) - dropped
+        self._ids = [*self._ids, *said][dropped:]
+        return Asked(list(self._ids), dropped)
+
+    def answer(self, ids: Sequence[int], text: str) -> None:
+        """Adds what the model said."""
+        self._ids = [*self._ids, *ids]
+
+    def forget(self) -> None:
+        """Takes back the last `ask`, but not what was dropped for it."""
+        self._ids = self._ids[: self._before]
+
+    def reset(self) -> None:
+        """All is forgotten."""
+        self._ids = []
+
+
+def _too_long(tokens: int, room: int) -> str:
+    return (
+        f"that has {tokens} tokens and there is room for {room}: the model's window less --max-new-tokens; say it in "
+        "fewer words, or lower --max-new-tokens"
+    )
