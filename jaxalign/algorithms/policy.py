@@ -78,8 +78,8 @@ def policy_gradient(
       implementation: of the log-probabilities.
 
     Batches are `RolloutBatch`es with the columns old_logps, advantages [B T], scores [B] and ended [B]. Logs: `ratio`
-    (1 in the first update, or sampling and scoring disagree) and `clip_fraction` (ratios beyond 1 ± 0.2),
-    `approx_kl` (k3 of the old policy), `entropy` (-log π of the drawn tokens: an estimate of it), `score`, `length`,
+    (1 in the first update, or sampling and scoring disagree), `ratio_deviation` (the mean of |ratio - 1|) and
+    `clip_fraction` (ratios beyond 1 ± 0.2), `approx_kl` (k3 of the old policy), `entropy` (-log π of the drawn tokens: an estimate of it), `score`, `length`,
     `ended`, and with a reference `kl` of the policy that drew, summed over a response, and its never negative estimate
     `kl_k3`. With a cap `importance_weight`, the mean of w; entropy and KL are then of the tokens as q drew them.
 
@@ -167,6 +167,7 @@ def rollout_metrics(logps: jax.Array, batch: RolloutBatch) -> dict[str, Average]
     per_response = lambda values: Average.of(jnp.sum(jnp.where(mask, values, 0.0), axis=1), here)  # noqa: E731
     found = {
         "ratio": Average.of(ratio, mask),
+        "ratio_deviation": Average.of(jnp.abs(ratio - 1), mask),
         "clip_fraction": Average.of(jnp.abs(ratio - 1) > 0.2, mask),
         "approx_kl": Average.of(k3(-change), mask),
         "entropy": Average.of(-logps, mask),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,10 +26,15 @@ from jaxalign.rollout.slots import Sampling
 from jaxalign.runs import engines, hosts, train
 from jaxalign.runs.program import Program
 from jaxalign.runs.rl_config import RolloutConfig
+from jaxalign.runs.terminal import visible
 from jaxalign.training import loop
 from jaxalign.training.metrics import JsonLines
 from jaxalign.training.state import TrainState
 from jaxalign.types import PyTree
+
+log = logging.getLogger(__name__)
+
+SHOWN = 96  # characters of a response on the screen; samples.jsonl has it whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,9 +247,18 @@ class Rollouts:
         config = self._config
         if self._samples is None or (step and (config.eval_every == 0 or step % config.eval_every)):
             return
+        shown = []
         for row in range(0, min(config.samples * config.n, len(drawn.texts)), config.n):
             line = {"step": step, "prompt": self._prompts.given[drawn.prompts[row]], "response": drawn.texts[row]}
             self._samples.write(line | {"score": float(drawn.scores[row])})
+            shown.append(f"{drawn.scores[row]:8.3g}  {_in_one_line(drawn.texts[row])}")
+        if shown:
+            log.info("samples of step %d, a score and how the response begins:\n%s", step, "\n".join(shown))
+
+
+def _in_one_line(text: str) -> str:
+    """The beginning of a text, with nothing that a terminal would obey."""
+    return visible(" ".join(text[:SHOWN].split()))
 
 
 class _Spent:

@@ -113,7 +113,9 @@ def test_epochs_and_minibatches_are_updates_and_the_second_has_ratios(tiny, batc
 
 def test_tokens_of_another_distribution_are_weighted_and_the_first_ratio_is_one(tiny, batch, logps):
     """Drawn at 1/0.8 of the policy's probability they weigh 0.8, at half of it 2 and at a quarter the cap of 3."""
-    gap = np.log(np.array([0.8, 2.0, 4.0]))[np.arange(batch.sequences.mask.size).reshape(COUNT, WIDTH) % 3]
+    gap = np.log(np.array([0.8, 2.0, 4.0]))[
+        np.arange(batch.sequences.mask.size).reshape(batch.sequences.mask.shape) % 3
+    ]
     columns = {**batch.columns, "old_logps": jnp.asarray(logps[0] - gap, jnp.float32)}
     found = loss_of(tiny, batch.__class__(batch.sequences, columns), importance_cap=3.0, kl_coef=0.3)
     mask, weights = np.asarray(batch.sequences.mask), np.minimum(np.exp(gap), 3.0)
