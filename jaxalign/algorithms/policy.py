@@ -79,9 +79,10 @@ def policy_gradient(
 
     Batches are `RolloutBatch`es with the columns old_logps, advantages [B T], scores [B] and ended [B]. Logs: `ratio`
     (1 in the first update, or sampling and scoring disagree), `ratio_deviation` (the mean of |ratio - 1|) and
-    `clip_fraction` (ratios beyond 1 ± 0.2), `approx_kl` (k3 of the old policy), `entropy` (-log π of the drawn tokens: an estimate of it), `score`, `length`,
-    `ended`, and with a reference `kl` of the policy that drew, summed over a response, and its never negative estimate
-    `kl_k3`. With a cap `importance_weight`, the mean of w; entropy and KL are then of the tokens as q drew them.
+    `clip_fraction` (ratios beyond 1 ± 0.2), `approx_kl` (k3 of the old policy), `entropy` (-log π of the drawn tokens:
+    an estimate of it), `score`, `length`, `ended`, and with a reference `kl` of the policy that drew, summed over a
+    response, and its never negative estimate `kl_k3`. With a cap `importance_weight`, the mean of w; entropy and KL are
+    then of the tokens as q drew them.
 
     Raises:
       ValueError: an unknown estimator, level or aggregate, or what they need is missing.

@@ -1,0 +1,53 @@
+"""Score against KL of the runs of {ppo,grpo}_tinystories_sentiment.py, a line a run, and in each run folder its own.
+
+Command:   python experiments/rl_curves.py RUN [RUN ...] --output curves.png        (pip install -e '.[plot]')
+Observed:  experiments/figures/rl_tinystories.png.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+COLOURS = {"ppo": "#b3541e", "grpo": "#1f5f8b", "rloo": "#3c7a3a"}
+
+
+def course(run: Path) -> tuple[list[float], list[float]]:
+    """(KL in nats a response, mean score) of the responses of each step."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["kl"] for row in rows], [row["score"] for row in rows]
+
+
+def draw(runs: list[Path], output: Path) -> None:
+    """One picture of them all."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    named: set[str] = set()
+    for run in runs:
+        method = json.loads((run / "config.json").read_text())["command"]
+        label = None if method in named else method.upper()
+        named.add(method)
+        axes.plot(*course(run), color=COLOURS[method], marker="o", markersize=3, linewidth=1, label=label)
+    start = course(runs[0])[1][0]
+    axes.axhline(start + 3.6, color="#888", linewidth=0.8, linestyle="--")
+    axes.annotate("one standard deviation above the start", (0.2, start + 3.8), color="#666", fontsize=8)
+    axes.set_xlabel("KL(policy || reference), nats a response")
+    axes.set_ylabel("mean VADER score of a step's stories")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(output, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    for run in args.runs:
+        draw([run], run / "curve.png")
+    draw(args.runs, args.output)
+
+
+if __name__ == "__main__":
+    main()
