@@ -30,7 +30,8 @@ def draw(runs: list[Path], output: Path) -> None:
         axes.plot(*course(run), color=COLOURS[method], marker="o", markersize=3, linewidth=1, label=label)
     start = course(runs[0])[1][0]
     axes.axhline(start + 3.6, color="#888", linewidth=0.8, linestyle="--")
-    axes.annotate("one standard deviation above the start", (0.2, start + 3.8), color="#666", fontsize=8)
+    place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "top"}
+    axes.annotate("one standard deviation above the start", (1.0, start + 3.4), color="#666", fontsize=8, **place)
     axes.set_xlabel("KL(policy || reference), nats a response")
     axes.set_ylabel("mean VADER score of a step's stories")
     axes.spines[["top", "right"]].set_visible(False)
