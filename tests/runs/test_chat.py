@@ -51,6 +51,14 @@ def chat_model(plain_model, tmp_path_factory):
 
 
 @pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, also where the tests run in the background, whose processes ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def say(monkeypatch, capsys):
     """A function: what the program writes to (stdout, stderr) when these lines are typed."""
 
@@ -125,6 +133,7 @@ def test_a_text_that_outgrows_the_window_loses_its_beginning(tiny_model):
     assert talk.ask("dog") == ([6, 8, 9, 22, 7], 0)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_answer_is_written_as_it_grows_and_an_interrupt_keeps_what_was_written(chat_model, say, monkeypatch):
     """Ctrl-C comes with the first words of the first answer; the second question is answered after them."""
     written = []
