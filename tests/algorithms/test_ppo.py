@@ -17,7 +17,7 @@ from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
-from jaxalign.types import TokenBatch
+from jaxalign.types import Average, TokenBatch
 
 LAMBDA, KL_COEF, VALUE_COEF, ENTROPY_COEF, PRETRAINING_COEF = 0.9, 0.3, 0.5, 0.02, 0.7
 
@@ -254,23 +254,10 @@ def test_microbatches_and_meshes_give_the_same_state(tiny, params, rolled_out, t
     chex.assert_trees_all_close((found.params, found.carry), (expected.params, expected.carry), atol=1e-5)
 
 
-def test_updates_beyond_the_halt_are_not_applied(tiny, params, rolled_out):
-    """The drawn log-probs are far from the policy's, so that the first update is one too many."""
-    state, said = stepped(tiny, params, rolled_out, epochs=3, halt_kl=1e-4)
-    assert said["updates"] == 0
-    chex.assert_trees_all_equal(state.params, jax.device_get(params))
-    drawn = jnp.where(rolled_out.sequences.mask, jnp.asarray(own_logps(tiny, params, rolled_out)), 0.0)
-    on_policy = dataclasses.replace(rolled_out, columns={**rolled_out.columns, "old_logps": drawn})
-    state, said = stepped(tiny, params, on_policy, epochs=3, halt_kl=1e-4)
-    assert said["updates"] == 1 and said["first/ratio"] == pytest.approx(1.0, abs=1e-5)
-    once, _ = stepped(tiny, params, on_policy, epochs=1, minibatches=1)
-    chex.assert_trees_all_close(state.params, once.params, atol=1e-6)
-
-
-def own_logps(tiny, params, batch):
-    model, rows = nnx.merge(tiny[0], params["policy"]), batch.sequences
-    hidden = model(rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
-    return next_token_logps(hidden, model.unembed(), rows.tokens, rows.mask).logps
+@pytest.mark.parametrize(("approx_kl", "halts"), [(0.14, False), (0.16, True)])
+def test_updates_halt_beyond_one_and_a_half_times_the_kl(tiny, approx_kl, halts):
+    averages = {"approx_kl": Average.of(jnp.array([approx_kl]))}
+    assert bool(made(tiny, halt_kl=0.1).halt(averages)) == halts
 
 
 def test_values_are_about_the_token_that_follows_what_they_read():

@@ -163,6 +163,17 @@ def test_epochs_and_minibatches_update_once_each_and_draw_rows_from_the_step_key
     np.testing.assert_allclose(metrics["bias"], Average.of(batch["y"], batch["mask"]).compute(), rtol=1e-5)
 
 
+def test_the_update_that_halts_is_not_applied_and_those_behind_it_are_not_computed():
+    """w = 1, 2, 2.5, ... with losses 4, 1, 0.25: the third halts."""
+    batch = {"x": jnp.array([[[1.0, 0, 0]]]), "y": jnp.array([[3.0]]), "mask": jnp.array([[True]])}
+    halt = lambda averages: averages["loss"].compute() < 0.5  # noqa: E731
+    algorithm = Algorithm(squared_error, epochs=5, halt=halt, at_first=("bias",))
+    state, metrics = jax.jit(make_train_step(algorithm, optax.sgd(0.25)))(start(optax.sgd(0.25)), None, batch)
+    np.testing.assert_allclose(state.params["w"], [2.5, 1.0, 1.0])
+    assert metrics["updates"] == 2 and metrics["skipped"] == 0
+    assert metrics["loss"] == pytest.approx((4 + 1 + 0.25) / 3) and metrics["first/bias"] == 3.0
+
+
 def test_a_step_is_traced_once_and_optimizer_state_keeps_its_dtype_with_bfloat16_parameters():
     optimizer, batch = optax.adam(0.1), regression()
     step = jax.jit(chex.assert_max_traces(make_train_step(Algorithm(squared_error), optimizer), n=1))
