@@ -1,0 +1,288 @@
+"""A proxy reward that is optimised too far: Gao et al.'s curves in miniature, for proxies that grow and for ensembles.
+
+Papers:    Gao, Schulman and Hilton 2022, https://arxiv.org/abs/2210.10760; Coste et al. 2023 (ensembles, and the 25 %
+           of labels that are wrong), https://arxiv.org/abs/2310.02743.
+Command:   python experiments/rm_overoptimisation.py FOLDER --output runs/overoptimisation
+           FOLDER holds models/stories260K and lexicons/vader_lexicon.txt. --quick is a smoke run.
+Hardware:  two CPU cores, fp32; any TPU or GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import overoptimisation_curves as curves
+from overoptimisation_curves import Curve
+from overoptimisation_rewards import gold, members
+
+from jaxalign.models import heads
+from jaxalign.runs import devices, reward, rl
+from jaxalign.runs.config import CheckpointConfig, OptimizerConfig, RewardConfig, RLOOConfig
+from jaxalign.runs.generate import respond
+
+log = logging.getLogger("jaxalign.experiments")
+
+OPENINGS = ("Once upon a time", "One day,", "There was a", "Lily and Tom")
+RESPONSE, LENGTH = 64, 96  # tokens; LENGTH has room for an opening too
+WRONG = 0.25  # share of the labels
+RULES = ("mean", "min", "mean_minus_std")
+RESAMPLED = 100  # curves that standard errors are of
+SEEDS = {"pool": 1, "compared": 2}
+
+
+class Size(NamedTuple):
+    """How much of everything."""
+
+    pool: int = 4096  # samples to each opening, that the best of n are chosen from
+    ns: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+    pairs: int = 2048  # compared samples
+    epochs: int = 3
+    widths: tuple[int, ...] = (8, 16, 48)  # of proxies
+    ensemble: int = 16  # the width of the ensemble's members
+    members: int = 4
+    steps: int = 60  # of reinforcement learning
+    n: int = 16  # responses to each opening in a step
+
+
+QUICK = Size(pool=64, ns=(1, 4, 16), pairs=96, epochs=1, widths=(8,), ensemble=8, members=2, steps=3, n=4)
+
+
+class Task(NamedTuple):
+    """What everything is made from, and where."""
+
+    model: Path  # the reference
+    lexicon: Path
+    output: Path
+    size: Size
+
+
+class Pool(NamedTuple):
+    """Samples of the reference, their gold reward and what each reward model says of them."""
+
+    gold: np.ndarray  # Float64[P N], of N samples to each opening
+    scores: dict[str, np.ndarray]  # Float64[P N], by proxy
+
+    def normal(self, values: np.ndarray, proxy: str | None = None) -> np.ndarray:
+        """In standard deviations of the samples from their mean: of gold, or of a proxy's score."""
+        of = self.gold if proxy is None else self.scores[proxy]
+        return (values - of.mean()) / of.std()
+
+
+def sample(task: Task, name: str, count: int) -> list[dict]:
+    """`count` responses of the reference to each opening with their gold reward, in turn; made once."""
+    path = task.output / f"{name}.jsonl"
+    if not path.exists():
+        found = respond(
+            str(task.model), OPENINGS, max_new_tokens=RESPONSE, n=count, batch_size=256, seed=SEEDS[name],
+            precision="float32",
+        )  # fmt: skip
+        prompts, texts = [opening for opening in OPENINGS for _ in range(count)], [text for text, _ in found]
+        known = gold(prompts, texts, path=str(task.lexicon))
+        rows = zip(prompts, texts, known, strict=True)
+        write(path, [{"prompt": p, "response": text, "gold": value} for p, text, value in rows])
+    return [json.loads(row) for row in path.read_text().splitlines()]
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def compare(rows: list[dict], seed: int = 0) -> list[dict]:
+    """Neighbours as pairs, of which a share of WRONG is labelled the wrong way round; a tie is no pair."""
+    draw, pairs = np.random.default_rng(seed), []
+    for one, other in zip(rows[::2], rows[1::2], strict=True):
+        if one["gold"] == other["gold"]:
+            continue
+        better, worse = (one, other) if (one["gold"] > other["gold"]) ^ (draw.random() < WRONG) else (other, one)
+        pairs.append({"prompt": one["prompt"], "chosen": better["response"], "rejected": worse["response"]})
+    return pairs
+
+
+def start(task: Task, width: int) -> str:
+    """`config:FOLDER` of a two-layer decoder with the reference's tokenizer."""
+    folder = task.output / f"start-{width}"
+    folder.mkdir(exist_ok=True)
+    for file in task.model.glob("*token*.json"):
+        shutil.copy(file, folder)
+    shutil.copy(task.model / "generation_config.json", folder)
+    held = json.loads((task.model / "config.json").read_text())
+    shape = {"hidden_size": width, "intermediate_size": width * 8 // 3, "num_hidden_layers": 2, "head_dim": 8}
+    shape |= {"num_attention_heads": width // 8, "num_key_value_heads": width // 8}
+    (folder / "config.json").write_text(json.dumps(held | shape))
+    return f"config:{folder}"
+
+
+def train_proxy(task: Task, width: int, seed: int) -> str:
+    """The folder of a reward model of the compared samples: another seed, other weights, order and held-out pairs."""
+    config = RewardConfig(
+        model=start(task, width),
+        data=str(task.output / "pairs.jsonl"),
+        output=task.output / f"proxy-{width}-{seed}",
+        epochs=task.size.epochs,
+        batch_size=64,
+        max_length=LENGTH,
+        packing=False,
+        remat="none",
+        samples=0,
+        eval_share=0.1,
+        seed=seed,
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=5, weight_decay=0.1),
+        checkpoint=CheckpointConfig(every=0),
+    )
+    finish(reward.run(config))
+    return str(config.output / "final")
+
+
+def finish(status: int) -> None:
+    """Ends the program as the run ended, if a signal stopped it; the same command continues."""
+    if status:
+        raise SystemExit(status)
+
+
+def optimise(task: Task, name: str, folders: list[str], rule: str) -> list[dict]:
+    """Reinforcement learning of the reference on a proxy, without a KL term: a row for each step's responses.
+
+    A row has `d`, and `proxy` and `gold`, [mean, its standard error] each.
+    """
+    output = task.output / f"rl-{name}"
+    openings, notes = task.output / "openings.jsonl", task.output / f"rl-{name}.jsonl"
+    write(openings, [{"prompt": opening} for opening in OPENINGS])
+    told = {"folders": tuple(folders), "rule": rule, "lexicon_path": str(task.lexicon), "notes": str(notes)}
+    config = RLOOConfig(
+        model=str(task.model),
+        data=str(openings),
+        output=output,
+        reward=f"overoptimisation_rewards:proxy({', '.join(f'{k}={v!r}' for k, v in told.items())})",
+        steps=task.size.steps,
+        batch_size=len(OPENINGS),
+        n=task.size.n,
+        max_length=LENGTH,
+        max_new_tokens=RESPONSE,
+        remat="none",
+        optimizer=OptimizerConfig(learning_rate=3e-4, schedule="constant", warmup_steps=2),
+        checkpoint=CheckpointConfig(every=0),
+    )
+    finish(rl.run_rloo(config))
+    steps = [json.loads(row) for row in (output / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(row) for row in notes.read_text().splitlines()][-len(steps) :]  # an earlier start's come first
+    # the mean of log π/π_ref over few responses may be below 0, the KL that it estimates may not
+    return [{"d": max(step["kl"], 0.0) ** 0.5, **row} for step, row in zip(steps, rows, strict=True)]
+
+
+def best_of_n_curve(pool: Pool, name: str, ns: tuple[int, ...]) -> Curve:
+    """Standard errors are over pools drawn again from the pool."""
+    d = np.sqrt(curves.best_of_n_kl(np.array(ns)))
+    known, scores = pool.normal(pool.gold), pool.normal(pool.scores[name], name)
+    draw, again = np.random.default_rng(0), []
+    for _ in range(RESAMPLED):
+        chosen = draw.integers(known.shape[1], size=known.shape)
+        part = lambda values, chosen=chosen: np.take_along_axis(values, chosen, axis=1)  # noqa: E731
+        again.append(curves.best_of_n(part(known), part(scores), ns))
+    found = curves.best_of_n(known, scores, ns)
+    return Curve(
+        "best-of-n", name, d.tolist(), curves.best_of_n(scores, scores, ns).tolist(), found.tolist(),
+        np.std(again, axis=0, ddof=1).tolist(), curves.fit("best-of-n", d, found),
+        curves.spread("best-of-n", np.broadcast_to(d, (RESAMPLED, len(d))), np.array(again)),
+    )  # fmt: skip
+
+
+def rl_curve(pool: Pool, name: str, rows: list[dict]) -> Curve:
+    """Standard errors of the fit are over steps drawn again from the steps."""
+    d, (known, errors), (scores, _) = (
+        np.array([row["d"] for row in rows]),
+        np.array([row["gold"] for row in rows]).T,
+        np.array([row["proxy"] for row in rows]).T,
+    )
+    known, scores, errors = pool.normal(known), pool.normal(scores, name), errors / pool.gold.std()
+    chosen = np.random.default_rng(0).integers(len(d), size=(RESAMPLED, len(d)))
+    return Curve(
+        "rl", name, d.tolist(), scores.tolist(), known.tolist(), errors.tolist(),
+        curves.fit("rl", d, known), curves.spread("rl", d[chosen], known[chosen]),
+    )  # fmt: skip
+
+
+def proxies(task: Task) -> dict[str, tuple[list[str], str]]:
+    """Name -> (folders of its members, their rule): one model of each width, and the ensemble by each rule."""
+    write(task.output / "pairs.jsonl", compare(sample(task, "compared", task.size.pairs * 2 // len(OPENINGS))))
+    found = {f"width {width}": ([train_proxy(task, width, 0)], "mean") for width in task.size.widths}
+    of = [train_proxy(task, task.size.ensemble, seed) for seed in range(task.size.members)]
+    return found | {f"{rule} of {len(of)}, width {task.size.ensemble}": (of, rule) for rule in RULES}
+
+
+def score(task: Task, found: dict[str, tuple[list[str], str]]) -> Pool:
+    """What all proxies say of the pool."""
+    rows = sample(task, "pool", task.size.pool)
+    prompts, texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
+    told: dict[str, np.ndarray] = {}
+    for folder in {folder for folders, _ in found.values() for folder in folders}:
+        path = Path(folder).parent / "pool.npy"
+        if not path.exists():
+            np.save(path, members(prompts, texts, [folder]))
+        told[folder] = np.load(path)
+    table = lambda values: np.asarray(values, np.float64).reshape(len(OPENINGS), -1)  # noqa: E731
+    scores = {
+        name: table(heads.combine(np.concatenate([told[folder] for folder in folders], axis=1), rule))
+        for name, (folders, rule) in found.items()
+    }
+    return Pool(table([row["gold"] for row in rows]), scores)
+
+
+def accuracy(pool: Pool, name: str) -> float:
+    """Share of pairs of the reference's samples that a proxy orders as gold does; 1/2 for a coin."""
+    known, scores = pool.gold, pool.scores[name]
+    half = known.shape[1] // 2
+    better, said = known[:, :half] - known[:, half:], scores[:, :half] - scores[:, half:]
+    return float(np.mean((better * said > 0)[better != 0]))
+
+
+def report(task: Task, pool: Pool, traced: list[Curve]) -> None:
+    (task.output / "curves.json").write_text(json.dumps([c._asdict() for c in traced], indent=1) + "\n")
+    log.info("gold reward of the reference's samples: %.2f ± %.2f (s.d.)", pool.gold.mean(), pool.gold.std())
+    for name in pool.scores:
+        log.info("%-24s orders %.1f%% of pairs as gold does", name, 100 * accuracy(pool, name))
+    for curve in traced:
+        log.info("%s", curves.line(curve))
+    single = [f"width {width}" for width in task.size.widths]
+    groups = {"proxies that grow": single, "ensembles": [name for name in pool.scores if name not in single]}
+    groups["ensembles"].insert(0, f"width {task.size.ensemble}")
+    titles, panels = [], []
+    for form, said in {"best-of-n": "best of n", "rl": "reinforcement learning"}.items():
+        titles += [f"{said}: {group}" for group in groups]
+        panels += [[c for c in traced if c.form == form and c.proxy in names] for names in groups.values()]
+    curves.draw(panels, titles, task.output / "rm_overoptimisation.png")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("runs/overoptimisation"))
+    parser.add_argument("--quick", action="store_true", help="a smoke run, whose numbers mean nothing")
+    args = parser.parse_args()
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise SystemExit("this experiment draws a picture: pip install matplotlib") from None
+    devices.start()
+    devices.start_log()
+    args.output.mkdir(parents=True, exist_ok=True)
+    task = Task(
+        args.folder / "models" / "stories260K", args.folder / "lexicons" / "vader_lexicon.txt", args.output,
+        QUICK if args.quick else Size(),
+    )  # fmt: skip
+    found = proxies(task)
+    pool = score(task, found)
+    traced = [best_of_n_curve(pool, name, task.size.ns) for name in found]
+    for name, (folders, rule) in found.items():
+        traced.append(rl_curve(pool, name, optimise(task, name.replace(" ", "-").replace(",", ""), folders, rule)))
+    report(task, pool, traced)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
