@@ -98,20 +98,24 @@ class Curve(NamedTuple):
     fit_errors: Fit
 
 
+def top(curve: Curve) -> float:
+    """The largest gold score that the fit has where it was measured."""
+    return float(predicted(curve.form, curve.fit, np.linspace(0.0, max(curve.d), 500)).max())
+
+
 def line(c: Curve) -> str:
-    at = int(np.argmax(c.gold_scores))
-    top = peak(c.form, c.fit)
-    turns = f"peak at d = {top:.2f}" if top < np.inf else "no peak"
+    at, where = int(np.argmax(c.gold_scores)), peak(c.form, c.fit)
+    off = np.std(np.array(c.gold_scores) - predicted(c.form, c.fit, np.array(c.d)))
     return (
-        f"{c.form:9s} {c.proxy:24s} α {c.fit.alpha:6.3f} ± {c.fit_errors.alpha:.3f}  β {c.fit.beta:6.3f} ± "
-        f"{c.fit_errors.beta:.3f}  {turns}; gold {c.gold_scores[at]:+.2f} ± {c.gold_errors[at]:.2f} at d = "
-        f"{c.d[at]:.2f}, and {c.gold_scores[-1]:+.2f} ± {c.gold_errors[-1]:.2f} at the end, d = {c.d[-1]:.2f}, where "
-        f"the proxy says {c.proxy_scores[-1]:+.2f}"
+        f"{c.form:9s} {c.proxy:20s} α {c.fit.alpha:6.3f} ± {c.fit_errors.alpha:.3f}, β {c.fit.beta:6.3f} ± "
+        f"{c.fit_errors.beta:.3f}, off by {off:.2f}, {top(c):+.2f} at most, peak at d = {where:.2f}; measured "
+        f"{c.gold_scores[at]:+.2f} ± {c.gold_errors[at]:.2f} at d = {c.d[at]:.2f}; at the end, d = {c.d[-1]:.2f}, "
+        f"{c.gold_scores[-1]:+.2f} ± {c.gold_errors[-1]:.2f}, and the proxy says {c.proxy_scores[-1]:+.2f}"
     )
 
 
 def draw(panels: list[list[Curve]], titles: Sequence[str], path: Path) -> None:
-    """A panel for each list: gold scores with their fits in full, what the proxy says dashed and thin."""
+    """A panel for each list: gold scores with their fits in full, what the proxy says dashed; beyond three, in grey."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,7 +125,7 @@ def draw(panels: list[list[Curve]], titles: Sequence[str], path: Path) -> None:
     figure, axes = pyplot.subplots(2, columns, figsize=(5.4 * columns, 8.4), squeeze=False, layout="constrained")
     for axis, curves, title in zip(axes.flat, panels, titles, strict=True):
         for i, curve in enumerate(curves):
-            _draw(axis, curve, f"C{i}")
+            _draw(axis, curve, f"C{i}" if i < 3 else "0.7")
         axis.axhline(0.0, color="black", linewidth=0.7)
         highest = max(max(c.gold_scores) for c in curves)
         lowest = min(min(c.gold_scores) for c in curves)

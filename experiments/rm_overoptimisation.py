@@ -31,7 +31,6 @@ log = logging.getLogger("jaxalign.experiments")
 OPENINGS = ("Once upon a time", "One day,", "There was a", "Lily and Tom")
 RESPONSE, LENGTH = 64, 96  # tokens; LENGTH has room for an opening too
 WRONG = 0.25  # share of the labels
-RULES = ("mean", "min", "mean_minus_std")
 RESAMPLED = 100  # curves that standard errors are of
 SEEDS = {"pool": 1, "compared": 2}
 
@@ -46,11 +45,14 @@ class Size(NamedTuple):
     widths: tuple[int, ...] = (8, 16, 48)  # of proxies
     ensemble: int = 16  # the width of the ensemble's members
     members: int = 4
+    rules: tuple[str, ...] = ("mean", "min", "mean_minus_std")
     steps: int = 60  # of reinforcement learning
     n: int = 16  # responses to each opening in a step
 
 
-QUICK = Size(pool=64, ns=(1, 4, 16), pairs=96, epochs=1, widths=(8,), ensemble=8, members=2, steps=3, n=4)
+QUICK = Size(
+    pool=64, ns=(1, 4, 16), pairs=96, epochs=4, widths=(8,), ensemble=8, members=2, rules=("min",), steps=3, n=4
+)
 
 
 class Task(NamedTuple):
@@ -165,7 +167,7 @@ def optimise(task: Task, name: str, folders: list[str], rule: str) -> list[dict]
         max_length=LENGTH,
         max_new_tokens=RESPONSE,
         remat="none",
-        optimizer=OptimizerConfig(learning_rate=3e-4, schedule="constant", warmup_steps=2),
+        optimizer=OptimizerConfig(learning_rate=1.5e-4, schedule="constant", warmup_steps=2),
         checkpoint=CheckpointConfig(every=0),
     )
     finish(rl.run_rloo(config))
@@ -208,11 +210,20 @@ def rl_curve(pool: Pool, name: str, rows: list[dict]) -> Curve:
 
 
 def proxies(task: Task) -> dict[str, tuple[list[str], str]]:
-    """Name -> (folders of its members, their rule): one model of each width, and the ensemble by each rule."""
+    """Name -> (folders of its members, their rule): a model of each width, an ensemble's members, and it by each rule.
+
+    The members share nothing but the pairs: heads on one trunk (`--members 4`) would share what it gets wrong.
+    """
     write(task.output / "pairs.jsonl", compare(sample(task, "compared", task.size.pairs * 2 // len(OPENINGS))))
-    found = {f"width {width}": ([train_proxy(task, width, 0)], "mean") for width in task.size.widths}
-    of = [train_proxy(task, task.size.ensemble, seed) for seed in range(task.size.members)]
-    return found | {f"{rule} of {len(of)}, width {task.size.ensemble}": (of, rule) for rule in RULES}
+    width, seeds = task.size.ensemble, range(task.size.members)
+    found = {named(w): ([train_proxy(task, w, 0)], "mean") for w in task.size.widths}
+    found |= {named(width, seed): ([train_proxy(task, width, seed)], "mean") for seed in seeds}
+    of = [found[named(width, seed)][0][0] for seed in seeds]
+    return found | {f"{rule} of {len(of)}": (of, rule) for rule in task.size.rules}
+
+
+def named(width: int, seed: int = 0) -> str:
+    return f"width {width}" + f", seed {seed}" * (seed > 0)
 
 
 def score(task: Task, found: dict[str, tuple[list[str], str]]) -> Pool:
@@ -241,6 +252,17 @@ def accuracy(pool: Pool, name: str) -> float:
     return float(np.mean((better * said > 0)[better != 0]))
 
 
+def summary(traced: list[Curve], members: list[str], rules: list[str]) -> str:
+    """The largest gold reward that a fit has where it was measured: of each rule, and the mean over single members."""
+    lines = []
+    for form in curves.FORMS:
+        tops = {c.proxy: curves.top(c) for c in traced if c.form == form}
+        alone = np.array([tops[name] for name in members])
+        said = [f"{name} {tops[name]:+.2f}" for name in rules]
+        lines.append(f"{form}: a member alone {alone.mean():+.2f} ± {alone.std(ddof=1):.2f} (s.d.), {', '.join(said)}")
+    return "\n".join(["largest gold reward of the fits:", *lines])
+
+
 def report(task: Task, pool: Pool, traced: list[Curve]) -> None:
     (task.output / "curves.json").write_text(json.dumps([c._asdict() for c in traced], indent=1) + "\n")
     log.info("gold reward of the reference's samples: %.2f ± %.2f (s.d.)", pool.gold.mean(), pool.gold.std())
@@ -248,13 +270,19 @@ def report(task: Task, pool: Pool, traced: list[Curve]) -> None:
         log.info("%-24s orders %.1f%% of pairs as gold does", name, 100 * accuracy(pool, name))
     for curve in traced:
         log.info("%s", curves.line(curve))
-    single = [f"width {width}" for width in task.size.widths]
-    groups = {"proxies that grow": single, "ensembles": [name for name in pool.scores if name not in single]}
-    groups["ensembles"].insert(0, f"width {task.size.ensemble}")
+    members = [named(task.size.ensemble, seed) for seed in range(task.size.members)]
+    rules = [name for name in pool.scores if name.endswith(f" of {task.size.members}")]
+    groups = {
+        "proxies that grow": [named(width) for width in task.size.widths],
+        f"ensembles of width {task.size.ensemble}, in grey their members": [*rules, *members],
+    }
     titles, panels = [], []
     for form, said in {"best-of-n": "best of n", "rl": "reinforcement learning"}.items():
         titles += [f"{said}: {group}" for group in groups]
-        panels += [[c for c in traced if c.form == form and c.proxy in names] for names in groups.values()]
+        panels += [
+            [c for name in names for c in traced if (c.form, c.proxy) == (form, name)] for names in groups.values()
+        ]
+    log.info("%s", summary(traced, members, rules))
     curves.draw(panels, titles, task.output / "rm_overoptimisation.png")
 
 
