@@ -45,13 +45,24 @@ class Size(NamedTuple):
     widths: tuple[int, ...] = (8, 16, 48)  # of proxies
     ensemble: int = 16  # the width of the ensemble's members
     members: int = 4
+    alone: int = 2  # members that a policy is optimised on alone, for comparison
     rules: tuple[str, ...] = ("mean", "min", "mean_minus_std")
     steps: int = 60  # of reinforcement learning
     n: int = 16  # responses to each opening in a step
 
 
 QUICK = Size(
-    pool=64, ns=(1, 4, 16), pairs=96, epochs=4, widths=(8,), ensemble=8, members=2, rules=("min",), steps=3, n=4
+    pool=64,
+    ns=(1, 4, 16),
+    pairs=96,
+    epochs=4,
+    widths=(8,),
+    ensemble=8,
+    members=2,
+    alone=1,
+    rules=("min",),
+    steps=3,
+    n=4,
 )
 
 
@@ -222,6 +233,13 @@ def proxies(task: Task) -> dict[str, tuple[list[str], str]]:
     return found | {f"{rule} of {len(of)}": (of, rule) for rule in task.size.rules}
 
 
+def optimised(size: Size) -> list[str]:
+    """Which proxies a policy is optimised on; the best of n is looked at for all."""
+    alone = [named(size.ensemble, seed) for seed in range(size.alone)]
+    names = [*map(named, size.widths), *[f"{rule} of {size.members}" for rule in size.rules], *alone]
+    return list(dict.fromkeys(names))
+
+
 def named(width: int, seed: int = 0) -> str:
     return f"width {width}" + f", seed {seed}" * (seed > 0)
 
@@ -253,13 +271,15 @@ def accuracy(pool: Pool, name: str) -> float:
 
 
 def summary(traced: list[Curve], members: list[str], rules: list[str]) -> str:
-    """The largest gold reward that a fit has where it was measured: of each rule, and the mean over single members."""
+    """The largest gold reward that a fit has where it was measured: of each rule, and of members alone."""
     lines = []
     for form in curves.FORMS:
         tops = {c.proxy: curves.top(c) for c in traced if c.form == form}
-        alone = np.array([tops[name] for name in members])
-        said = [f"{name} {tops[name]:+.2f}" for name in rules]
-        lines.append(f"{form}: a member alone {alone.mean():+.2f} ± {alone.std(ddof=1):.2f} (s.d.), {', '.join(said)}")
+        alone = np.array([tops[name] for name in members if name in tops])
+        said = ", ".join(f"{name} {tops[name]:+.2f}" for name in rules)
+        lines.append(
+            f"{form}: members alone {alone.min():+.2f} to {alone.max():+.2f}, mean {alone.mean():+.2f}; {said}"
+        )
     return "\n".join(["largest gold reward of the fits:", *lines])
 
 
@@ -306,7 +326,8 @@ def main() -> int:
     found = proxies(task)
     pool = score(task, found)
     traced = [best_of_n_curve(pool, name, task.size.ns) for name in found]
-    for name, (folders, rule) in found.items():
+    for name in optimised(task.size):
+        folders, rule = found[name]
         traced.append(rl_curve(pool, name, optimise(task, name.replace(" ", "-").replace(",", ""), folders, rule)))
     report(task, pool, traced)
     return 0
