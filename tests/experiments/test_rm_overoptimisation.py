@@ -11,8 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments"))
 import overoptimisation_curves as curves
 import rm_overoptimisation
+from overoptimisation_proxies import QUICK, Pool, accuracy, compare
 from overoptimisation_rewards import gold, stammers
-from rm_overoptimisation import QUICK, Pool, accuracy, compare
 
 
 def test_gold_counts_a_happy_word_once_and_takes_one_off_for_each_word_said_again_soon(tmp_path):
