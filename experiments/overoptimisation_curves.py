@@ -1,6 +1,6 @@
 """Scores against the distance from the reference, d = √KL: the best of n, fits of Gao et al. 2022, and their picture.
 
-Reference: Gao, Schulman and Hilton 2022, https://arxiv.org/abs/2210.10760, section 3 and appendix B.
+Reference: Gao, Schulman and Hilton 2022, https://arxiv.org/abs/2210.10760, section 3.
 """
 
 from __future__ import annotations
@@ -103,19 +103,27 @@ def top(curve: Curve) -> float:
     return float(predicted(curve.form, curve.fit, np.linspace(0.0, max(curve.d), 500)).max())
 
 
+def within(curve: Curve, low: float, high: float) -> tuple[float, float]:
+    """(mean, its standard error) of the gold scores measured at low <= d < high; their errors must be independent."""
+    here = (np.array(curve.d) >= low) & (np.array(curve.d) < high)
+    if not here.any():
+        return np.nan, np.nan
+    values, errors = np.array(curve.gold_scores)[here], np.array(curve.gold_errors)[here]
+    return float(values.mean()), float(np.sqrt(np.sum(errors**2)) / len(errors))
+
+
 def line(c: Curve) -> str:
-    at, where = int(np.argmax(c.gold_scores)), peak(c.form, c.fit)
+    where = peak(c.form, c.fit)
     off = np.std(np.array(c.gold_scores) - predicted(c.form, c.fit, np.array(c.d)))
     return (
         f"{c.form:9s} {c.proxy:20s} α {c.fit.alpha:6.3f} ± {c.fit_errors.alpha:.3f}, β {c.fit.beta:6.3f} ± "
-        f"{c.fit_errors.beta:.3f}, off by {off:.2f}, {top(c):+.2f} at most, peak at d = {where:.2f}; measured "
-        f"{c.gold_scores[at]:+.2f} ± {c.gold_errors[at]:.2f} at d = {c.d[at]:.2f}; at the end, d = {c.d[-1]:.2f}, "
-        f"{c.gold_scores[-1]:+.2f} ± {c.gold_errors[-1]:.2f}, and the proxy says {c.proxy_scores[-1]:+.2f}"
+        f"{c.fit_errors.beta:.3f}, off by {off:.2f}, {top(c):+.2f} at most, peak at d = {where:.2f}; at the end, "
+        f"d = {c.d[-1]:.2f}, {c.gold_scores[-1]:+.2f} ± {c.gold_errors[-1]:.2f}, and the proxy says {c.proxy_scores[-1]:+.2f}"
     )
 
 
-def draw(panels: list[list[Curve]], titles: Sequence[str], path: Path) -> None:
-    """A panel for each list: gold scores with their fits in full, what the proxy says dashed; beyond three, in grey."""
+def draw(panels: Sequence[tuple[str, list[Curve], list[Curve]]], path: Path) -> None:
+    """Panels of (title, curves in colour, curves in grey): gold scores and their fits in full, proxies' dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,13 +131,14 @@ def draw(panels: list[list[Curve]], titles: Sequence[str], path: Path) -> None:
 
     columns = (len(panels) + 1) // 2
     figure, axes = pyplot.subplots(2, columns, figsize=(5.4 * columns, 8.4), squeeze=False, layout="constrained")
-    for axis, curves, title in zip(axes.flat, panels, titles, strict=True):
-        for i, curve in enumerate(curves):
-            _draw(axis, curve, f"C{i}" if i < 3 else "0.7")
+    for axis, (title, coloured, grey) in zip(axes.flat, panels, strict=True):
+        for i, curve in enumerate(grey):
+            _draw(axis, curve, "0.7", "" if i else "one model alone")
+        for i, curve in enumerate(coloured):
+            _draw(axis, curve, f"C{i}", f"{curve.proxy}: α {curve.fit.alpha:.2f}, β {curve.fit.beta:.2f}")
+        reached = [value for curve in coloured + grey for value in curve.gold_scores]
         axis.axhline(0.0, color="black", linewidth=0.7)
-        highest = max(max(c.gold_scores) for c in curves)
-        lowest = min(min(c.gold_scores) for c in curves)
-        axis.set_ylim(min(lowest, 0.0) - 0.3, 2.2 * highest)  # what the proxies say leaves the panel
+        axis.set_ylim(min(reached) - 0.3, 2.2 * max(reached))  # what the proxies say leaves the panel
         axis.set_title(title)
         axis.set_xlabel("d = √KL(policy ‖ reference), √nats")
         axis.grid(alpha=0.25)
@@ -140,7 +149,7 @@ def draw(panels: list[list[Curve]], titles: Sequence[str], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw(axis: Any, curve: Curve, colour: str) -> None:
+def _draw(axis: Any, curve: Curve, colour: str, label: str) -> None:
     d = np.array(curve.d)
     axis.plot(d, curve.proxy_scores, color=colour, linestyle="--", linewidth=0.8)
     axis.errorbar(
@@ -148,5 +157,4 @@ def _draw(axis: Any, curve: Curve, colour: str) -> None:
         elinewidth=0.6, alpha=0.6,
     )  # fmt: skip
     dense = np.linspace(0.0, d.max(), 200)
-    label = f"{curve.proxy}: α {curve.fit.alpha:.2f}, β {curve.fit.beta:.2f}"
-    axis.plot(dense, predicted(curve.form, curve.fit, dense), color=colour, linewidth=1.6, label=label)
+    axis.plot(dense, predicted(curve.form, curve.fit, dense), color=colour, linewidth=1.6, label=label or None)

@@ -33,7 +33,7 @@ class Size(NamedTuple):
     members: int = 4
     alone: int = 2  # members that a policy is optimised on alone, for comparison
     rules: tuple[str, ...] = ("mean", "min", "mean_minus_std")
-    steps: int = 60  # of reinforcement learning
+    steps: int = 45  # of reinforcement learning
     n: int = 16  # responses to each opening in a step
 
 

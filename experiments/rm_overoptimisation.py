@@ -105,7 +105,7 @@ def rl_curve(pool: Pool, name: str, rows: list[dict]) -> Curve:
 
 
 def summary(traced: list[Curve], members: list[str], rules: list[str]) -> str:
-    """The largest gold reward that a fit has where it was measured: of each rule, and of members alone."""
+    """The largest gold reward of the fits, of each rule and of members alone; and what was measured along the way."""
     lines = []
     for form in curves.FORMS:
         tops = {c.proxy: curves.top(c) for c in traced if c.form == form}
@@ -114,6 +114,10 @@ def summary(traced: list[Curve], members: list[str], rules: list[str]) -> str:
         lines.append(
             f"{form}: members alone {alone.min():+.2f} to {alone.max():+.2f}, mean {alone.mean():+.2f}; {said}"
         )
+    lines += ["gold reward of reinforcement learning, over the steps at d from 1 to 3, 3 to 5 and 5 to 7:"]
+    for curve in (c for c in traced if c.form == "rl"):
+        means = [curves.within(curve, low, low + 2) for low in (1, 3, 5)]
+        lines.append(f"{curve.proxy:20s} " + ", ".join(f"{mean:+.2f} ± {error:.2f}" for mean, error in means))
     return "\n".join(["largest gold reward of the fits:", *lines])
 
 
@@ -126,18 +130,13 @@ def report(task: Task, pool: Pool, traced: list[Curve]) -> None:
         log.info("%s", curves.line(curve))
     members = [named(task.size.ensemble, seed) for seed in range(task.size.members)]
     rules = [name for name in pool.scores if name.endswith(f" of {task.size.members}")]
-    groups = {
-        "proxies that grow": [named(width) for width in task.size.widths],
-        f"ensembles of width {task.size.ensemble}, in grey their members": [*rules, *members],
-    }
-    titles, panels = [], []
+    panels = []
     for form, said in {"best-of-n": "best of n", "rl": "reinforcement learning"}.items():
-        titles += [f"{said}: {group}" for group in groups]
-        panels += [
-            [c for name in names for c in traced if (c.form, c.proxy) == (form, name)] for names in groups.values()
-        ]
+        of = lambda names, form=form: [c for name in names for c in traced if (c.form, c.proxy) == (form, name)]  # noqa: E731
+        panels.append((f"{said}, proxies that grow", of(map(named, task.size.widths)), []))
+        panels.append((f"{said}, ensembles of width {task.size.ensemble}", of(rules), of(members)))
     log.info("%s", summary(traced, members, rules))
-    curves.draw(panels, titles, task.output / "rm_overoptimisation.png")
+    curves.draw(panels, task.output / "rm_overoptimisation.png")
 
 
 def main() -> int:

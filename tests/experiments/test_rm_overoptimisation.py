@@ -71,6 +71,13 @@ def test_identical_curves_have_a_spread_of_zero_and_noise_has_one():
     assert min(curves.spread("rl", d, 2 * d + draw.normal(size=d.shape))) > 0.05
 
 
+def test_the_error_of_a_mean_of_two_independent_steps_is_root_two_of_one_step_s_over_two():
+    nothing = curves.Fit(0.0, 0.0)
+    curve = curves.Curve("rl", "p", [0.0, 1.0, 2.0, 3.0], [0.0] * 4, [9.0, 1.0, 2.0, 9.0], [0.2] * 4, nothing, nothing)
+    np.testing.assert_allclose(curves.within(curve, 1.0, 3.0), (1.5, 0.2 / np.sqrt(2)))
+    assert np.isnan(curves.within(curve, 5.0, 7.0)).all()
+
+
 def test_a_quarter_of_the_labels_is_wrong_and_a_tie_is_no_pair():
     rows = [{"prompt": "p", "response": f"{i % 2}", "gold": float(i % 2)} for i in range(8000)]
     pairs = compare(rows)
