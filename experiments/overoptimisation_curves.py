@@ -118,7 +118,8 @@ def line(c: Curve) -> str:
     return (
         f"{c.form:9s} {c.proxy:20s} α {c.fit.alpha:6.3f} ± {c.fit_errors.alpha:.3f}, β {c.fit.beta:6.3f} ± "
         f"{c.fit_errors.beta:.3f}, off by {off:.2f}, {top(c):+.2f} at most, peak at d = {where:.2f}; at the end, "
-        f"d = {c.d[-1]:.2f}, {c.gold_scores[-1]:+.2f} ± {c.gold_errors[-1]:.2f}, and the proxy says {c.proxy_scores[-1]:+.2f}"
+        f"d = {c.d[-1]:.2f}, {c.gold_scores[-1]:+.2f} ± {c.gold_errors[-1]:.2f}, "
+        f"and the proxy says {c.proxy_scores[-1]:+.2f}"
     )
 
 
