@@ -63,7 +63,8 @@ from overoptimisation_proxies import (
 )  # fmt: skip
 
 from jaxalign.runs import devices, rl
-from jaxalign.runs.config import CheckpointConfig, OptimizerConfig, RLOOConfig
+from jaxalign.runs.config import CheckpointConfig, OptimizerConfig
+from jaxalign.runs.rl_config import RLOOConfig
 
 log = logging.getLogger("jaxalign.experiments")
 
