@@ -107,7 +107,7 @@ class TrainConfig:
     epochs: float = 1.0
     """Passes over the data, when --steps is not given."""
     batch_size: int = 8
-    """Per step, over all devices: rows (sft), pairs (dpo, reward), rated responses (kto) or prompts (ppo, grpo, ...)."""
+    """Per step, over all devices: rows (sft), pairs (dpo, reward), rated responses (kto), prompts (ppo, grpo, ...)."""
     microbatches: int = 1
     """Gradient calls per step; more of them, less memory, the same result."""
     max_length: int = 1024
