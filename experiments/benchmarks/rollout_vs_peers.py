@@ -28,17 +28,15 @@ SLOTS, PROMPT, NEW, LONGEST, MANY = 16, 64, 128, 256, 64
 
 
 def rows_of(kind: str, steps: int) -> list[list[tuple[list[int], int]]]:
-    """For each pass, prompts of ids with the number of tokens wanted of each."""
+    """For each pass, prompts of ids with the number of tokens wanted of each: in all passes the same numbers.
+
+    So what a contender compiles for lengths is compiled in the first pass, and no later one is charged with it.
+    """
     import numpy as np
 
     rng = np.random.default_rng(0)
-    spread = kind == "spread"
-
-    def one() -> tuple[list[int], int]:
-        wanted = int(rng.integers(16, LONGEST + 1)) if spread else NEW
-        return rng.integers(4, VOCABULARY, PROMPT).tolist(), wanted
-
-    return [[one() for _ in range(MANY if spread else SLOTS)] for _ in range(steps)]
+    wanted = rng.integers(16, LONGEST + 1, MANY).tolist() if kind == "spread" else [NEW] * SLOTS
+    return [[(rng.integers(4, VOCABULARY, PROMPT).tolist(), count) for count in wanted] for _ in range(steps)]
 
 
 def config_of():

@@ -79,13 +79,15 @@ def in_turns(description: str | None, contenders: dict[str, dict[str, Contender]
     parser.add_argument("--steps", type=int, default=8, help="steps each contender takes, two of them warm-up")
     parser.add_argument("--kind", choices=contenders, help="only one table")
     parser.add_argument("--only", nargs="*", help="only these contenders")
+    parser.add_argument("--trl-python", default=sys.executable, help="python of the environment that TRL is in")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
         return _run_one(contenders[args.kind][args.contender], rows_of(args.kind, args.steps))
     for kind in [args.kind] if args.kind else contenders:
         names = [name for name in contenders[kind] if not args.only or name in args.only]
-        rounds = [{name: _measure(kind, name, args.steps) for name in names} for _ in range(args.rounds)]
+        python = {name: args.trl_python if name == "TRL" else sys.executable for name in names}
+        rounds = [{name: _measure(python[name], kind, name, args.steps) for name in names} for _ in range(args.rounds)]
         _report(kind, names, rounds)
 
 
@@ -114,10 +116,10 @@ def _run_one(contender: Contender, rows: list) -> None:
     )
 
 
-def _measure(kind: str, name: str, steps: int) -> dict[str, float]:
+def _measure(python: str, kind: str, name: str, steps: int) -> dict[str, float]:
     environment = os.environ | {"OMP_NUM_THREADS": "2", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    command = [sys.executable, sys.argv[0], "--contender", name, "--kind", kind, "--steps", str(steps)]
+    command = [python, sys.argv[0], "--contender", name, "--kind", kind, "--steps", str(steps)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")

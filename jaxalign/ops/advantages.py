@@ -89,7 +89,7 @@ def gae(
         raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}, None")
     options = {"gamma": gamma, "gae_lambda": gae_lambda}
     if implementation is None:
-        # experiments/benchmarks/kernels.py; off the CPU the T dependent steps of a scan are T launches
+        # experiments/benchmarks/kernel_speed.py; off the CPU the T dependent steps of a scan are T launches
         implementation = "scan" if kernel_target(mesh).interpret else "associative"
     if implementation == "scan":
         return kernel.gae_reference(rewards, values, mask, **options)

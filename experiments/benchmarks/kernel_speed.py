@@ -1,7 +1,7 @@
 """The hot paths' kernels beside plain XLA, their peers, and the floor of the machine, in one run and one table.
 
-    python experiments/benchmarks/kernels.py                    on a GPU or TPU: model-like shapes, bfloat16, all of it
-    python experiments/benchmarks/kernels.py --only gae         one of logps, kl, gae
+    python experiments/benchmarks/kernel_speed.py               on a GPU or TPU: model-like shapes, bfloat16, all of it
+    python experiments/benchmarks/kernel_speed.py --only gae    one of logps, kl, gae
     pip install tokamax            adds its linear cross-entropy (GPU, TPU)
     pip install liger-kernel       with torch for CUDA adds its linear cross-entropy and linear JSD (NVIDIA GPU)
 
