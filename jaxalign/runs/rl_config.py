@@ -32,6 +32,8 @@ class RolloutConfig(TrainConfig):
     """Nats a response from the reference beyond which the run ends, with the model as it is; by default it goes on."""
     slots: int = 64
     """Responses generated side by side; one that ends makes room for the next prompt at once."""
+    decode_layout: Literal["tensor", "training"] = "tensor"
+    """Of weights while responses are drawn: cut by mesh.tensor alone, or as in training and gathered for each token."""
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,10 @@ class Rollouts:
         devices = task.base.mesh.shape["data"] * task.base.mesh.shape["fsdp"]
         slots = min(config.slots, rows)
         self._engine = LocalEngine(
-            program.graphdef, slots=-(-slots // devices) * devices, prompt_room=max(map(len, asked.prompts.ids))
+            program.graphdef,
+            slots=-(-slots // devices) * devices,
+            prompt_room=max(map(len, asked.prompts.ids)),
+            layout=config.decode_layout,
         )
         self._rows = count_rows(config, task.base.mesh)
         self._samples = JsonLines(Path(config.output) / "samples.jsonl", keep_until=resumed_at - 1)
