@@ -34,6 +34,8 @@ class RolloutConfig(TrainConfig):
     """Responses generated side by side; one that ends makes room for the next prompt at once."""
     decode_layout: Literal["tensor", "training"] = "tensor"
     """Of weights while responses are drawn: cut by mesh.tensor alone, or as in training and gathered for each token."""
+    offload_reference: bool = False
+    """Keep the reference in the host's memory, and on the devices only while it scores responses."""
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,7 @@ def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(tra
         (["--algorithm.minibatches", "3"], "cannot be cut into --algorithm.minibatches 3"),
         (["--max-new-tokens", "14"], "12 of 12 prompts have more than 2 tokens"),
         (["--algorithm.kl-coef", "0.1", "--algorithm.no-reference"], "needs the reference"),
+        (["--offload-reference", "--algorithm.no-reference"], "there is none to keep"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, prompts, tmp_path, capsys):
