@@ -20,6 +20,7 @@ from flax import nnx
 from jaxalign.types import PyTree
 
 BLOCK = 64  # inputs that share a scale
+KINDS = ("int8", "nf4")
 
 # The 16 values of NF4: quantiles of a normal distribution, scaled to [-1, 1], with an exact 0.
 # Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, appendix E.

@@ -28,6 +28,7 @@ from jaxalign.models.families import FAMILIES, model_config
 from jaxalign.models.load import load_params, read_tensor
 from jaxalign.models.lora import split
 from jaxalign.models.peft import load_adapter
+from jaxalign.models.quantise import KINDS
 from jaxalign.types import PyTree
 
 DESCRIPTION, HEAD = "reward.json", "score.weight"
@@ -67,6 +68,7 @@ def read_reward_model(
     param_dtype: Any = jnp.float32,
     attention: str | None = None,
     layout: Any = None,
+    quantise: str | None = None,
 ) -> RewardModel:
     """What a folder or hub name holds.
 
@@ -76,14 +78,18 @@ def read_reward_model(
       param_dtype: of the trunk.
       attention: an implementation of `models/attention.py`.
       layout: the mesh that cuts activations.
+      quantise: the trunk's kernels: "none", "int8" or "nf4"; None: as the base of its adapters was in training.
 
     Raises:
-      ValueError: not a sequence classifier, or one with several labels.
+      ValueError: not a sequence classifier, or one with several labels; or no way to quantise.
     """
+    if quantise not in (None, "none", *KINDS):
+        raise ValueError(f"quantise={quantise!r} is not one of none, {', '.join(KINDS)}")
     path, held = huggingface.folder(source), huggingface.read_hf_config(source)
     config = heads.trunk_config(_causal_config(source, held))
     described = _described(path)
-    count, base, quantise = described.get("members", 1), described.get("base"), described.get("quantise", "none")
+    count, base = described.get("members", 1), described.get("base")
+    quantise = described.get("quantise", "none") if quantise is None else quantise
     lora = load_adapter(path / MEMBERS / "0", config)[0] if base else None
     graphdef, abstract = make_decoder(
         config,

@@ -21,7 +21,8 @@ import numpy as np
 
 from jaxalign.models.save import gather
 from jaxalign.rollout import slots as device
-from jaxalign.rollout.slots import Admitted, Sampling, Slots, Weights
+from jaxalign.rollout.slots import Admitted, Sampling, Slots
+from jaxalign.rollout.weights import LAYOUTS, Weights, weights_of
 from jaxalign.types import PyTree
 
 PROMPT_BUCKET = 32  # prompts are padded to a power of two of at least it, so that few programs are compiled
@@ -80,6 +81,7 @@ class LocalEngine:
         refill: bool = True,
         prompt_room: int = 0,
         cache_dtype: Any = None,
+        layout: str = "training",
         decode_text: Callable[[Sequence[int]], str] | None = None,
     ):
         """
@@ -89,13 +91,16 @@ class LocalEngine:
           refill: a slot that is free takes the next request at once; else all wait for the longest response.
           prompt_room: tokens that every call has room for in a prompt, so that calls with others share programs.
           cache_dtype: of keys and values: the compute dtype, another float, or int8.
+          layout: of the parameters while a call lasts, of weights.py's: "training" is frugal, "tensor" fast on a mesh.
           decode_text: ids to text, for stop strings.
         """
         if slots < 1:
             raise ValueError(f"slots={slots} must be at least 1")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
         self._graphdef, self._slots, self._refill, self._prompt_room = graphdef, slots, refill, prompt_room
         self._cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
-        self._decode_text = decode_text
+        self._layout, self._decode_text = layout, decode_text
         self._alone = jax.process_count() == 1
         self.stats = Stats(0.0, 0, 0, 0)
 
@@ -117,7 +122,7 @@ class LocalEngine:
         if not requests:
             return []
         began = time.perf_counter()
-        weights = device.weights_of(params)
+        weights = weights_of(self._graphdef, params, layout=self._layout)
         slots = device.empty_slots(
             self._graphdef,
             params,

@@ -116,18 +116,30 @@ _lexicons: dict[str, dict[str, float]] = {}
 
 
 def reward_model(
-    prompts: Sequence[Any], responses: Texts, *, path: str, finished: Sequence[bool] | None = None
+    prompts: Sequence[Any],
+    responses: Texts,
+    *,
+    path: str,
+    quantise: str | None = None,
+    offload: bool = False,
+    finished: Sequence[bool] | None = None,
 ) -> list[float]:
     """Scores of a reward model's folder, normalised and combined over its members as the folder says.
 
-    It reads texts with its own tokenizer and chat template, whatever those of the policy are.
+    It reads texts with its own tokenizer and chat template, whatever those of the policy are. Its kernels may be kept
+    in few bits (quantise='int8' or 'nf4'), and all of it in the host's memory between calls (offload=True).
     """
-    return _scorer(path)(prompts, responses, finished=finished).tolist()
+    return _scorer(path, quantise=quantise, offload=offload)(prompts, responses, finished=finished).tolist()
+
+
+def _scorer(path: str, *, quantise: str | None = None, offload: bool = False, **others: Any) -> Scorer:
+    """By the keywords of `reward_model`, of which it reads these; each is loaded once."""
+    return _loaded(path, quantise, offload)
 
 
 @functools.lru_cache
-def _scorer(path: str) -> Scorer:
-    return load_reward_model(path)
+def _loaded(path: str, quantise: str | None, offload: bool) -> Scorer:
+    return load_reward_model(path, quantise=quantise, offload=offload)
 
 
 REWARDS: dict[str, RewardFn] = {
@@ -158,7 +170,7 @@ class Rewards:
         terms, self._seconds = select_sum(text, REWARDS), seconds
         for _, function in terms:
             if getattr(function, "func", None) is reward_model:
-                _scorer(function.keywords["path"])  # what is wrong with it is said before training starts
+                _scorer(**function.keywords)  # what is wrong with it is said before training starts
         names = _distinct([name_of(function) for _, function in terms])
         self._functions = dict(zip(names, (function for _, function in terms), strict=True))
         self.weights = dict(zip(names, (weight for weight, _ in terms), strict=True))

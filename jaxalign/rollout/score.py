@@ -20,24 +20,40 @@ from jaxalign.data.preference_formats import sequence
 from jaxalign.data.steps import MOST_STEPS, encode
 from jaxalign.data.tokens import Encoder
 from jaxalign.models import heads, huggingface
+from jaxalign.models.offload import fetched, offloaded
 from jaxalign.models.reward_model import RewardModel, load_reward_params, member_scores, read_reward_model, scores_at
 from jaxalign.types import PyTree
 
 Prompt = str | Sequence[dict[str, str]]  # a text, or messages
 
 
-def load_reward_model(source: str, *, compute_dtype: Any = jnp.float32, batch_size: int = 16) -> Scorer:
+def load_reward_model(
+    source: str,
+    *,
+    compute_dtype: Any = jnp.float32,
+    batch_size: int = 16,
+    quantise: str | None = None,
+    offload: bool = False,
+) -> Scorer:
     """The scorer of a folder or hub name: what `jaxalign reward` wrote, or any sequence classifier with one label.
+
+    Args:
+      source: the folder or name.
+      compute_dtype: of the trunk's activations.
+      batch_size: rows that are scored together.
+      quantise: the trunk's kernels, as `read_reward_model` has it.
+      offload: keep the parameters in the host's memory, and on the device only while texts are scored.
 
     Raises:
       ValueError: not a reward model, or its tokenizer has nothing that ends a response.
     """
-    model = read_reward_model(source, compute_dtype=compute_dtype)
+    model = read_reward_model(source, compute_dtype=compute_dtype, quantise=quantise)
     tokenizer = huggingface.load_tokenizer(source)
     terminators = huggingface.terminators(source, tokenizer)
     if not terminators:
         raise ValueError(f"{source} names no eos token, so nothing can end a response; set eos_token_id in its config")
-    return Scorer(model, load_reward_params(model), tokenizer, terminators, batch_size)
+    params = load_reward_params(model)
+    return Scorer(model, offloaded(params) if offload else params, tokenizer, terminators, batch_size, offload)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +65,7 @@ class Scorer:
     tokenizer: Any
     terminators: tuple[int, ...]
     batch_size: int = 16
+    offload: bool = False  # the params are in the host's memory
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **options: Any) -> np.ndarray:
         """Float32[N], by the model's rule of combination; the options are those of `members`."""
@@ -83,14 +100,14 @@ class Scorer:
     def rows(self, rows: Sequence[np.ndarray]) -> np.ndarray:
         """Float32[N M] of rows of ids, in their order; the longest are read together."""
         scores = np.zeros((len(rows), self.params["head"].shape[0]), np.float32)
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        order, params = sorted(range(len(rows)), key=lambda i: -len(rows[i])), self._on_device()
         for at in range(0, len(order), self.batch_size):
             part = order[at : at + self.batch_size]
             tokens = np.zeros((self.batch_size, self._width(len(rows[part[0]]))), np.int32)
             lengths = np.zeros(self.batch_size, np.int32)
             for b, i in enumerate(part):
                 tokens[b, : len(rows[i])], lengths[b] = rows[i], len(rows[i])
-            scores[part] = np.asarray(self._compiled(self.params, tokens, lengths))[: len(part)]
+            scores[part] = np.asarray(self._compiled(params, tokens, lengths))[: len(part)]
         return scores
 
     def steps(self, prompt: str, steps: Sequence[str]) -> np.ndarray:
@@ -109,8 +126,11 @@ class Scorer:
         tokens[0, : len(ids)] = ids
         places = np.zeros((1, MOST_STEPS * -(-len(ends) // MOST_STEPS)), np.int32)  # of few shapes
         places[0, : len(ends)] = ends
-        found = self._compiled_at(self.params, tokens, np.array([len(ids)], np.int32), places)
+        found = self._compiled_at(self._on_device(), tokens, np.array([len(ids)], np.int32), places)
         return np.asarray(found)[0, : len(ends)]
+
+    def _on_device(self) -> PyTree:
+        return fetched(self.params) if self.offload else self.params
 
     def _width(self, longest: int) -> int:
         """The next power of two, and no more than the model reads, unless a row is longer."""

@@ -21,9 +21,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.models.cache import Cache, empty_cache
-from jaxalign.models.decoder import layer_params
 from jaxalign.models.layout import Layout
 from jaxalign.ops.sampling import Drawn, sample
+from jaxalign.rollout.weights import Weights
 from jaxalign.types import PyTree, Unembedding
 
 
@@ -113,21 +113,6 @@ def empty_slots(
         ),
         model.compute.layout,
     )
-
-
-class Weights(NamedTuple):
-    """A model's parameters, and those of its layers one by one, taken once for many calls."""
-
-    params: PyTree
-    layers: tuple[PyTree, ...]
-
-
-def weights_of(params: PyTree) -> Weights:
-    """With a second copy of the blocks: a token's products cost no more than taking layers out of the stack."""
-    return Weights(params, _take(params))
-
-
-_take = jax.jit(layer_params)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="slots")

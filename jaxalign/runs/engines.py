@@ -52,7 +52,7 @@ def make_engine(
     """
     slots = -(-min(config.slots, config.batch_size * config.n) // ways) * ways
     if config.engine is None:
-        return LocalEngine(program.graphdef, slots=slots, prompt_room=prompt_room)
+        return LocalEngine(program.graphdef, slots=slots, prompt_room=prompt_room, layout=config.decode_layout)
     return HttpEngine(
         config.engine,
         kind=config.engine_kind,

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxalign.algorithms.ppo import check, ppo
 from jaxalign.algorithms.trust_region import follow
 from jaxalign.data import supervised
@@ -29,22 +31,10 @@ def run(config: PPOConfig) -> int:
 
 
 def _gather(config: PPOConfig, starts: bool) -> train.Task:
-    algorithm, loss = config.algorithm, select(config.algorithm.loss, POLICY_LOSSES)
     _check(config)
     base, asked = rollouts.gather(config, starts)
     critic = critics.plan(config, base, asked.rewards.folders)
     text = _pretraining(config, base)
-
-    def build(graphdef: Any, ref_graphdef: Any) -> Any:
-        return ppo(
-            graphdef,
-            critic.graphdef,
-            ref_graphdef=ref_graphdef,
-            **_settings(algorithm) | {"loss": loss},
-            temperature=config.temperature,
-            implementation=implementation(config),
-            mesh=base.mesh,
-        )
 
     def source(task: train.Task, program: Program, frozen: Any, numbers: Iterator, resumed_at: int) -> Rollouts:
         batch_of = functools.partial(_batch, text)
@@ -53,20 +43,10 @@ def _gather(config: PPOConfig, starts: bool) -> train.Task:
             config, task, program, frozen, numbers, resumed_at, asked=asked, batch_of=batch_of, policy_of=policy_of
         )
 
-    method = Method(
-        build,
-        reference=True,
-        follow=follow(alpha=config.ref_update.alpha, every=config.ref_update.every)
-        if config.ref_update.every
-        else None,
-        epochs=algorithm.epochs,
-        updates=algorithm.epochs * algorithm.minibatches,
-        critic=critic.critic,
-    )
     return train.Task(
         config,
         base,
-        method,
+        method_of(config, base.mesh, critic),
         asked.batches,
         held_out=[],
         shapes=len(bucket_widths(config.max_length)),
@@ -78,11 +58,42 @@ def _gather(config: PPOConfig, starts: bool) -> train.Task:
     )
 
 
+def method_of(config: PPOConfig, mesh: Mesh, critic: critics.Plan) -> Method:
+    """What is compiled of a config."""
+    algorithm, loss = config.algorithm, select(config.algorithm.loss, POLICY_LOSSES)
+
+    def build(graphdef: Any, ref_graphdef: Any) -> Any:
+        return ppo(
+            graphdef,
+            critic.graphdef,
+            ref_graphdef=ref_graphdef,
+            **_settings(algorithm) | {"loss": loss},
+            temperature=config.temperature,
+            implementation=implementation(config),
+            mesh=mesh,
+        )
+
+    return Method(
+        build,
+        reference=True,
+        offload=config.offload_reference,
+        follow=follow(alpha=config.ref_update.alpha, every=config.ref_update.every)
+        if config.ref_update.every
+        else None,
+        epochs=algorithm.epochs,
+        updates=algorithm.epochs * algorithm.minibatches,
+        critic=critic.critic,
+    )
+
+
 def _check(config: PPOConfig) -> None:
     algorithm = config.algorithm
+    select(algorithm.loss, POLICY_LOSSES)
     check(**_settings(algorithm))
     if config.ref_update.every and config.lora.rank:
         raise ValueError("--ref-update.every with --lora.rank: the base that adapters are on cannot follow the policy")
+    if config.ref_update.every and config.offload_reference:
+        raise ValueError("--ref-update.every with --offload-reference: a reference that moves is a part of the state")
     if bool(algorithm.pretraining_coef) != bool(config.pretraining_data):
         raise ValueError(
             f"--algorithm.pretraining-coef {algorithm.pretraining_coef:g} and --pretraining-data "

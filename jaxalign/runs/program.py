@@ -37,6 +37,7 @@ class Method(NamedTuple):
 
     build: Callable[[Any, Any], Algorithm]  # (graphdef of what is trained, graphdef of the frozen model)
     reference: bool = False  # a model that is not trained runs in `prepare`
+    offload: bool = False  # it lies in the hosts' memory, and is on the devices while `prepare` runs
     follow: FollowFn | None = None  # how it follows the policy; None: it is frozen
     epochs: int = 1  # passes over a batch
     updates: int = 1  # of the optimizer in a step
@@ -82,9 +83,10 @@ def make_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, method: Me
     key = jax.eval_shape(lambda: jax.random.key(0))
     create = lambda p, k, r: TrainState.create(p, adamw, k, carry=algorithm.carry, reference=r)  # noqa: E731
     like = jax.eval_shape(create, trained, key, reference)
-    like, frozen = sharding.placed(like, mesh), sharding.placed(frozen, mesh)
+    like, frozen = sharding.placed(like, mesh), sharding.placed(frozen, mesh, offload=method.offload)
     train_step = make_train_step(algorithm, adamw, microbatches=config.microbatches)
-    return Program(graphdef, algorithm, adamw, rate, like, frozen, sharding.jit_step(train_step, like, frozen, mesh))
+    step = sharding.jit_step(train_step, like, frozen, mesh, offload=method.offload)
+    return Program(graphdef, algorithm, adamw, rate, like, frozen, step)
 
 
 def decoder(config: TrainConfig, model: ModelConfig, mesh: Mesh, lora: Lora | None) -> tuple[Any, PyTree]:

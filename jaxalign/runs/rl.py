@@ -85,6 +85,7 @@ def _gather(config: PolicyConfig, starts: bool) -> train.Task:
         Method(
             build,
             reference=algorithm.reference,
+            offload=config.offload_reference,
             epochs=algorithm.epochs,
             updates=algorithm.epochs * algorithm.minibatches,
         ),
@@ -105,6 +106,8 @@ def _check(config: PolicyConfig) -> None:
         raise ValueError("--n 1: a response is judged beside others to its prompt; draw 2 or more")
     if algorithm.kl_coef and not algorithm.reference:
         raise ValueError(f"--algorithm.kl-coef {algorithm.kl_coef} needs the reference; leave --algorithm.reference on")
+    if config.offload_reference and not algorithm.reference:
+        raise ValueError("--offload-reference with --algorithm.no-reference: there is none to keep")
     if config.kl_budget is not None and not algorithm.reference:
         raise ValueError(f"--kl-budget {config.kl_budget} needs the reference; leave --algorithm.reference on")
     changed = config.reward_clip is not None or config.missing_end_penalty or config.length_penalty

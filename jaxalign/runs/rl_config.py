@@ -46,6 +46,10 @@ class RolloutConfig(TrainConfig):
     """What the server is; rollout/servers.py says how it must be started."""
     engine_reload: str | None = None
     """Requests that make it load the policy, if not those of its kind: '/load {"path": "{folder}"} /reset_cache'."""
+    decode_layout: Literal["tensor", "training"] = "tensor"
+    """Of weights while responses are drawn: cut by mesh.tensor alone, or as in training and gathered for each token."""
+    offload_reference: bool = False
+    """Keep the reference in the host's memory, and on the devices only while it scores responses."""
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,11 @@ def _check(config: RolloutConfig) -> None:
             f"{config.batch_size} prompts x {config.n} responses = {rows} rows cannot be cut into "
             f"--algorithm.minibatches {algorithm.minibatches} x --microbatches {config.microbatches}"
         )
+    if config.offload_reference and config.lora.rank:
+        raise ValueError(
+            f"--offload-reference with --lora.rank {config.lora.rank}: the reference is the base that the adapters are "
+            "on, which every update needs; --lora.quantise makes it small"
+        )
     if config.check_kernels:
         raise ValueError("--check-kernels compares on the first batch, which is not made yet; check with jaxalign sft")
     if jax.process_count() > 1 and config.engine is not None:

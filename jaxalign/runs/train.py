@@ -21,6 +21,7 @@ from jaxalign.models.config import ModelConfig, train_flops_per_token
 from jaxalign.models.decoder import init_params
 from jaxalign.models.load import check_files, load_params
 from jaxalign.models.lora import Lora
+from jaxalign.models.offload import offloaded
 from jaxalign.runs import adapters, devices, finish, hosts, members, samples
 from jaxalign.runs.check import check_kernels
 from jaxalign.runs.config import TrainConfig
@@ -204,9 +205,11 @@ def load_frozen(task: Task, program: Program) -> Any:
 
 
 def _load_reference(task: Task, like: Any) -> Any:
-    config, placed = task.config, jax.tree.map(lambda x: x.sharding, like)
+    """Loaded on the devices, wherever it then lies: nothing else is there yet."""
+    config, placed = task.config, jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), like)
     source = getattr(config, "ref_model", None) or config.model
-    return load_params(source, task.base.model, param_dtype=config.param_dtype, shardings=placed)
+    params = load_params(source, task.base.model, param_dtype=config.param_dtype, shardings=placed)
+    return offloaded(params) if task.method.offload else params
 
 
 def _start_or_resume(

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.models.offload import fetched, on_host
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import TrainStep
 from jaxalign.types import PyTree, leaf_names
@@ -74,10 +75,15 @@ def shardings(tree: PyTree, mesh: Mesh, rules: tuple[tuple[str, P], ...] = RULES
     return jax.tree.map(place, leaf_names(tree), tree)
 
 
-def placed(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The tree as ShapeDtypeStructs that carry their shardings."""
+def placed(tree: PyTree, mesh: Mesh, *, offload: bool = False) -> PyTree:
+    """The tree as ShapeDtypeStructs that carry their shardings; with `offload` in the hosts' memory."""
     struct = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
-    return jax.tree.map(struct, tree, shardings(tree, mesh))
+    return jax.tree.map(struct, tree, _places(tree, mesh, offload))
+
+
+def _places(tree: PyTree, mesh: Mesh, offload: bool) -> PyTree:
+    places = shardings(tree, mesh)
+    return jax.tree.map(on_host, places) if offload else places
 
 
 def _divisible(name: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> P:
@@ -111,12 +117,19 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def jit_step(train_step: TrainStep, abstract_state: TrainState, frozen: PyTree, mesh: Mesh) -> Any:
-    """`train_step` compiled for the mesh: state donated and kept in place, batch by rows, metrics on every device."""
+def jit_step(
+    train_step: TrainStep, abstract_state: TrainState, frozen: PyTree, mesh: Mesh, *, offload: bool = False
+) -> Any:
+    """`train_step` compiled for the mesh: state donated and kept in place, batch by rows, metrics on every device.
+
+    With `offload` the frozen tree lies in the hosts' memory, and the step itself brings it to the devices, where its
+    room is free again behind its last use: of a reference that is `prepare`, before gradients and activations are made.
+    """
     state = shardings(abstract_state, mesh)
+    fetching = lambda state, frozen, batch: train_step(state, fetched(frozen), batch)  # noqa: E731
     return jax.jit(
-        train_step,
-        in_shardings=(state, shardings(frozen, mesh), NamedSharding(mesh, ROWS)),
+        fetching if offload else train_step,
+        in_shardings=(state, _places(frozen, mesh, offload), NamedSharding(mesh, ROWS)),
         out_shardings=(state, NamedSharding(mesh, P())),
         donate_argnums=0,
     )

@@ -178,13 +178,14 @@ def test_sampled_frequencies_are_the_distribution_of_the_model(model):
     assert chi_square < freedom + 3.1 * np.sqrt(2 * freedom) + 10
 
 
-def test_a_mesh_gives_the_tokens_of_one_device(model):
+@pytest.mark.parametrize("layout", ["training", "tensor"])
+def test_a_mesh_gives_the_tokens_of_one_device(model, layout):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     config = model_config({"architectures": ["LlamaForCausalLM"], **TINY["llama"]})
     graphdef, abstract = make_decoder(config, layout=Layout(mesh))
     params = jax.device_put(model[1], sharding.shardings(abstract, mesh))
     sampling = Sampling(18)
-    assert ids(generate((graphdef, params), sampling, slots=4)) == ids(generate(model, sampling))
+    assert ids(generate((graphdef, params), sampling, slots=4, layout=layout)) == ids(generate(model, sampling))
 
 
 def test_a_cache_of_int8_hardly_changes_the_scores(model, scored):
@@ -202,6 +203,8 @@ def test_what_cannot_be_answered_is_refused(model):
     ):
         with pytest.raises(ValueError, match=message):
             generate(model, Sampling(4, **options), requests=[request])
+    with pytest.raises(ValueError, match="layout='fsdp' is not one of training, tensor"):
+        LocalEngine(model[0], layout="fsdp")
     assert generate(model, Sampling(4), requests=[]) == []
 
 

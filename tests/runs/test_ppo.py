@@ -133,6 +133,17 @@ def test_other_critics_and_references(changes, kl, trained, tmp_path, one_device
     assert found[2]["value_loss"] != found[0]["value_loss"]
 
 
+def test_a_reference_in_host_memory_changes_no_bit(trained, tmp_path, one_device):  # noqa: F811
+    config = dataclasses.replace(
+        trained, steps=2, pretraining_data=None, algorithm=PPOAlgorithm(kl_coef=0.05, epochs=2)
+    )
+    here, away = (dataclasses.replace(config, output=tmp_path / name) for name in ("here", "away"))
+    assert ppo.run(here) == ppo.run(dataclasses.replace(away, offload_reference=True)) == 0
+    assert rows(here.output) == rows(away.output) and rows(here.output)[1]["kl"] > 1e-3
+    for key, tensor in final(here.output).items():
+        assert final(away.output)[key].tobytes() == tensor.tobytes()
+
+
 def test_a_budget_of_kl_ends_the_run_and_the_same_command_finds_it_complete(trained, tmp_path, one_device, caplog):  # noqa: F811
     config = dataclasses.replace(trained, output=tmp_path / "run", kl_budget=0.5, pretraining_data=None)
     config = dataclasses.replace(config, algorithm=PPOAlgorithm(kl_coef=0.0, epochs=2))
@@ -157,6 +168,8 @@ def test_a_budget_of_kl_ends_the_run_and_the_same_command_finds_it_complete(trai
         (["--kl-budget", "-1"], "it must be above 0"),
         (["--check-kernels"], "check with jaxalign sft"),
         (["--ref-update.every", "1", "--lora.rank", "2"], "cannot follow the policy"),
+        (["--ref-update.every", "1", "--offload-reference"], "a part of the state"),
+        (["--lora.rank", "2", "--offload-reference"], "the base that the adapters are on"),
         (["--ref-update.every", "1", "--ref-update.alpha", "2"], "must be in (0, 1]"),
     ],
 )

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -116,6 +117,22 @@ def test_a_policy_is_rewarded_by_the_folder_with_the_scores_that_it_gives(traine
     np.testing.assert_allclose(rewards(prompts, responses, {"finished": [True, False]}), expected, atol=1e-6)
     with pytest.raises((ValueError, OSError), match="nowhere"):
         Rewards("reward_model(path='/nowhere')")
+
+
+def test_a_reward_model_in_few_bits_nearly_agrees_and_one_in_host_memory_agrees_to_the_bit(trained, scorer):
+    folder = str(trained.output / "final")
+    prompts = [f"{count} {asked} ?" for count in ("one", "two") for asked in ("cat", "dog", "red", "the")]
+    responses = ["cat the a", "dog", "red dog blue", "dog red blue a the", "cat", "the the dog", "a", "blue cat"]
+    expected = scorer.members(prompts, responses)
+    away = load_reward_model(folder, batch_size=4, offload=True)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(away.params)} == {"pinned_host"}
+    np.testing.assert_array_equal(away.members(prompts, responses), expected)
+    for kind, most in (("int8", 0.03), ("nf4", 0.3)):  # scores have a standard deviation of 1
+        found = load_reward_model(folder, batch_size=4, quantise=kind, offload=True).members(prompts, responses)
+        print(kind, np.abs(found - expected).max(), np.corrcoef(found.mean(axis=1), expected.mean(axis=1))[0, 1])
+        assert 0 < np.abs(found - expected).max() < most
+    with pytest.raises(ValueError, match="quantise='int4' is not one of none, int8, nf4"):
+        Rewards(f"reward_model(path={folder!r}, quantise='int4')")
 
 
 def test_a_vocabulary_with_nothing_but_an_eos_token_pads_with_its_last_word(tiny_model):

@@ -164,6 +164,7 @@ def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(tra
         (["--algorithm.kl-coef", "0.1", "--algorithm.no-reference"], "needs the reference"),
         (["--algorithm.advantages", "decoupled", "--reward-clip", "1"], "one by one, not their sum"),
         (["--algorithm.importance-cap", "0"], "--algorithm.importance-cap 0.0: it must be above 0"),
+        (["--offload-reference", "--algorithm.no-reference"], "there is none to keep"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, prompts, tmp_path, capsys):

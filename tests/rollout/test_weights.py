@@ -1,0 +1,76 @@
+"""Weights as generation reads them: cast once, gathered once, and never copied where they are right as they lie."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxalign.models.decoder import init_params, make_decoder
+from jaxalign.models.families import model_config
+from jaxalign.models.layout import Layout
+from jaxalign.models.lora import Lora, init_adapter, join, split
+from jaxalign.rollout import slots as device
+from jaxalign.rollout.slots import Sampling
+from jaxalign.rollout.weights import weights_of
+from jaxalign.training import sharding
+from jaxalign.types import leaf_names
+from tests.models.tiny import TINY
+
+CONFIG = model_config({"architectures": ["LlamaForCausalLM"], **TINY["llama"], "vocab_size": 64})
+PARAMS = init_params(CONFIG, jax.random.key(0))
+
+
+def on_a_mesh():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    graphdef, abstract = make_decoder(CONFIG, compute_dtype=jnp.bfloat16, layout=Layout(mesh))
+    return graphdef, jax.device_put(PARAMS, sharding.shardings(abstract, mesh))
+
+
+def named(tree):
+    return dict(zip(jax.tree.leaves(leaf_names(tree)), jax.tree.leaves(tree), strict=True))
+
+
+def test_kernels_and_embeddings_are_whole_but_for_tensor_and_in_the_dtype_of_compute():
+    graphdef, params = on_a_mesh()
+    weights = weights_of(graphdef, params, layout="tensor")
+    assert weights.params["blocks"] is params["blocks"]
+    found = named(weights.layers[1]) | named({"embed": weights.params["embed"], "norm": weights.params["norm"]})
+    for name, x in found.items():
+        cast = name.endswith(("kernel", "embedding"))
+        assert x.dtype == (jnp.bfloat16 if cast else jnp.float32), name
+        shares = {shard.data.size for shard in x.addressable_shards}
+        assert shares == {x.size // 2 if cast else x.size}, name  # of tensor=2; norms are whole in any layout
+    up = params["blocks"]["mlp"]["up"]["kernel"][1].astype(jnp.bfloat16)
+    assert (weights.layers[1]["mlp"]["up"]["kernel"] == up).all()
+
+
+@pytest.mark.parametrize("layout", ["training", "tensor"])
+def test_a_token_gathers_weights_in_the_layout_of_training_alone(layout):
+    """Read from the compiled loop over tokens: the shares of kernels that tensor=2 leaves, gathered over fsdp=2."""
+    graphdef, params = on_a_mesh()
+    weights, sampling = weights_of(graphdef, params, layout=layout), Sampling(8)
+    slots = device.empty_slots(
+        graphdef, params, slots=4, prompt=8, response=8, sampling=sampling, cache_dtype=jnp.bfloat16
+    )
+    text = device.decode.lower(graphdef, weights, slots, 5, 8, sampling=sampling).compile().as_text()
+    results = [line.split(" all-gather", 1)[0] for line in text.splitlines() if re.search(r" all-gather\S*\(", line)]
+    gathered = {tuple(map(int, dims.split(","))) for line in results for dims in re.findall(r"\w\d+\[([\d,]+)\]", line)}
+    kernels = {(32, 16), (32, 8), (16, 32), (32, 24), (24, 32)}
+    assert (gathered & kernels == kernels) if layout == "training" else not gathered & kernels
+
+
+def test_what_is_right_as_it_lies_is_not_copied():
+    graphdef, _ = make_decoder(CONFIG)
+    params = init_params(CONFIG, jax.random.key(0))
+    held = named({name: x for name, x in params.items() if name != "blocks"})
+    found = named({name: x for name, x in weights_of(graphdef, params).params.items() if name != "blocks"})
+    assert all(found[name].unsafe_buffer_pointer() == x.unsafe_buffer_pointer() for name, x in held.items())
+
+
+def test_kernels_whose_norms_dora_takes_keep_their_dtype():
+    lora = Lora(2, 4.0, ("mlp/down",), dora=True)
+    graphdef, abstract = make_decoder(CONFIG, compute_dtype=jnp.bfloat16, lora=lora)
+    adapter = init_adapter(split(abstract)[1], jax.random.key(1), base=PARAMS)
+    layer = weights_of(graphdef, join(adapter, PARAMS)).layers[0]["mlp"]
+    assert layer["down"]["kernel"].dtype == jnp.float32 and layer["up"]["kernel"].dtype == jnp.bfloat16
