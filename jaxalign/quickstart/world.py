@@ -175,6 +175,11 @@ def preference_rows(seed: int, count: int) -> list[dict[str, str]]:
     return [{"prompt": q.prompt, "chosen": good_answer(q), "rejected": bad_answer(q, rng)} for q, _ in found]
 
 
+def question_rows(seed: int, count: int) -> list[dict]:
+    """Questions to be answered, each with what the judge has to know of it."""
+    return [dataclasses.asdict(question) for question, _ in zip(questions(seed + 3), range(count), strict=False)]
+
+
 def held_out_pairs(seed: int, asked: Sequence[Question]) -> list[dict[str, str]]:
     """A good and a bad answer to each of these questions."""
     rng = np.random.default_rng((seed, 5))

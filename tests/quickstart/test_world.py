@@ -12,11 +12,14 @@ ROWS = {
     "pretraining": lambda seed: world.pretraining_rows(seed, 2000),
     "instructions": lambda seed: world.instruction_rows(seed, 1000),
     "preferences": lambda seed: world.preference_rows(seed, 1000),
+    "questions": lambda seed: world.question_rows(seed, 1000),
 }
 
 
 def texts(row):
-    return [m["content"] for m in row["messages"]] if "messages" in row else list(row.values())
+    if "messages" in row:
+        return [message["content"] for message in row["messages"]]
+    return [value for value in row.values() if isinstance(value, str)] + list(row.get("wrong", ()))
 
 
 @pytest.mark.parametrize("kind", ROWS)
