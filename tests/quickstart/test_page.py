@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import numpy as np
 
 from jaxalign.quickstart.judge import judge
-from jaxalign.quickstart.pipeline import Stage, render, table
+from jaxalign.quickstart.page import Stage, render, table
 from jaxalign.quickstart.reward_stage import Agreement, agreement
 from jaxalign.quickstart.world import Question
 
