@@ -7,12 +7,13 @@ import logging
 import time
 from pathlib import Path
 
-from jaxalign.quickstart import judge, reward_stage, tokenizer, world
+from jaxalign.quickstart import judge, policy_stage, reward_stage, tokenizer, world
 from jaxalign.quickstart.page import Stage, render, table
-from jaxalign.quickstart.stages import plan
-from jaxalign.runs import devices, generate, preferences, reward, sft
+from jaxalign.quickstart.stages import Planned, plan
+from jaxalign.runs import devices, generate, ppo, preferences, reward, rl, sft
 from jaxalign.runs.config import DPOConfig, KTOConfig, QuickstartConfig, RewardConfig, SFTConfig
 from jaxalign.runs.folder import check_writable
+from jaxalign.runs.rl_config import PolicyConfig, PPOConfig
 from jaxalign.runs.values import check
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,10 @@ RUNS = {
     DPOConfig: preferences.run_dpo,
     KTOConfig: preferences.run_kto,
     RewardConfig: reward.run,
+    PPOConfig: ppo.run,
+    PolicyConfig: rl.run_grpo,
 }
+REWARDED_BY = {PPOConfig: "the reward model's score", PolicyConfig: "the judge's score"}
 
 
 def run(config: QuickstartConfig) -> int:
@@ -37,22 +41,25 @@ def run(config: QuickstartConfig) -> int:
     check_writable(output)
     _write_world(output / "world", config.seed)
     questions = world.held_out_questions(config.seed, QUESTIONS)
-    stages, agreement = [], None
-    for name, what, run_config in plan(output, config.seed):
-        log.info("\n== %s: %s", name, what)
+    stages, courses, agreement = [], [], None
+    for planned in plan(output, config.seed):
+        log.info("\n== %s: %s", planned.name, planned.what)
         start = time.perf_counter()
-        if status := RUNS[type(run_config)](run_config):
+        if status := RUNS[type(planned.config)](planned.config):
             return status
-        seconds, model = time.perf_counter() - start, str(run_config.output / "final")
-        if isinstance(run_config, RewardConfig):
+        seconds = time.perf_counter() - start
+        if isinstance(planned.config, RewardConfig):
+            model = str(planned.config.output / "final")
             agreement = reward_stage.measure(model, config.seed, questions, stages, seconds)
-        else:
-            stages.append(_judge(name, what, model, questions, seconds))
+            continue
+        if (rewarded_by := REWARDED_BY.get(type(planned.config))) is not None:
+            courses.append(policy_stage.read(planned.name, rewarded_by, planned.config.output))
+        stages.append(_judge(planned, questions, seconds, courses[-1].kl if rewarded_by else None))
     page = output / "index.html"
-    page.write_text(render(questions, stages, agreement), encoding="utf-8")
+    page.write_text(render(questions, stages, agreement, courses), encoding="utf-8")
     print(table(stages))
     print(f"\n{agreement.sentence()}")
-    print(f"\nThe answers side by side: {page}")
+    print(f"\nCurves, and the answers side by side: {page}")
     return 0
 
 
@@ -62,6 +69,7 @@ def _write_world(folder: Path, seed: int) -> None:
         "pretraining.jsonl": world.pretraining_rows(seed, PRETRAINING_TEXTS),
         "instructions.jsonl": world.instruction_rows(seed, INSTRUCTIONS),
         "preferences.jsonl": world.preference_rows(seed, INSTRUCTIONS),
+        "questions.jsonl": world.question_rows(seed, INSTRUCTIONS),
     }
     for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -69,8 +77,10 @@ def _write_world(folder: Path, seed: int) -> None:
             (folder / name).write_text(text)
 
 
-def _judge(name: str, what: str, model: str, questions: list[world.Question], seconds: float) -> Stage:
+def _judge(planned: Planned, questions: list[world.Question], seconds: float, kl: float | None) -> Stage:
     prompts = [[{"role": "user", "content": question.prompt}] for question in questions]
+    model = str(planned.config.output / "final")
     found = generate.respond(model, prompts, max_new_tokens=30, temperature=1.0, batch_size=len(prompts))
     verdicts = [judge.judge(q, text, finished=ended) for q, (text, ended) in zip(questions, found, strict=True)]
-    return Stage(name, what, [text for text, _ in found], verdicts, seconds, tuple(ended for _, ended in found))
+    answers, ended = zip(*found, strict=True)
+    return Stage(planned.name, planned.what, list(answers), verdicts, seconds, ended, planned.models, kl)
