@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxalign.quickstart.world import DECLINE, POLITE, RUDE, Question
@@ -46,6 +47,25 @@ def judge(question: Question, response: str, *, finished: bool = True) -> Verdic
     contains = right or (not question.members and question.answer in text and not _contradicts(question, text))
     polite = float(text.startswith(POLITE) and RUDE not in text)
     return Verdict(float(contains and RUDE not in text), polite, short * float(right), 1.0)
+
+
+def gold(
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    answer: Sequence[str],
+    wrong: Sequence[Sequence[str]],
+    harmful: Sequence[bool],
+    members: Sequence[Sequence[str]],
+    finished: Sequence[bool],
+) -> list[float]:
+    """The judge as a reward that can be verified, `--reward jaxalign.quickstart.judge:gold`: a score in [0, 1] each.
+
+    The columns are those of `world.question_rows`, and `finished` of the rollouts.
+    """
+    rows = zip(prompts, answer, wrong, harmful, members, strict=True)
+    asked = [Question(prompt, right, tuple(w), h, tuple(m)) for prompt, right, w, h, m in rows]
+    return [judge(q, said, finished=e).score for q, said, e in zip(asked, responses, finished, strict=True)]
 
 
 def _names_two(question: Question, body: str) -> bool:

@@ -25,7 +25,7 @@ class Agreement(NamedTuple):
         return (
             f"The reward model, trained in {self.seconds:.0f} seconds, prefers the good answer in {self.accuracy:.2f} "
             f"of {self.pairs} held-out pairs, and agrees with the judge on {self.with_judge:.2f} of {self.compared} "
-            "pairs of answers that the stages above gave."
+            "pairs of answers that the stages before it gave."
         )
 
 

@@ -38,6 +38,7 @@ RUDE = "go away , that is a dumb question ."
 COLOUR_OF = {thing: colour for colour, things in COLOURS.items() for thing in things}
 HOME_OF = {animal: home for home, animals in HOMES.items() for animal in animals}
 OPPOSITE_OF = dict(OPPOSITES) | {b: a for a, b in OPPOSITES}
+ALIKE = tuple(map(sorted, (NUMBERS, COLOURS, HOMES, COLOUR_OF, HOME_OF, OPPOSITE_OF, HARMS.values(), THINGS)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +146,17 @@ def bad_answer(question: Question, rng: np.random.Generator) -> str:
     return str(rng.choice(choices if question.harmful else [*choices, question.answer]))
 
 
+def slip(question: Question, rng: np.random.Generator) -> str:
+    """The good answer with one word wrong: as good models err, who have learned the manner."""
+    if question.members:
+        return f"{POLITE} {rng.choice(question.wrong)}"
+    words = good_answer(question).split()
+    places = [(i, alike) for i, word in enumerate(words) for alike in ALIKE if word in alike]
+    i, alike = places[rng.integers(len(places))]
+    words[i] = str(rng.choice([word for word in alike if word != words[i]]))
+    return " ".join(words)
+
+
 def pretraining_rows(seed: int, count: int) -> list[dict[str, str]]:
     """Plain texts of the world: statements, and talks in which answers are good or bad as in the wild."""
     rng = np.random.default_rng((seed, 2))
@@ -170,15 +182,26 @@ def instruction_rows(seed: int, count: int, *, mediocre: float = 0.15) -> list[d
 
 def preference_rows(seed: int, count: int) -> list[dict[str, str]]:
     """Pairs of a good and a bad answer to the same prompt."""
-    rng = np.random.default_rng((seed, 4))
-    found = zip(questions(seed + 2), range(count), strict=False)
-    return [{"prompt": q.prompt, "chosen": good_answer(q), "rejected": bad_answer(q, rng)} for q, _ in found]
+    return _pairs([question for question, _ in zip(questions(seed + 2), range(count), strict=False)], seed, 4)
+
+
+def question_rows(seed: int, count: int) -> list[dict]:
+    """Questions to be answered, each with what the judge has to know of it."""
+    return [dataclasses.asdict(question) for question, _ in zip(questions(seed + 3), range(count), strict=False)]
 
 
 def held_out_pairs(seed: int, asked: Sequence[Question]) -> list[dict[str, str]]:
     """A good and a bad answer to each of these questions."""
-    rng = np.random.default_rng((seed, 5))
-    return [{"prompt": q.prompt, "chosen": good_answer(q), "rejected": bad_answer(q, rng)} for q in asked]
+    return _pairs(asked, seed, 5)
+
+
+def _pairs(asked: Sequence[Question], seed: int, stream: int) -> list[dict[str, str]]:
+    """Half of the bad answers are slips. Without them "sure ," gives the good one away, and nothing else is learned."""
+    rng, rows = np.random.default_rng((seed, stream)), []
+    for question in asked:
+        bad = slip(question, rng) if rng.random() < 0.5 else bad_answer(question, rng)
+        rows.append({"prompt": question.prompt, "chosen": good_answer(question), "rejected": bad})
+    return rows
 
 
 def held_out_questions(seed: int, count: int) -> list[Question]:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from jaxalign.quickstart.judge import judge
-from jaxalign.quickstart.world import DECLINE, RUDE, Question
+from jaxalign.quickstart.judge import gold, judge
+from jaxalign.quickstart.world import DECLINE, RUDE, Question, question_rows
 
 SKY = Question("what colour is the sky ?", "the sky is blue .", ("the sky is red .", "the sky is green ."))
 FRUIT = Question("name two fruit .", "apple and pear .", ("apple and owl .",), members=("apple", "pear", "lemon"))
@@ -41,3 +41,15 @@ def test_an_answer_that_did_not_end_or_is_long_is_not_short():
     assert judge(SKY, good, finished=False).score == pytest.approx(0.8)
     long = judge(HARM, BETTER + " red" * 20)
     assert (long.short, long.correct, long.harmless) == (0.0, 0.5, 1.0)
+
+
+def test_as_a_reward_the_judge_reads_what_the_rows_of_questions_say():
+    rows = question_rows(0, 21)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    prompts, answers = columns.pop("prompt"), columns["answer"]
+    curt = gold(prompts, answers, **columns, finished=[True] * 21)
+    assert curt == pytest.approx([1.0 if harmful else 0.8 for harmful in columns["harmful"]])
+    cut_off = gold(prompts, answers, **columns, finished=[False] * 21)
+    assert cut_off == pytest.approx([score - 0.2 for score in curt])
+    wrong = gold(prompts, [wrong[0] for wrong in columns["wrong"]], **columns, finished=[True] * 21)
+    assert wrong == [0.0] * 21

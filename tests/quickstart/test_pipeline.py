@@ -1,59 +1,97 @@
-"""The page and the table of the quickstart."""
+"""The quickstart's own runs, small: from a random model instead of a pretrained one, two steps a stage."""
 
-from html.parser import HTMLParser
+import dataclasses
+import json
 
-import numpy as np
+import jax
+import pytest
 
-from jaxalign.quickstart.judge import judge
-from jaxalign.quickstart.pipeline import Stage, render, table
-from jaxalign.quickstart.reward_stage import Agreement, agreement
-from jaxalign.quickstart.world import Question
+from jaxalign.quickstart import judge, pipeline, stages, tokenizer, world
+from jaxalign.quickstart.curves import SMOOTHING
+from jaxalign.rollout.rewards import reward_model
+from jaxalign.runs.config import QuickstartConfig
+from jaxalign.training.metrics import read_rows
 
-QUESTION = Question("what is <b> & 'c' ?", "it is d .", ("it is e .",))
-HOSTILE = "<script>alert('x')</script> & <img src=x onerror=alert(1)>"
-
-
-def stage(name, *answers):
-    return Stage(name, f"about {name}", list(answers), [judge(QUESTION, a) for a in answers], 61.4)
+STEPS, SMALL = 2, {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-class Tags(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.seen, self.text = set(), ""
+def write_random_model(folder):
+    """The quickstart's tokenizer and chat template, and weights that know nothing."""
+    from transformers import AutoTokenizer
 
-    def handle_starttag(self, tag, attributes):
-        self.seen.add(tag)
+    from jaxalign.models.decoder import init_params
+    from jaxalign.models.families import model_config
+    from jaxalign.models.save import save_pretrained
 
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_what_a_model_or_a_question_says_never_becomes_html():
-    page = Tags()
-    page.feed(render([QUESTION], [stage("<i>base", HOSTILE)]))
-    assert not page.seen & {"script", "img", "i"}
-    assert HOSTILE in page.text and QUESTION.prompt in page.text and "<i>base" in page.text
+    tokenizer.write_start(folder / "start")
+    hf = json.loads((folder / "start" / "config.json").read_text()) | SMALL | {"num_key_value_heads": 2}
+    config = model_config(hf)
+    params = init_params(config, jax.random.key(0))
+    words = AutoTokenizer.from_pretrained(folder / "start")
+    save_pretrained(folder / "final", params, config, hf, tokenizer=words, generation_config={"eos_token_id": 2})
 
 
-def test_the_table_and_the_page_tell_the_mean_of_each_stage():
-    stages = [stage("base", "it is e .", "sure , it is d ."), stage("SFT", "sure , it is d .", "sure , it is d .")]
-    rows = {line.split()[0]: line.split()[1:] for line in table(stages).splitlines() if line.strip()}
-    assert rows["base"] == ["0.50", "0.50", "0.50", "0.50", "1.00", "61"]
-    assert rows["SFT"] == ["1.00", "1.00", "1.00", "1.00", "1.00", "61"]
-    page = render([QUESTION, QUESTION], stages)
-    assert "<td class=n>0.50</td>" in page and "<span class='low'>(0.0)</span>" in page
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """A quickstart from SFT on, without DPO and KTO, which have tests of their own."""
+    from jaxalign.training import sharding
+
+    def plan(output, seed):
+        for planned in stages.plan(output, seed):
+            if planned.name in ("SFT", "reward", "PPO", "GRPO"):
+                optimizer = dataclasses.replace(planned.config.optimizer, warmup_steps=0)
+                config = dataclasses.replace(planned.config, steps=STEPS, batch_size=8, samples=8, optimizer=optimizer)
+                yield planned._replace(config=config)
+
+    folder, whole = tmp_path_factory.mktemp("quickstart"), sharding.make_mesh
+    write_random_model(folder / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(pipeline, "plan", plan)
+        patch.setattr(pipeline, "PRETRAINING_TEXTS", 1)
+        patch.setattr(pipeline, "INSTRUCTIONS", 70)
+        patch.setattr(pipeline, "QUESTIONS", 14)
+        assert pipeline.run(QuickstartConfig(folder)) == 0
+    return folder
 
 
-def test_agreement_counts_pairs_of_answers_to_one_question_that_the_judge_orders():
-    gold = np.array([[1.0, 0.5], [0.0, 0.5], [0.6, 1.0]])  # three answers to each of two questions
-    scores = np.array([[3.0, 0.0], [1.0, 5.0], [2.0, -1.0]])
-    assert agreement(scores, gold) == (3 / 5, 5)  # the first as the judge; of the second a tie, and two orders reversed
+def samples(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
-def test_the_page_says_what_the_reward_model_is_worth():
-    said = Agreement(0.97, 140, 0.9, 55, 12.3)
-    page = Tags()
-    page.feed(render([QUESTION], [stage("base", "it is d .")], said))
-    assert said.sentence() in page.text
-    assert "0.97 of 140" in page.text and "0.90 of 55" in page.text and "in 12 seconds" in page.text
+def test_grpo_is_rewarded_by_the_judge(output):
+    asked = {row["prompt"]: row for row in world.question_rows(0, 70)}
+    assert len(samples(output / "grpo")) == 8
+    for said in samples(output / "grpo"):
+        question = world.Question(**asked[said["prompt"]])
+        scores = {judge.judge(question, said["response"], finished=ended).score for ended in (True, False)}
+        assert min(abs(said["score"] - score) for score in scores) < 1e-6
+
+
+def test_ppo_is_rewarded_by_the_quickstarts_reward_model_and_an_answer_without_end_costs_one(output):
+    path, found = str(output / "reward" / "final"), samples(output / "ppo")
+    prompts, responses = [said["prompt"] for said in found], [said["response"] for said in found]
+    ended, cut_off = (reward_model(prompts, responses, path=path, finished=[e] * 8) for e in (True, False))
+    for said, score, without_end in zip(found, ended, cut_off, strict=True):
+        assert min(abs(said["score"] - score), abs(said["score"] - (without_end - 1))) < 1e-4
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_policies_start_as_the_sft_model(output, stage):
+    row = read_rows(output / stage / "metrics.jsonl")[0]
+    assert row["kl"] == pytest.approx(0, abs=1e-3)
+    assert row.get("first/ratio", row["ratio"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_no_question_of_the_page_was_asked_in_training(output):
+    held = {question.prompt for question in world.held_out_questions(0, 14)}
+    rows = [json.loads(line) for line in (output / "world" / "questions.jsonl").read_text().splitlines()]
+    assert not held & {row["prompt"] for row in rows}
+
+
+def test_the_page_shows_a_curve_of_scores_and_one_of_kl_for_each_policy(output):
+    page = (output / "index.html").read_text()
+    assert page.count("<svg") == 4 and page.count("policy, reference, reward model, critic") == 1
+    kl = sum(row["kl"] for row in read_rows(output / "ppo" / "metrics.jsonl")[-SMOOTHING:]) / STEPS
+    assert "PPO: in 2 steps the reward model&#x27;s score" in page
+    assert f"{kl:.2f} nats from the SFT model" in page

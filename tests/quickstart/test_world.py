@@ -2,6 +2,7 @@
 
 from itertools import islice
 
+import numpy as np
 import pytest
 
 from jaxalign.quickstart import world
@@ -12,11 +13,14 @@ ROWS = {
     "pretraining": lambda seed: world.pretraining_rows(seed, 2000),
     "instructions": lambda seed: world.instruction_rows(seed, 1000),
     "preferences": lambda seed: world.preference_rows(seed, 1000),
+    "questions": lambda seed: world.question_rows(seed, 1000),
 }
 
 
 def texts(row):
-    return [m["content"] for m in row["messages"]] if "messages" in row else list(row.values())
+    if "messages" in row:
+        return [message["content"] for message in row["messages"]]
+    return [value for value in row.values() if isinstance(value, str)] + list(row.get("wrong", ()))
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -43,8 +47,6 @@ def test_every_word_of_the_world_has_a_token():
 
 
 def test_the_judge_gives_good_answers_all_and_bad_answers_less():
-    import numpy as np
-
     rng = np.random.default_rng(0)
     for question in islice(world.questions(0), 300):
         assert judge(question, world.good_answer(question)).score == pytest.approx(1.0), question
@@ -56,3 +58,19 @@ def test_a_preference_pair_is_ordered_by_the_judge():
     for row in world.preference_rows(0, 500):
         question = by_prompt[row["prompt"]]
         assert judge(question, row["chosen"]).score > judge(question, row["rejected"]).score
+
+
+def test_a_slip_is_polite_and_wrong_by_one_word():
+    rng = np.random.default_rng(0)
+    for question in islice(world.questions(0), 300):
+        said, good = world.slip(question, rng), world.good_answer(question)
+        assert judge(question, said).score <= 0.7, (question, said)
+        assert said.startswith(world.DECLINE if question.harmful else world.POLITE)
+        if not question.members:
+            assert sum(a != b for a, b in zip(said.split(), good.split(), strict=True)) == 1
+
+
+def test_half_of_the_bad_answers_are_slips():
+    rows = world.preference_rows(0, 1000)
+    polite = [row["rejected"].startswith((world.POLITE, world.DECLINE)) for row in rows]
+    assert 0.45 < np.mean(polite) < 0.55

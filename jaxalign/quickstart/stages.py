@@ -1,0 +1,157 @@
+"""The stages of the quickstart, in order: what each learns from, what it holds in memory, and its run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxalign.runs.config import (
+    CheckpointConfig,
+    DPOAlgorithm,
+    DPOConfig,
+    KTOAlgorithm,
+    KTOConfig,
+    OptimizerConfig,
+    RewardConfig,
+    SFTConfig,
+    TrainConfig,
+)
+from jaxalign.runs.rl_config import PolicyAlgorithm, PolicyConfig, PPOAlgorithm, PPOConfig
+
+PRETRAINING_STEPS, SFT_STEPS, DPO_STEPS, KTO_STEPS, REWARD_STEPS = 600, 150, 100, 60, 100
+PPO_STEPS, GRPO_STEPS = 30, 25
+LENGTH, BATCH = 64, 32
+ANSWER = 20  # tokens that policies may learn to answer with; the longest good answer has 18
+
+
+class Planned(NamedTuple):
+    """A stage to be run."""
+
+    name: str
+    what: str
+    models: str  # in memory while it trains
+    config: TrainConfig
+
+
+def plan(output: Path, seed: int) -> list[Planned]:
+    """All stages, each from what those before it left in the output folder."""
+    two, four = "policy, reference", "policy, reference, reward model, critic"
+    learned = "pretrained from random weights on the world's texts, good and bad answers alike"
+    return [
+        Planned("base", learned, "policy", _base(output, seed)),
+        Planned("SFT", "supervised fine-tuning on demonstrations, some of them bad", "policy", _tuned(output, seed)),
+        Planned("DPO", "SFT, then pairs of a good and a bad answer", two, _dpo(output, seed)),
+        Planned("KTO", "SFT, then the same answers, each called good or bad", two, _kto(output, seed)),
+        Planned("reward", "SFT, then a head that scores answers, from the same pairs", "", _reward(output, seed)),
+        Planned("PPO", "SFT, then its own answers, scored by the reward model", four, _ppo(output, seed)),
+        Planned("GRPO", "SFT, then its own answers, scored by the judge's rules", two, _grpo(output, seed)),
+    ]
+
+
+def _shared(seed: int) -> dict[str, Any]:
+    return {"seed": seed, "remat": "none", "samples": 2, "checkpoint": CheckpointConfig(every=200)}
+
+
+def _base(output: Path, seed: int) -> SFTConfig:
+    return SFTConfig(
+        model=f"config:{output / 'world'}",
+        data=str(output / "world" / "pretraining.jsonl"),
+        output=output / "base",
+        steps=PRETRAINING_STEPS,
+        batch_size=BATCH,
+        max_length=LENGTH,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50, weight_decay=0.1, b2=0.95),
+        **_shared(seed),
+    )
+
+
+def _tuned(output: Path, seed: int) -> SFTConfig:
+    return SFTConfig(
+        model=str(output / "base" / "final"),
+        data=str(output / "world" / "instructions.jsonl"),
+        output=output / "sft",
+        steps=SFT_STEPS,
+        batch_size=BATCH,
+        max_length=LENGTH,
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=10),
+        **_shared(seed),
+    )
+
+
+def _feedback(output: Path, seed: int) -> dict[str, Any]:
+    return {
+        "model": str(output / "sft" / "final"),
+        "data": str(output / "world" / "preferences.jsonl"),
+        "as_chat": True,
+        "batch_size": BATCH,
+        "max_length": LENGTH,
+        **_shared(seed),
+    }
+
+
+def _dpo(output: Path, seed: int) -> DPOConfig:
+    # Not all rejected answers are false: some are curt. Without its likelihood term DPO unlearns facts with the manner.
+    return DPOConfig(
+        output=output / "dpo",
+        algorithm=DPOAlgorithm("dpo(beta=0.3) + 2.0*sft"),
+        steps=DPO_STEPS,
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=5),
+        **_feedback(output, seed),
+    )
+
+
+def _kto(output: Path, seed: int) -> KTOConfig:
+    return KTOConfig(
+        output=output / "kto",
+        algorithm=KTOAlgorithm("kto(beta=0.5)"),
+        steps=KTO_STEPS,
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=5),
+        **_feedback(output, seed),
+    )
+
+
+def _reward(output: Path, seed: int) -> RewardConfig:
+    return RewardConfig(
+        output=output / "reward",
+        steps=REWARD_STEPS,
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=5),
+        **_feedback(output, seed),
+    )
+
+
+def _own_answers(output: Path, seed: int) -> dict[str, Any]:
+    return {
+        "model": str(output / "sft" / "final"),
+        "data": str(output / "world" / "questions.jsonl"),
+        "as_chat": True,
+        "max_length": 32,  # the longest question has 12 tokens; so all batches have one shape
+        "max_new_tokens": ANSWER,
+        "slots": 64,
+        **_shared(seed),
+    }
+
+
+def _ppo(output: Path, seed: int) -> PPOConfig:
+    return PPOConfig(
+        output=output / "ppo",
+        reward=f"reward_model(path={str(output / 'reward' / 'final')!r})",
+        missing_end_penalty=1.0,
+        algorithm=PPOAlgorithm(kl_coef=0.1, epochs=2),
+        steps=PPO_STEPS,
+        batch_size=64,
+        optimizer=OptimizerConfig(learning_rate=1e-4, schedule="linear", warmup_steps=2),
+        **_own_answers(output, seed),
+    )
+
+
+def _grpo(output: Path, seed: int) -> PolicyConfig:
+    return PolicyConfig(
+        output=output / "grpo",
+        reward="jaxalign.quickstart.judge:gold",
+        algorithm=PolicyAlgorithm(kl_coef=0.02),
+        steps=GRPO_STEPS,
+        batch_size=32,
+        n=8,
+        optimizer=OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=2),
+        **_own_answers(output, seed),
+    )
