@@ -136,7 +136,8 @@ def _ppo(output: Path, seed: int) -> PPOConfig:
         output=output / "ppo",
         reward=f"reward_model(path={str(output / 'reward' / 'final')!r})",
         missing_end_penalty=1.0,
-        # Many answers, each learned from once, teach more than few learned from often; at twice the rate facts are lost.
+        # Many answers, each learned from once, teach more than few learned from often. At twice the rate the reward
+        # rises further, and facts are lost.
         algorithm=PPOAlgorithm(kl_coef=0.1, epochs=1, minibatches=2),
         critic=CriticConfig(learning_rate=2e-4),
         steps=PPO_STEPS,
