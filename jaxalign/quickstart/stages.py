@@ -16,10 +16,10 @@ from jaxalign.runs.config import (
     SFTConfig,
     TrainConfig,
 )
-from jaxalign.runs.rl_config import PolicyAlgorithm, PolicyConfig, PPOAlgorithm, PPOConfig
+from jaxalign.runs.rl_config import CriticConfig, PolicyAlgorithm, PolicyConfig, PPOAlgorithm, PPOConfig
 
 PRETRAINING_STEPS, SFT_STEPS, DPO_STEPS, KTO_STEPS, REWARD_STEPS = 600, 150, 100, 60, 100
-PPO_STEPS, GRPO_STEPS = 30, 25
+PPO_STEPS, GRPO_STEPS = 40, 40
 LENGTH, BATCH = 64, 32
 ANSWER = 20  # tokens that policies may learn to answer with; the longest good answer has 18
 
@@ -126,7 +126,7 @@ def _own_answers(output: Path, seed: int) -> dict[str, Any]:
         "as_chat": True,
         "max_length": 32,  # the longest question has 12 tokens; so all batches have one shape
         "max_new_tokens": ANSWER,
-        "slots": 64,
+        "slots": 128,
         **_shared(seed),
     }
 
@@ -136,10 +136,13 @@ def _ppo(output: Path, seed: int) -> PPOConfig:
         output=output / "ppo",
         reward=f"reward_model(path={str(output / 'reward' / 'final')!r})",
         missing_end_penalty=1.0,
-        algorithm=PPOAlgorithm(kl_coef=0.1, epochs=2),
+        # Many answers, each learned from once, teach more than few learned from often. At twice the rate the reward
+        # rises further, and facts are lost.
+        algorithm=PPOAlgorithm(kl_coef=0.1, epochs=1, minibatches=2),
+        critic=CriticConfig(learning_rate=2e-4),
         steps=PPO_STEPS,
-        batch_size=64,
-        optimizer=OptimizerConfig(learning_rate=1e-4, schedule="linear", warmup_steps=2),
+        batch_size=128,
+        optimizer=OptimizerConfig(learning_rate=5e-5, schedule="linear", warmup_steps=2),
         **_own_answers(output, seed),
     )
 
@@ -152,6 +155,6 @@ def _grpo(output: Path, seed: int) -> PolicyConfig:
         steps=GRPO_STEPS,
         batch_size=32,
         n=8,
-        optimizer=OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=2),
+        optimizer=OptimizerConfig(learning_rate=7e-5, schedule="linear", warmup_steps=2),
         **_own_answers(output, seed),
     )
