@@ -51,14 +51,6 @@ def chat_model(plain_model, tmp_path_factory):
 
 
 @pytest.fixture
-def interruptible():
-    """Ctrl-C interrupts, also where the tests run in the background, whose processes ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture
 def say(monkeypatch, capsys):
     """A function: what the program writes to (stdout, stderr) when these lines are typed."""
 

@@ -111,6 +111,7 @@ def test_a_signal_saves_at_the_end_of_the_step_and_stops(number):
     assert stopped_by == number and recorder.saved == [4]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_acts_at_once():
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
