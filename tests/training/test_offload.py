@@ -1,0 +1,75 @@
+"""A frozen tree in the host's memory: the same steps to the bit, and on absent devices no argument of theirs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxalign.algorithms.base import Algorithm
+from jaxalign.models.offload import fetched, offloaded
+from jaxalign.training import sharding
+from jaxalign.training.state import TrainState
+from jaxalign.training.step import make_train_step
+from jaxalign.types import Average
+from tests.absent import device
+
+WIDTH, LAYERS = 512, 8
+OPTIMIZER = optax.adam(0.1)
+
+
+def prepare(params, frozen, batch):
+    return batch | {"y": jnp.tanh(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), batch["x"], frozen["w"])[0])}
+
+
+def loss(params, batch):
+    return Average.of((batch["x"] @ params["w"] - batch["y"]) ** 2), {}
+
+
+def program(mesh, *, offload):
+    """(the jitted step, shapes and places of its state, frozen tree and batch)."""
+    start = lambda: TrainState.create({"w": jnp.ones((WIDTH, WIDTH))}, OPTIMIZER, jax.random.key(0))  # noqa: E731
+    like = sharding.placed(jax.eval_shape(start), mesh)
+    frozen = {"w": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)}
+    frozen = sharding.placed(frozen, mesh, offload=offload)
+    rows = jax.sharding.NamedSharding(mesh, sharding.ROWS)
+    batch = {"x": jax.ShapeDtypeStruct((8, WIDTH), jnp.float32, sharding=rows)}
+    train_step = make_train_step(Algorithm(loss, prepare), OPTIMIZER, microbatches=2)
+    return sharding.jit_step(train_step, like, frozen, mesh, offload=offload), start, (like, frozen, batch)
+
+
+def test_what_is_fetched_from_the_host_is_what_was_put_there_in_the_same_shares():
+    mesh = sharding.make_mesh()
+    x = jax.device_put(jnp.arange(32.0).reshape(8, 4), jax.sharding.NamedSharding(mesh, sharding.ROWS))
+    away = offloaded({"x": x})["x"]
+    assert away.sharding.memory_kind == "pinned_host" and away.sharding.spec == x.sharding.spec
+    back = fetched({"x": away})["x"]
+    assert back.sharding.is_equivalent_to(x.sharding, 2) and back.sharding.memory_kind == "device"
+    np.testing.assert_array_equal(back, x)
+
+
+def test_steps_with_a_frozen_tree_in_host_memory_are_the_same_to_the_bit():
+    mesh, found = sharding.make_mesh(), []
+    made = lambda x, n: jax.device_put(jax.random.normal(jax.random.key(n), x.shape), x.sharding)  # noqa: E731
+    for offload in (False, True):
+        step, start, (like, frozen, batch) = program(mesh, offload=offload)
+        state = jax.device_put(start(), jax.tree.map(lambda x: x.sharding, like))
+        held, rows = ({name: made(x, 1) for name, x in tree.items()} for tree in (frozen, batch))
+        for _ in range(2):
+            state, metrics = step(state, held, rows)
+        assert held["w"].sharding.memory_kind == ("pinned_host" if offload else "device")
+        found.append((state.params["w"], metrics["loss"]))
+    for here, away in zip(*found, strict=True):
+        np.testing.assert_array_equal(here, away)
+
+
+def test_a_chip_holds_less_by_the_frozen_tree_between_steps():
+    """On a TPU: compiled for a GPU that is absent, programs say nothing of the memory that arguments are in."""
+    mesh, size = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=[device("v5e:1x1")]), LAYERS * WIDTH**2 * 4
+    held, on_host = {}, {}
+    for offload in (False, True):
+        step, _, shapes = program(mesh, offload=offload)
+        analysis = step.lower(*shapes).compile().memory_analysis()
+        held[offload] = analysis.argument_size_in_bytes
+        on_host[offload] = analysis.host_argument_size_in_bytes
+    assert held[False] - held[True] == size
+    assert on_host == {False: 0, True: size}
