@@ -9,11 +9,13 @@ Command:   python experiments/grpo_tinystories_sentiment.py FOLDER --output runs
 Hardware:  two CPU cores, fp32; any TPU or GPU.
 Expected:  the mean score rises by a standard deviation of the model's own samples (3.6) or more at a KL from the
            reference of at most 15 nats a response; without a KL term the stories end as lists of happy words.
-Observed:  (two CPU cores, about 5 s a step of 64 stories, one seed, --method grpo --kl-coef 0.05) mean score of a step,
-           at KL in nats a response: 4.8 at 0, 7.4 at 1.4 (step 7), 8.9 at 3.2 (9), 11.4 at 5.9 (11), 15.7 at 12.6 (15):
-           one standard deviation costs 3 nats, three cost 13, in 80 seconds. It goes on: 24.6 at 29 (23), so stop it,
-           or raise --kl-coef. With a learning rate of 2e-4 it is at 59 and 228 nats after 49 steps, and writes "loved
-           best friends loved to love best friends loved to fun fun". rloo and other seeds were not run.
+Observed:  (18bc3cb, two busy CPU cores, 5 to 12 s a step of 64 stories; figures/rl_tinystories.png)
+           mean score of a step, which starts at 4.8, 5.6 and 4.9 for seeds 0, 1 and 2. --method grpo: a standard
+           deviation more at 3.2, 3.2 and 1.8 nats a response (steps 9, 9 and 8); the last step within 15 nats is at
+           15.7 (12.6 nats), 14.5 (13.0) and 18.3 (14.0). The budget of 15 nats then ends the run. --method rloo:
+           8.9 at 3.9 (step 9) and 9.4 at 4.0 (9); 15.2 (14.9 nats) and 14.6 (12.8) for seeds 0 and 1.
+           With a learning rate of 2e-4, no budget, GRPO is at 59 and 228 nats after 49 steps, and writes "loved best
+           friends loved to love best friends loved to fun fun".
 """
 
 import argparse

@@ -8,7 +8,12 @@ Command:   python experiments/ppo_tinystories_sentiment.py FOLDER --output runs 
 Hardware:  two CPU cores, fp32; any TPU or GPU.
 Expected:  the mean score rises by a standard deviation of the model's own samples (3.6) or more at a KL from the
            reference of at most 15 nats a response; without a KL term the stories end as lists of happy words.
-Observed:  to be run.
+Observed:  (18bc3cb, two busy CPU cores, about 13 s a step of 64 stories; figures/rl_tinystories.png)
+           mean score of a step, which starts at 4.8, 5.6 and 4.9 for seeds 0, 1 and 2: a standard deviation more after
+           85, 114 and 80 s (8.4 at 5.9 nats, 10.3 at 8.2, 8.7 at 4.6); the last step within 15 nats is at 13.2 (14.4
+           nats, step 7), 14.6 (13.1, step 7) and 13.3 (11.1, step 6). The budget of 15 nats then ends the run.
+           With gae_lambda=0.95 the same seed is at 6.2 after 7.7 nats: the reward comes 200 characters late, 0.95^200
+           is 3e-5, and what stands in for it is a critic that explains 3 % of the returns. Hence 1.
 """
 
 import argparse
