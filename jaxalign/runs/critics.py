@@ -106,7 +106,7 @@ def _from_reward_model(config: PPOConfig, base: train.Base, source: str) -> Plan
     def new(like: PyTree, key: jax.Array, frozen: PyTree) -> PyTree:
         """The mean over members of (r - mean) / std is linear in the hidden state: one head and one bias."""
         places = jax.tree.map(lambda x: x.sharding, like)
-        small = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        small = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = jax.tree.map(lambda _: small, model.like) | {"model": places["model"]}
         params = load_reward_params(model, shardings=wanted)
         head = jnp.mean(params["head"] / params["std"][:, None], axis=0, keepdims=True)
