@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.models import heads, huggingface
-from jaxalign.models.config import ModelConfig
 from jaxalign.models.load import load_params
 from jaxalign.models.lora import join, split
 from jaxalign.models.reward_model import CLASSIFIERS, RewardModel, load_reward_params, read_reward_model
@@ -83,16 +82,13 @@ def _adapted(config: PPOConfig, base: train.Base) -> Plan:
 
 def _from_language_model(config: PPOConfig, base: train.Base, source: str) -> Plan:
     model = heads.trunk_config(huggingface.read_config(source))
-    _check_vocabulary(base, source, model)
+    _check_vocabulary(base, source)
     graphdef, abstract = decoder(config, model, base.mesh, None)
 
     def new(like: PyTree, key: jax.Array, frozen: PyTree) -> PyTree:
         places = jax.tree.map(lambda x: x.sharding, like["model"])
         head = _zeros({name: like[name] for name in ("head", "bias")}, key, frozen)
-        whole = huggingface.read_config(source)
-        besides = () if whole.tied else (r"^lm_head\.weight$", r"^embed_out\.weight$")
-        trunk = load_params(source, model, param_dtype=config.param_dtype, shardings=places, besides=besides)
-        return head | {"model": trunk}
+        return head | {"model": load_params(source, model, param_dtype=config.param_dtype, shardings=places)}
 
     log.info("the critic starts from %s, its values from 0", source)
     return Plan(_critic(config, _head_like(model.hidden_size) | {"model": abstract}, new=new, own_trunk=True), graphdef)
@@ -100,7 +96,7 @@ def _from_language_model(config: PPOConfig, base: train.Base, source: str) -> Pl
 
 def _from_reward_model(config: PPOConfig, base: train.Base, source: str) -> Plan:
     model = _read(source)
-    _check_vocabulary(base, source, model.config)
+    _check_vocabulary(base, source)
     graphdef, abstract = decoder(config, model.config, base.mesh, None)
 
     def new(like: PyTree, key: jax.Array, frozen: PyTree) -> PyTree:
@@ -132,7 +128,8 @@ def _first_fitting(base: train.Base, folders: list[str]) -> str | None:
     """The first reward model that a critic can start from: one that reads the policy's tokens."""
     for folder in folders:
         try:
-            _check_vocabulary(base, folder, _read(folder).config)
+            _read(folder)
+            _check_vocabulary(base, folder)
         except ValueError as error:
             log.info("%s; the critic does not start from it", error)
         else:
@@ -140,7 +137,7 @@ def _first_fitting(base: train.Base, folders: list[str]) -> str | None:
     return None
 
 
-def _check_vocabulary(base: train.Base, source: str, model: ModelConfig) -> None:
+def _check_vocabulary(base: train.Base, source: str) -> None:
     theirs = huggingface.load_tokenizer(source)
     if theirs.get_vocab() != base.vocabulary.tokenizer.get_vocab():
         raise ValueError(f"{source} has another tokenizer than the policy, so it reads other tokens")
