@@ -1,0 +1,164 @@
+"""What a chip holds in a PPO step of Llama-3.2-1B, choice by choice, by the compilers of chips that need not be there.
+
+Command:   python experiments/ppo_memory.py [--chips v5e:2x2 h100] [--rows four lora ...]
+           TPUs need libtpu; GPUs jax-cuda13-plugin, and ptxas on the PATH. Nothing is downloaded, and no array made.
+Hardware:  none. A row is one compilation of a minute or two.
+Step:      64 responses of 1,024 tokens with their prompts, 16 microbatches, 4 epochs, bfloat16 compute, float32 params,
+           blocks computed again; on v5e:2x2 fsdp=4. Arguments are what stays on a device between steps, rollouts
+           included: models, Adam's moments, batch. Temporaries are what comes and goes in the step.
+Observed:  GiB of a device, arguments + temporaries (compiled by libtpu and the CUDA plugin of jax 0.10.2; not run):
+
+    row              flags                                      v5e:2x2 (15.75 a chip)    H100 (80 GB)
+    four             policy, critic, reference, each its own    8.06 + 5.75 = 13.81       32.23 + 16.72 = 48.95
+    offload          --offload-reference                        6.91 + 6.32 = 13.23       (see below)
+    shared           --critic.shared                            4.60 + 3.39 =  7.99       18.42 + 10.50 = 28.92
+    shared-offload   both                                       3.45 + 3.39 =  6.85       (see below)
+    bfloat16         --param-dtype bfloat16                     6.33 + 4.04 = 10.37       25.32 + 13.77 = 39.09
+    lora             --lora.rank 64                             1.91 + 1.34 =  3.26        5.61 +  2.01 =  7.63
+    lora-bfloat16    --lora.rank 64 --param-dtype bfloat16      1.34 + 0.77 =  2.10        3.31 +  2.01 =  5.32
+
+           The fourth model, the reward model, is in no step. One of the same size has 4.60 GiB in float32, 1.91 with
+           quantise='int8', 1.46 with 'nf4' (embeddings stay float32), whole on the first device, or there only while
+           it scores with offload=True, when its host holds as much.
+           An offloaded reference frees its 1.15 GiB a chip for the caches of a rollout. At the step's peak it frees all
+           of it beside a shared critic, and half beside a critic of its own, where the temporaries grow by 0.57. For
+           a GPU that is absent no memory kind can be named, so those rows were left out.
+           Not counted: the weights of a rollout, which --decode-layout tensor makes whole on each chip of mesh.tensor=1
+           (2.3 GiB in bfloat16), and its cache.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jaxalign.models.config import ModelConfig
+from jaxalign.models.decoder import make_decoder
+from jaxalign.models.families import model_config
+from jaxalign.models.heads import trunk_config
+from jaxalign.runs import critics, ppo, train
+from jaxalign.runs.adapters import lora_of
+from jaxalign.runs.config import LoraConfig, MeshConfig
+from jaxalign.runs.program import Critic, decoder, make_program
+from jaxalign.runs.rl_config import CriticConfig, PPOConfig
+from jaxalign.training import sharding
+from jaxalign.types import RolloutBatch, TokenBatch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from absent import device, tpu_devices
+
+GIB = 2**30
+LLAMA_3_2_1B = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": True,
+}
+RUN = PPOConfig(
+    model="meta-llama/Llama-3.2-1B-Instruct",
+    data="prompts.jsonl",
+    output=Path("runs/ppo-llama3-1b"),
+    reward="reward_model(path='runs/rm-llama3-1b/final')",
+    batch_size=64,
+    microbatches=16,
+    max_length=1024,
+    max_new_tokens=512,
+    precision="bfloat16",
+    remat="blocks",
+    mesh=MeshConfig(data=1, fsdp=-1, tensor=1),
+)
+ADAPTERS = LoraConfig(rank=64, alpha=64.0)
+CHOICES: dict[str, dict[str, Any]] = {
+    "four": {},
+    "offload": {"offload_reference": True},
+    "shared": {"critic": CriticConfig(shared=True)},
+    "shared-offload": {"critic": CriticConfig(shared=True), "offload_reference": True},
+    "bfloat16": {"param_dtype": "bfloat16"},
+    "lora": {"lora": ADAPTERS},
+    "lora-bfloat16": {"lora": ADAPTERS, "param_dtype": "bfloat16"},
+}
+
+
+def critic_of(config: PPOConfig, base: train.Base) -> critics.Plan:
+    """As `critics.plan` has it for --critic.model of the policy's size; that one reads the model's folder."""
+    if config.critic.shared or base.lora is not None:
+        return critics.plan(config, base, [])
+    model = trunk_config(base.model)
+    graphdef, abstract = decoder(config, model, base.mesh, None)
+    head = {"head": (1, model.hidden_size), "bias": (1,)}
+    like = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in head.items()} | {"model": abstract}
+    return critics.Plan(Critic(like, lambda params, frozen: params, critics.plan, own_trunk=True), graphdef)
+
+
+def memory(chips: str, choice: str) -> tuple[float, float, float]:
+    """GiB of a device's (arguments, temporaries), and of its host's arguments."""
+    on_gpu = ":" not in chips
+    config = dataclasses.replace(RUN, attention="xla" if on_gpu else "splash", **CHOICES[choice])
+    devices = [device(chips)] if on_gpu else tpu_devices(chips)
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    model = model_config(LLAMA_3_2_1B)
+    base = train.Base(mesh, model, vocabulary=None, lora=lora_of(config.lora, model))  # type: ignore[arg-type]
+    program = make_program(config, model, mesh, ppo.method_of(config, mesh, critic_of(config, base)), steps=1000)
+    rows = NamedSharding(mesh, sharding.ROWS)
+    part = lambda dtype, *shape: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)  # noqa: E731
+    width = config.max_length
+    tokens = TokenBatch(*(part(dtype, width) for dtype in (jnp.int32, jnp.bool_, jnp.int32, jnp.int32)))
+    columns = {"old_logps": part(jnp.float32, width), "scores": part(jnp.float32), "ended": part(jnp.bool_)}
+    compiled = program.step.lower(program.like, program.frozen, RolloutBatch(tokens, columns)).compile()
+    found = compiled.memory_analysis()
+    sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.host_argument_size_in_bytes
+    held, temporary, host = (size / GIB for size in sizes)
+    return held, temporary, host
+
+
+def reward_model_bytes(model: ModelConfig) -> dict[str, float]:
+    """GiB of a reward model of the same size, by `quantise`; it is whole on the first device, with offload in calls."""
+    abstract = {kind: make_decoder(trunk_config(model), quantise=kind)[1] for kind in ("none", "int8", "nf4")}
+    return {
+        kind: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / GIB for kind, tree in abstract.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", default=["v5e:2x2", "h100"])
+    parser.add_argument("--rows", nargs="+", default=list(CHOICES), choices=list(CHOICES))
+    given = parser.parse_args()
+    for kind, size in reward_model_bytes(model_config(LLAMA_3_2_1B)).items():
+        print(f"reward model, quantise={kind}: {size:.2f} GiB")
+    for chips in given.chips:
+        for choice in given.rows:
+            if ":" not in chips and CHOICES[choice].get("offload_reference"):
+                continue  # jax 0.10.2 cannot name the memories of a GPU that is absent
+            held, temporary, host = memory(chips, choice)
+            print(
+                f"{chips:8} {choice:16} {held:6.2f} + {temporary:5.2f} = {held + temporary:6.2f} GiB; host {host:.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
