@@ -55,6 +55,7 @@ def _gather(config: OnlineDPOConfig, starts: bool) -> train.Task:
         Method(
             build,
             reference=inputs.needs_reference(loss),
+            offload=config.offload_reference,
             epochs=algorithm.epochs,
             updates=algorithm.epochs * algorithm.minibatches,
         ),
@@ -70,6 +71,8 @@ def _gather(config: OnlineDPOConfig, starts: bool) -> train.Task:
 
 def _check(config: OnlineDPOConfig, loss: Callable) -> None:
     inputs.check_inputs(loss, inputs.PAIR_INPUTS)
+    if config.offload_reference and not inputs.needs_reference(loss):
+        raise ValueError(f"--offload-reference: the loss {config.algorithm.loss!r} uses no reference")
     if config.kl_budget is not None:
         raise ValueError(f"--kl-budget {config.kl_budget:g}: the KL of pairs is not measured; grpo and ppo do")
     if config.n < 2:
