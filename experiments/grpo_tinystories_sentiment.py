@@ -13,7 +13,7 @@ Observed:  (18bc3cb, two busy CPU cores, 5 to 12 s a step of 64 stories; figures
            mean score of a step, which starts at 4.8, 5.6 and 4.9 for seeds 0, 1 and 2. --method grpo: a standard
            deviation more at 3.2, 3.2 and 1.8 nats a response (steps 9, 9 and 8); the last step within 15 nats is at
            15.7 (12.6 nats), 14.5 (13.0) and 18.3 (14.0). The budget of 15 nats then ends the run. --method rloo:
-           8.9 at 3.9 (step 9) and 9.4 at 4.0 (9); 15.2 (14.9 nats) and 14.6 (12.8) for seeds 0 and 1.
+           3.9, 4.0 and 1.7 nats (steps 9, 9 and 8); 15.2 (14.9), 14.6 (12.8) and 15.8 (12.8).
            With a learning rate of 2e-4, no budget, GRPO is at 59 and 228 nats after 49 steps, and writes "loved best
            friends loved to love best friends loved to fun fun".
 """
