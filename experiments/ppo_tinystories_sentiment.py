@@ -2,7 +2,7 @@
 
 Papers:    Schulman et al. 2017 (PPO), https://arxiv.org/abs/1707.06347; Ziegler et al. 2019 (the KL in the reward),
            https://arxiv.org/abs/1909.08593; Hutto and Gilbert 2014 (VADER), https://doi.org/10.1609/icwsm.v8i1.14550.
-Command:   python experiments/ppo_tinystories_sentiment.py FOLDER --output runs [--seed 0] [--kl-coef 0 --kl-budget 500]
+Command:   python experiments/ppo_tinystories_sentiment.py FOLDER --output runs [--seed 0] [--kl-coef 0 --kl-budget 200]
            FOLDER holds models/babyllama-char361 (969,216 parameters over characters, of EN10/BabyLlama, as a Hugging
            Face folder) and lexicons/vader_lexicon.txt.
 Hardware:  two CPU cores, fp32; any TPU or GPU.
@@ -12,6 +12,8 @@ Observed:  (18bc3cb, two busy CPU cores, about 13 s a step of 64 stories; figure
            mean score of a step, which starts at 4.8, 5.6 and 4.9 for seeds 0, 1 and 2: a standard deviation more after
            85, 114 and 80 s (8.4 at 5.9 nats, 10.3 at 8.2, 8.7 at 4.6); the last step within 15 nats is at 13.2 (14.4
            nats, step 7), 14.6 (13.1, step 7) and 13.3 (11.1, step 6). The budget of 15 nats then ends the run.
+           Without a KL term and at a learning rate of 1e-4 it is at 76 and 188 nats after 25 steps, and every story is
+           "They loved to play fun best best friends. They loved to play best friends and loved to play fun."
            With gae_lambda=0.95 the same seed is at 6.2 after 7.7 nats: the reward comes 200 characters late, 0.95^200
            is 3e-5, and what stands in for it is a critic that explains 3 % of the returns. Hence 1.
 """
