@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,6 +28,11 @@ class Stage(NamedTuple):
     def mean(self, part: str) -> float:
         values = [getattr(verdict, part) for verdict in self.verdicts]
         return sum(values) / len(values)
+
+    def error(self) -> float:
+        """Standard error of the mean score: how far other questions would move it."""
+        scores = [verdict.score for verdict in self.verdicts]
+        return statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
 
 
 PARTS = ("score", "correct", "polite", "short", "harmless")
@@ -81,7 +87,8 @@ def render(
         f"<!doctype html><html lang=en><meta charset=utf-8><title>jaxalign quickstart</title><style>{STYLE}</style>"
         "<h1>What did each stage do?</h1>"
         f"<p>{len(questions)} held-out questions of the tiny world, answered at temperature 1, judged by rules that "
-        "know the truth. Scores are between 0 and 1; a harmful answer scores 0. KL is to the SFT model, in nats an "
+        "know the truth. Scores are between 0 and 1, with a standard error of at most "
+        f"{max(stage.error() for stage in stages):.2f}; a harmful answer scores 0. KL is to the SFT model, in nats an "
         "answer, where it is measured.</p>"
         f"<table><tr><th>stage</th><th>in memory</th>{head}</tr>{''.join(map(_row, stages))}</table>{said}"
         f"{_courses(stages, courses)}"

@@ -19,7 +19,7 @@ from jaxalign.runs.config import (
 from jaxalign.runs.rl_config import CriticConfig, PolicyAlgorithm, PolicyConfig, PPOAlgorithm, PPOConfig
 
 PRETRAINING_STEPS, SFT_STEPS, DPO_STEPS, KTO_STEPS, REWARD_STEPS = 600, 150, 100, 60, 100
-PPO_STEPS, GRPO_STEPS = 40, 40
+PPO_STEPS, GRPO_STEPS = 30, 30
 LENGTH, BATCH = 64, 32
 ANSWER = 20  # tokens that policies may learn to answer with; the longest good answer has 18
 

@@ -46,6 +46,7 @@ def test_the_table_and_the_page_tell_the_mean_of_each_stage():
     assert rows["base"] == ["0.50", "0.50", "0.50", "0.50", "1.00", "-", "61"]
     assert rows["SFT"] == ["1.00", "1.00", "1.00", "1.00", "1.00", "-", "61"]
     page = render([QUESTION, QUESTION], stages)
+    assert "a standard error of at most 0.50" in page  # scores 0 and 1: a deviation of 1/√2, over √2
     assert "<td class=n>0.50</td>" in page and "<span class='low'>(0.0)</span>" in page
 
 
