@@ -137,9 +137,11 @@ def draw(panels: Sequence[tuple[str, list[Curve], list[Curve]]], path: Path) -> 
             _draw(axis, curve, "0.7", "" if i else "one model alone")
         for i, curve in enumerate(coloured):
             _draw(axis, curve, f"C{i}", f"{curve.proxy}: α {curve.fit.alpha:.2f}, β {curve.fit.beta:.2f}")
-        reached = [value for curve in coloured + grey for value in curve.gold_scores]
+        reached = [value for curve in coloured for value in curve.gold_scores]
         axis.axhline(0.0, color="black", linewidth=0.7)
-        axis.set_ylim(min(reached) - 0.3, 2.2 * max(reached))  # what the proxies say leaves the panel
+        # what the proxies say leaves the panel, and so may what is in grey
+        axis.set_ylim(min(reached) - 0.5, 2.4 * max(reached))
+        axis.set_xlim(-0.05 * max(map(_last, coloured)), 1.05 * max(map(_last, coloured)))
         axis.set_title(title)
         axis.set_xlabel("d = √KL(policy ‖ reference), √nats")
         axis.grid(alpha=0.25)
@@ -148,6 +150,10 @@ def draw(panels: Sequence[tuple[str, list[Curve], list[Curve]]], path: Path) -> 
         row[0].set_ylabel("reward, s.d. of the reference's samples")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _last(curve: Curve) -> float:
+    return max(curve.d)
 
 
 def _draw(axis: Any, curve: Curve, colour: str, label: str) -> None:

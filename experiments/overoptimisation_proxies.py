@@ -31,7 +31,7 @@ class Size(NamedTuple):
     widths: tuple[int, ...] = (8, 16, 48)  # of proxies
     ensemble: int = 16  # the width of the ensemble's members
     members: int = 4
-    alone: int = 2  # members that a policy is optimised on alone, for comparison
+    alone: int = 3  # members that a policy is optimised on alone, for comparison
     rules: tuple[str, ...] = ("mean", "min", "mean_minus_std")
     steps: int = 45  # of reinforcement learning
     n: int = 16  # responses to each opening in a step

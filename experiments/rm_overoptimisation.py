@@ -5,6 +5,34 @@ Papers:    Gao, Schulman and Hilton 2022, https://arxiv.org/abs/2210.10760; Cost
 Command:   python experiments/rm_overoptimisation.py FOLDER --output runs/overoptimisation
            FOLDER holds models/stories260K and lexicons/vader_lexicon.txt. --quick is a smoke run.
 Hardware:  two CPU cores, fp32; any TPU or GPU.
+Expected:  proxies say that their policies grow better without end, while gold rises, turns and falls: d (α - β d) of
+           the best of n, d (α - β log d) of reinforcement learning, d = √KL. Larger proxies and ensembles fall later.
+Observed:  (f48576e, two CPU cores that others worked on too; one seed where none is named, the same pairs for all)
+           Rewards are in standard deviations of the reference's samples, 3.55, from their mean, 0.65. All proxies
+           (5,664, 14,368 and 80,160 parameters) order 64 to 65 % of its pairs as gold does, the ensembles 66 to 67 %.
+           Best of n (figures/rm_overoptimisation.png): the fits are off by 0.03. Of 1,024, at d = 2.44, gold is 0.83,
+           0.75 and 1.15 ± 0.16 for widths 8, 16 and 48, where the proxies say 2.3, 2.3 and 2.0. β is 0.16, 0.18 and
+           0.07 ± 0.05: larger is better by two standard errors at most. The four members of width 16 reach 0.75 to
+           1.01, their ensembles 0.94 (mean), 1.04 (min) and 1.06 (mean_minus_std): not told apart from the best
+           member. Gold flattens; whether it falls, n up to 1,024 does not say.
+           Reinforcement learning: it does fall, for all eight. Mean gold of the steps at d from 1 to 3, 3 to 5, 5 to 7,
+           with standard errors of 0.03 to 0.06 over responses, none over runs:
+
+               width 8            0.62   1.01   0.97        mean of 4             0.59   0.99   0.84
+               width 48           0.72   1.01   0.32        min of 4              0.57   0.90   0.85
+               width 16           0.60   0.81   0.18        mean_minus_std of 4   0.65   0.95   0.72
+               width 16, seed 1   0.57   0.82   0.95
+               width 16, seed 2   0.68   0.78   0.08
+
+           Policies on ensembles reach 0.1 to 0.2 more than on a member alone, and keep it where two members of three
+           have lost it; at the end, d = 7.5 to 8.3, they have lost it too (-0.1 to 0.1, and their proxies say 2.9 to
+           3.6). The worst member ends at -7.8 ± 0.2, d = 16.9, and says +4.0. No order by width is seen. The fits are
+           off by 0.16 to 0.32, and flatter than what they fit, which falls suddenly: α 0.56 and β 0.23 ± 0.02 (width
+           8), 0.56 and 0.28 (16), 0.70 and 0.35 (48), 0.66 and 0.31 ± 0.03 (mean of 4).
+           Width 16's policy writes "Lily loved to play with her friends. One day, she loved to play with her friends."
+           What this cannot show: how α and β grow with size, over a factor of 14 and one seed each; what gold is to
+           people. That proxies miss stammering is by construction: their pairs hold little of it. Some policies had 48
+           or 60 steps and are read up to 45, which at a constant rate is the same as stopping there.
 """
 
 from __future__ import annotations
