@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from jaxalign.algorithms.base import Algorithm
 from jaxalign.algorithms.dpo import dpo
-from jaxalign.data.batches import bucket_widths
 from jaxalign.data.groups import GroupPlan, Layout
 from jaxalign.losses import inputs
 from jaxalign.losses.mixture import select_loss
 from jaxalign.losses.preference import PREFERENCE_LOSSES
 from jaxalign.rollout.pairs import best_and_worst, pairs_of
 from jaxalign.runs import rollouts, train
-from jaxalign.runs.program import Method, Program, implementation
+from jaxalign.runs.program import Method, implementation
 from jaxalign.runs.rl_config import OnlineDPOConfig
-from jaxalign.runs.rollouts import Judged, Rollouts
+from jaxalign.runs.rollouts import Judged
 from jaxalign.types import ResponseBatch
 
 
@@ -43,30 +42,16 @@ def _gather(config: OnlineDPOConfig, starts: bool) -> train.Task:
         made = dpo(graphdef, loss=loss, ref_graphdef=ref_graphdef, implementation=implementation(config))
         return made._replace(epochs=algorithm.epochs, minibatches=algorithm.minibatches)
 
-    def source(task: train.Task, program: Program, frozen: Any, numbers: Iterator, resumed_at: int) -> Rollouts:
-        rows = rollouts.count_rows(dataclasses.replace(config, n=1), base.mesh)  # of a pair each
-        batch_of = functools.partial(_batch, config, rows)
-        more = {"asked": asked, "batch_of": batch_of, "rounds": config.dynamic_sampling}
-        return Rollouts(config, task, program, frozen, numbers, resumed_at, **more)
-
-    return train.Task(
-        config,
-        base,
-        Method(
-            build,
-            reference=inputs.needs_reference(loss),
-            offload=config.offload_reference,
-            epochs=algorithm.epochs,
-            updates=algorithm.epochs * algorithm.minibatches,
-        ),
-        asked.batches,
-        held_out=[],
-        shapes=len(bucket_widths(config.max_length)),
-        fingerprint=asked.prompts.fingerprint(),
-        prompts=[],
-        export=train.export_language_model,
-        source=source,
+    method = Method(
+        build,
+        reference=inputs.needs_reference(loss),
+        offload=config.offload_reference,
+        epochs=algorithm.epochs,
+        updates=algorithm.epochs * algorithm.minibatches,
     )
+    rows = rollouts.count_rows(dataclasses.replace(config, n=1), base.mesh)  # of a pair each
+    batch_of = functools.partial(_batch, config, rows)
+    return rollouts.task_of(config, base, asked, method, batch_of, rounds=config.dynamic_sampling)
 
 
 def _check(config: OnlineDPOConfig, loss: Callable) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 from jax.sharding import Mesh
@@ -12,13 +11,13 @@ from jax.sharding import Mesh
 from jaxalign.algorithms.ppo import check, ppo
 from jaxalign.algorithms.trust_region import follow
 from jaxalign.data import supervised
-from jaxalign.data.batches import Plan, TrainBatches, bucket_widths
+from jaxalign.data.batches import Plan, TrainBatches
 from jaxalign.losses.policy import POLICY_LOSSES
 from jaxalign.rollout.experience import rollout_batch
 from jaxalign.runs import critics, rollouts, train
-from jaxalign.runs.program import Method, Program, implementation
+from jaxalign.runs.program import Method, implementation
 from jaxalign.runs.rl_config import PPOAlgorithm, PPOConfig
-from jaxalign.runs.rollouts import Judged, Rollouts
+from jaxalign.runs.rollouts import Judged
 from jaxalign.runs.sft import data_options
 from jaxalign.select import select
 from jaxalign.training.state import TrainState
@@ -36,25 +35,15 @@ def _gather(config: PPOConfig, starts: bool) -> train.Task:
     critic = critics.plan(config, base, asked.rewards.folders)
     text = _pretraining(config, base)
 
-    def source(task: train.Task, program: Program, frozen: Any, numbers: Iterator, resumed_at: int) -> Rollouts:
-        batch_of = functools.partial(_batch, text)
-        policy_of = lambda params: params["policy"]  # noqa: E731
-        return Rollouts(
-            config, task, program, frozen, numbers, resumed_at, asked=asked, batch_of=batch_of, policy_of=policy_of
-        )
-
-    return train.Task(
+    return rollouts.task_of(
         config,
         base,
+        asked,
         method_of(config, base.mesh, critic),
-        asked.batches,
-        held_out=[],
-        shapes=len(bucket_widths(config.max_length)),
-        fingerprint=asked.prompts.fingerprint() ^ (text.mixture.examples.fingerprint() if text else 0),
-        prompts=[],
+        functools.partial(_batch, text),
+        fingerprint=text.mixture.examples.fingerprint() if text else 0,
         export=_export,
-        source=source,
-        enough=rollouts.kl_budget(config),
+        policy_of=lambda params: params["policy"],
     )
 
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.algorithms.policy import policy_gradient
-from jaxalign.data.batches import bucket_widths
 from jaxalign.losses.policy import POLICY_LOSSES
 from jaxalign.ops.advantages import decoupled_advantages, group_advantages, leave_one_out
 from jaxalign.rollout.dynamic import differ
 from jaxalign.rollout.experience import rollout_batch
 from jaxalign.runs import rollouts, train
-from jaxalign.runs.program import Method, Program, implementation
+from jaxalign.runs.program import Method, implementation
 from jaxalign.runs.rl_config import PolicyConfig
-from jaxalign.runs.rollouts import Judged, Rollouts
+from jaxalign.runs.rollouts import Judged
 from jaxalign.select import select
 from jaxalign.types import RolloutBatch
 
@@ -74,30 +73,15 @@ def _gather(config: PolicyConfig, starts: bool) -> train.Task:
             implementation=implementation(config),
         )
 
-    def source(task: train.Task, program: Program, frozen: Any, numbers: Iterator, resumed_at: int) -> Rollouts:
-        batch_of = functools.partial(_batch, config, asked.rewards.weights)
-        more = {"asked": asked, "batch_of": batch_of, "rounds": config.dynamic_sampling}
-        return Rollouts(config, task, program, frozen, numbers, resumed_at, **more)
-
-    return train.Task(
-        config,
-        base,
-        Method(
-            build,
-            reference=algorithm.reference,
-            offload=config.offload_reference,
-            epochs=algorithm.epochs,
-            updates=algorithm.epochs * algorithm.minibatches,
-        ),
-        asked.batches,
-        held_out=[],
-        shapes=len(bucket_widths(config.max_length)),
-        fingerprint=asked.prompts.fingerprint(),
-        prompts=[],
-        export=train.export_language_model,
-        source=source,
-        enough=rollouts.kl_budget(config),
+    method = Method(
+        build,
+        reference=algorithm.reference,
+        offload=config.offload_reference,
+        epochs=algorithm.epochs,
+        updates=algorithm.epochs * algorithm.minibatches,
     )
+    batch_of = functools.partial(_batch, config, asked.rewards.weights)
+    return rollouts.task_of(config, base, asked, method, batch_of, rounds=config.dynamic_sampling)
 
 
 def _check(config: PolicyConfig) -> None:

@@ -24,7 +24,7 @@ from jaxalign.rollout.generate import without_terminator
 from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.slots import Sampling
 from jaxalign.runs import engines, hosts, train
-from jaxalign.runs.program import Program
+from jaxalign.runs.program import Method, Program
 from jaxalign.runs.rl_config import RolloutConfig
 from jaxalign.runs.terminal import visible
 from jaxalign.training import loop
@@ -51,6 +51,10 @@ class Judged:
     width: int  # tokens of the rows that hold prompt and response
     rows: int  # of the batch, one for each response of all --batch-size prompts, or some more
     terms: dict[str, np.ndarray]  # Float64[N], of each reward function
+
+
+# (the responses of a step) -> (what an update learns from, what is said of it)
+BatchFn = Callable[[Judged], tuple[Any, dict[str, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +171,7 @@ class Rollouts:
         resumed_at: int,
         *,
         asked: Asked,
-        batch_of: Callable[[Judged], tuple[Any, dict[str, float]]],
+        batch_of: BatchFn,
         policy_of: Callable[[PyTree], PyTree] = lambda params: params,
         rounds: int = 0,
     ):
@@ -283,3 +287,40 @@ class _Spent:
             "generated_tokens_per_second": self._tokens / self._seconds,
             "reward_seconds": self._scoring,
         }
+
+
+def task_of(
+    config: RolloutConfig,
+    base: train.Base,
+    asked: Asked,
+    method: Method,
+    batch_of: BatchFn,
+    *,
+    fingerprint: int = 0,
+    export: Callable[[train.Task, TrainState, Any], None] = train.export_language_model,
+    **more: Any,
+) -> train.Task:
+    """The run of an on-policy command.
+
+    Args:
+      batch_of: makes what an update learns from, and what is said of it.
+      fingerprint: of data besides the prompts.
+      more: options of Rollouts.
+    """
+
+    def source(task: train.Task, program: Program, frozen: Any, numbers: Iterator, resumed_at: int) -> Rollouts:
+        return Rollouts(config, task, program, frozen, numbers, resumed_at, asked=asked, batch_of=batch_of, **more)
+
+    return train.Task(
+        config,
+        base,
+        method,
+        asked.batches,
+        held_out=[],
+        shapes=len(bucket_widths(config.max_length)),
+        fingerprint=asked.prompts.fingerprint() ^ fingerprint,
+        prompts=[],
+        export=export,
+        source=source,
+        enough=kl_budget(config),
+    )
