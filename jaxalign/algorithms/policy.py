@@ -28,7 +28,7 @@ from jaxalign.algorithms.base import Algorithm, shards_of
 from jaxalign.losses.policy import ppo_clip, sequence_logps, truncated_weights
 from jaxalign.ops.kl import KL_ESTIMATORS, k1, k3
 from jaxalign.ops.logprobs import next_token_logps
-from jaxalign.types import Average, PyTree, RolloutBatch
+from jaxalign.types import Average, PyTree, RolloutBatch, TokenBatch
 
 OLD, REF, ADVANTAGES, SCORES, ENDED = "old_logps", "ref_logps", "advantages", "scores", "ended"
 WEIGHTS = "weights"
@@ -91,18 +91,9 @@ def policy_gradient(
     has_reference = ref_graphdef is not None
 
     def logps_of(structure: Any, params: PyTree, batch: RolloutBatch) -> jax.Array:
-        model, rows = nnx.merge(structure, params), batch.sequences
-        hidden = model(rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
-        found = next_token_logps(
-            hidden,
-            model.unembed(),
-            rows.tokens,
-            rows.mask,
-            temperature=temperature,
-            implementation=implementation,
-            shards=shards_of(model),
+        return response_logps(
+            structure, params, batch.sequences, temperature=temperature, implementation=implementation
         )
-        return found.logps
 
     def prepare(params: PyTree, frozen: PyTree, batch: RolloutBatch) -> RolloutBatch:
         found = {}
@@ -124,6 +115,24 @@ def policy_gradient(
         return _aggregated(values, mask, aggregate, longest), rollout_metrics(jax.lax.stop_gradient(logps), batch)
 
     return Algorithm(loss=token_loss, prepare=prepare, epochs=epochs, minibatches=minibatches)
+
+
+def response_logps(
+    graphdef: Any, params: PyTree, rows: TokenBatch, *, temperature: float, implementation: str | None = None
+) -> jax.Array:
+    """log π of the tokens [B T] that the mask has, at a temperature; 0 elsewhere."""
+    model = nnx.merge(graphdef, params)
+    hidden = model(rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
+    found = next_token_logps(
+        hidden,
+        model.unembed(),
+        rows.tokens,
+        rows.mask,
+        temperature=temperature,
+        implementation=implementation,
+        shards=shards_of(model),
+    )
+    return found.logps
 
 
 def _check(

@@ -8,16 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
-from jaxalign.algorithms.base import shards_of
+from jaxalign.algorithms.policy import response_logps
 from jaxalign.data.batches import bucket_widths
-from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.rollout.engine import Request, Response
 from jaxalign.rollout.experience import rollout_batch
 from jaxalign.rollout.http_engine import EngineError
 from jaxalign.rollout.slots import Sampling
-from jaxalign.types import PyTree, TokenBatch
+from jaxalign.types import PyTree
 
 TOLERANCE = 0.1  # nats a token, on average; bfloat16 in two implementations differs by a fifth of it
 TIMES = 2.0  # so much closer to the model at temperature 1 than to the tempered one is no accident
@@ -34,7 +32,7 @@ class Agreement:
           max_length: tokens of the longest prompt and response.
         """
         self._rows, self._widths = rows, bucket_widths(max_length)
-        self._logps = jax.jit(functools.partial(_logps, graphdef), static_argnames="temperature")
+        self._logps = jax.jit(functools.partial(response_logps, graphdef), static_argnames="temperature")
 
     def __call__(
         self, params: PyTree, requests: Sequence[Request], responses: Sequence[Response], sampling: Sampling
@@ -73,12 +71,3 @@ class Agreement:
         ours = np.asarray(self._logps(params, batch.sequences, temperature=temperature))
         mask = batch.sequences.mask
         return float(np.abs(batch.columns["old_logps"] - ours)[mask].mean())
-
-
-def _logps(graphdef: Any, params: PyTree, rows: TokenBatch, *, temperature: float) -> jax.Array:
-    model = nnx.merge(graphdef, params)
-    hidden = model(rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
-    found = next_token_logps(
-        hidden, model.unembed(), rows.tokens, rows.mask, temperature=temperature, shards=shards_of(model)
-    )
-    return found.logps
