@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.base import Algorithm, AssembleFn, FollowFn
@@ -146,5 +145,4 @@ def _optimizers(config: TrainConfig, rate: Any, critic: Critic) -> Any:
     """One for the policy and one for the critic, each with its own rate, moments and clipping."""
     peak, own = config.optimizer.learning_rate, critic.learning_rate
     critic_rate = rate if own is None else lambda update: rate(update) * (own / peak)
-    both = {"policy": _optimizer(config, rate), "critic": _optimizer(config, critic_rate)}
-    return optax.partition(both, {name: name for name in both})
+    return optimizer.partition({"policy": _optimizer(config, rate), "critic": _optimizer(config, critic_rate)})

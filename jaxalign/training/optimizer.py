@@ -1,6 +1,13 @@
-"""The optimizer from its hyperparameters: schedule, clipping, and weight decay on matrices only."""
+"""The optimizer from its hyperparameters: schedule, clipping, and weight decay on matrices only.
+
+An update that is not to be applied leaves its moments as they are by what it multiplies them with. To choose between
+the new moments and the old, both would have to be there: a copy of the whole optimizer state on a CPU, where XLA
+computes parameters and moments in loops of their own.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +62,7 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
     accumulator_dtype: str = "float32",
-) -> optax.GradientTransformation:
+) -> Skipping:
     """AdamW behind clipping by the global norm.
 
     Args:
@@ -71,13 +78,54 @@ def adamw(
     Reference: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm 2.
     """
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm > 0 else optax.identity()
-    adam = optax.adamw(
-        schedule,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        mu_dtype=jnp.dtype(accumulator_dtype),
-        weight_decay=weight_decay,
-        mask=is_matrix,
-    )
-    return optax.chain(clip, adam)
+
+    def rule(b1: jax.typing.ArrayLike, b2: jax.typing.ArrayLike) -> optax.GradientTransformation:
+        dtype = jnp.dtype(accumulator_dtype)
+        return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, mu_dtype=dtype, weight_decay=weight_decay, mask=is_matrix)
+
+    def init(params: PyTree) -> optax.OptState:
+        return clip.init(params), rule(b1, b2).init(params)
+
+    def update(
+        grads: PyTree, state: optax.OptState, params: PyTree = None, *, apply: jax.typing.ArrayLike = True, **_: object
+    ) -> tuple[PyTree, optax.OptState]:
+        none, moments = state
+        clipped, _ = clip.update(grads, none)
+        seen = jax.tree.map(lambda g: jnp.where(apply, g, 0), clipped)
+        # 1 · m + 0 · 0 is m to the bit
+        kept = rule(jnp.where(apply, b1, 1.0), jnp.where(apply, b2, 1.0))
+        updates, after = kept.update(seen, moments, params)
+        counted = jax.tree.map(lambda new, old: jnp.where(apply, new, old) if new.ndim == 0 else new, after, moments)
+        return jax.tree.map(lambda u: jnp.where(apply, u, 0), updates), (none, counted)
+
+    return Skipping(init, update)
+
+
+class Skipping(optax.GradientTransformationExtraArgs):
+    """An optimizer whose `update` takes `apply`, Bool[]: where False the updates are 0, the state stays as it is."""
+
+
+def skipping(optimizer: optax.GradientTransformation) -> Skipping:
+    """Any optimizer as one that can skip; one that cannot by itself keeps both states until it is known which stays."""
+    if isinstance(optimizer, Skipping):
+        return optimizer
+    inner = optax.with_extra_args_support(optimizer)
+
+    def update(
+        grads: PyTree,
+        state: optax.OptState,
+        params: PyTree = None,
+        *,
+        apply: jax.typing.ArrayLike = True,
+        **others: object,
+    ) -> tuple[PyTree, optax.OptState]:
+        updates, after = inner.update(grads, state, params, **others)
+        kept = jax.tree.map(lambda new, old: jnp.where(apply, new, old), after, state)
+        return jax.tree.map(lambda u: jnp.where(apply, u, 0), updates), kept
+
+    return Skipping(inner.init, update)
+
+
+def partition(optimizers: Mapping[str, Skipping]) -> Skipping:
+    """One optimizer for each of the subtrees of params that bear these names."""
+    return Skipping(*optax.partition(dict(optimizers), {name: name for name in optimizers}))

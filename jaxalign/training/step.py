@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign.algorithms.base import Algorithm, as_is
+from jaxalign.training.optimizer import skipping
 from jaxalign.training.state import TrainState
 from jaxalign.types import Average, PyTree, TokenBatch
 
@@ -82,14 +83,9 @@ def _updates(
 
     def until_halted(carry: tuple, rows: Any) -> tuple[tuple, tuple]:
         trained, halted = carry
-
-        def go_on() -> tuple[tuple, tuple, jax.Array]:
-            new, outcome = update(trained, frozen, rows)
-            stop = algorithm.halt(outcome[0])
-            kept = jax.tree.map(lambda after, before: jnp.where(stop, before, after), new, trained)
-            return kept, outcome, stop
-
-        trained, outcome, halted = jax.lax.cond(halted, lambda: (trained, nothing, halted), go_on)
+        skip, go_on = lambda: (trained, nothing), lambda: update(trained, frozen, rows)
+        trained, outcome = jax.lax.cond(halted, skip, go_on)
+        halted |= algorithm.halt(outcome[0])
         return (trained, halted), (outcome, jnp.where(halted, 0.0, outcome[2]))
 
     (trained, _), (outcomes, applied) = jax.lax.scan(until_halted, (trained, jnp.zeros((), bool)), parts)
@@ -97,17 +93,16 @@ def _updates(
 
 
 def _make_update(algorithm: Algorithm, optimizer: optax.GradientTransformation, microbatches: int) -> Callable:
-    gradient = _accumulate(algorithm, microbatches)
+    gradient, optimizer = _accumulate(algorithm, microbatches), skipping(optimizer)
 
     def update(trained: tuple, frozen: PyTree, batch: Any) -> tuple[tuple, tuple]:
         params, opt_state = trained
         grads, averages = gradient(params, frozen, batch)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(averages["loss"].total)
-        updates, new_opt_state = optimizer.update(grads, opt_state, params)
-        new = optax.apply_updates(params, updates), new_opt_state
-        kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, trained)
-        return kept, (averages, grad_norm, finite.astype(jnp.float32))
+        apply = finite if algorithm.halt is None else finite & ~algorithm.halt(averages)
+        updates, opt_state = optimizer.update(grads, opt_state, params, apply=apply)
+        return (optax.apply_updates(params, updates), opt_state), (averages, grad_norm, finite.astype(jnp.float32))
 
     return update
 

@@ -1,8 +1,11 @@
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jaxalign.training.optimizer import adamw, is_matrix, learning_rate_schedule
+from jaxalign.training.optimizer import adamw, is_matrix, learning_rate_schedule, partition, skipping
 
 
 @pytest.mark.parametrize(
@@ -49,3 +52,56 @@ def test_one_update_by_hand():
     updates, _ = optimizer.update({"kernel": jnp.array([[3.0, 4.0]])}, optimizer.init(params), params)
     # 1 - 0.999 in float32 is off by 1.3e-5 of itself, and the bias correction inherits half of that.
     np.testing.assert_allclose(updates["kernel"], [[-0.5 - 0.1, -0.5 - 0.1]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [adamw(lambda n: 0.1, weight_decay=0.1), skipping(optax.adam(0.1))])
+def test_an_update_that_is_not_to_be_applied_changes_no_bit_and_counts_nothing(optimizer):
+    params = {"kernel": jnp.array([[2.0, -1.0]])}
+    update = jax.jit(optimizer.update)
+    updates, state = update({"kernel": jnp.array([[3.0, 4.0]])}, optimizer.init(params), params, apply=jnp.bool_(True))
+    assert updates["kernel"].all()
+    bad = {"kernel": jnp.array([[jnp.nan, jnp.inf]])}
+    updates, after = update(bad, state, params, apply=jnp.bool_(False))
+    chex.assert_trees_all_equal(after, state)
+    assert not updates["kernel"].any()
+
+
+def test_updates_are_those_of_optax():
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.01))
+    ours = adamw(lambda n: 0.1, weight_decay=0.01)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (3, 4))}
+    here, there = ours.init(params), theirs.init(params)
+    for number in range(5):
+        grads = {"kernel": jax.random.normal(jax.random.key(number + 1), (3, 4))}
+        (mine, here), (other, there) = ours.update(grads, here, params), theirs.update(grads, there, params)
+        np.testing.assert_allclose(mine["kernel"], other["kernel"], rtol=1e-4)
+
+
+def test_a_skipped_critic_and_policy_keep_their_own_moments():
+    both = partition({"policy": adamw(lambda n: 0.1), "critic": adamw(lambda n: 0.2)})
+    params = {"policy": {"kernel": jnp.ones((1, 2))}, "critic": {"kernel": jnp.ones((1, 2))}}
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, state = both.update(grads, both.init(params), params, apply=True)
+    np.testing.assert_allclose(updates["critic"]["kernel"], 2 * updates["policy"]["kernel"])
+    updates, after = both.update(jax.tree.map(lambda g: g * jnp.nan, grads), state, params, apply=False)
+    chex.assert_trees_all_equal(after, state)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_no_second_copy_of_the_moments_is_ever_held(updates):
+    """Temporary memory of a compiled step: the gradient and little else, though the update may have to be skipped."""
+    optimizer, width = adamw(lambda n: 0.1), 256
+    params = {"kernel": jax.ShapeDtypeStruct((width, width), jnp.float32)}
+    state = params, jax.eval_shape(optimizer.init, params)
+
+    def update(state, x):
+        params, moments = state
+        grads = jax.tree.map(lambda w: jnp.sin(w * x), params)
+        step, moments = optimizer.update(grads, moments, params, apply=jnp.isfinite(optax.tree.norm(grads)))
+        return (optax.apply_updates(params, step), moments), None
+
+    many = lambda state, xs: jax.lax.scan(update, state, xs)  # noqa: E731
+    xs = jax.ShapeDtypeStruct((updates,), jnp.float32)
+    compiled = jax.jit(many, donate_argnums=0).lower(state, xs).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 4 * width**2
