@@ -61,8 +61,9 @@ def token_logps(
       mean_logit: also return the mean of z over the vocabulary.
       correct: also return whether the target is the argmax.
       implementation: "reference" makes all logits at once; "chunked" holds one tile of [tokens, vocabulary_chunk] at a
-        time, forward and backward; "pallas" is one kernel over the vocabulary, which skips masked tokens (on a CPU it
-        is interpreted: for tests); None is "chunked", until the kernel has been measured to beat it on a device.
+        time, forward and backward, and without `shards` leaves out most of the masked tokens; "pallas" is one kernel
+        over the vocabulary, which leaves them out as well (on a CPU it is interpreted: for tests); None is "chunked",
+        until the kernel has been measured to beat it on a device.
       vocabulary_chunk: columns of a tile; by default about 4M logits, 16 MiB, fit a tile.
       shards: the mesh that the program runs on, for "pallas", which the partitioner cannot cut by itself, and to know
         the platform; None: one device.
@@ -94,9 +95,14 @@ def token_logps(
         )
     else:
         wanted = tuple(name for name, yes in asked.items() if yes)
-        tile = vocabulary_chunk or logprobs_chunked.default_chunk(targets.size, weight.shape[0])
         values = logprobs_chunked.token_logps(
-            flat_hidden, unembedding, targets.reshape(-1), temperature=temperature, wanted=wanted, chunk=tile
+            flat_hidden,
+            unembedding,
+            targets.reshape(-1),
+            mask=None if mask is None or shards is not None else flat_mask,  # tokens stay on their devices
+            temperature=temperature,
+            wanted=wanted,
+            chunk=vocabulary_chunk,
         )
     kept = {name: values[name] for name, yes in {"logps": True, **asked}.items() if yes}
     zero = lambda x: jnp.where(flat_mask, x, jnp.zeros((), x.dtype)).reshape(shape)  # noqa: E731

@@ -8,12 +8,16 @@ g the gradients with respect to logps, entropy, log_normalizer and mean_logit,
 then through temperature and soft-cap to the raw logits, dhidden += draw W_tile and dW_tile = drawᵀ hidden.
 
 Memory besides inputs and gradients: one tile in float32 with a few elementwise copies of it, and dhidden in float32.
+
+Of tokens that nobody asks about (prompts, padding) there are no logits either, where a device sees all tokens: those
+that count are moved to the front, and the tiles are as tall as a quarter, a half, three quarters or all of the rows,
+whichever holds them. Shapes are static, so each height is a program of its own, and the count picks one.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +25,15 @@ import jax.numpy as jnp
 from jaxalign.types import Unembedding
 
 TILE_LOGITS = 2**22  # 16 MiB in float32
+HEIGHTS, WORTH_A_CHOICE = 4, 2**20  # parts of the tokens; logits below which all are made
 
 
 class _Options(NamedTuple):
     softcap: float | None
     temperature: float
     wanted: tuple[str, ...]
-    chunk: int
+    chunk: int | None  # None: `default_chunk` of the height
+    heights: tuple[int, ...]  # rows of hidden states that are computed, one of them
 
 
 class _Stats(NamedTuple):
@@ -52,29 +58,82 @@ def token_logps(
     unembedding: Unembedding,
     targets: jax.Array,
     *,
+    mask: jax.Array | None = None,
     temperature: float,
     wanted: tuple[str, ...],
-    chunk: int,
+    chunk: int | None,
 ) -> dict[str, jax.Array]:
-    """logps and the `wanted` extras of hidden [N D], one value per token."""
+    """logps and the `wanted` extras of hidden [N D], one value per token; where the mask is False, anything."""
+    (vocabulary, _), rows = unembedding.weight.shape, len(targets)
     bias = unembedding.bias
     bias = None if bias is None else bias.astype(jnp.float32)
-    options = _Options(unembedding.softcap, temperature, wanted, min(chunk, unembedding.weight.shape[0]))
-    return _logps(options, hidden, unembedding.weight, bias, targets)
+    heights = (rows,)
+    if mask is not None and rows * vocabulary >= WORTH_A_CHOICE:
+        heights = tuple(sorted({-(-rows * part // HEIGHTS) for part in range(1, HEIGHTS + 1)}))
+    options = _Options(unembedding.softcap, temperature, wanted, chunk, heights)
+    if len(heights) == 1:
+        return _logps(options, hidden, unembedding.weight, bias, targets, jnp.int32(0))
+    order = jnp.argsort(~mask, stable=True)  # those that count first
+    which = jnp.searchsorted(jnp.array(heights), jnp.sum(mask))
+    first = lambda x: x.at[order].get(unique_indices=True)  # noqa: E731
+    values = _logps(options, first(hidden), unembedding.weight, bias, first(targets), which)
+    return {name: jnp.zeros_like(value).at[order].set(value, unique_indices=True) for name, value in values.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _logps(
-    options: _Options, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, targets: jax.Array
+    options: _Options,
+    hidden: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    targets: jax.Array,
+    which: jax.Array,
 ) -> dict[str, jax.Array]:
-    return _forward(options, hidden, weight, bias, targets)[0]
+    """Of the first options.heights[which] rows; 0 of the others."""
+    return _forward(options, hidden, weight, bias, targets, which)[0]
 
 
-def _forward(options: _Options, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, targets: jax.Array):
+def _forward(options: _Options, hidden: jax.Array, weight: jax.Array, bias: Any, targets: jax.Array, which: jax.Array):
+    rows = len(hidden)
+
+    def of(height: int, hidden: jax.Array, targets: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        found, log_normalizer = _values(options, hidden[:height], weight, bias, targets[:height])
+        return jax.tree.map(lambda x: _tall(x, rows), (found, log_normalizer))
+
+    branches = [functools.partial(of, height) for height in options.heights]
+    kept, log_normalizer = jax.lax.switch(which, branches, hidden, targets)
+    return kept, (hidden, weight, bias, targets, which, log_normalizer, kept.get("entropy"))
+
+
+def _backward(options: _Options, residuals: tuple, gradients: dict[str, jax.Array]):
+    hidden, weight, bias, targets, which, log_normalizer, entropy = residuals
+    gradients = {name: g for name, g in gradients.items() if name != "correct"}
+
+    def of(height: int, *rows: Any) -> tuple:
+        d_hidden, d_weight, d_bias = _gradients(options, weight, bias, *jax.tree.map(lambda x: x[:height], rows))
+        return _tall(d_hidden, len(hidden)), d_weight, d_bias
+
+    branches = [functools.partial(of, height) for height in options.heights]
+    found = jax.lax.switch(which, branches, hidden, targets, log_normalizer, entropy, gradients)
+    return *found, None, None
+
+
+_logps.defvjp(_forward, _backward)
+
+
+def _tall(x: jax.Array, rows: int) -> jax.Array:
+    return jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1)))
+
+
+def _values(
+    options: _Options, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, targets: jax.Array
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """(what is wanted, log Σ exp z) of all rows."""
     vocabulary, rows = weight.shape[0], hidden.shape[0]
+    chunk = _chunk(options, rows, vocabulary)
 
     def see(stats: _Stats, i: jax.Array) -> tuple[_Stats, None]:
-        z, _, ids, fresh = _tile(options, hidden, weight, bias, i)
+        z, _, ids, fresh = _tile(options, chunk, hidden, weight, bias, i)
         seen = jnp.where(fresh, z, -jnp.inf)
         top = jnp.max(seen, axis=1)
         peak = jnp.maximum(stats.peak, top)
@@ -95,7 +154,7 @@ def _forward(options: _Options, hidden: jax.Array, weight: jax.Array, bias: jax.
 
     zeros = jnp.zeros(rows, jnp.float32)
     start = _Stats(jnp.full(rows, -jnp.inf), zeros, zeros, zeros, zeros, jnp.zeros(rows, jnp.int32))
-    stats, _ = jax.lax.scan(see, start, jnp.arange(_tiles(vocabulary, options.chunk)))
+    stats, _ = jax.lax.scan(see, start, jnp.arange(_tiles(vocabulary, chunk)))
     log_normalizer = stats.peak + jnp.log(stats.mass)
     values = {
         "logps": stats.chosen - log_normalizer,
@@ -104,18 +163,27 @@ def _forward(options: _Options, hidden: jax.Array, weight: jax.Array, bias: jax.
         "mean_logit": stats.total / vocabulary,
         "correct": stats.best == targets,
     }
-    kept = {name: values[name] for name in ("logps", *options.wanted)}
-    return kept, (hidden, weight, bias, targets, log_normalizer, kept.get("entropy"))
+    return {name: values[name] for name in ("logps", *options.wanted)}, log_normalizer
 
 
-def _backward(options: _Options, residuals: tuple, gradients: dict[str, jax.Array]):
-    hidden, weight, bias, targets, log_normalizer, entropy = residuals
+def _gradients(
+    options: _Options,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    hidden: jax.Array,
+    targets: jax.Array,
+    log_normalizer: jax.Array,
+    entropy: jax.Array | None,
+    gradients: dict[str, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(dhidden, dweight, dbias) of all rows."""
     vocabulary = weight.shape[0]
-    column = {name: g[:, None] for name, g in gradients.items() if name != "correct"}
+    chunk = _chunk(options, len(hidden), vocabulary)
+    column = {name: g[:, None] for name, g in gradients.items()}
 
     def back(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
         d_hidden, d_weight, d_bias = carry
-        z, slope, ids, fresh = _tile(options, hidden, weight, bias, i)
+        z, slope, ids, fresh = _tile(options, chunk, hidden, weight, bias, i)
         log_p = z - log_normalizer[:, None]
         p = jnp.exp(log_p)
         scale = -column["logps"] + column.get("log_normalizer", 0.0)
@@ -125,9 +193,9 @@ def _backward(options: _Options, residuals: tuple, gradients: dict[str, jax.Arra
         if "mean_logit" in column:
             dz = dz + column["mean_logit"] / vocabulary
         d_raw = jnp.where(fresh, dz * slope, 0.0)
-        start = _start(vocabulary, options.chunk, i)
+        start = _start(vocabulary, chunk, i)
         narrow = d_raw.astype(hidden.dtype)
-        tile = _columns(weight, start, options.chunk).astype(hidden.dtype)
+        tile = _columns(weight, start, chunk).astype(hidden.dtype)
         d_hidden += jnp.einsum("nc,cd->nd", narrow, tile, preferred_element_type=jnp.float32)
         d_tile = jnp.einsum("nc,nd->cd", narrow, hidden, preferred_element_type=jnp.float32)
         d_weight = _add_columns(d_weight, d_tile, start)
@@ -139,26 +207,29 @@ def _backward(options: _Options, residuals: tuple, gradients: dict[str, jax.Arra
         jnp.zeros_like(weight),
         None if bias is None else jnp.zeros_like(bias),
     )
-    (d_hidden, d_weight, d_bias), _ = jax.lax.scan(back, zeros, jnp.arange(_tiles(vocabulary, options.chunk)))
-    return d_hidden.astype(hidden.dtype), d_weight, d_bias, None
+    (d_hidden, d_weight, d_bias), _ = jax.lax.scan(back, zeros, jnp.arange(_tiles(vocabulary, chunk)))
+    return d_hidden.astype(hidden.dtype), d_weight, d_bias
 
 
-_logps.defvjp(_forward, _backward)
+def _chunk(options: _Options, rows: int, vocabulary: int) -> int:
+    return min(options.chunk or default_chunk(rows, vocabulary), vocabulary)
 
 
-def _tile(options: _Options, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, i: jax.Array) -> tuple:
+def _tile(
+    options: _Options, chunk: int, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, i: jax.Array
+) -> tuple:
     """(z, dz/draw, ids, fresh) of tile i. The last tile is moved back to end at V; `fresh` is False on its overlap."""
-    start = _start(weight.shape[0], options.chunk, i)
-    ids = start + jnp.arange(options.chunk)
-    columns = _columns(weight, start, options.chunk).astype(hidden.dtype)
+    start = _start(weight.shape[0], chunk, i)
+    ids = start + jnp.arange(chunk)
+    columns = _columns(weight, start, chunk).astype(hidden.dtype)
     raw = jnp.einsum("nd,cd->nc", hidden, columns, preferred_element_type=jnp.float32)
     if bias is not None:
-        raw = raw + _columns(bias, start, options.chunk)[None, :]
+        raw = raw + _columns(bias, start, chunk)[None, :]
     slope = 1.0 / options.temperature
     if options.softcap is not None:
         squashed = jnp.tanh(raw / options.softcap)
         raw, slope = options.softcap * squashed, (1.0 - squashed**2) * slope
-    return raw / options.temperature, slope, ids, (ids >= i * options.chunk)[None, :]
+    return raw / options.temperature, slope, ids, (ids >= i * chunk)[None, :]
 
 
 def _tiles(vocabulary: int, chunk: int) -> int:

@@ -5,6 +5,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.ops import logprobs_chunked
 from jaxalign.ops.logprobs import next_token_logps, token_logps
 from jaxalign.ops.logprobs_chunked import default_chunk
 from jaxalign.types import Unembedding
@@ -71,6 +72,32 @@ def test_the_chunked_gradient_equals_autodiff_of_the_reference(extra, softcap, b
         outcomes.append(jax.grad(function, argnums=(0, 1))(hidden, unembedding))
     for expected, found in zip(*map(jax.tree.leaves, outcomes), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 7, 8, N])
+def test_tokens_that_nobody_asks_about_are_left_out_and_change_nothing(monkeypatch, count):
+    hidden, unembedding, targets, _ = problem(5, softcap=3.0, bias=True)
+    mask = jnp.zeros(N, bool).at[jax.random.permutation(jax.random.key(count), N)[:count]].set(True)
+    weights, outcomes = jax.random.normal(jax.random.key(9), (4, N)), []
+    for worth in (0, 2**62):
+        monkeypatch.setattr(logprobs_chunked, "WORTH_A_CHOICE", worth)
+        options = {"entropy": True, "log_normalizer": True, "mean_logit": True, "vocabulary_chunk": 16}
+        values = token_logps(hidden, unembedding, targets, mask=mask, correct=True, **options)
+        function = lambda h, u, options=options: scalar(options, weights, h, u, targets, mask)  # noqa: E731
+        outcomes.append((values, jax.grad(function, argnums=(0, 1))(hidden, unembedding)))
+    for expected, found in zip(*map(jax.tree.leaves, outcomes), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_half_of_the_tokens_have_half_of_the_logits(monkeypatch):
+    monkeypatch.setattr(logprobs_chunked, "WORTH_A_CHOICE", 0)
+    seen = []
+    monkeypatch.setattr(logprobs_chunked, "_tile", lambda *a, real=logprobs_chunked._tile: seen.append(a) or real(*a))
+    hidden, unembedding, targets, _ = problem()
+    mask = jnp.arange(N) % 2 == 0
+    with jax.disable_jit():
+        token_logps(hidden, unembedding, targets, mask=mask, vocabulary_chunk=V)
+    assert [len(tile[2]) for tile in seen] == [7]  # of 13
 
 
 def test_zero_logits_have_log_v_everywhere():
