@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+NEIGHBOURS = 128  # tokens that a draw takes as one at first
+
 
 class Drawn(NamedTuple):
     """A token for each row, in nats."""
@@ -64,6 +66,28 @@ def penalise(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: flo
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+def categorical(keys: Key[Array, "B"], logits: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """A token for each row, drawn from softmax(logits); one whose logit is -inf is never drawn.
+
+    By inversion: a block of neighbours by their mass, then one of them by its own. That takes two random numbers a row,
+    where the Gumbel trick takes one and two logarithms for each token of the vocabulary.
+    """
+    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    mass = jnp.pad(mass, ((0, 0), (0, -mass.shape[1] % NEIGHBOURS))).reshape(len(mass), -1, NEIGHBOURS)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    block = _crossing(jnp.sum(mass, axis=-1), draws[:, 0])
+    inside = jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0]
+    return block * NEIGHBOURS + _crossing(inside, draws[:, 1])
+
+
+def _crossing(mass: Float[Array, "B N"], share: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The first place of each row up to which more than this share of its mass lies; it has mass itself."""
+    reached, places = jnp.cumsum(mass, axis=-1), jnp.arange(mass.shape[1])[None, :]
+    last = jnp.max(jnp.where(mass > 0, places, 0), axis=-1, keepdims=True)  # where rounding lets nothing cross
+    crossed = (reached > share[:, None] * reached[:, -1:]) | (places == last)
+    return jnp.argmax(crossed & (mass > 0), axis=-1)
+
+
 def sample(
     keys: Key[Array, "B"],
     logits: Float[Array, "B V"],
@@ -101,7 +125,7 @@ def sample(
         kept = kept / temperature
         for keep, limit in ((keep_top_k, top_k), (keep_top_p, top_p), (keep_min_p, min_p)):
             kept = jnp.where(keep(kept, limit), kept, -jnp.inf)
-        tokens = jax.vmap(jax.random.categorical)(keys, kept)
+        tokens = categorical(keys, kept)
     model_logps = _logps_of(logits, tokens)
     return Drawn(tokens, model_logps if kept is logits else _logps_of(kept, tokens), model_logps)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.ops.sampling import keep_min_p, keep_top_k, keep_top_p, penalise, sample
+from jaxalign.ops.sampling import _crossing, categorical, keep_min_p, keep_top_k, keep_top_p, penalise, sample
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
 
@@ -83,3 +83,30 @@ def test_a_row_draws_the_same_whatever_its_neighbours_are():
     whole = sample(keys, logits).tokens
     parts = [sample(keys[i : i + 1], logits[i : i + 1]).tokens[0] for i in range(8)]
     assert whole.tolist() == parts
+
+
+@pytest.mark.parametrize("vocabulary", [100, 128, 300])
+def test_over_blocks_of_the_vocabulary_each_token_comes_as_often_as_its_probability(vocabulary):
+    count = 40_000
+    logits = 2 * jax.random.normal(jax.random.key(2), (vocabulary,))
+    banned = jnp.arange(vocabulary) % 7 == 0  # the first token, and places at the edges of blocks
+    logits = jnp.where(banned, -jnp.inf, logits)
+    keys = jax.random.split(jax.random.key(3), count)
+    tokens = jax.jit(categorical)(keys, jnp.broadcast_to(logits, (count, vocabulary)))
+    seen, expected = np.bincount(tokens, minlength=vocabulary), count * np.asarray(jax.nn.softmax(logits), np.float64)
+    assert not seen[np.asarray(banned)].any()
+    often = expected >= 5
+    found, wanted = [*seen[often], seen[~often].sum()], [*expected[often], expected[~often].sum()]
+    chi_square = sum((a - b) ** 2 / b for a, b in zip(found, wanted, strict=True) if b)
+    freedom = often.sum()
+    assert chi_square < freedom + 3.1 * np.sqrt(2 * freedom) + 10
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, np.nextafter(np.float32(1), np.float32(0))])
+def test_a_place_without_mass_is_never_the_one_that_crosses(share):
+    mass = jnp.array([[0.0, 0.25, 0.0, 0.25, 0.5, 0.0]])
+    assert _crossing(mass, jnp.array([share])).tolist() == [{0.0: 1, 0.25: 3, 0.5: 4}.get(float(share), 4)]
+
+
+def test_a_crossing_lost_to_rounding_falls_to_the_last_place_with_mass():
+    assert _crossing(jnp.array([[1.0, 2.0, 0.0]]), jnp.array([1.0])).tolist() == [1]
