@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxalign.rollout.calls import RewardFn, RowError, call, name_of, started, wanted
@@ -26,6 +27,7 @@ from jaxalign.rollout.score import Scorer, load_reward_model
 from jaxalign.select import select_sum
 
 Texts = Sequence[str]
+DTYPES = ("float32", "bfloat16")  # of a reward model
 
 
 class RewardError(RuntimeError):
@@ -122,24 +124,23 @@ def reward_model(
     path: str,
     quantise: str | None = None,
     offload: bool = False,
+    dtype: str = "float32",
     finished: Sequence[bool] | None = None,
 ) -> list[float]:
     """Scores of a reward model's folder, normalised and combined over its members as the folder says.
 
-    It reads texts with its own tokenizer and chat template, whatever those of the policy are. Its kernels may be kept
-    in few bits (quantise='int8' or 'nf4'), and all of it in the host's memory between calls (offload=True).
+    It reads texts with its own tokenizer and chat template, whatever those of the policy are. All devices of the host
+    hold a share of it. Its kernels may be kept in few bits (quantise='int8' or 'nf4'), all of it in half
+    (dtype='bfloat16'), and in the host's memory between calls (offload=True).
     """
-    return _scorer(path, quantise=quantise, offload=offload)(prompts, responses, finished=finished).tolist()
-
-
-def _scorer(path: str, *, quantise: str | None = None, offload: bool = False, **others: Any) -> Scorer:
-    """By the keywords of `reward_model`, of which it reads these; each is loaded once."""
-    return _loaded(path, quantise, offload)
+    return _loaded(path, quantise, offload, dtype)(prompts, responses, finished=finished).tolist()
 
 
 @functools.lru_cache
-def _loaded(path: str, quantise: str | None, offload: bool) -> Scorer:
-    return load_reward_model(path, quantise=quantise, offload=offload)
+def _loaded(path: str, quantise: str | None = None, offload: bool = False, dtype: str = "float32") -> Scorer:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    return load_reward_model(path, quantise=quantise, offload=offload, dtype=dtype, devices=jax.local_devices())
 
 
 REWARDS: dict[str, RewardFn] = {
@@ -170,7 +171,7 @@ class Rewards:
         terms, self._seconds = select_sum(text, REWARDS), seconds
         for _, function in terms:
             if getattr(function, "func", None) is reward_model:
-                _scorer(**function.keywords)  # what is wrong with it is said before training starts
+                _loaded(**function.keywords)  # what is wrong with it is said before training starts
         names = _distinct([name_of(function) for _, function in terms])
         self._functions = dict(zip(names, (function for _, function in terms), strict=True))
         self.weights = dict(zip(names, (weight for weight, _ in terms), strict=True))

@@ -15,45 +15,73 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxalign.data.preference_formats import sequence
 from jaxalign.data.steps import MOST_STEPS, encode
 from jaxalign.data.tokens import Encoder
 from jaxalign.models import heads, huggingface
+from jaxalign.models.layout import Layout
 from jaxalign.models.offload import fetched, offloaded
 from jaxalign.models.reward_model import RewardModel, load_reward_params, member_scores, read_reward_model, scores_at
 from jaxalign.types import PyTree
 
 Prompt = str | Sequence[dict[str, str]]  # a text, or messages
+AXES = ("data", "fsdp", "tensor")
 
 
 def load_reward_model(
     source: str,
     *,
-    compute_dtype: Any = jnp.float32,
+    dtype: Any = jnp.float32,
     batch_size: int = 16,
     quantise: str | None = None,
     offload: bool = False,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Scorer:
     """The scorer of a folder or hub name: what `jaxalign reward` wrote, or any sequence classifier with one label.
 
     Args:
       source: the folder or name.
-      compute_dtype: of the trunk's activations.
-      batch_size: rows that are scored together.
+      dtype: of the trunk's parameters and activations; scores are float32.
+      batch_size: rows that are scored together, or some more, so that devices get equally many.
       quantise: the trunk's kernels, as `read_reward_model` has it.
       offload: keep the parameters in the host's memory, and on the device only while texts are scored.
+      devices: of this host, which hold equal shares of the parameters and score equally many rows; None: its first.
 
     Raises:
       ValueError: not a reward model, or its tokenizer has nothing that ends a response.
     """
-    model = read_reward_model(source, compute_dtype=compute_dtype, quantise=quantise)
+    spread = devices is not None and len(devices) > 1
+    mesh = jax.make_mesh((1, len(devices), 1), AXES, (AxisType.Auto,) * 3, devices=devices) if spread else None
+    model = read_reward_model(
+        source,
+        compute_dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(dtype),
+        layout=None if mesh is None else Layout(mesh),
+        quantise=quantise,
+    )
     tokenizer = huggingface.load_tokenizer(source)
     terminators = huggingface.terminators(source, tokenizer)
     if not terminators:
         raise ValueError(f"{source} names no eos token, so nothing can end a response; set eos_token_id in its config")
-    params = load_reward_params(model)
+    shares = (
+        None if mesh is None else jax.tree.map(lambda x: NamedSharding(mesh, _share(x.shape, mesh.size)), model.like)
+    )
+    params = load_reward_params(model, shardings=shares)
+    if mesh is not None:
+        batch_size = -(-batch_size // mesh.size) * mesh.size
     return Scorer(model, offloaded(params) if offload else params, tokenizer, terminators, batch_size, offload)
+
+
+def _share(shape: tuple[int, ...], devices: int) -> P:
+    """The longest axis that so many devices divide, cut by them; small arrays are whole on each."""
+    axes = [axis for axis, size in enumerate(shape) if size % devices == 0 and len(shape) > 1]
+    if not axes:
+        return P()
+    cut = max(axes, key=lambda axis: shape[axis])
+    return P(*("fsdp" if axis == cut else None for axis in range(len(shape))))
 
 
 @dataclasses.dataclass(frozen=True)

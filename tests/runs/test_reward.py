@@ -135,6 +135,26 @@ def test_a_reward_model_in_few_bits_nearly_agrees_and_one_in_host_memory_agrees_
         Rewards(f"reward_model(path={folder!r}, quantise='int4')")
 
 
+@pytest.mark.parametrize("quantise", ["none", "int8"])
+def test_a_reward_model_spread_over_eight_devices_gives_the_scores_of_one(trained, quantise):
+    folder = str(trained.output / "final")
+    options = {"batch_size": 3, "quantise": quantise}
+    spread = load_reward_model(folder, devices=jax.devices(), **options)
+    kernel = jax.tree.leaves(spread.params["model"]["blocks"]["mlp"]["up"]["kernel"])[0]
+    assert spread.batch_size == 8 and kernel.addressable_shards[0].data.size == kernel.size // 8
+    alone = load_reward_model(folder, **options).members(PROMPTS, RESPONSES)
+    np.testing.assert_allclose(spread.members(PROMPTS, RESPONSES), alone, atol=2e-5)
+
+
+def test_a_reward_model_in_half_precision_is_half_as_large(trained, scorer):
+    half = load_reward_model(str(trained.output / "final"), batch_size=4, dtype="bfloat16")
+    bytes_of = lambda one: sum(x.nbytes for x in jax.tree.leaves(one.params["model"]))  # noqa: E731
+    assert 2 * bytes_of(half) == bytes_of(scorer)
+    np.testing.assert_allclose(half.members(PROMPTS, RESPONSES), scorer.members(PROMPTS, RESPONSES), atol=0.1)
+    with pytest.raises(ValueError, match="dtype='float16' is not one of float32, bfloat16"):
+        Rewards(f"reward_model(path={str(trained.output / 'final')!r}, dtype='float16')")
+
+
 def test_a_vocabulary_with_nothing_but_an_eos_token_pads_with_its_last_word(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model))
     tokenizer.bos_token = tokenizer.unk_token = None
