@@ -15,17 +15,18 @@ jaxalign runs what `jaxalign ppo` does, but for metrics, checkpoints and export;
 and the critic starts from it. TRL 1.12 is the last that has PPO. Tunix 0.1.7 runs PPO with models that accept segment
 ids, which its Llama does not: here it takes and ignores them, as there is no packing.
 
-Observed (9a3a0e3, 2 cores, --rounds 1 --steps 3; a smoke figure, not a median of several):
+Observed (23f6c7c, 2 cores, --rounds 1 --steps 4; a smoke figure, not a median of several):
 
                                       tokens/s   peak GiB
-    jaxalign                               120       2.56
-    jaxalign, remat dots                   131       2.77
-    jaxalign, remat none                   119       3.51
-    TRL 1.12                               144       2.30
-    Tunix 0.1.7                             90       3.78
+    jaxalign                               120       2.06
+    jaxalign, remat dots                   131       2.23
+    jaxalign, remat none                   111       2.99
+    TRL 1.12                               118       2.33
+    Tunix 0.1.7                             78       3.81
 
-So 0.83 to 0.91 of TRL and 1.3 to 1.5 of Tunix. An update is about 28 forwards of the model's tokens, 8 more with blocks
-computed again; three times TRL is more than two cores' matrix products allow in fp32 without doing less.
+So with blocks or all but products computed again 1.02 and 1.11 of TRL and 1.54 and 1.68 of Tunix, in less memory than
+either. An update is about 28 forwards of the model's tokens, 8 more with blocks computed again; matrix products alone
+would take about 5 of the 8 seconds, so three times TRL is more than two cores allow in fp32 without doing less.
 """
 
 from __future__ import annotations

@@ -9,13 +9,18 @@ to 256 tokens, uniformly, sampled; 16 are generated side by side, and only token
 cannot give a freed place to the next prompt generates on until the longest of the batch has ended. A step is one pass
 over all prompts. Contenders, speed, memory and the time to the first step are measured as in sft_vs_peers.py.
 
-Observed (two CPU cores; --rounds 1 --steps 3, so one pass measured): tokens/s, peak GiB, first pass s.
+Observed (23f6c7c, two CPU cores, --rounds 1 --steps 3, so one pass measured): tokens/s, peak GiB, first pass s.
 
-    fixed, greedy     jaxalign 984, 0.91, 9.7     transformers 907, 0.70, 2.6    Tunix 721, 0.98, 6.3
-    fixed, sampled    jaxalign 873, 0.94, 10.6    transformers 729, 0.72, 3.3    Tunix 683, 1.03, 7.4
+    fixed, greedy     jaxalign 673, 0.92, 13.1   transformers 694, 0.58, 4.3    Tunix 698, 1.01, 7.3
+    fixed, sampled    jaxalign 879, 0.98, 11.9   transformers 663, 0.57, 3.5    Tunix 569, 1.00, 7.6
+    spread            jaxalign 630, 1.04, 25.9   transformers 307, 0.65, 28.0   Tunix 280, 1.48, 44.6
+                      without refill 459, 1.00, 28.6
 
-So 1.36 and 1.28 of Tunix, 1.08 and 1.20 of transformers, short of the 1.5 and 3 that were the goal: a step of 16 tokens
-takes 16 ms, of which reading weights takes 4 and keys and values 8. `spread` was not measured.
+Sampled that is 1.33 of transformers and 1.54 of Tunix, on spread lengths 2.05 and 2.25, and 1.37 of the same engine
+without refill. The goals of 1.5 of Tunix were met but for greedy choices, those of 3 of transformers and of 1.6 by
+refill were not. The row of greedy choices was taken while the machine was slower than for the next: greedily the same
+engine gave 840 in a run of its own, and 984, beside 907 and 721, before tokens were drawn by inversion, which greedy
+choices do not use. A step of 16 tokens takes 16 ms, of which products with weights take 5 to 9 and keys and values 5.
 """
 
 from __future__ import annotations
