@@ -55,6 +55,8 @@ COMMANDS = {  # by a name of the run
             "dynamic_sampling": 3,
             "top_p": 0.9,
             "n": 4,
+            # slow enough that some prompts still tell responses apart at the last step
+            "optimizer": OptimizerConfig(learning_rate=5e-3, schedule="constant"),
             "algorithm": PolicyAlgorithm("ppo_clip(clip_epsilon_high=0.28)"),
         },
     ),
