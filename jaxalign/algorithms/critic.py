@@ -10,16 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from jaxalign.algorithms.base import hidden_states
 from jaxalign.models import heads
 from jaxalign.types import PyTree, TokenBatch
-
-
-def hidden_states(graphdef: Any, params: PyTree, rows: TokenBatch) -> tuple[Any, jax.Array]:
-    """(the model, its hidden states [B T D])."""
-    model = nnx.merge(graphdef, params)
-    return model, model(rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
 
 
 def token_values(critic: PyTree, hidden: jax.Array) -> jax.Array:

@@ -22,9 +22,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from jaxalign.algorithms.base import Algorithm, shards_of
+from jaxalign.algorithms.base import Algorithm, hidden_states, shards_of
 from jaxalign.losses.policy import ppo_clip, sequence_logps, truncated_weights
 from jaxalign.ops.kl import KL_ESTIMATORS, k1, k3
 from jaxalign.ops.logprobs import next_token_logps
@@ -121,8 +120,7 @@ def response_logps(
     graphdef: Any, params: PyTree, rows: TokenBatch, *, temperature: float, implementation: str | None = None
 ) -> jax.Array:
     """log π of the tokens [B T] that the mask has, at a temperature; 0 elsewhere."""
-    model = nnx.merge(graphdef, params)
-    hidden = model(rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
+    model, hidden = hidden_states(graphdef, params, rows)
     found = next_token_logps(
         hidden,
         model.unembed(),

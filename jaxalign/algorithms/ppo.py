@@ -53,9 +53,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.algorithms.base import Algorithm, shards_of
+from jaxalign.algorithms.base import Algorithm, hidden_states, shards_of
 from jaxalign.algorithms.controls import Spread, next_kl_coef
-from jaxalign.algorithms.critic import critic_values, hidden_states
+from jaxalign.algorithms.critic import critic_values
 from jaxalign.algorithms.policy import ADVANTAGES, OLD, REF, SCORES, rollout_metrics
 from jaxalign.losses.policy import ppo_clip, value_clip
 from jaxalign.ops import masked

@@ -7,9 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from jaxalign.algorithms.base import Algorithm, shards_of
+from jaxalign.algorithms.base import Algorithm, hidden_states, shards_of
 from jaxalign.losses.language import cross_entropy
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.types import Average, PyTree, TokenBatch
@@ -47,8 +46,7 @@ def sft(graphdef: Any, *, loss: Callable = cross_entropy, implementation: str | 
     """
 
     def token_loss(params: PyTree, batch: TokenBatch) -> tuple[Average, dict[str, Average]]:
-        model = nnx.merge(graphdef, params)
-        hidden = model(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+        model, hidden = hidden_states(graphdef, params, batch)
         token = next_token_logps(
             hidden,
             model.unembed(),
