@@ -98,6 +98,7 @@ def jaxalign_preferences(
     from jaxalign.data.groups import GroupBatches, GroupPlan, Responses, UnpairedBatches
     from jaxalign.data.preferences import mismatched
     from jaxalign.data.tokens import Examples
+    from jaxalign.models import placement
     from jaxalign.models.decoder import init_params
     from jaxalign.models.families import model_config
     from jaxalign.models.heads import init_head
@@ -112,7 +113,7 @@ def jaxalign_preferences(
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant")
     config = DPOConfig(model="", data="", output=Path(), remat=remat, batch_size=size, max_length=LENGTH)
     config = dataclasses.replace(config, packing=packing, optimizer=optimizer)
-    mesh, model = sharding.make_mesh(), model_config(hf_config().to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    mesh, model = placement.make_mesh(), model_config(hf_config().to_dict() | {"architectures": ["LlamaForCausalLM"]})
     methods = {
         "dpo": Method(lambda graphdef, ref: dpo(graphdef, ref_graphdef=ref), reference=True),
         "kto": Method(lambda graphdef, ref: kto(graphdef, ref_graphdef=ref), reference=True),

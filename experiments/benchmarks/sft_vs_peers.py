@@ -61,6 +61,7 @@ def jaxalign_sft(rows: list[list[int]], mark, *, remat: str, packing: bool) -> N
     from jaxalign.data import batches
     from jaxalign.data.tokens import Examples
     from jaxalign.losses.language import cross_entropy
+    from jaxalign.models import placement
     from jaxalign.models.decoder import init_params
     from jaxalign.models.families import model_config
     from jaxalign.runs.config import OptimizerConfig, SFTConfig
@@ -72,7 +73,7 @@ def jaxalign_sft(rows: list[list[int]], mark, *, remat: str, packing: bool) -> N
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant")
     config = SFTConfig(model="", data="", output=Path(), remat=remat, batch_size=BATCH, max_length=LENGTH)
     config = dataclasses.replace(config, packing=packing, optimizer=optimizer)
-    mesh = sharding.make_mesh()
+    mesh = placement.make_mesh()
     model = model_config(hf_config().to_dict() | {"architectures": ["LlamaForCausalLM"]})
     program = make_program(config, model, mesh, loss=cross_entropy, steps=1)
     create = jax.jit(lambda p, k: TrainState.create(p, program.adamw, k), donate_argnums=0)

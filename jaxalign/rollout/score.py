@@ -15,8 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxalign.data.preference_formats import sequence
 from jaxalign.data.steps import MOST_STEPS, encode
@@ -24,11 +22,11 @@ from jaxalign.data.tokens import Encoder
 from jaxalign.models import heads, huggingface
 from jaxalign.models.layout import Layout
 from jaxalign.models.offload import fetched, offloaded
+from jaxalign.models.placement import make_mesh, shardings
 from jaxalign.models.reward_model import RewardModel, load_reward_params, member_scores, read_reward_model, scores_at
 from jaxalign.types import PyTree
 
 Prompt = str | Sequence[dict[str, str]]  # a text, or messages
-AXES = ("data", "fsdp", "tensor")
 
 
 def load_reward_model(
@@ -54,7 +52,7 @@ def load_reward_model(
       ValueError: not a reward model, or its tokenizer has nothing that ends a response.
     """
     spread = devices is not None and len(devices) > 1
-    mesh = jax.make_mesh((1, len(devices), 1), AXES, (AxisType.Auto,) * 3, devices=devices) if spread else None
+    mesh = make_mesh(devices=list(devices)) if spread else None
     model = read_reward_model(
         source,
         compute_dtype=jnp.dtype(dtype),
@@ -66,22 +64,10 @@ def load_reward_model(
     terminators = huggingface.terminators(source, tokenizer)
     if not terminators:
         raise ValueError(f"{source} names no eos token, so nothing can end a response; set eos_token_id in its config")
-    shares = (
-        None if mesh is None else jax.tree.map(lambda x: NamedSharding(mesh, _share(x.shape, mesh.size)), model.like)
-    )
-    params = load_reward_params(model, shardings=shares)
+    params = load_reward_params(model, shardings=None if mesh is None else shardings(model.like, mesh))
     if mesh is not None:
         batch_size = -(-batch_size // mesh.size) * mesh.size
     return Scorer(model, offloaded(params) if offload else params, tokenizer, terminators, batch_size, offload)
-
-
-def _share(shape: tuple[int, ...], devices: int) -> P:
-    """The longest axis that so many devices divide, cut by them; small arrays are whole on each."""
-    axes = [axis for axis, size in enumerate(shape) if size % devices == 0 and len(shape) > 1]
-    if not axes:
-        return P()
-    cut = max(axes, key=lambda axis: shape[axis])
-    return P(*("fsdp" if axis == cut else None for axis in range(len(shape))))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxalign.algorithms.responses import LOGPS, REF, response_logps
 from jaxalign.data.groups import GroupPlan, Layout, Responses
-from jaxalign.models import huggingface
+from jaxalign.models import huggingface, placement
 from jaxalign.models.decoder import make_decoder
 from jaxalign.models.layout import Layout as MeshLayout
 from jaxalign.models.load import load_params
@@ -97,7 +97,7 @@ def _compute(config: FeedbackConfig, base: Base, plan: GroupPlan, responses: Res
         layout=MeshLayout(base.mesh) if base.mesh.size > 1 else None,
         quantise=config.lora.quantise,
     )
-    placed = sharding.shardings(abstract, base.mesh)
+    placed = placement.shardings(abstract, base.mesh)
     params = load_params(
         source, base.model, param_dtype=config.param_dtype, shardings=placed, quantise=config.lora.quantise
     )

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.data import batches as batching
-from jaxalign.models import huggingface
+from jaxalign.models import huggingface, placement
 from jaxalign.models.config import ModelConfig, train_flops_per_token
 from jaxalign.models.decoder import init_params
 from jaxalign.models.load import check_files, load_params
@@ -29,7 +29,7 @@ from jaxalign.runs.folder import open_run
 from jaxalign.runs.program import Method, Program, learning_rate, make_program
 from jaxalign.runs.values import check, to_json
 from jaxalign.runs.vocabulary import Vocabulary, load_vocabulary
-from jaxalign.training import loop, metrics, sharding
+from jaxalign.training import loop, metrics
 from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.compiled import CompiledStep
 from jaxalign.training.evaluate import make_evaluate
@@ -96,7 +96,7 @@ def run(config: TrainConfig, command: str, gather: GatherFn) -> int:
 def load_base(config: TrainConfig, *, starts: bool) -> Base:
     """The mesh, the model's config and the vocabulary; weights are looked at, not yet read, when a run `starts`."""
     devices.check_attention(config.attention, config.max_length)
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    mesh = placement.make_mesh(**dataclasses.asdict(config.mesh))
     model = huggingface.read_config(config.model)
     if model.learned_positions and config.max_length > model.learned_positions:
         raise ValueError(

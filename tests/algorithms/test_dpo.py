@@ -13,6 +13,7 @@ from jaxalign.algorithms.responses import COLLISION, LOGPS, PUBLIC, response_log
 from jaxalign.data.groups import GroupPlan, Layout
 from jaxalign.losses import inputs, preference
 from jaxalign.losses.mixture import select_loss
+from jaxalign.models import placement
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
@@ -132,10 +133,10 @@ def trained(tiny, pairs, text, *, microbatches, mesh_sizes=None, steps=3):
     if mesh_sizes is None:
         step = jax.jit(step)
     else:
-        mesh = sharding.make_mesh(**mesh_sizes)
+        mesh = placement.make_mesh(**mesh_sizes)
         step = sharding.jit_step(step, state, reference, mesh)
-        state = jax.device_put(state, sharding.shardings(state, mesh))
-        reference = jax.device_put(reference, sharding.shardings(reference, mesh))
+        state = jax.device_put(state, placement.shardings(state, mesh))
+        reference = jax.device_put(reference, placement.shardings(reference, mesh))
         batch = sharding.put_batch(jax.device_get(batch), mesh)
     for _ in range(steps):
         state, metrics = step(state, reference, batch)

@@ -15,6 +15,7 @@ from jaxalign.data.groups import GroupPlan, UnpairedBatches
 from jaxalign.data.preferences import mismatched
 from jaxalign.losses.mixture import select_loss
 from jaxalign.losses.unpaired import UNPAIRED_LOSSES
+from jaxalign.models import placement
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
@@ -46,10 +47,10 @@ def trained(tiny, rated, *, microbatches, mesh_sizes=None, steps=3, text="kto", 
     if mesh_sizes is None:
         step = jax.jit(step)
     else:
-        mesh = sharding.make_mesh(**mesh_sizes)
+        mesh = placement.make_mesh(**mesh_sizes)
         step = sharding.jit_step(step, state, reference, mesh)
-        state = jax.device_put(state, sharding.shardings(state, mesh))
-        reference = jax.device_put(reference, sharding.shardings(reference, mesh))
+        state = jax.device_put(state, placement.shardings(state, mesh))
+        reference = jax.device_put(reference, placement.shardings(reference, mesh))
         batch = sharding.put_batch(jax.device_get(batch), mesh)
     for _ in range(steps):
         state, metrics = step(state, reference, batch)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxalign.algorithms.policy import policy_gradient
+from jaxalign.models import placement
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
@@ -85,10 +86,10 @@ def stepped(tiny, batch, *, microbatches, sizes=None, **options):
     if sizes is None:
         step = jax.jit(step)
     else:
-        mesh = sharding.make_mesh(**sizes)
+        mesh = placement.make_mesh(**sizes)
         step = sharding.jit_step(step, state, frozen, mesh)
-        state = jax.device_put(state, sharding.shardings(state, mesh))
-        frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
+        state = jax.device_put(state, placement.shardings(state, mesh))
+        frozen = jax.device_put(frozen, placement.shardings(frozen, mesh))
         batch = sharding.put_batch(jax.device_get(batch), mesh)
     state, metrics = step(state, frozen, batch)
     return jax.device_get(state.params), jax.device_get(metrics)

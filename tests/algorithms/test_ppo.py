@@ -13,6 +13,7 @@ from flax import nnx
 from jaxalign.algorithms.controls import Spread, next_kl_coef
 from jaxalign.algorithms.critic import token_values
 from jaxalign.algorithms.ppo import ppo
+from jaxalign.models import placement
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
@@ -219,10 +220,10 @@ def stepped(tiny, params, batch, *, microbatches=1, sizes=None, steps=1, rate=0.
     if sizes is None:
         step = jax.jit(step)
     else:
-        mesh = sharding.make_mesh(**sizes)
+        mesh = placement.make_mesh(**sizes)
         step = sharding.jit_step(step, state, frozen, mesh)
-        state = jax.device_put(state, sharding.shardings(state, mesh))
-        frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
+        state = jax.device_put(state, placement.shardings(state, mesh))
+        frozen = jax.device_put(frozen, placement.shardings(frozen, mesh))
         batch = sharding.put_batch(jax.device_get(batch), mesh)
     for _ in range(steps):
         state, metrics = step(state, frozen, batch)

@@ -10,6 +10,7 @@ import pytest
 from jaxalign.algorithms.dpo import dpo
 from jaxalign.algorithms.trust_region import follow
 from jaxalign.data.groups import GroupPlan, Layout
+from jaxalign.models import placement
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
@@ -39,9 +40,9 @@ def trained(tiny, pairs, moves, *, mesh_sizes=None, steps=4):
     if mesh_sizes is None:
         step = jax.jit(step)
     else:
-        mesh = sharding.make_mesh(**mesh_sizes)
+        mesh = placement.make_mesh(**mesh_sizes)
         step = sharding.jit_step(step, state, None, mesh)
-        state = jax.device_put(state, sharding.shardings(state, mesh))
+        state = jax.device_put(state, placement.shardings(state, mesh))
         batch = sharding.put_batch(jax.device_get(batch), mesh)
     losses = []
     for _ in range(steps):

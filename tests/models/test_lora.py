@@ -20,9 +20,10 @@ from jaxalign.models.layers import Linear
 from jaxalign.models.layout import Layout
 from jaxalign.models.lora import Adapter, Lora, init_adapter, join, linear_layers, merged_norms, resolve_targets, split
 from jaxalign.models.merge import merge
+from jaxalign.models.placement import make_mesh, shardings
 from jaxalign.models.quantise import quantise_kernels
 from jaxalign.training.optimizer import is_matrix
-from jaxalign.training.sharding import jit_step, make_mesh, put_batch, shardings
+from jaxalign.training.sharding import jit_step, put_batch
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
 from jaxalign.types import TokenBatch

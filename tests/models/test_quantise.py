@@ -17,9 +17,9 @@ from jaxalign.models.families import model_config
 from jaxalign.models.load import load_params
 from jaxalign.models.lora import Lora, init_adapter, join, split
 from jaxalign.models.merge import merge, merge_by_layer
+from jaxalign.models.placement import make_mesh, shardings
 from jaxalign.models.quantise import NF4, dequantise, quantise_kernel, quantise_kernels
 from jaxalign.models.save import save_pretrained
-from jaxalign.training.sharding import make_mesh, shardings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import TINY

@@ -34,7 +34,7 @@ def write_random_model(folder):
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     """A quickstart from SFT on, without DPO and KTO, which have tests of their own."""
-    from jaxalign.training import sharding
+    from jaxalign.models import placement
 
     def plan(output, seed):
         for planned in stages.plan(output, seed):
@@ -43,10 +43,10 @@ def output(tmp_path_factory):
                 config = dataclasses.replace(planned.config, steps=STEPS, batch_size=8, samples=8, optimizer=optimizer)
                 yield planned._replace(config=config)
 
-    folder, whole = tmp_path_factory.mktemp("quickstart"), sharding.make_mesh
+    folder, whole = tmp_path_factory.mktemp("quickstart"), placement.make_mesh
     write_random_model(folder / "base")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         patch.setattr(pipeline, "plan", plan)
         patch.setattr(pipeline, "PRETRAINING_TEXTS", 1)
         patch.setattr(pipeline, "INSTRUCTIONS", 70)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxalign.models import placement
 from jaxalign.models.decoder import init_params, make_decoder
 from jaxalign.models.families import model_config
 from jaxalign.models.layout import Layout
@@ -16,7 +17,6 @@ from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.rollout.engine import LocalEngine, Request
 from jaxalign.rollout.generate import generate_ids
 from jaxalign.rollout.slots import Sampling
-from jaxalign.training import sharding
 from tests.models.tiny import TINY
 
 KEY = jax.random.key(0)
@@ -180,10 +180,10 @@ def test_sampled_frequencies_are_the_distribution_of_the_model(model):
 
 @pytest.mark.parametrize("layout", ["training", "tensor"])
 def test_a_mesh_gives_the_tokens_of_one_device(model, layout):
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = placement.make_mesh(data=2, fsdp=2, tensor=2)
     config = model_config({"architectures": ["LlamaForCausalLM"], **TINY["llama"]})
     graphdef, abstract = make_decoder(config, layout=Layout(mesh))
-    params = jax.device_put(model[1], sharding.shardings(abstract, mesh))
+    params = jax.device_put(model[1], placement.shardings(abstract, mesh))
     sampling = Sampling(18)
     assert ids(generate((graphdef, params), sampling, slots=4, layout=layout)) == ids(generate(model, sampling))
 

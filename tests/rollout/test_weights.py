@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxalign.models import placement
 from jaxalign.models.decoder import init_params, make_decoder
 from jaxalign.models.families import model_config
 from jaxalign.models.layout import Layout
@@ -13,7 +14,6 @@ from jaxalign.models.lora import Lora, init_adapter, join, split
 from jaxalign.rollout import slots as device
 from jaxalign.rollout.slots import Sampling
 from jaxalign.rollout.weights import weights_of
-from jaxalign.training import sharding
 from jaxalign.types import leaf_names
 from tests.models.tiny import TINY
 
@@ -22,9 +22,9 @@ PARAMS = init_params(CONFIG, jax.random.key(0))
 
 
 def on_a_mesh():
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = placement.make_mesh(data=2, fsdp=2, tensor=2)
     graphdef, abstract = make_decoder(CONFIG, compute_dtype=jnp.bfloat16, layout=Layout(mesh))
-    return graphdef, jax.device_put(PARAMS, sharding.shardings(abstract, mesh))
+    return graphdef, jax.device_put(PARAMS, placement.shardings(abstract, mesh))
 
 
 def named(tree):

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxalign.models import placement
 from jaxalign.runs import export, sft
 from jaxalign.runs.config import CheckpointConfig, ExportConfig, MeshConfig, OptimizerConfig, SFTConfig
-from jaxalign.training import sharding
 from jaxalign.training.metrics import read_rows
 
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tiny_data, tmp_path_factory):
     """Six steps on answers of cats, held out answers of dogs: their loss rises, so the best checkpoint is the first."""
-    whole = sharding.make_mesh
+    whole = placement.make_mesh
     folder = tmp_path_factory.mktemp("exported")
     dogs = [{"prompt": f"{word} ?", "completion": "two dogs , red to blue ."} for word in ("a", "one", "runs")]
     (folder / "dogs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dogs))
@@ -36,7 +36,7 @@ def run(tiny_model, tiny_data, tmp_path_factory):
         checkpoint=CheckpointConfig(every=2, keep=2, keep_best=1),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         assert sft.run(config) == 0
     return config
 

@@ -12,6 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import parse
+from jaxalign.models import placement
 from jaxalign.models.decoder import make_decoder
 from jaxalign.models.huggingface import read_config, read_hf_config
 from jaxalign.models.load import load_params
@@ -21,10 +22,9 @@ from jaxalign.models.peft import load_adapter, save_adapter
 from jaxalign.models.save import save_pretrained
 from jaxalign.runs import export, generate, sft
 from jaxalign.runs.config import CheckpointConfig, ExportConfig, LoraConfig, MeshConfig, OptimizerConfig, SFTConfig
-from jaxalign.training import sharding
 from jaxalign.training.metrics import deterministic, read_rows
 
-EVERY_DEVICE = sharding.make_mesh
+EVERY_DEVICE = placement.make_mesh
 TOKENS = np.arange(24).reshape(2, 12)
 
 
@@ -32,7 +32,7 @@ TOKENS = np.arange(24).reshape(2, 12)
 def one_device():
     """The runs' mesh is made of the first device only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda **sizes: EVERY_DEVICE(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(placement, "make_mesh", lambda **sizes: EVERY_DEVICE(**sizes, devices=jax.devices()[:1]))
         yield
 
 

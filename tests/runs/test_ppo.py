@@ -46,12 +46,12 @@ def trained(tiny_model, prompts, tmp_path_factory):  # noqa: F811
     """One run with nearly all that PPO has, its critic a model of its own."""
     import jax
 
-    from jaxalign.training import sharding
+    from jaxalign.models import placement
 
     prompts.with_name("text.jsonl").write_text('{"text": "the cat sees the dog . the dog runs to the cat ."}\n' * 8)
-    whole = sharding.make_mesh
+    whole = placement.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         config = config_of(tiny_model, prompts, tmp_path_factory.mktemp("ppo") / "run")
         assert ppo.run(config) == 0
     return config

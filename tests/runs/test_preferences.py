@@ -60,11 +60,11 @@ def trained(tiny_model, pairs, tmp_path_factory):
     """The run of each command, by its name, made once."""
     import jax
 
-    from jaxalign.training import sharding
+    from jaxalign.models import placement
 
-    whole, runs = sharding.make_mesh, {}
+    whole, runs = placement.make_mesh, {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         for name, kind, run in (("dpo", DPOConfig, preferences.run_dpo), ("kto", KTOConfig, preferences.run_kto)):
             output = tmp_path_factory.mktemp(name) / "run"
             config = kind(model=str(tiny_model), data=str(pairs), output=output, **SHARED)

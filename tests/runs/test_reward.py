@@ -25,13 +25,13 @@ from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 def trained(tiny_model, pairs, tmp_path_factory):  # noqa: F811
     import jax
 
-    from jaxalign.training import sharding
+    from jaxalign.models import placement
 
-    whole = sharding.make_mesh
+    whole = placement.make_mesh
     output = tmp_path_factory.mktemp("reward") / "run"
     config = RewardConfig(model=str(tiny_model), data=str(pairs), output=output, members=2, **SHARED)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         assert reward.run(config) == 0
     return config
 

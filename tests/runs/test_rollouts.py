@@ -56,11 +56,11 @@ def config_of(model, prompts, output, **changes):
 @pytest.fixture(scope="module")
 def local(tiny_model, prompts, tmp_path_factory):
     """A run on one device."""
-    from jaxalign.training import sharding
+    from jaxalign.models import placement
 
-    whole, output = sharding.make_mesh, tmp_path_factory.mktemp("local") / "run"
+    whole, output = placement.make_mesh, tmp_path_factory.mktemp("local") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         assert rl.run_grpo(config_of(tiny_model, prompts, output)) == 0
     return output
 

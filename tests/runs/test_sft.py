@@ -42,10 +42,10 @@ def config_of(tiny_model, tiny_data, output, **changes):
 @pytest.fixture
 def one_device(monkeypatch):
     """The run's mesh is made of the first device only."""
-    from jaxalign.training import sharding
+    from jaxalign.models import placement
 
-    whole = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+    whole = placement.make_mesh
+    monkeypatch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
 
 
 def final(output):
@@ -194,12 +194,12 @@ MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 @pytest.fixture(scope="module")
 def one_microbatch_on_one_device(tiny_model, tiny_data, tmp_path_factory):
-    from jaxalign.training import sharding
+    from jaxalign.models import placement
 
-    whole = sharding.make_mesh
+    whole = placement.make_mesh
     output = tmp_path_factory.mktemp("reference") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         sft.run(config_of(tiny_model, tiny_data, output, steps=5, batch_size=32, packing=False))
     return final(output)
 
@@ -209,11 +209,11 @@ def one_microbatch_on_one_device(tiny_model, tiny_data, tmp_path_factory):
 def test_microbatches_and_meshes_give_the_same_parameters(
     mesh, microbatches, one_microbatch_on_one_device, tiny_model, tiny_data, tmp_path, monkeypatch
 ):
-    from jaxalign.training import sharding
+    from jaxalign.models import placement
 
     if mesh is None:
-        whole = sharding.make_mesh
-        monkeypatch.setattr(sharding, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        whole = placement.make_mesh
+        monkeypatch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
     config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=5, batch_size=32, packing=False)
     sizes = MeshConfig(**{"data": 1, "fsdp": 1, **(mesh or {})})
     sft.run(dataclasses.replace(config, mesh=sizes, microbatches=microbatches))

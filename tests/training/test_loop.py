@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from jaxalign.algorithms.base import Algorithm
+from jaxalign.models.placement import make_mesh
 from jaxalign.training.loop import Hooks, NotFiniteError, Progress, fit, offline
-from jaxalign.training.sharding import make_mesh
 from jaxalign.training.signals import StopRequest
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step

@@ -4,7 +4,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.training.sharding import check_batch_size, make_mesh, put_batch, shardings
+from jaxalign.models.placement import make_mesh, shardings
+from jaxalign.training.sharding import check_batch_size, put_batch
 from jaxalign.training.state import TrainState
 
 
