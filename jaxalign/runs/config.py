@@ -5,7 +5,7 @@ Standard library only, so that `jaxalign --help` answers at once. The docstring 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -259,21 +259,14 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
-    """Answers of a model to prompts."""
+class AnsweringConfig:
+    """A model that answers, and how its tokens are drawn."""
 
     model: str
     """A Hugging Face folder (a run's final/ is one) or hub name."""
-    prompts: str
-    """A file of prompts (.jsonl with `prompt` or `messages`, .txt one a line), or the prompt itself."""
-    output: Path | None = None
-    """A .jsonl file of prompt and response; by default they are printed."""
+    _: KW_ONLY
     adapter: Path | None = None
     """A folder of LoRA adapters in PEFT's format, of --model: a run's adapter/ is one."""
-    max_new_tokens: int = 128
-    """Length limit of a response, in tokens."""
-    temperature: float = 1.0
-    """Sampling temperature; 0 takes the most likely token."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens that holds this share of the probability."""
     top_k: int = 0
@@ -282,6 +275,26 @@ class GenerateConfig:
     """Sample from tokens at least this share as likely as the most likely one; 0: from all."""
     repetition_penalty: float = 1.0
     """Logits of tokens of the prompt and of the response so far are divided by it; 1: not."""
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Dtype of the cached keys and values; auto is that of compute."""
+    seed: int = 0
+    """Seed of sampling."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of compute; auto is bfloat16 on TPU and GPU and float32 on CPU."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig(AnsweringConfig):
+    """Answers of a model to prompts."""
+
+    prompts: str
+    """A file of prompts (.jsonl with `prompt` or `messages`, .txt one a line), or the prompt itself."""
+    output: Path | None = None
+    """A .jsonl file of prompt and response; by default they are printed."""
+    max_new_tokens: int = 128
+    """Length limit of a response, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 takes the most likely token."""
     stop: tuple[str, ...] = ()
     """Texts that end a response, which holds them."""
     n: int = 1
@@ -292,12 +305,6 @@ class GenerateConfig:
     """Keep all responses, or each prompt's best by --reward (best-of-n)."""
     batch_size: int = 16
     """Responses generated side by side; one that ends makes room for the next prompt at once."""
-    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    """Dtype of the cached keys and values; auto is that of compute."""
-    seed: int = 0
-    """Seed of sampling."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of compute; auto is bfloat16 on TPU and GPU and float32 on CPU."""
     engine: str | None = None
     """Address of a server that answers with what it serves, http://host:port; --model gives the tokenizer."""
     engine_kind: Literal["vllm", "sglang"] = "vllm"
@@ -305,13 +312,9 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(AnsweringConfig):
     """A conversation with a model in the terminal."""
 
-    model: str
-    """A Hugging Face folder (a run's final/ is one) or hub name."""
-    adapter: Path | None = None
-    """A folder of LoRA adapters in PEFT's format, of --model: a run's adapter/ is one."""
     system: str | None = None
     """What the model is told before the conversation."""
     tokenizer: str | None = None
@@ -322,20 +325,6 @@ class ChatConfig:
     """Length limit of an answer, in tokens; the rest of the model's window is for what was said before."""
     temperature: float = 0.7
     """Sampling temperature; 0 takes the most likely token."""
-    top_p: float = 1.0
-    """Sample from the smallest set of tokens that holds this share of the probability."""
-    top_k: int = 0
-    """Sample from the k most likely tokens; 0: from all."""
-    min_p: float = 0.0
-    """Sample from tokens at least this share as likely as the most likely one; 0: from all."""
-    repetition_penalty: float = 1.0
-    """Logits of tokens of the prompt and of the answer so far are divided by it; 1: not."""
-    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    """Dtype of the cached keys and values; auto is that of compute."""
-    seed: int = 0
-    """Seed of sampling."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of compute; auto is bfloat16 on TPU and GPU and float32 on CPU."""
 
 
 @dataclass(frozen=True)
