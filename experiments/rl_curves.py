@@ -10,12 +10,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from jaxalign.training.metrics import read_rows
+
 COLOURS = {"ppo": "#b3541e", "grpo": "#1f5f8b", "rloo": "#3c7a3a"}
 
 
 def course(run: Path) -> tuple[list[float], list[float]]:
     """(KL in nats a response, mean score) of the responses of each step."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(run / "metrics.jsonl")
     return [row["kl"] for row in rows], [row["score"] for row in rows]
 
 

@@ -65,6 +65,7 @@ from overoptimisation_proxies import (
 from jaxalign.runs import devices, rl
 from jaxalign.runs.config import CheckpointConfig, OptimizerConfig
 from jaxalign.runs.rl_config import RLOOConfig
+from jaxalign.training.metrics import read_rows
 
 log = logging.getLogger("jaxalign.experiments")
 
@@ -95,7 +96,7 @@ def optimise(task: Task, name: str, folders: list[str], rule: str) -> list[dict]
         checkpoint=CheckpointConfig(every=0),
     )
     finish(rl.run_rloo(config))
-    steps = [json.loads(row) for row in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = read_rows(output / "metrics.jsonl")
     rows = [json.loads(row) for row in notes.read_text().splitlines()][-len(steps) :]  # an earlier start's come first
     # the mean of log π/π_ref over few responses may be below 0, the KL that it estimates may not
     return [{"d": max(step["kl"], 0.0) ** 0.5, **row} for step, row in zip(steps, rows, strict=True)]
