@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxalign.ops.largest import largest
 from jaxalign.types import Unembedding
 
 TILE_LOGITS = 2**22  # 16 MiB in float32
@@ -147,7 +148,7 @@ def _values(
         if "mean_logit" in options.wanted:
             sums["total"] = stats.total + jnp.sum(jnp.where(fresh, z, 0.0), axis=1)
         if "correct" in options.wanted:
-            sums["best"] = jnp.where(top > stats.peak, ids[jnp.argmax(seen, axis=1)], stats.best)
+            sums["best"] = jnp.where(top > stats.peak, ids[largest(seen)], stats.best)
         hit = fresh & (ids[None, :] == targets[:, None])
         chosen = stats.chosen + jnp.sum(jnp.where(hit, z, 0.0), axis=1)
         return stats._replace(peak=peak, chosen=chosen, **sums), None

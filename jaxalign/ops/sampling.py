@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-NEIGHBOURS = 128  # tokens that a draw takes as one at first
+from jaxalign.ops.largest import NEIGHBOURS, blocks, inside, largest
 
 
 class Drawn(NamedTuple):
@@ -72,12 +72,10 @@ def categorical(keys: Key[Array, "B"], logits: Float[Array, "B V"]) -> Int[Array
     By inversion: a block of neighbours by their mass, then one of them by its own. That takes two random numbers a row,
     where the Gumbel trick takes one and two logarithms for each token of the vocabulary.
     """
-    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    mass = jnp.pad(mass, ((0, 0), (0, -mass.shape[1] % NEIGHBOURS))).reshape(len(mass), -1, NEIGHBOURS)
+    mass = blocks(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)))
     draws = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     block = _crossing(jnp.sum(mass, axis=-1), draws[:, 0])
-    inside = jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0]
-    return block * NEIGHBOURS + _crossing(inside, draws[:, 1])
+    return block * NEIGHBOURS + _crossing(inside(mass, block), draws[:, 1])
 
 
 def _crossing(mass: Float[Array, "B N"], share: Float[Array, "B"]) -> Int[Array, "B"]:
@@ -120,7 +118,7 @@ def sample(
     if allowed is not None:
         kept = jnp.where(allowed, kept, -jnp.inf)
     if temperature == 0.0:
-        tokens = jnp.argmax(kept, axis=-1)
+        tokens = largest(kept)
     else:
         kept = kept / temperature
         for keep, limit in ((keep_top_k, top_k), (keep_top_p, top_p), (keep_min_p, min_p)):
