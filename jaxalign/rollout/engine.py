@@ -134,7 +134,7 @@ class LocalEngine:
         )
         table = _Table(requests, sampling, self._slots)
         while True:
-            if table.waiting and (self._refill or not table.held):
+            if table.may_take(self._refill):
                 slots = self._admit(weights, slots, table, key)
             if not table.held:
                 break
@@ -229,6 +229,10 @@ class _Table:
         self.responses: dict[int, Response] = {}
         self.prompt_tokens = 0
         self._free = collections.deque(range(slots))
+
+    def may_take(self, refill: bool) -> bool:
+        """Somebody waits and a slot is free; or all are, where slots are not refilled one by one."""
+        return bool(self.waiting and self._free) and (refill or not self.held)
 
     def take(self) -> tuple[list[int], list[int]]:
         """The next requests, and a free slot for each."""

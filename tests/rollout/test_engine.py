@@ -138,6 +138,18 @@ def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(model):
         assert before.tokens[: len(after.tokens)].tolist() == after.tokens.tolist()
 
 
+def test_who_waits_goes_on_waiting_while_nothing_was_found_and_no_slot_is_free(model):
+    """Stop strings are looked for, and a watcher is shown what there is, before anybody has ended."""
+    expected = ids(generate(model, Sampling(18), slots=2))
+    stops = Sampling(18, stop=("no such text",))
+    assert ids(generate(model, stops, slots=2, decode_text=str)) == expected
+    graphdef, params = model
+    watched = LocalEngine(graphdef, slots=2).generate(
+        params, REQUESTS, KEY, sampling=Sampling(18), watch=lambda number, tokens: None
+    )
+    assert ids(watched) == expected
+
+
 def test_bad_words_are_never_completed_and_their_beginnings_may_be(model):
     greedy = Sampling(12, temperature=0.0)
     request = Request((5, 6, 7), 0)
