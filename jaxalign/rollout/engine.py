@@ -26,6 +26,7 @@ from jaxalign.rollout.weights import LAYOUTS, Weights, weights_of
 from jaxalign.types import PyTree
 
 PROMPT_BUCKET = 32  # prompts are padded to a power of two of at least it, so that few programs are compiled
+FIRST_RING = 64  # tokens that every slot has room for at first; it doubles when a response needs it
 STOP_EVERY = 16  # tokens between two looks for stop strings
 SHOW_EVERY = 4  # tokens between two looks of who watches
 
@@ -122,13 +123,14 @@ class LocalEngine:
         if not requests:
             return []
         began = time.perf_counter()
+        longest = max(_limit(r, sampling) for r in requests)
         weights = weights_of(self._graphdef, params, layout=self._layout)
         slots = device.empty_slots(
             self._graphdef,
             params,
             slots=self._slots,
             prompt=_bucket(max(self._prompt_room, *(len(r.prompt) for r in requests))),
-            response=max(_limit(r, sampling) for r in requests),
+            response=min(longest, FIRST_RING),
             sampling=sampling,
             cache_dtype=self._cache_dtype,
         )
@@ -140,6 +142,9 @@ class LocalEngine:
                 break
             slots = self._decode(weights, slots, table, sampling, watched=watch is not None)
             slots = self._collect(slots, table, sampling, watch)
+            ring = slots.tokens.shape[1]
+            if table.longest >= ring:
+                slots = device.grow(slots, min(2 * ring, longest))
         tokens = sum(len(r.tokens) for r in table.responses.values())
         self.stats = Stats(time.perf_counter() - began, tokens, int(slots.clock), table.prompt_tokens)
         return [table.responses[number] for number in range(len(requests))]
@@ -193,12 +198,13 @@ class LocalEngine:
     def _collect(self, slots: Slots, table: _Table, sampling: Sampling, watch: WatchFn | None) -> Slots:
         held = slots.alive, slots.count, slots.start, slots.tokens, slots.logps, slots.model_logps
         alive, count, start, *rings = jax.device_get(held) if self._alone else map(gather, held)
-        stopped = []
+        stopped, table.longest = [], 0
         for place in list(table.held):
             order = (start[place] + np.arange(count[place])) % rings[0].shape[1]
             tokens, logps, model_logps = (ring[place, order] for ring in rings)
             cut = self._stop(tokens, sampling.stop) if sampling.stop else None
             if cut is None and alive[place]:
+                table.longest = max(table.longest, len(tokens))
                 if watch is not None:
                     watch(table.held[place], tokens)
                 continue
@@ -228,6 +234,7 @@ class _Table:
         self.held: dict[int, int] = {}  # slot -> request
         self.responses: dict[int, Response] = {}
         self.prompt_tokens = 0
+        self.longest = 0  # tokens of a response that goes on
         self._free = collections.deque(range(slots))
 
     def may_take(self, refill: bool) -> bool:

@@ -2,8 +2,9 @@
 
 Every slot has room for one prompt, padded on the left, and behind it a ring of R tokens that all slots fill at one
 common place, clock mod R. What a slot's place holds is told by positions and segment ids, so a slot can be given the
-next request at any time, and a token is written by one slice whatever the slots' ages; a response has at most R tokens,
-so the ring never runs into itself.
+next request at any time, and a token is written by one slice whatever the slots' ages. A ring starts short, and all
+stop before one of R tokens would run into itself, until `grow` has made them longer: so memory and reading follow the
+responses that come, not those that may.
 
 Axis letters: B slots, P prompt, R response, V vocabulary, D model width.
 """
@@ -88,7 +89,7 @@ class Admitted(NamedTuple):
 def empty_slots(
     graphdef: Any, params: PyTree, *, slots: int, prompt: int, response: int, sampling: Sampling, cache_dtype: Any
 ) -> Slots:
-    """All slots free; `prompt` and `response` are the room of each, in tokens."""
+    """All slots free; `prompt` is the room of each for a prompt, `response` the length of its ring, in tokens."""
     model = nnx.merge(graphdef, params)
     dtype = model.compute.dtype if cache_dtype is None else cache_dtype
     ring = lambda kind: jnp.zeros((slots, response), kind)  # noqa: E731
@@ -115,19 +116,34 @@ def empty_slots(
     )
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="slots")
 def admit(graphdef: Any, weights: Weights, slots: Slots, new: Admitted) -> Slots:
-    """Reads the prompts and gives each to its slots."""
+    """Reads the prompts and gives each to its slots: two programs, so that a ring's length is none of the first's."""
+    read = _read(graphdef, weights, new.prompts, new.mask, dtype=slots.cache.layers[0].key.dtype)
+    return _seat(graphdef, weights, slots, new, *read)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def _read(
+    graphdef: Any, weights: Weights, prompts: jax.Array, mask: jax.Array, *, dtype: Any
+) -> tuple[jax.Array, Cache]:
+    """Each prompt's last hidden state [F D], and a cache of the prompts alone."""
     model = nnx.merge(graphdef, weights.params)
-    segments = new.mask.astype(jnp.int32)
-    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    count, width = new.prompts.shape
-    room = slots.cache.positions.shape[1] - slots.tokens.shape[1]
-    dtype = slots.cache.layers[0].key.dtype
-    read = empty_cache(model.config, count, width, dtype)
-    hidden, read = model(
-        new.prompts, positions=positions, segment_ids=segments, cache=read, layers=model.layers(weights.layers)
+    segments = mask.astype(jnp.int32)
+    hidden, cache = model(
+        prompts,
+        positions=jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0),
+        segment_ids=segments,
+        cache=empty_cache(model.config, *prompts.shape, dtype),
+        layers=model.layers(weights.layers),
     )
+    return hidden[:, -1], cache
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="slots")
+def _seat(graphdef: Any, weights: Weights, slots: Slots, new: Admitted, hidden: jax.Array, read: Cache) -> Slots:
+    """The slots with what was read of their prompts."""
+    width = new.prompts.shape[1]
+    room = slots.cache.positions.shape[1] - slots.tokens.shape[1]
 
     def put(held: jax.Array, values: jax.Array) -> jax.Array:
         return held.at[new.slot].set(values, mode="drop")
@@ -142,7 +158,7 @@ def admit(graphdef: Any, weights: Weights, slots: Slots, new: Admitted) -> Slots
 
     layers = jax.tree.map(put_prompt, slots.cache.layers, read.layers)
     seen, recent = _history(slots, new)
-    last = positions[:, -1][new.source]
+    last = read.positions[:, -1][new.source]
     everyone = lambda value: jnp.full(new.slot.shape, value)  # noqa: E731
     return _placed(
         dataclasses.replace(
@@ -153,7 +169,7 @@ def admit(graphdef: Any, weights: Weights, slots: Slots, new: Admitted) -> Slots
                 positions=put_whole(slots.cache.positions, read.positions),
                 segment_ids=put_whole(slots.cache.segment_ids, read.segment_ids),
             ),
-            hidden=put(slots.hidden, hidden[:, -1][new.source]),
+            hidden=put(slots.hidden, hidden[new.source]),
             keys=put(slots.keys, new.keys),
             position=put(slots.position, last + 1),
             count=put(slots.count, everyone(0)),
@@ -163,7 +179,7 @@ def admit(graphdef: Any, weights: Weights, slots: Slots, new: Admitted) -> Slots
             seen=put(slots.seen, seen),
             recent=put(slots.recent, recent),
         ),
-        model.compute.layout,
+        nnx.merge(graphdef, weights.params).compute.layout,
     )
 
 
@@ -182,15 +198,15 @@ def _history(slots: Slots, new: Admitted) -> tuple[jax.Array, jax.Array]:
 def decode(
     graphdef: Any, weights: Weights, slots: Slots, want_free: jax.Array, most: jax.Array, *, sampling: Sampling
 ) -> Slots:
-    """Draws tokens until `want_free` slots are free, none is alive, or `most` steps were taken."""
+    """Draws tokens until `want_free` slots are free, none is alive, a ring is full, or `most` steps were taken."""
     model = nnx.merge(graphdef, weights.params)
     layers = model.layers(weights.layers)
     terminators = jnp.array(sampling.terminators, jnp.int32)
     end = slots.clock + most
 
     def more(slots: Slots) -> jax.Array:
-        free = jnp.sum(~slots.alive)
-        return jnp.any(slots.alive) & (free < want_free) & (slots.clock < end)
+        free, full = jnp.sum(~slots.alive), jnp.any(_full(slots))
+        return jnp.any(slots.alive) & (free < want_free) & ~full & (slots.clock < end)
 
     def step(slots: Slots) -> Slots:
         alive = slots.alive
@@ -229,6 +245,45 @@ def decode(
         )
 
     return jax.lax.while_loop(more, step, slots)
+
+
+def _full(slots: Slots) -> jax.Array:
+    """Bool[B]: a response goes on, and its next token would take the place of its first."""
+    return slots.alive & (slots.count >= slots.tokens.shape[1])
+
+
+def grow(slots: Slots, response: int) -> Slots:
+    """With rings of `response` tokens. One array after the other, and each old one is freed: no two caches at once."""
+    ring = slots.tokens.shape[1]
+
+    def stretch(held: jax.Array, axis: int) -> jax.Array:
+        found = _stretching(axis, ring, response, held.sharding)(held, slots.clock)
+        held.delete()
+        return found
+
+    rings = {name: stretch(getattr(slots, name), 1) for name in ("tokens", "logps", "model_logps")}
+    cache = dataclasses.replace(
+        slots.cache,
+        layers=jax.tree.map(lambda held: stretch(held, 2), slots.cache.layers),
+        positions=stretch(slots.cache.positions, 1),
+        segment_ids=stretch(slots.cache.segment_ids, 1),
+    )
+    return dataclasses.replace(slots, cache=cache, **rings)
+
+
+@functools.cache
+def _stretching(axis: int, ring: int, response: int, sharding: Any) -> Any:
+    """A program by which the last `ring` places of an axis become `response`; what has not been written yet is 0."""
+
+    def stretch(held: jax.Array, clock: jax.Array) -> jax.Array:
+        room = held.shape[axis] - ring
+        steps = clock - 1 - (clock - 1 - jnp.arange(response)) % response  # the last that wrote to each place
+        shape = [response if i == axis else 1 for i in range(held.ndim)]
+        taken = jnp.take(held, room + steps % ring, axis=axis)
+        taken = jnp.where((steps >= clock - ring).reshape(shape), taken, 0)
+        return jnp.concatenate([jax.lax.slice_in_dim(held, 0, room, axis=axis), taken], axis=axis)
+
+    return jax.jit(stretch, out_shardings=sharding)
 
 
 def _draw(slots: Slots, unembedding: Unembedding, sampling: Sampling) -> Drawn:

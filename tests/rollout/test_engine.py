@@ -1,5 +1,6 @@
 """The engine: the tokens that the whole model would choose, whatever the slots, their neighbours and the padding."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -14,6 +15,8 @@ from jaxalign.models.decoder import init_params, make_decoder
 from jaxalign.models.families import model_config
 from jaxalign.models.layout import Layout
 from jaxalign.ops.logprobs import next_token_logps
+from jaxalign.rollout import engine as engine_module
+from jaxalign.rollout import slots as device
 from jaxalign.rollout.engine import LocalEngine, Request
 from jaxalign.rollout.generate import generate_ids
 from jaxalign.rollout.slots import Sampling
@@ -92,6 +95,43 @@ def test_refilled_slots_give_what_one_request_at_a_time_gives(model, temperature
     waiting = generate(model, sampling, refill=False)
     assert ids(together) == ids(waiting)
     assert ids(together) == ids(generate(model, sampling, requests=REQUESTS[::-1])[::-1])
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3, "bad_words": ((5, 6), (9,)), "top_k": 20}])
+def test_rings_that_grow_give_what_one_that_is_long_at_once_gives(model, options, monkeypatch):
+    """Responses of 3 to 18 tokens in rings of 4, 8, 16 and 18, which turn before they grow."""
+    sampling, coded = Sampling(18, **options), {"cache_dtype": "int8"} if options else {}
+    expected = generate(model, sampling, **coded)
+    monkeypatch.setattr(engine_module, "FIRST_RING", 4)
+    grown = generate(model, sampling, **coded)
+    assert ids(grown) == ids(expected)
+    for found, one in zip(grown, expected, strict=True):
+        np.testing.assert_allclose(found.logps, one.logps, atol=1e-5)
+        np.testing.assert_allclose(found.model_logps, one.model_logps, atol=1e-5)
+
+
+def test_a_ring_that_grows_keeps_each_step_where_the_clock_will_look_for_it(model):
+    """Steps 2 to 5 lie at their number mod 4, and then at their number mod 8, behind a prompt's room of 2."""
+    empty = device.empty_slots(*model, slots=1, prompt=2, response=4, sampling=Sampling(8), cache_dtype=None)
+    slots = dataclasses.replace(
+        empty,
+        clock=jnp.int32(6),
+        tokens=jnp.array([[4, 5, 2, 3]], jnp.int32),
+        cache=dataclasses.replace(empty.cache, positions=jnp.array([[8, 9, 4, 5, 2, 3]], jnp.int32)),
+    )
+    grown = device.grow(slots, 8)
+    assert grown.tokens.tolist() == [[0, 0, 2, 3, 4, 5, 0, 0]]
+    assert grown.cache.positions.tolist() == [[8, 9, 0, 0, 2, 3, 4, 5, 0, 0]]
+    assert {layer.key.shape[2] for layer in grown.cache.layers} == {10}
+
+
+def test_rings_do_not_grow_for_responses_that_might_be_long(model, monkeypatch):
+    monkeypatch.setattr(engine_module, "FIRST_RING", 4)
+    monkeypatch.setattr(device, "grow", lambda *_: pytest.fail("no response has more than one token"))
+    requests = [request._replace(max_new_tokens=None) for request in REQUESTS]
+    everything = tuple(range(TINY["llama"]["vocab_size"]))
+    found = generate(model, Sampling(18, terminators=everything), requests=requests)
+    assert [len(response.tokens) for response in found] == [1] * len(requests)
 
 
 def test_the_number_of_slots_changes_nothing(model):
@@ -191,13 +231,15 @@ def test_sampled_frequencies_are_the_distribution_of_the_model(model):
 
 
 @pytest.mark.parametrize("layout", ["training", "tensor"])
-def test_a_mesh_gives_the_tokens_of_one_device(model, layout):
+def test_a_mesh_gives_the_tokens_of_one_device(model, layout, monkeypatch):
+    sampling = Sampling(18)
+    expected = ids(generate(model, sampling))
+    monkeypatch.setattr(engine_module, "FIRST_RING", 9)
     mesh = placement.make_mesh(data=2, fsdp=2, tensor=2)
     config = model_config({"architectures": ["LlamaForCausalLM"], **TINY["llama"]})
     graphdef, abstract = make_decoder(config, layout=Layout(mesh))
     params = jax.device_put(model[1], placement.shardings(abstract, mesh))
-    sampling = Sampling(18)
-    assert ids(generate((graphdef, params), sampling, slots=4, layout=layout)) == ids(generate(model, sampling))
+    assert ids(generate((graphdef, params), sampling, slots=4, layout=layout)) == expected
 
 
 def test_a_cache_of_int8_hardly_changes_the_scores(model, scored):
