@@ -29,7 +29,8 @@ import functools
 
 from side_by_side import HEADS, HIDDEN, LAYERS, VOCABULARY, hf_config, in_turns, tunix_config, word_tokenizer
 
-SLOTS, PROMPT, NEW, LONGEST, MANY = 16, 64, 128, 256, 64
+SLOTS, PROMPT, NEW, LONGEST, MANY = 16, 64, 128, 256, 192
+ALLOWED, TERMINATORS = 1024, tuple(range(VOCABULARY - 82, VOCABULARY))  # 1 % of what is drawn ends a response
 
 
 def rows_of(kind: str, steps: int) -> list[list[tuple[list[int], int]]]:
@@ -40,21 +41,25 @@ def rows_of(kind: str, steps: int) -> list[list[tuple[list[int], int]]]:
     import numpy as np
 
     rng = np.random.default_rng(0)
-    wanted = rng.integers(16, LONGEST + 1, MANY).tolist() if kind == "spread" else [NEW] * SLOTS
+    spread = rng.integers(16, LONGEST + 1, MANY).tolist()
+    wanted = {"spread": spread, "ending": [ALLOWED] * MANY}.get(kind, [NEW] * SLOTS)
     return [[(rng.integers(4, VOCABULARY, PROMPT).tolist(), count) for count in wanted] for _ in range(steps)]
 
 
 def config_of():
     config = hf_config()
-    config.max_position_embeddings = PROMPT + LONGEST
+    config.max_position_embeddings = PROMPT + ALLOWED
     return config
 
 
-def jaxalign(passes: list, mark, *, temperature: float, refill: bool = True) -> None:
+def jaxalign(
+    passes: list, mark, *, temperature: float, refill: bool = True, ends: bool = False, grows: bool = True
+) -> None:
     import jax
 
     from jaxalign.models.decoder import init_params, make_decoder
     from jaxalign.models.families import model_config
+    from jaxalign.rollout import engine as engine_module
     from jaxalign.rollout.engine import LocalEngine, Request
     from jaxalign.rollout.slots import Sampling
 
@@ -64,9 +69,11 @@ def jaxalign(passes: list, mark, *, temperature: float, refill: bool = True) -> 
     params = init_params(config, jax.random.key(0))
     engine = LocalEngine(graphdef, slots=SLOTS, refill=refill)
     longest = max(wanted for rows in passes for _, wanted in rows)
+    if not grows:
+        engine_module.FIRST_RING = longest
     for number, rows in enumerate(passes):
         requests = [Request(tuple(prompt), seed, wanted) for seed, (prompt, wanted) in enumerate(rows)]
-        sampling = Sampling(longest, temperature=temperature)
+        sampling = Sampling(longest, temperature=temperature, terminators=TERMINATORS if ends else ())
         found = engine.generate(params, requests, jax.random.key(number), sampling=sampling)
         mark("step", sum(len(response.tokens) for response in found))
 
@@ -78,27 +85,35 @@ def batches_of(rows: list):
         yield [prompt for prompt, _ in part], max(wanted for _, wanted in part), sum(wanted for _, wanted in part)
 
 
-def transformers(passes: list, mark, *, sampled: bool) -> None:
+def transformers(passes: list, mark, *, sampled: bool, ends: bool = False) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
     torch.set_num_threads(2)
     mark("imported", 0)
     model = LlamaForCausalLM(config_of()).eval()
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = list(TERMINATORS) if ends else None
     for rows in passes:
         total = 0
         for prompts, longest, wanted in batches_of(rows):
             ids = torch.tensor(prompts)
             options = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sampled else {"do_sample": False}
             options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
-            out = model.generate(ids, max_new_tokens=longest, min_new_tokens=longest, **options)
-            assert out.shape[1] == PROMPT + longest
-            total += wanted
+            out = model.generate(ids, max_new_tokens=longest, min_new_tokens=0 if ends else longest, **options)
+            assert ends or out.shape[1] == PROMPT + longest
+            total += drawn(out[:, PROMPT:].numpy()) if ends else wanted
         mark("step", total)
 
 
-def tunix(passes: list, mark, *, sampled: bool) -> None:
+def drawn(tokens) -> int:
+    """Tokens [B R] up to each row's first terminator, that one included."""
+    import numpy as np
+
+    ended = np.isin(tokens, TERMINATORS)
+    return int(np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, tokens.shape[1]).sum())
+
+
+def tunix(passes: list, mark, *, sampled: bool, ends: bool = False) -> None:
     import jax
     from flax import nnx
     from transformers import PreTrainedTokenizerFast
@@ -117,8 +132,9 @@ def tunix(passes: list, mark, *, sampled: bool) -> None:
             for prompts, longest, wanted in batches_of(rows):
                 texts = [" ".join(f"w{i}" for i in prompt[1:]) for prompt in prompts]  # it adds a first token
                 options = {"temperature": 1.0, "top_p": 1.0, "seed": number} if sampled else {"temperature": 0.0}
-                sampler(texts, longest, max_prompt_length=PROMPT, eos_tokens=[VOCABULARY - 1], **options)
-                total += wanted
+                eos = list(TERMINATORS) if ends else [VOCABULARY - 1]
+                out = sampler(texts, longest, max_prompt_length=PROMPT, eos_tokens=eos, **options)
+                total += sum(len(row) + (len(row) < longest) for row in out.tokens) if ends else wanted
             mark("step", total)
 
 
@@ -138,6 +154,12 @@ CONTENDERS = {
         "jaxalign, without refill": functools.partial(jaxalign, temperature=1.0, refill=False),
         "transformers": functools.partial(transformers, sampled=True),
         "Tunix": functools.partial(tunix, sampled=True),
+    },
+    "ending": {
+        "jaxalign": functools.partial(jaxalign, temperature=1.0, ends=True),
+        "jaxalign, long rings": functools.partial(jaxalign, temperature=1.0, ends=True, grows=False),
+        "transformers": functools.partial(transformers, sampled=True, ends=True),
+        "Tunix": functools.partial(tunix, sampled=True, ends=True),
     },
 }
 

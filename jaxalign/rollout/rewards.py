@@ -16,7 +16,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -130,8 +130,9 @@ def reward_model(
     """Scores of a reward model's folder, normalised and combined over its members as the folder says.
 
     It reads texts with its own tokenizer and chat template, whatever those of the policy are. All devices of the host
-    hold a share of it. Its kernels may be kept in few bits (quantise='int8' or 'nf4'), all of it in half
-    (dtype='bfloat16'), and in the host's memory between calls (offload=True).
+    hold a share of it, and each of several hosts scores some of the responses. Its kernels may be kept in few bits
+    (quantise='int8' or 'nf4'), all of it in half (dtype='bfloat16'), and in the host's memory between calls
+    (offload=True).
     """
     return _loaded(path, quantise, offload, dtype)(prompts, responses, finished=finished).tolist()
 
@@ -177,10 +178,10 @@ class Rewards:
         self.weights = dict(zip(names, (weight for weight, _ in terms), strict=True))
 
     @property
-    def folders(self) -> list[str]:
-        """Of the reward models in the sum."""
-        models = (f for f in self._functions.values() if getattr(f, "func", None) is reward_model)
-        return [function.keywords["path"] for function in models]
+    def models(self) -> dict[str, str]:
+        """The reward models in the sum: their folders, by name."""
+        models = ((name, f) for name, f in self._functions.items() if getattr(f, "func", None) is reward_model)
+        return {name: function.keywords["path"] for name, function in models}
 
     def check(self, columns: Sequence[str]) -> None:
         """Raises ValueError when a function asks for a column that is not among these."""
@@ -195,11 +196,18 @@ class Rewards:
         """
         return self.summed(self.by_name(prompts, responses, columns))
 
-    def by_name(self, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> dict[str, np.ndarray]:
-        """Each function's own scores, Float64[N], before weights. Raises what the sum does."""
+    def by_name(
+        self,
+        prompts: Texts,
+        responses: Texts,
+        columns: dict[str, Sequence[Any]],
+        names: Collection[str] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Each function's own scores, Float64[N], before weights; by default of all. Raises what the sum does."""
         run = lambda function: started(functools.partial(call, function, prompts, responses, columns))  # noqa: E731
         until = time.monotonic() + self._seconds
-        under_way = {name: run(function) for name, function in self._functions.items()}
+        asked = self._functions if names is None else names
+        under_way = {name: run(self._functions[name]) for name in asked}
         return {name: self._checked(name, future, until, len(responses)) for name, future in under_way.items()}
 
     def summed(self, scores: dict[str, np.ndarray]) -> np.ndarray:

@@ -110,7 +110,39 @@ def from_first(make: Callable[[], np.ndarray], count: int) -> np.ndarray:
     return said[:-1]
 
 
+def from_each(make: Callable[[slice], np.ndarray], kinds: int, count: int) -> np.ndarray:
+    """Float32[kinds count] of which `make` gives each host its own columns, [kinds, those], on all of them.
+
+    Raises:
+      RuntimeError: it raised on another host; where it did, it raises what it raised.
+    """
+    from jax.experimental import multihost_utils
+
+    rows, error = [_own(count, host) for host in range(jax.process_count())], None
+    mine = rows[jax.process_index()]
+    widest = max(each.stop - each.start for each in rows)
+    said = np.zeros((kinds, widest + 1), np.float32)  # the last says whether there are any
+    try:
+        if mine.stop > mine.start:
+            said[:, : mine.stop - mine.start] = make(mine)
+        said[:, -1] = 1.0
+    except Exception as raised:
+        error = raised
+    all_said = np.asarray(multihost_utils.process_allgather(said))
+    if error is not None:
+        raise error
+    failed = [host for host, part in enumerate(all_said) if not part[0, -1]]
+    if failed:
+        raise RuntimeError(f"host {failed[0]} has failed; its message says why")
+    return np.concatenate([part[:, : each.stop - each.start] for part, each in zip(all_said, rows, strict=True)], 1)
+
+
 def share(batch: PyTree) -> PyTree:
     """This host's rows of a batch that all hosts have."""
-    index, count = jax.process_index(), jax.process_count()
-    return jax.tree.map(lambda x: x[index * len(x) // count : (index + 1) * len(x) // count], batch)
+    return jax.tree.map(lambda x: x[_own(len(x), jax.process_index())], batch)
+
+
+def _own(count: int, host: int) -> slice:
+    """Which of `count` rows are a host's."""
+    hosts = jax.process_count()
+    return slice(host * count // hosts, (host + 1) * count // hosts)

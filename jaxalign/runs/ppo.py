@@ -32,7 +32,7 @@ def run(config: PPOConfig) -> int:
 def _gather(config: PPOConfig, starts: bool) -> train.Task:
     _check(config)
     base, asked = rollouts.gather(config, starts)
-    critic = critics.plan(config, base, asked.rewards.folders)
+    critic = critics.plan(config, base, list(asked.rewards.models.values()))
     text = _pretraining(config, base)
 
     return rollouts.task_of(

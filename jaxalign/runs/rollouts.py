@@ -23,7 +23,7 @@ from jaxalign.rollout.engine import Request, Response, Stats
 from jaxalign.rollout.generate import without_terminator
 from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.slots import Sampling
-from jaxalign.runs import engines, hosts, train
+from jaxalign.runs import engines, hosts, judging, train
 from jaxalign.runs.program import Method, Program
 from jaxalign.runs.rl_config import RolloutConfig
 from jaxalign.runs.terminal import visible
@@ -234,10 +234,7 @@ class Rollouts:
             list(values) for values in zip(*((r.finished, len(r.tokens)) for r in responses), strict=True)
         )
         columns |= {"finished": finished, "tokens": tokens}
-        given, names = [self._prompts.given[i] for i in chosen], list(self._rewards.weights)
-        reward = lambda: np.concatenate([*self._rewards.by_name(given, texts, columns).values()])  # noqa: E731
-        each = hosts.from_first(reward, len(names) * len(texts)).reshape(len(names), -1)
-        terms = dict(zip(names, each, strict=True))
+        terms = judging.by_name(self._rewards, [self._prompts.given[i] for i in chosen], texts, columns)
         scores = self._rewards.summed(terms)
         if config.reward_clip is not None:
             scores = np.clip(scores, -config.reward_clip, config.reward_clip)

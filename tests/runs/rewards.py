@@ -65,3 +65,12 @@ async def asked_each(prompt, response, *, answer):
 
 def each(prompt, response):
     return 1 / len(response)
+
+
+def first_host_only(prompts, responses):
+    """As a service that the first host alone may ask."""
+    import jax
+
+    if jax.process_index():
+        raise RuntimeError("asked on another host")
+    return [float(len(said)) for said in responses]
