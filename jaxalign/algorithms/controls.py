@@ -42,8 +42,11 @@ class Spread(NamedTuple):
         Reference: Chan, Golub and LeVeque 1983, https://doi.org/10.1080/00031305.1983.10483115, eq. 2.1.
         """
         new = jnp.sum(here, dtype=jnp.float32)
-        batch_mean = jnp.sum(jnp.where(here, scores, 0.0)) / jnp.maximum(new, 1)
-        batch_squares = jnp.sum(jnp.where(here, (scores - batch_mean) ** 2, 0.0))
+        first = scores[jnp.argmax(here)]  # measured from it, equal scores do not differ by a rounding
+        apart = jnp.where(here, scores - first, 0.0)
+        apart_mean = jnp.sum(apart) / jnp.maximum(new, 1)
+        batch_mean = jnp.where(new > 0, first + apart_mean, 0.0)
+        batch_squares = jnp.sum(jnp.where(here, (apart - apart_mean) ** 2, 0.0))
         count, gap = self.count + new, batch_mean - self.mean
         share = new / jnp.maximum(count, 1)
         return Spread(count, self.mean + gap * share, self.squares + batch_squares + gap**2 * self.count * share)

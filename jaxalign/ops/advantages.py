@@ -173,10 +173,13 @@ def group_advantages(scores: Float[Array, "N G"], *, scale: str = "group", eps: 
     if scores.shape[1] < 2:
         raise ValueError("a group of one response has nothing to be compared with; draw 2 or more of each prompt")
     scores = scores.astype(jnp.float32)
-    centred = scores - jnp.mean(scores, axis=1, keepdims=True)
+    # Measured from the first of the group: a mean of equal scores may be one rounding off them, and Adam, which knows
+    # no scale, would make a full step of that.
+    apart = scores - scores[:, :1]
+    centred = apart - jnp.mean(apart, axis=1, keepdims=True)
     if scale == "none":
         return centred
-    std = jnp.std(scores, axis=1, keepdims=True, ddof=1) if scale == "group" else jnp.std(scores, ddof=1)
+    std = jnp.std(apart, axis=1, keepdims=True, ddof=1) if scale == "group" else jnp.std(scores, ddof=1)
     return centred / (std + eps)
 
 

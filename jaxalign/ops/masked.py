@@ -27,9 +27,13 @@ def whiten(
     values: Num[Array, "*shape"], mask: Bool[Array, "*shape"], *, shift_mean: bool = True, eps: float = 1e-8
 ) -> Float[Array, "*shape"]:
     """(values - mean) / sqrt(var + eps) over the mask, 0 elsewhere; without `shift_mean` the mean is put back."""
-    mean = masked_mean(values, mask)
-    white = (values.astype(jnp.float32) - mean) / jnp.sqrt(masked_var(values, mask) + eps)
-    return jnp.where(mask, white if shift_mean else white + mean, 0.0)
+    values = values.astype(jnp.float32)
+    # Measured from the largest: of equal values nothing is left, not a rounding that is then divided by itself.
+    top = jnp.where(jnp.any(mask), jnp.max(jnp.where(mask, values, -jnp.inf)), 0.0)
+    below = values - top
+    mean = masked_mean(below, mask)
+    white = (below - mean) / jnp.sqrt(masked_var(below, mask) + eps)
+    return jnp.where(mask, white if shift_mean else white + (top + mean), 0.0)
 
 
 def last_token_index(mask: Bool[Array, "B T"]) -> Int[Array, "B"]:

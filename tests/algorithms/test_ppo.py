@@ -195,6 +195,10 @@ def test_scores_are_normalised_by_all_so_far_then_clipped():
         spread.normalised(jnp.array(second))[:3], (kept[3:] - kept.mean()) / kept.std(ddof=1), 1e-6
     )
     assert Spread.start().seen(jnp.array([4.0]), jnp.array([True])).normalised(jnp.array([4.0]))[0] == 0
+    for count in (3, 7, 8):  # of equal scores the mean may be a rounding off them, which is no spread
+        equal = jnp.full(count, 0.7)
+        alike = Spread.start().seen(equal, equal > 0).seen(equal, equal > 0)
+        assert alike.std() == 1 and not alike.normalised(equal).any()
 
 
 def test_clipped_scores_are_what_the_critic_sees_and_the_given_ones_are_logged(tiny, params, rolled_out):

@@ -217,6 +217,17 @@ def test_rewards_normalised_one_by_one_tell_two_successes_from_one():
     np.testing.assert_allclose(scaled, found, atol=3e-4)
 
 
+@pytest.mark.parametrize("score", [0.1, 0.7, 1234.567])
+@pytest.mark.parametrize("count", [3, 7, 8])
+def test_of_equal_scores_no_rounding_is_left_to_learn_from(score, count):
+    """The float32 mean of eight times 0.7 is not 0.7, and Adam makes a full step of any gradient."""
+    scores = jnp.full((2, count), score)
+    for scale in ("group", "batch", "none"):
+        assert not group_advantages(scores, scale=scale).any()
+    assert not leave_one_out(scores).any()
+    assert not decoupled_advantages(scores[None], jnp.ones(1)).any()
+
+
 def test_leave_one_out_is_the_score_less_the_mean_of_the_others():
     scores = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
     expected = scores - (scores.sum(1, keepdims=True) - scores) / 4

@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxalign.ops.masked import last_token_index, masked_mean, masked_sum, masked_var, whiten
 
@@ -18,6 +19,13 @@ def test_statistics_by_hand_ignore_what_is_masked():
 def test_nothing_selected_is_zero_not_nan():
     none = jnp.zeros_like(MASK)
     assert masked_mean(VALUES, none) == 0.0 and masked_var(VALUES, none) == 0.0
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1234.567])
+def test_equal_values_are_whitened_to_nothing_or_to_their_mean(value):
+    values, mask = jnp.full((3, 7), value), jnp.arange(7)[None] < jnp.array([[7], [3], [0]])
+    assert not whiten(values, mask).any()
+    np.testing.assert_array_equal(whiten(values, mask, shift_mean=False)[mask], np.float32(value))
 
 
 def test_whitened_values_have_mean_zero_and_variance_one_and_may_keep_their_mean():
