@@ -83,7 +83,7 @@ class LocalEngine:
         prompt_room: int = 0,
         cache_dtype: Any = None,
         layout: str = "training",
-        decode_text: Callable[[Sequence[int]], str] | None = None,
+        decode_text: Callable[[Sequence[int], Sequence[int]], str] | None = None,
     ):
         """
         Args:
@@ -93,7 +93,7 @@ class LocalEngine:
           prompt_room: tokens that every call has room for in a prompt, so that calls with others share programs.
           cache_dtype: of keys and values: the compute dtype, another float, or int8.
           layout: of the parameters while a call lasts, of weights.py's: "training" is frugal, "tensor" fast on a mesh.
-          decode_text: ids to text, for stop strings.
+          decode_text: (ids of a prompt, ids of its response) to the response's text, for stop strings.
         """
         if slots < 1:
             raise ValueError(f"slots={slots} must be at least 1")
@@ -202,7 +202,8 @@ class LocalEngine:
         for place in list(table.held):
             order = (start[place] + np.arange(count[place])) % rings[0].shape[1]
             tokens, logps, model_logps = (ring[place, order] for ring in rings)
-            cut = self._stop(tokens, sampling.stop) if sampling.stop else None
+            request = table.requests[table.held[place]]
+            cut = self._stop(request.prompt, tokens, sampling.stop) if sampling.stop else None
             if cut is None and alive[place]:
                 table.longest = max(table.longest, len(tokens))
                 if watch is not None:
@@ -216,10 +217,11 @@ class LocalEngine:
             slots = _kill(slots, np.isin(np.arange(self._slots), stopped))
         return slots
 
-    def _stop(self, tokens: np.ndarray, stop: Iterable[str]) -> int | None:
+    def _stop(self, prompt: Sequence[int], tokens: np.ndarray, stop: Iterable[str]) -> int | None:
         """How many tokens complete the first stop string; None if there is none."""
         assert self._decode_text is not None
-        holds = lambda count: any(text in self._decode_text(tokens[:count].tolist()) for text in stop)  # noqa: E731
+        said = lambda count: self._decode_text(prompt, tokens[:count].tolist())  # noqa: E731
+        holds = lambda count: any(text in said(count) for text in stop)  # noqa: E731
         if not holds(len(tokens)):
             return None
         return next(count for count in range(1, len(tokens) + 1) if holds(count))

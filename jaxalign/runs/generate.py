@@ -21,7 +21,7 @@ from jaxalign.models.load import load_params
 from jaxalign.models.lora import join
 from jaxalign.models.peft import load_adapter
 from jaxalign.rollout.engine import LocalEngine, Request
-from jaxalign.rollout.generate import without_terminator
+from jaxalign.rollout.generate import text_after, without_terminator
 from jaxalign.rollout.http_engine import HttpEngine
 from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.slots import Sampling
@@ -177,17 +177,22 @@ def respond(
         terminators=huggingface.terminators(model, tokenizer),
         stop=tuple(stop),
     )
-    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    in_context = functools.partial(text_after, tokenizer)
     if engine is None:
         graphdef, params = load_model(model, config, adapter, precision)
-        draws = LocalEngine(graphdef, slots=batch_size, cache_dtype=cache_dtype, decode_text=decode)
+        draws = LocalEngine(graphdef, slots=batch_size, cache_dtype=cache_dtype, decode_text=in_context)
     elif adapter is not None:
         raise ValueError(f"--adapter {adapter} would be loaded here, and --engine answers elsewhere: serve it there")
     else:
         draws, params = HttpEngine(engine, kind=engine_kind, concurrency=batch_size), None
     requests = [Request(tuple(prompt), n * row + sample) for row, prompt in enumerate(ids) for sample in range(n)]
     found = draws.generate(params, requests, jax.random.key(seed), sampling=sampling)
-    return [(decode(without_terminator(response.tokens, sampling)), response.finished) for response in found]
+    # what continues a text is read with it; what answers messages is a text of its own
+    before = [row if isinstance(prompt, str) else () for prompt, row in zip(prompts, ids, strict=True)]
+    return [
+        (in_context(before[number // n], without_terminator(response.tokens, sampling)), response.finished)
+        for number, response in enumerate(found)
+    ]
 
 
 def load_model(model: str, config: ModelConfig, adapter: Path | None, precision: str) -> tuple[Any, PyTree]:

@@ -20,7 +20,7 @@ from jaxalign.models import huggingface
 from jaxalign.rollout import dynamic
 from jaxalign.rollout.dynamic import Drawn
 from jaxalign.rollout.engine import Request, Response, Stats
-from jaxalign.rollout.generate import without_terminator
+from jaxalign.rollout.generate import text_after, without_terminator
 from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.slots import Sampling
 from jaxalign.runs import engines, hosts, judging, train
@@ -218,7 +218,7 @@ class Rollouts:
         chosen = np.repeat(numbers, self._config.n)
         requests = [Request(self._prompts.ids[i], before + k) for k, i in enumerate(chosen)]
         responses = self._engine.generate(policy, requests, key, sampling=self._sampling)
-        texts = [self._text(response) for response in responses]
+        texts = [self._text(i, response) for i, response in zip(chosen, responses, strict=True)]
         began = time.perf_counter()
         scores, terms = self._score(chosen, responses, texts)
         spent.add(self._engine.stats, time.perf_counter() - began)
@@ -244,9 +244,11 @@ class Rollouts:
             scores = scores - config.length_penalty * np.array(tokens)
         return scores.astype(np.float32), terms
 
-    def _text(self, response: Response) -> str:
-        ids = without_terminator(response.tokens, self._sampling)
-        return self._vocabulary.tokenizer.decode(ids, skip_special_tokens=True)
+    def _text(self, number: int, response: Response) -> str:
+        """What continues a text is read with it; what answers messages is a text of its own."""
+        continues = isinstance(self._prompts.given[number], str) and not self._config.as_chat
+        before = self._prompts.ids[number] if continues else ()
+        return text_after(self._vocabulary.tokenizer, before, without_terminator(response.tokens, self._sampling))
 
     def _write_samples(self, step: int, drawn: Drawn) -> None:
         """The first responses of a few prompts, every --eval-every steps and at the first."""

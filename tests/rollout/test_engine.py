@@ -168,10 +168,11 @@ def test_all_rows_may_end_at_once(model):
 
 def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(model):
     to_text = lambda tokens: "".join(f"<{t}>" for t in tokens)  # noqa: E731
-    free = generate(model, Sampling(18), decode_text=to_text)
+    after = lambda prompt, tokens: to_text(tokens)  # noqa: E731
+    free = generate(model, Sampling(18), decode_text=after)
     third, fourth = free[3].tokens[2:4]
     stop = f"{third}><{fourth}>"  # no token holds it
-    found = generate(model, Sampling(18, stop=(stop, "never")), decode_text=to_text)
+    found = generate(model, Sampling(18, stop=(stop, "never")), decode_text=after)
     assert found[3].tokens.tolist() == free[3].tokens[:4].tolist() and found[3].finished
     for before, after in zip(free, found, strict=True):
         assert after.finished == (stop in to_text(before.tokens))
@@ -181,8 +182,8 @@ def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(model):
 def test_who_waits_goes_on_waiting_while_nothing_was_found_and_no_slot_is_free(model):
     """Stop strings are looked for, and a watcher is shown what there is, before anybody has ended."""
     expected = ids(generate(model, Sampling(18), slots=2))
-    stops = Sampling(18, stop=("no such text",))
-    assert ids(generate(model, stops, slots=2, decode_text=str)) == expected
+    stops, text = Sampling(18, stop=("no such text",)), lambda prompt, tokens: str(tokens)
+    assert ids(generate(model, stops, slots=2, decode_text=text)) == expected
     graphdef, params = model
     watched = LocalEngine(graphdef, slots=2).generate(
         params, REQUESTS, KEY, sampling=Sampling(18), watch=lambda number, tokens: None
