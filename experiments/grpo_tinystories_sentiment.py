@@ -9,11 +9,11 @@ Command:   python experiments/grpo_tinystories_sentiment.py FOLDER --output runs
 Hardware:  two CPU cores, fp32; any TPU or GPU.
 Expected:  the mean score rises by a standard deviation of the model's own samples (3.6) or more at a KL from the
            reference of at most 15 nats a response; without a KL term the stories end as lists of happy words.
-Observed:  (18bc3cb, two busy CPU cores, 5 to 12 s a step of 64 stories; figures/rl_tinystories.png)
-           mean score of a step, which starts at 4.8, 5.6 and 4.9 for seeds 0, 1 and 2. --method grpo: a standard
-           deviation more at 3.2, 3.2 and 1.8 nats a response (steps 9, 9 and 8); the last step within 15 nats is at
-           15.7 (12.6 nats), 14.5 (13.0) and 18.3 (14.0). The budget of 15 nats then ends the run. --method rloo:
-           3.9, 4.0 and 1.7 nats (steps 9, 9 and 8); 15.2 (14.9), 14.6 (12.8) and 15.8 (12.8).
+Observed:  (57b340a, two CPU cores that did much else, 4 to 7 s a step of 64 stories; figures/rl_tinystories.png)
+           mean score of a step, which starts at 5.6, 4.8 and 5.2 for seeds 0, 1 and 2. --method grpo: a standard
+           deviation more at 4.3, 3.2 and 2.2 nats a response (steps 9, 8 and 7; 37 to 69 s); the last step within 15
+           nats is at 15.8 (13.9 nats), 18.2 (14.9) and 17.2 (14.0). The budget of 15 nats then ends the run.
+           --method rloo: 3.4, 3.3 and 3.7 nats (steps 8, 8 and 7); 17.0 (13.3), 16.8 (14.8) and 14.5 (12.9).
            With a learning rate of 2e-4, no budget, GRPO is at 59 and 228 nats after 49 steps, and writes "loved best
            friends loved to love best friends loved to fun fun".
 """

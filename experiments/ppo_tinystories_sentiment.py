@@ -8,10 +8,11 @@ Command:   python experiments/ppo_tinystories_sentiment.py FOLDER --output runs 
 Hardware:  two CPU cores, fp32; any TPU or GPU.
 Expected:  the mean score rises by a standard deviation of the model's own samples (3.6) or more at a KL from the
            reference of at most 15 nats a response; without a KL term the stories end as lists of happy words.
-Observed:  (18bc3cb, two busy CPU cores, about 13 s a step of 64 stories; figures/rl_tinystories.png)
-           mean score of a step, which starts at 4.8, 5.6 and 4.9 for seeds 0, 1 and 2: a standard deviation more after
-           85, 114 and 80 s (8.4 at 5.9 nats, 10.3 at 8.2, 8.7 at 4.6); the last step within 15 nats is at 13.2 (14.4
-           nats, step 7), 14.6 (13.1, step 7) and 13.3 (11.1, step 6). The budget of 15 nats then ends the run.
+Observed:  (57b340a, two CPU cores that did much else, 10 to 20 s a step of 64 stories; figures/rl_tinystories.png)
+           mean score of a step, which starts at 5.6, 4.8 and 5.2 for seeds 0, 1 and 2: a standard deviation more at
+           step 4, 3 and 3 (9.9 at 6.7 nats, 8.5 at 5.1, 9.0 at 6.0), after 60 s where little else ran; the last step
+           within 15 nats is at 13.4 (14.0 nats, step 6), 13.8 (12.5, step 5) and 13.1 (11.9, step 5). The budget of 15
+           nats then ends the run.
            Without a KL term and at a learning rate of 1e-4 it is at 76 and 188 nats after 25 steps, and every story is
            "They loved to play fun best best friends. They loved to play best friends and loved to play fun."
            With gae_lambda=0.95 the same seed is at 6.2 after 7.7 nats: the reward comes 200 characters late, 0.95^200
