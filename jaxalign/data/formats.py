@@ -122,8 +122,9 @@ def _self_instruct(row: Row) -> Conversation:
     return _instruction({"instruction": row["instruction"], **first}, "instruction", "input", "output")
 
 
+MESSAGES = Format("messages", ("messages",), lambda row: messages(row["messages"]))
 FORMATS: tuple[Format, ...] = (
-    Format("messages", ("messages",), lambda row: messages(row["messages"])),
+    MESSAGES,
     Format("ShareGPT", ("conversations",), lambda row: messages(row["conversations"], "from", "value")),
     Format("OASST tree", ("message_tree_id", "prompt"), _oasst_tree),
     Format("prompt+completion", ("prompt", "completion"), _prompt_completion),

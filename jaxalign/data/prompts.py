@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxalign.data import formats, sources
 
 log = logging.getLogger(__name__)
 
+Prompt = str | Sequence[dict[str, str]]  # a text to continue, or messages to answer
 COLUMNS = ("prompt", "messages", "question", "instruction", "query")
 
 
@@ -45,7 +47,7 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
       as_chat: texts are turns of the user.
 
     Raises:
-      ValueError: no rows, no such column, an empty prompt, or too many that are too long.
+      ValueError: no rows, no such column, a row without a prompt, an empty one, or too many that are too long.
     """
     found = Prompts([], [], {})
     dropped = 0
@@ -57,10 +59,12 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
         if column is None:
             raise ValueError(f"data {source.name}: rows have {', '.join(rows[0])}; prompts are in {', '.join(COLUMNS)}")
         for number, row in enumerate(rows, 1):
-            text = _text(row[column], tokenizer, as_chat, f"{source.name}, row {number}")
-            ids = tuple(tokenizer(text, add_special_tokens=not _is_chat(row[column], as_chat))["input_ids"])
+            where = f"{source.name}, row {number}"
+            prompt = checked(row.get(column), where, column)
+            text = _text(prompt, tokenizer, as_chat, where)
+            ids = tuple(tokenizer(text, add_special_tokens=not _is_chat(prompt, as_chat))["input_ids"])
             if not ids:
-                raise ValueError(f"{source.name}, row {number}: `{column}` is empty, so there is nothing to answer")
+                raise ValueError(f"{where}: `{column}` is empty, so there is nothing to answer")
             if len(ids) > max_length:
                 dropped += 1
                 continue
@@ -82,16 +86,25 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
     return found
 
 
-def _is_chat(value: Any, as_chat: bool) -> bool:
+def checked(value: Any, where: str, column: str) -> Prompt:
+    """What a row holds in the column of its prompt. Raises ValueError, with the place, where that is no prompt."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        return formats.normalise(formats.MESSAGES, {"messages": value}, where=where).messages
+    raise ValueError(f"{where}: `{column}` holds {value!r}; it must be a text, or a list of messages")
+
+
+def _is_chat(value: Prompt, as_chat: bool) -> bool:
     return as_chat or not isinstance(value, str)
 
 
-def _text(value: Any, tokenizer: Any, as_chat: bool, where: str) -> str:
+def _text(value: Prompt, tokenizer: Any, as_chat: bool, where: str) -> str:
     if not _is_chat(value, as_chat):
         return value
     if not tokenizer.chat_template:
         raise ValueError(f"{where}: the prompt is a conversation, but the tokenizer has no chat template")
-    turns = [{"role": "user", "content": value}] if isinstance(value, str) else formats.messages(value).messages
+    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
     return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
 
 

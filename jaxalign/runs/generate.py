@@ -13,7 +13,9 @@ from typing import Any
 
 import jax
 
-from jaxalign.data import formats, sources
+from jaxalign.data import prompts as prompting
+from jaxalign.data import sources
+from jaxalign.data.prompts import Prompt
 from jaxalign.models import huggingface
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.decoder import make_decoder
@@ -34,8 +36,6 @@ from jaxalign.runs.vocabulary import check_fits
 from jaxalign.types import PyTree
 
 log = logging.getLogger(__name__)
-
-Prompt = str | Sequence[dict[str, str]]  # a text to continue, or messages to answer
 
 
 def run(config: GenerateConfig) -> int:
@@ -119,16 +119,8 @@ def read_rows(text: str) -> tuple[list[Prompt], dict[str, list[Any]]]:
     column = next((name for name in ("prompt", "messages") if name in rows[0]), None)
     if column is None:
         raise ValueError(f"{text}: rows have {', '.join(rows[0])}; prompts are in `prompt` or `messages`")
-    prompts = [_prompt(row.get(column), f"{text}, row {number}", column) for number, row in enumerate(rows, 1)]
-    return prompts, {name: [row.get(name) for row in rows] for name in rows[0] if name != column}
-
-
-def _prompt(value: Any, where: str, column: str) -> Prompt:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value:
-        return formats.messages(value).messages
-    raise ValueError(f"{where}: `{column}` holds {value!r}; it must be a text, or a list of messages")
+    found = [prompting.checked(row.get(column), f"{text}, row {number}", column) for number, row in enumerate(rows, 1)]
+    return found, {name: [row.get(name) for row in rows] for name in rows[0] if name != column}
 
 
 def respond(

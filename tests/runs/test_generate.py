@@ -154,3 +154,6 @@ def test_prompts_are_read_from_files_and_anything_else_is_the_prompt_itself(tmp_
     path.write_text('{"prompt": "a"}\n{"other": "b"}\n')
     with pytest.raises(ValueError, match=r"mixed.jsonl, row 2: `prompt` holds None"):
         generate.read_prompts(str(path))
+    path.write_text('{"messages": [{"role": "user"}]}\n')
+    with pytest.raises(ValueError, match=r"mixed.jsonl, row 1: 'content' is missing"):
+        generate.read_prompts(str(path))

@@ -1,0 +1,30 @@
+"""Which prompts on-policy commands answer, and what is said of rows that hold none."""
+
+import json
+
+import pytest
+
+from jaxalign.data import prompts
+
+
+def load(tokenizer, tmp_path, rows, **options):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return prompts.load(str(path), tokenizer, **{"max_length": 8, "max_dropped": 0.0, **options})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"x": 3}, "row 2: `prompt` holds None; it must be a text, or a list of messages"),
+        ({"prompt": None}, "row 2: `prompt` holds None"),
+        ({"prompt": 3}, "row 2: `prompt` holds 3"),
+        ({"prompt": []}, r"row 2: `prompt` holds \[\]"),
+        ({"prompt": [{"role": "user"}]}, "row 2: 'content' is missing"),
+        ({"prompt": [{"content": "a"}]}, "row 2: 'role' is missing"),
+        ({"prompt": ["a"]}, r"row 2: \['a'\] is not a list of turns"),
+    ],
+)
+def test_a_row_without_a_prompt_is_named(tokenizer, tmp_path, row, message):
+    with pytest.raises(ValueError, match=f"prompts.jsonl, {message}"):
+        load(tokenizer, tmp_path, [{"prompt": "a"}, row])
