@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.data import formats, sources
+from jaxalign.data import chat, formats, sources
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,9 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
         for number, row in enumerate(rows, 1):
             where = f"{source.name}, row {number}"
             prompt = checked(row.get(column), where, column)
-            text = _text(prompt, tokenizer, as_chat, where)
-            ids = tuple(tokenizer(text, add_special_tokens=not _is_chat(prompt, as_chat))["input_ids"])
+            if as_chat and isinstance(prompt, str):
+                prompt = [{"role": "user", "content": prompt}]
+            ids = tuple(encode(prompt, tokenizer, where))
             if not ids:
                 raise ValueError(f"{where}: `{column}` is empty, so there is nothing to answer")
             if len(ids) > max_length:
@@ -95,17 +96,17 @@ def checked(value: Any, where: str, column: str) -> Prompt:
     raise ValueError(f"{where}: `{column}` holds {value!r}; it must be a text, or a list of messages")
 
 
-def _is_chat(value: Prompt, as_chat: bool) -> bool:
-    return as_chat or not isinstance(value, str)
-
-
-def _text(value: Prompt, tokenizer: Any, as_chat: bool, where: str) -> str:
-    if not _is_chat(value, as_chat):
-        return value
+def encode(prompt: Prompt, tokenizer: Any, where: str) -> list[int]:
+    """Ids of a text, or of messages up to where the answer begins. Raises ValueError, with the place."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
     if not tokenizer.chat_template:
-        raise ValueError(f"{where}: the prompt is a conversation, but the tokenizer has no chat template")
-    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+        raise ValueError(f"{where}: the prompt is a conversation, but the tokenizer has no chat template; give texts")
+    try:
+        text = chat.render(tokenizer, prompt, True)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 class PromptBatches:

@@ -157,7 +157,7 @@ def respond(
     config = huggingface.read_config(model)
     tokenizer = huggingface.load_tokenizer(model)
     check_fits(tokenizer, config, model)
-    ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    ids = [prompting.encode(prompt, tokenizer, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
     _check_lengths(ids, max_new_tokens, config, model)
     sampling = Sampling(
         max_new_tokens,
@@ -206,12 +206,3 @@ def _check_lengths(ids: list[list[int]], max_new_tokens: int, config: ModelConfi
         raise ValueError(f"{said} {config.learned_positions} positions of {model}; shorten the one or lower the other")
     if longest + max_new_tokens > config.max_length:
         log.warning("%s %d that %s was made for", said, config.max_length, model)
-
-
-def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    if not tokenizer.chat_template:
-        raise ValueError("the prompts are messages, but the tokenizer has no chat template; give texts instead")
-    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -28,3 +28,12 @@ def load(tokenizer, tmp_path, rows, **options):
 def test_a_row_without_a_prompt_is_named(tokenizer, tmp_path, row, message):
     with pytest.raises(ValueError, match=f"prompts.jsonl, {message}"):
         load(tokenizer, tmp_path, [{"prompt": "a"}, row])
+
+
+@pytest.mark.parametrize("prompt", ["a", [{"role": "user", "content": "a"}]])
+def test_a_template_that_refuses_a_prompt_is_told_with_its_row(tokenizer, tmp_path, prompt):
+    with pytest.raises(ValueError, match="row 1: the prompt is a conversation, but the tokenizer has no chat template"):
+        load(tokenizer, tmp_path, [{"prompt": prompt}], as_chat=True)
+    tokenizer.chat_template = "{{ raise_exception('no users') }}"
+    with pytest.raises(ValueError, match="row 1: the chat template refuses a conversation of user: no users"):
+        load(tokenizer, tmp_path, [{"prompt": prompt}], as_chat=True)

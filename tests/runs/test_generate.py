@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxalign.data.prompts import encode
 from jaxalign.models import huggingface
 from jaxalign.models.decoder import make_decoder
 from jaxalign.models.load import load_params
@@ -64,7 +65,7 @@ def test_messages_are_answered_through_the_chat_template(chat_model, tmp_path):
     rendered = "Human : the cat ?\nAssistant : "  # the tokenizer adds no <s>, and the template does
     tokenizer = huggingface.load_tokenizer(chat_model)
     ids = tokenizer("<s>" + rendered, add_special_tokens=False)["input_ids"]
-    assert generate._encode(tokenizer, prompts[0]) == ids and ids[0] == 1
+    assert encode(prompts[0], tokenizer, "row 1") == ids and ids[0] == 1
     assert answers(chat_model, prompts, temperature=0.0) == answers(chat_model, ["<s>" + rendered], temperature=0.0)
 
 
