@@ -13,6 +13,7 @@ import difflib
 import gzip
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -125,6 +126,11 @@ def _pick(source: Source, splits: dict[str | None, Sequence[Row]], held_out: boo
     return Loaded(splits[found], found, names)
 
 
+def repaired(text: str) -> str:
+    """With U+FFFD for each half of a surrogate pair that lacks the other: no character, and no tokenizer takes it."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def _by_split_column(rows: Sequence[Row], path: Path) -> dict[str | None, Sequence[Row]]:
     if not rows:
         raise ValueError(f"data file {path} is empty")
@@ -171,13 +177,21 @@ def _text(path: Path) -> str:
         raise ValueError(f"data file {path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
+def _parse_json(text: str) -> Any:
+    """As json.loads, but for texts cut through an emoji, as "\\ud83d" is, which are repaired."""
+    value = json.loads(text)
+    if not re.search(r"\\u[dD][89a-fA-F]", text):
+        return value
+    return json.loads(repaired(json.dumps(value, ensure_ascii=False)))
+
+
 def _read_jsonl(path: Path) -> Iterator[Row]:
     # lines end with \n alone: str.splitlines would also cut at U+2028 and others that JSON strings may hold
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _parse_json(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"data file {path}, line {number}: not JSON ({error.msg}): {line[:60]!r}") from None
         if not isinstance(row, dict):
@@ -187,7 +201,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 def _read_json(path: Path) -> list[Row]:
     try:
-        rows = json.loads(_text(path))
+        rows = _parse_json(_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"data file {path}, line {error.lineno}: not JSON ({error.msg})") from None
     if isinstance(rows, dict):

@@ -92,6 +92,7 @@ def _conversation(config: ChatConfig, model: ModelConfig, tokenizer: Any) -> Con
 
 def _lines(talk: Conversation | Continuation) -> Any:
     """What is said, one line at a time, after what is told to the program itself."""
+    sys.stdin.reconfigure(errors="replace")  # a byte that is no text ends no conversation
     asks = "> " if sys.stdin.isatty() else ""
     if asks:
         with contextlib.suppress(ImportError):

@@ -112,7 +112,7 @@ def read_prompts(text: str) -> list[Prompt]:
 def read_rows(text: str) -> tuple[list[Prompt], dict[str, list[Any]]]:
     """The prompts, and the other columns of their rows, by name."""
     if not text.endswith(sources.SUFFIXES) and not (os.sep in text and os.path.exists(text)):
-        return [text], {}
+        return [sources.repaired(text)], {}
     rows = sources.load(sources.parse(text)[0]).rows
     if text.removesuffix(".gz").endswith(".txt"):
         return [line for line in rows[0]["text"].splitlines() if line.strip()], {}

@@ -49,6 +49,14 @@ def test_json_lines_are_read_plain_and_zipped_with_any_character_inside(tmp_path
     assert load(parse(write(tmp_path / name, rows))[0]).rows == rows
 
 
+def test_half_an_emoji_is_read_as_a_replacement_character(tmp_path):
+    (tmp_path / "cut.jsonl").write_text(r'{"text": "\ud83d", "turns": [{"a": "\uDE00 \ud83d\ude00 \\ud83d"}]}')
+    (tmp_path / "cut.json").write_text(f"[{(tmp_path / 'cut.jsonl').read_text()}]")
+    for name in ("cut.jsonl", "cut.json"):
+        rows = load(Source(str(tmp_path / name))).rows
+        assert rows == [{"text": "\ufffd", "turns": [{"a": "\ufffd \U0001f600 \\ud83d"}]}]
+
+
 def test_other_kinds_of_files_give_the_same_rows(tmp_path):
     from datasets import Dataset
 

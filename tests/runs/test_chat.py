@@ -55,7 +55,8 @@ def say(monkeypatch, capsys):
     """A function: what the program writes to (stdout, stderr) when these lines are typed."""
 
     def say(model, text, *flags, status=0):
-        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        typed = text if isinstance(text, bytes) else text.encode()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
         assert main(["chat", "--model", str(model), *FLAGS, *flags]) == status
         return capsys.readouterr()
 
@@ -123,6 +124,10 @@ def test_a_text_that_outgrows_the_window_loses_its_beginning(tiny_model):
     assert talk.ask("a") == ([6, 8, 9, 22, 5], 1)
     talk.forget()
     assert talk.ask("dog") == ([6, 8, 9, 22, 7], 0)
+
+
+def test_a_byte_that_is_no_text_ends_no_conversation(chat_model, say):
+    assert len(say(chat_model, b"the \xff cat ?\na dog ?\n").out.splitlines()) == 2
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -151,6 +151,7 @@ def _last_hidden(folder, prompt):
 
 def test_prompts_are_read_from_files_and_anything_else_is_the_prompt_itself(tmp_path):
     assert generate.read_prompts("tell me of prompts") == ["tell me of prompts"]
+    assert generate.read_prompts("\udcff of the command line") == ["\ufffd of the command line"]
     path = tmp_path / "mixed.jsonl"
     path.write_text('{"prompt": "a"}\n{"other": "b"}\n')
     with pytest.raises(ValueError, match=r"mixed.jsonl, row 2: `prompt` holds None"):
