@@ -79,10 +79,11 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
     total = dropped + len(found)
     if dropped:
         log.warning("%d of %d prompts have more than %d tokens and were dropped", dropped, total, max_length)
-    if dropped > max_dropped * total:
+    if dropped == total or dropped > max_dropped * total:
+        allow = "" if dropped == total else ", or allow it with --max-dropped"
         raise ValueError(
             f"{dropped} of {total} prompts have more than {max_length} tokens, which is --max-length less "
-            "--max-new-tokens; raise the one, lower the other, or allow it with --max-dropped"
+            f"--max-new-tokens; raise the one or lower the other{allow}"
         )
     return found
 

@@ -37,3 +37,13 @@ def test_a_template_that_refuses_a_prompt_is_told_with_its_row(tokenizer, tmp_pa
     tokenizer.chat_template = "{{ raise_exception('no users') }}"
     with pytest.raises(ValueError, match="row 1: the chat template refuses a conversation of user: no users"):
         load(tokenizer, tmp_path, [{"prompt": prompt}], as_chat=True)
+
+
+def test_that_no_prompt_is_short_enough_is_told_even_where_all_may_be_dropped(tokenizer, tmp_path):
+    rows = [{"prompt": "the cat"}, {"prompt": "a dog"}]
+    with pytest.raises(ValueError, match=r"2 of 2 prompts have more than 1 .*; raise the one or lower the other$"):
+        load(tokenizer, tmp_path, rows, max_length=1, max_dropped=1.0)
+    rows.append({"prompt": "a"})
+    assert load(tokenizer, tmp_path, rows, max_length=1, max_dropped=1.0).ids == [(5,)]
+    with pytest.raises(ValueError, match=r"2 of 3 prompts have .*, or allow it with --max-dropped"):
+        load(tokenizer, tmp_path, rows, max_length=1)
