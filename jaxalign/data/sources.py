@@ -88,8 +88,16 @@ def load(source: Source, *, held_out: bool = False) -> Loaded:
     if path.is_dir():
         return _pick(source, _load_folder(path), held_out)
     if path.exists():
-        return _pick(source, _by_split_column(_read_file(path), path), held_out)
+        return _pick(source, _by_split_column(_read_file(path)), held_out)
     return _pick(source, _load_hub(source), held_out)
+
+
+def load_all(source: Source) -> Sequence[Row]:
+    """The rows of a source; those of a file in its order, whatever their `split`, unless one is named."""
+    path = Path(source.name).expanduser()
+    if source.split is None and path.is_file():
+        return _read_file(path)
+    return load(source).rows
 
 
 def check_exists(source: Source) -> None:
@@ -131,9 +139,7 @@ def repaired(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _by_split_column(rows: Sequence[Row], path: Path) -> dict[str | None, Sequence[Row]]:
-    if not rows:
-        raise ValueError(f"data file {path} is empty")
+def _by_split_column(rows: Sequence[Row]) -> dict[str | None, Sequence[Row]]:
     if not isinstance(rows[0].get("split"), str):
         return {None: rows}
     splits: dict[str | None, list[Row]] = {}
@@ -143,6 +149,13 @@ def _by_split_column(rows: Sequence[Row], path: Path) -> dict[str | None, Sequen
 
 
 def _read_file(path: Path) -> Sequence[Row]:
+    rows = _read_rows(path)
+    if not rows:
+        raise ValueError(f"data file {path} is empty")
+    return rows
+
+
+def _read_rows(path: Path) -> Sequence[Row]:
     name = path.name.removesuffix(".gz")
     if name.endswith(".jsonl"):
         return list(_read_jsonl(path))

@@ -288,7 +288,7 @@ class GenerateConfig(AnsweringConfig):
     """Answers of a model to prompts."""
 
     prompts: str
-    """A file of prompts (.jsonl with `prompt` or `messages`, .txt one a line), or the prompt itself."""
+    """Files of prompts (.jsonl with `prompt` or `messages`, .txt one a line), FILE:SPLIT, or the prompt itself."""
     output: Path | None = None
     """A .jsonl file of prompt and response; by default they are printed."""
     max_new_tokens: int = 128

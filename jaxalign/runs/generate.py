@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,22 +106,38 @@ def _check_output(path: Path) -> None:
 
 
 def read_prompts(text: str) -> list[Prompt]:
-    """Prompts of a file (`prompt` or `messages` of each row; lines of a .txt), or the text itself."""
+    """Prompts of files (`prompt` or `messages` of each row; lines of a .txt), or the text itself."""
     return read_rows(text)[0]
 
 
 def read_rows(text: str) -> tuple[list[Prompt], dict[str, list[Any]]]:
     """The prompts, and the other columns of their rows, by name."""
-    if not text.endswith(sources.SUFFIXES) and not (os.sep in text and os.path.exists(text)):
+    if not _names_data(text):
         return [sources.repaired(text)], {}
-    rows = sources.load(sources.parse(text)[0]).rows
-    if text.removesuffix(".gz").endswith(".txt"):
-        return [line for line in rows[0]["text"].splitlines() if line.strip()], {}
-    column = next((name for name in ("prompt", "messages") if name in rows[0]), None)
-    if column is None:
-        raise ValueError(f"{text}: rows have {', '.join(rows[0])}; prompts are in `prompt` or `messages`")
-    found = [prompting.checked(row.get(column), f"{text}, row {number}", column) for number, row in enumerate(rows, 1)]
-    return found, {name: [row.get(name) for row in rows] for name in rows[0] if name != column}
+    found, others = [], []
+    for source in sources.parse(text):
+        rows = _rows(source)
+        column = next((name for name in ("prompt", "messages") if name in rows[0]), None)
+        if column is None:
+            raise ValueError(f"{source.name}: rows have {', '.join(rows[0])}; prompts are in `prompt` or `messages`")
+        for number, row in enumerate(rows, 1):
+            found.append(prompting.checked(row.get(column), f"{source.name}, row {number}", column))
+            others.append({name: value for name, value in row.items() if name != column})
+    names = dict.fromkeys(name for row in others for name in row)
+    return found, {name: [row.get(name) for row in others] for name in names}
+
+
+def _names_data(text: str) -> bool:
+    name = re.sub(r":[\w.-]+$", "", text)  # that of a split
+    return name.endswith(sources.SUFFIXES) or (os.sep in name and os.path.exists(name))
+
+
+def _rows(source: sources.Source) -> Sequence[sources.Row]:
+    rows = sources.load_all(source)
+    if not source.name.removesuffix(".gz").endswith(".txt"):
+        return rows
+    lines = rows[0]["text"].split("\n")  # str.splitlines would also cut at U+2028 and others that lines may hold
+    return [{"prompt": line.removesuffix("\r")} for line in lines if line.strip()]
 
 
 def respond(

@@ -159,3 +159,23 @@ def test_prompts_are_read_from_files_and_anything_else_is_the_prompt_itself(tmp_
     path.write_text('{"messages": [{"role": "user"}]}\n')
     with pytest.raises(ValueError, match=r"mixed.jsonl, row 1: 'content' is missing"):
         generate.read_prompts(str(path))
+
+
+def test_all_rows_of_all_files_are_prompts_unless_a_split_is_named(tmp_path):
+    rows = [{"prompt": p, "split": "test" if p == "b" else "train"} for p in "abc"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.jsonl").write_text('{"prompt": "d", "answer": "e"}\n')
+    found, columns = generate.read_rows(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl")
+    assert found == ["a", "b", "c", "d"]
+    assert columns == {"split": ["train", "test", "train", None], "answer": [None, None, None, "e"]}
+    assert generate.read_prompts(f"{tmp_path}/a.jsonl:test") == ["b"]
+    with pytest.raises(ValueError, match="has no split 'held'"):
+        generate.read_prompts(f"{tmp_path}/a.jsonl:held")
+    (tmp_path / "b.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"b.jsonl is empty"):
+        generate.read_prompts(f"{tmp_path}/b.jsonl")
+
+
+def test_lines_of_a_text_end_with_a_newline_alone(tmp_path):
+    (tmp_path / "lines.txt").write_bytes("a\u2028b\x0bc\r\n \nd\x85e".encode())
+    assert generate.read_prompts(str(tmp_path / "lines.txt")) == ["a\u2028b\x0bc", "d\x85e"]
