@@ -81,7 +81,7 @@ def check(config: Any, *, prefix: str = "--") -> None:
             if not 0 < value <= POSITIVE[f.name] or value == math.inf:
                 most = "" if POSITIVE[f.name] == math.inf else f" and at most {POSITIVE[f.name]:g}"
                 raise ValueError(f"{flag} {value}: it must be above 0{most}")
-        elif value == "" and f.name != "prompts":
+        elif f.name != "prompts" and "" in (value if isinstance(value, tuple) else (value,)):
             raise ValueError(f"{flag} is empty; give it a value, or leave the flag out")
 
 

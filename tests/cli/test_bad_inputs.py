@@ -170,6 +170,7 @@ OTHERS = {
     "generate --model W/model --prompts W/messages.jsonl": ["the tokenizer has no chat template"],
     "generate --model W/model --prompts ": ["prompt 1 has no tokens"],
     "generate --model W/model --prompts x --top-p 0": ["--top-p 0.0: it must be above 0 and at most 1"],
+    "generate --model W/model --prompts x --stop . ": ["--stop is empty; give it a value, or leave the flag out"],
     "generate --model W/model --prompts x --output W/folder": ["W/folder is a folder; name a .jsonl file"],
     "generate --model W/gpt2 --prompts W/long.jsonl": ["has 100 tokens", "more than the 32 positions of W/gpt2"],
     "generate --model W/few_words --prompts x": ["has 23 tokens and the model's vocabulary is 20"],
