@@ -31,7 +31,7 @@ from jaxalign.rollout.slots import Sampling
 from jaxalign.runs import devices
 from jaxalign.runs.config import GenerateConfig
 from jaxalign.runs.folder import check_writable
-from jaxalign.runs.terminal import visible
+from jaxalign.runs.terminal import sayable, visible
 from jaxalign.runs.values import check
 from jaxalign.runs.vocabulary import check_fits
 from jaxalign.types import PyTree
@@ -83,13 +83,17 @@ def run(config: GenerateConfig) -> int:
             rows = [max(group, key=lambda row: row["score"]) for group in groups]
     if config.output is None:
         said = "\n\n".join(
-            row["response"] if len(rows) == 1 else f"> {row['prompt']}\n{row['response']}" for row in rows
+            row["response"] if len(rows) == 1 else f"> {_shown(row['prompt'])}\n{row['response']}" for row in rows
         )
-        print(visible(said, sys.stdout.encoding) if sys.stdout.isatty() else said)
+        print((visible if sys.stdout.isatty() else sayable)(said, sys.stdout.encoding))
     else:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         config.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return 0
+
+
+def _shown(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else "\n> ".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
 def _scored(rows: list[dict], rewards: Rewards, columns: dict[str, list]) -> list[dict]:

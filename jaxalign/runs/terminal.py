@@ -17,7 +17,12 @@ def visible(text: str, encoding: str | None = None) -> str:
       encoding: of the terminal; what it cannot say is written as its number too.
     """
     shown = "".join(c if c in "\n\t" or not _obeyed(c) else c.encode("unicode_escape").decode() for c in text)
-    return shown.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
+    return sayable(shown, encoding)
+
+
+def sayable(text: str, encoding: str | None) -> str:
+    r"""The text with every character that the encoding lacks written as \u2028."""
+    return text.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
 
 
 def _obeyed(c: str) -> bool:

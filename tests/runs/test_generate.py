@@ -1,5 +1,6 @@
 """`jaxalign generate`: prompts from a file or the command line, answers in a file or on the terminal."""
 
+import io
 import json
 import shutil
 
@@ -56,6 +57,17 @@ def test_a_prompt_on_the_command_line_is_answered_on_the_terminal(tiny_model, ca
     config = GenerateConfig(str(tiny_model), "the cat sees", max_new_tokens=12, temperature=0.0)
     assert generate.run(config) == 0
     assert capsys.readouterr().out == answers(tiny_model, ["the cat sees"], temperature=0.0)[0][0] + "\n"
+
+
+def test_what_a_pipe_cannot_say_is_written_as_its_number_and_messages_as_turns(chat_model, tmp_path, monkeypatch):
+    talks = [[{"role": "system", "content": "é"}, {"role": "user", "content": "\u4e00"}], "the cat"]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"prompt": talk}) + "\n" for talk in talks))
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
+    config = GenerateConfig(str(chat_model), str(tmp_path / "talks.jsonl"), max_new_tokens=12, temperature=0.0)
+    assert generate.run(config) == 0
+    said = written.getvalue().decode("latin-1")
+    assert said.startswith("> system: é\n> user: \\u4e00\n") and "\n\n> the cat\n" in said
 
 
 def test_messages_are_answered_through_the_chat_template(chat_model, tmp_path):
