@@ -25,6 +25,7 @@ FLOORS = {
     "runs": 8,
     "quickstart": 9,
     "cli": 10,
+    "__main__": 11,
 }
 
 

@@ -66,6 +66,8 @@ def test_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])
     assert end.value.code == 0 and capsys.readouterr().out.strip() == jaxalign.__version__
+    said = subprocess.check_output([sys.executable, "-m", "jaxalign", "--version"], text=True)
+    assert said.strip() == jaxalign.__version__
 
 
 def test_help_and_a_wrong_flag_load_nothing_heavy():
