@@ -17,8 +17,9 @@ def masked_mean(values: Num[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Fl
 
 
 def masked_var(values: Num[Array, "*shape"], mask: Bool[Array, "*shape"], *, unbiased: bool = True) -> Float[Array, ""]:
-    """Σ (values - mean)² / (n - 1), or / n when not `unbiased`; 0 for fewer than two values."""
-    centred = jnp.where(mask, values.astype(jnp.float32) - masked_mean(values, mask), 0.0)
+    """Σ (values - mean)² / (n - 1), or / n when not `unbiased`; 0 for fewer than two values, and for equal ones."""
+    below = values.astype(jnp.float32) - _largest(values, mask)
+    centred = jnp.where(mask, below - masked_mean(below, mask), 0.0)
     count = jnp.sum(mask) - (1 if unbiased else 0)
     return jnp.sum(centred**2) / jnp.maximum(count, 1)
 
@@ -27,13 +28,16 @@ def whiten(
     values: Num[Array, "*shape"], mask: Bool[Array, "*shape"], *, shift_mean: bool = True, eps: float = 1e-8
 ) -> Float[Array, "*shape"]:
     """(values - mean) / sqrt(var + eps) over the mask, 0 elsewhere; without `shift_mean` the mean is put back."""
-    values = values.astype(jnp.float32)
-    # Measured from the largest: of equal values nothing is left, not a rounding that is then divided by itself.
-    top = jnp.where(jnp.any(mask), jnp.max(jnp.where(mask, values, -jnp.inf)), 0.0)
-    below = values - top
+    top = _largest(values, mask)
+    below = values.astype(jnp.float32) - top
     mean = masked_mean(below, mask)
     white = (below - mean) / jnp.sqrt(masked_var(below, mask) + eps)
     return jnp.where(mask, white if shift_mean else white + (top + mean), 0.0)
+
+
+def _largest(values: Num[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
+    """Where mean and variance are measured from: of equal values nothing is left then, not a rounding of their mean."""
+    return jnp.where(jnp.any(mask), jnp.max(jnp.where(mask, values.astype(jnp.float32), -jnp.inf)), 0.0)
 
 
 def last_token_index(mask: Bool[Array, "B T"]) -> Int[Array, "B"]:

@@ -24,7 +24,7 @@ def test_nothing_selected_is_zero_not_nan():
 @pytest.mark.parametrize("value", [0.1, 0.7, 1234.567])
 def test_equal_values_are_whitened_to_nothing_or_to_their_mean(value):
     values, mask = jnp.full((3, 7), value), jnp.arange(7)[None] < jnp.array([[7], [3], [0]])
-    assert not whiten(values, mask).any()
+    assert not whiten(values, mask).any() and masked_var(values, mask) == 0
     np.testing.assert_array_equal(whiten(values, mask, shift_mean=False)[mask], np.float32(value))
 
 
