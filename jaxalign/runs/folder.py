@@ -17,7 +17,7 @@ from jaxalign.runs.values import to_json
 # A continued run may differ in these: they change how long it runs and what it shows, not what step n computes.
 FREE_FIELDS = frozenset(
     {"output", "resume", "profile", "check_kernels", "checkpoint", "log", "samples", "distributed", "steps", "epochs"}
-    | {"engine", "engine_kind", "engine_reload"}
+    | {"engine", "engine_kind", "engine_reload", "reward_seconds"}
 )
 PACKAGES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "datasets", "safetensors"
 

@@ -17,6 +17,7 @@ from jaxalign.runs.config import (
     MeshConfig,
     OptimizerConfig,
 )
+from jaxalign.runs.folder import open_run
 from jaxalign.runs.rl_config import (
     OnlineDPOAlgorithm,
     OnlineDPOConfig,
@@ -147,6 +148,14 @@ def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(tra
         run(broken)
     assert (broken.output / "checkpoints" / "2").is_dir()
     assert [row["step"] for row in rows(broken.output)] == [1, 2]
+
+
+def test_a_run_whose_reward_took_too_long_goes_on_with_more_time_for_it(tmp_path):
+    config = PolicyConfig(model="m", data="d", output=tmp_path / "run", reward_seconds=1.0)
+    assert not open_run(config, command="grpo", resume=True, write=True)
+    assert open_run(dataclasses.replace(config, reward_seconds=10.0), command="grpo", resume=True, write=True)
+    with pytest.raises(ValueError, match="holds another run: reward was 'numeric_match', now 'exact_match'"):
+        open_run(dataclasses.replace(config, reward="exact_match"), command="grpo", resume=True, write=True)
 
 
 @pytest.mark.parametrize(
