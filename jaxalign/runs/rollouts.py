@@ -136,6 +136,15 @@ def _check(config: RolloutConfig) -> None:
         raise ValueError(
             "--eval-data: rewards of the training prompts are new at every step; there is no held-out loss"
         )
+    if config.eval_share not in (0, type(config).eval_share):
+        raise ValueError(
+            f"--eval-share {config.eval_share}: no prompts are held out, as rewards are new at every step; leave it out"
+        )
+    if config.checkpoint.keep_best:
+        raise ValueError(
+            f"--checkpoint.keep-best {config.checkpoint.keep_best}: there is no held-out loss to be the best by; "
+            "--checkpoint.keep says how many of the newest checkpoints stay"
+        )
 
 
 def count_rows(config: RolloutConfig, mesh: Mesh) -> int:
