@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import io
+import math
 import tokenize
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,7 +50,7 @@ def select_sum(text: str, table: Mapping[str, Callable]) -> tuple[tuple[float, C
       table: the functions known by a bare name.
 
     Raises:
-      ValueError: a term has no function or a weight that is no number, or `select` refuses it.
+      ValueError: a term has no function or a weight that is no finite number, or `select` refuses it.
     """
     return tuple(_weighted(term, text, table) for term in _terms(text))
 
@@ -77,9 +78,11 @@ def _weighted(term: str, text: str, table: Mapping[str, Callable]) -> tuple[floa
     try:
         number = float(weight)
     except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
         raise ValueError(
-            f"{text!r}: {weight.strip()!r} is not a number; a weight stands before its function, as in 0.2*sft"
-        ) from None
+            f"{text!r}: {weight.strip()!r} is not a finite number; a weight stands before its function, as in 0.2*sft"
+        )
     if not rest.strip():
         raise ValueError(f"{text!r} has a term without a function; a sum is written as in dpo(beta=0.1) + 0.2*sft")
     return number, select(rest.strip(), table)

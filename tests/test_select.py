@@ -50,7 +50,10 @@ def test_a_sum_is_its_weighted_terms():
     [
         ("ipo + 0.2*sftt", "unknown name 'sftt'"),
         ("ipo + ipo(bta=1)", "has no keyword 'bta'"),
-        ("ipo*0.2", "'ipo' is not a number; a weight stands before"),
+        ("ipo*0.2", "'ipo' is not a finite number; a weight stands before"),
+        ("nan*ipo", "'nan' is not a finite number"),
+        ("ipo + -inf * ipo", "'-inf' is not a finite number"),
+        ("1e999*ipo", "'1e999' is not a finite number"),
         ("ipo + 0.2*", "term without a function"),
         ("ipo +", "term without a function"),
         ("ipo(beta=(1", "form name"),
