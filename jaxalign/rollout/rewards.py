@@ -34,26 +34,34 @@ class RewardError(RuntimeError):
     """A reward function failed; the message names it, and the row where one is to blame."""
 
 
-def exact_match(prompts: Texts, responses: Texts, *, answer: Texts) -> list[float]:
+def exact_match(prompts: Texts, responses: Texts, *, answer: Sequence[str | float]) -> list[float]:
     """1 where the response is the answer, blanks around both aside."""
-    return [float(said.strip() == right.strip()) for said, right in zip(responses, answer, strict=True)]
+    return [float(said.strip() == str(_answer(right)).strip()) for said, right in zip(responses, answer, strict=True)]
 
 
-def numeric_match(prompts: Texts, responses: Texts, *, answer: Texts) -> list[float]:
+def numeric_match(prompts: Texts, responses: Texts, *, answer: Sequence[str | float]) -> list[float]:
     """1 where the response's number is the answer's: the first behind ####, else the last.
 
     Commas in numbers and a dollar sign before them are ignored, as GSM8K writes them.
     """
     return [
-        float(_number(said) is not None and _number(said) == _number(right))
+        float(_number(said) is not None and _number(said) == _number(_answer(right)))
         for said, right in zip(responses, answer, strict=True)
     ]
+
+
+def _answer(value: Any) -> str | float:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"`answer` holds {value!r}; it must be a text or a number")
+    return value
 
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
-def _number(text: str) -> float | None:
+def _number(text: str | float) -> float | None:
+    if not isinstance(text, str):
+        return float(text)
     _, marked, final = text.rpartition("####")
     found = _NUMBER.findall(final if marked else text)
     return float(found[0 if marked else -1].replace(",", "").replace("$", "")) if found else None
@@ -171,7 +179,7 @@ class Rewards:
         """
         terms, self._seconds = select_sum(text, REWARDS), seconds
         for _, function in terms:
-            if getattr(function, "func", None) is reward_model:
+            if _kind(function) is reward_model:
                 _loaded(**function.keywords)  # what is wrong with it is said before training starts
         names = _distinct([name_of(function) for _, function in terms])
         self._functions = dict(zip(names, (function for _, function in terms), strict=True))
@@ -180,13 +188,24 @@ class Rewards:
     @property
     def models(self) -> dict[str, str]:
         """The reward models in the sum: their folders, by name."""
-        models = ((name, f) for name, f in self._functions.items() if getattr(f, "func", None) is reward_model)
+        models = ((name, f) for name, f in self._functions.items() if _kind(f) is reward_model)
         return {name: function.keywords["path"] for name, function in models}
 
-    def check(self, columns: Sequence[str]) -> None:
-        """Raises ValueError when a function asks for a column that is not among these."""
-        for function in self._functions.values():
-            wanted(function, columns)
+    def check(self, prompts: Sequence[Any], columns: dict[str, Sequence[Any]], *, later: Sequence[str] = ()) -> None:
+        """Finds what would end a run at the step that draws it.
+
+        Args:
+          prompts: all that there are.
+          columns: of their rows, by name.
+          later: names of columns that come with the responses.
+
+        Raises:
+          ValueError: a function asks for a column that is neither here nor comes later, or an answer is none.
+        """
+        for name, function in self._functions.items():
+            asks = wanted(function, [*columns, *later])
+            if _kind(function) in (exact_match, numeric_match) and "answer" in asks:
+                _check_answers(name, prompts, columns["answer"])
 
     def __call__(self, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> np.ndarray:
         """Float32[N], the weighted sum.
@@ -231,6 +250,19 @@ class Rewards:
             if not isinstance(score, int | float | np.number) or not math.isfinite(score):
                 raise RewardError(f"{name} gave {score!r} for response {row}; a score is a finite number")
         return np.array(scores, np.float64)
+
+
+def _kind(function: RewardFn) -> RewardFn:
+    """The function whose keywords are bound."""
+    return getattr(function, "func", function)
+
+
+def _check_answers(name: str, prompts: Sequence[Any], answers: Sequence[Any]) -> None:
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
+        try:
+            _answer(answer)
+        except ValueError as error:
+            raise ValueError(f"the reward {name}: prompt {number}, {str(prompt)[:60]!r}: {error}") from None
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -51,7 +51,7 @@ def run(config: GenerateConfig) -> int:
     rewards = None if config.reward is None else Rewards(config.reward)
     prompts, columns = read_rows(config.prompts)
     if rewards is not None:
-        rewards.check([*columns, "finished"])
+        rewards.check(prompts, columns, later=["finished"])
     found = respond(
         config.model,
         prompts,

@@ -99,7 +99,7 @@ def gather(config: RolloutConfig, starts: bool, *, own_tokens: bool = True) -> t
         max_dropped=config.max_dropped,
         as_chat=config.as_chat,
     )
-    rewards.check([*prompts.columns, "finished", "tokens"])
+    rewards.check(prompts.given, prompts.columns, later=["finished", "tokens"])
     if starts:
         engines.check_server(config)
     batches = PromptBatches(len(prompts), config.batch_size, steps=1, shuffle=config.shuffle, seed=config.seed)

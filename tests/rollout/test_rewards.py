@@ -1,5 +1,6 @@
 """Rewards: what each function says, sums, the data's columns, and every way to be wrong."""
 
+import re
 import subprocess
 import sys
 import time
@@ -19,15 +20,29 @@ from jaxalign.rollout.rewards import REWARDS, RewardError, Rewards
         ("costs $18", "#### 18", 1),
         ("-18", "18", 0),
         ("none", "18", 0),
+        ("so it is 18.0", 18, 1),
+        ("so it is 0.00001", 1e-05, 1),
+        ("none", 18, 0),
     ],
 )
 def test_numbers_match_as_gsm8k_writes_them(response, answer, score):
     assert REWARDS["numeric_match"](["?"], [response], answer=[answer]) == [score]
 
 
+@pytest.mark.parametrize("name", ["numeric_match", "exact_match"])
+@pytest.mark.parametrize("answer", [None, True, ["4"]])
+def test_a_row_without_an_answer_is_named_before_anything_is_drawn(name, answer):
+    message = re.escape(f"the reward {name}: prompt 2, '2 + 2?': `answer` holds {answer!r}; it must be a text or a")
+    rewards = Rewards(f"0.5*{name}")
+    rewards.check(["1 + 1?", "2 + 2?"], {"answer": [2, "4"]})
+    with pytest.raises(ValueError, match=message):
+        rewards.check(["1 + 1?", "2 + 2?"], {"answer": [2, answer]})
+
+
 def test_what_the_other_rewards_say(tmp_path):
     said = ["yes ", "no", '{"a": 1}']
     assert REWARDS["exact_match"]("???", said, answer=["yes", "yes", "x"]) == [1, 0, 0]
+    assert REWARDS["exact_match"]("?", ["4 "], answer=[4]) == [1]
     assert REWARDS["regex"]("???", said, pattern=r"^y|n.$") == [1, 1, 0]
     assert REWARDS["json_schema"]("???", said, required=["a"]) == [0, 0, 1]
     assert REWARDS["length"]("??", ["a b c", "a"], target=2) == [-0.5, -0.5]
