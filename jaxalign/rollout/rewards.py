@@ -142,11 +142,15 @@ def reward_model(
     (quantise='int8' or 'nf4'), all of it in half (dtype='bfloat16'), and in the host's memory between calls
     (offload=True).
     """
-    return _loaded(path, quantise, offload, dtype)(prompts, responses, finished=finished).tolist()
+    return _scorer(path, quantise, offload, dtype)(prompts, responses, finished=finished).tolist()
+
+
+def _scorer(path: str, quantise: str | None = None, offload: bool = False, dtype: str = "float32") -> Scorer:
+    return _loaded(path, quantise, offload, dtype)  # by place, for the cache tells f(x) from f(path=x)
 
 
 @functools.lru_cache
-def _loaded(path: str, quantise: str | None = None, offload: bool = False, dtype: str = "float32") -> Scorer:
+def _loaded(path: str, quantise: str | None, offload: bool, dtype: str) -> Scorer:
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     return load_reward_model(path, quantise=quantise, offload=offload, dtype=dtype, devices=jax.local_devices())
@@ -180,7 +184,7 @@ class Rewards:
         terms, self._seconds = select_sum(text, REWARDS), seconds
         for _, function in terms:
             if _kind(function) is reward_model:
-                _loaded(**function.keywords)  # what is wrong with it is said before training starts
+                _scorer(**function.keywords)  # what is wrong with it is said before training starts
         names = _distinct([name_of(function) for _, function in terms])
         self._functions = dict(zip(names, (function for _, function in terms), strict=True))
         self.weights = dict(zip(names, (weight for weight, _ in terms), strict=True))
@@ -200,12 +204,15 @@ class Rewards:
           later: names of columns that come with the responses.
 
         Raises:
-          ValueError: a function asks for a column that is neither here nor comes later, or an answer is none.
+          ValueError: a function asks for a column that is neither here nor comes later, an answer is none, or a prompt
+            fills all that a reward model reads.
         """
         for name, function in self._functions.items():
             asks = wanted(function, [*columns, *later])
             if _kind(function) in (exact_match, numeric_match) and "answer" in asks:
                 _check_answers(name, prompts, columns["answer"])
+            elif _kind(function) is reward_model:
+                _scorer(**function.keywords).check(prompts)
 
     def __call__(self, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> np.ndarray:
         """Float32[N], the weighted sum.

@@ -101,15 +101,28 @@ class Scorer:
         ended = [True] * len(responses) if finished is None else finished
         return self.rows([self.ids(*one) for one in zip(prompts, responses, ended, strict=True)])
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError, with their number and the first of them, on prompts that leave no room for a response."""
+        full = [prompt for prompt in prompts if not self._encoded(prompt, "a")]  # whatever the response is
+        if full:
+            raise ValueError(f"{len(full)} of {len(prompts)} prompts are too long: {self._fills(full[0])}")
+
     def ids(self, prompt: Prompt, response: str, ended: bool = True) -> np.ndarray:
         """Int32[T]: prompt and response as the model was trained on them, cut at its `max_length`."""
-        found = self._encoder.encode(sequence(prompt, response, self.model.as_chat), where="scoring")
+        found = self._encoded(prompt, response)
         if not found:
-            raise ValueError(
-                f"a prompt fills all {self.model.max_length} tokens that the reward model reads: {str(prompt)[:80]!r}"
-            )
+            raise ValueError(self._fills(prompt))
         ids = found[0][0]
         return ids if ended or ids[-1] not in self.terminators else ids[:-1]
+
+    def _encoded(self, prompt: Prompt, response: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        return self._encoder.encode(sequence(prompt, response, self.model.as_chat), where="scoring")
+
+    def _fills(self, prompt: Prompt) -> str:
+        return (
+            f"a prompt fills all {self.model.max_length} tokens that the reward model reads: {str(prompt)[:80]!r}; "
+            "leave it out of the data, or train the reward model with a greater --max-length"
+        )
 
     def rows(self, rows: Sequence[np.ndarray]) -> np.ndarray:
         """Float32[N M] of rows of ids, in their order; the longest are read together."""

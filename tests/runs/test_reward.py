@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
 from jaxalign.models.huggingface import load_tokenizer
+from jaxalign.rollout import rewards as rewarding
 from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.score import load_reward_model
 from jaxalign.runs import export, reward
@@ -117,6 +118,23 @@ def test_a_policy_is_rewarded_by_the_folder_with_the_scores_that_it_gives(traine
     np.testing.assert_allclose(rewards(prompts, responses, {"finished": [True, False]}), expected, atol=1e-6)
     with pytest.raises((ValueError, OSError), match="nowhere"):
         Rewards("reward_model(path='/nowhere')")
+
+
+def test_a_prompt_that_a_reward_model_cannot_read_is_named_before_anything_is_drawn(trained):
+    rewards = Rewards(f"reward_model(path={str(trained.output / 'final')!r})")
+    most, more = "one " * 15, "one " * 16
+    rewards.check(["one ?", most], {}, later=["finished"])
+    assert rewards([most], ["cat"], {"finished": [True]}).shape == (1,)
+    with pytest.raises(ValueError, match="2 of 3 prompts are too long: a prompt fills all 16 tokens"):
+        rewards.check(["one ?", more, more], {}, later=["finished"])
+
+
+def test_a_reward_model_is_held_once_by_those_who_check_it_and_those_who_ask_it(trained, monkeypatch):
+    loads = []
+    monkeypatch.setattr(rewarding, "load_reward_model", lambda *a, **k: loads.append(a) or load_reward_model(*a, **k))
+    rewarding._loaded.cache_clear()
+    Rewards(f"reward_model(path={str(trained.output / 'final')!r})")(["one ?"], ["cat"], {"finished": [True]})
+    assert len(loads) == 1
 
 
 def test_a_reward_model_in_few_bits_nearly_agrees_and_one_in_host_memory_agrees_to_the_bit(trained, scorer):
