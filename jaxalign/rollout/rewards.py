@@ -249,7 +249,9 @@ class Rewards:
             raise RewardError(f"{name} raised {type(cause).__name__} for response {error.row}: {cause}") from cause
         except Exception as error:  # a function of the user's may raise anything, a TimeoutError of its own too
             if not future.done():
-                raise RewardError(f"{name} took longer than {self._seconds:g} s for {count} responses") from None
+                raise RewardError(
+                    f"{name} took longer than {self._seconds:g} s for {count} responses; --reward-seconds allows more"
+                ) from None
             raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
         if len(scores) != count:
             raise RewardError(f"{name} gave {len(scores)} scores for {count} responses; it must give one each")

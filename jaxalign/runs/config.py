@@ -301,6 +301,8 @@ class GenerateConfig(AnsweringConfig):
     """Responses to each prompt."""
     reward: str | None = None
     """Score the responses: 'reward_model(path=...)', 'my.module:function', as of jaxalign grpo."""
+    reward_seconds: float = 300.0
+    """That the reward functions, side by side, may take for 64 responses, which are scored together."""
     keep: Literal["all", "best"] = "all"
     """Keep all responses, or each prompt's best by --reward (best-of-n)."""
     batch_size: int = 16

@@ -26,7 +26,7 @@ from jaxalign.models.peft import load_adapter
 from jaxalign.rollout.engine import LocalEngine, Request
 from jaxalign.rollout.generate import text_after, without_terminator
 from jaxalign.rollout.http_engine import HttpEngine
-from jaxalign.rollout.rewards import Rewards
+from jaxalign.rollout.rewards import RewardError, Rewards
 from jaxalign.rollout.slots import Sampling
 from jaxalign.runs import devices
 from jaxalign.runs.config import GenerateConfig
@@ -38,6 +38,8 @@ from jaxalign.types import PyTree
 
 log = logging.getLogger(__name__)
 
+SCORED_TOGETHER = 64  # responses, or those to one prompt where they are more; the time limit is for so many
+
 
 def run(config: GenerateConfig) -> int:
     """Prints the responses, or writes {"prompt", "response", "finished"} lines to --output."""
@@ -48,7 +50,7 @@ def run(config: GenerateConfig) -> int:
         _check_output(config.output)
     devices.start()
     devices.start_log()
-    rewards = None if config.reward is None else Rewards(config.reward)
+    rewards = None if config.reward is None else Rewards(config.reward, seconds=config.reward_seconds)
     prompts, columns = read_rows(config.prompts)
     if rewards is not None:
         rewards.check(prompts, columns, later=["finished"])
@@ -77,30 +79,46 @@ def run(config: GenerateConfig) -> int:
         for i, (text, ended) in zip(asked, found, strict=True)
     ]
     if rewards is not None:
-        rows = _scored(rows, rewards, {name: [values[i] for i in asked] for name, values in columns.items()})
+        try:
+            rows = _scored(
+                rows, rewards, {name: [values[i] for i in asked] for name, values in columns.items()}, config.n
+            )
+        except RewardError as error:
+            _tell(rows, config.output)
+            where = "above" if config.output is None else f"in {config.output}"
+            raise RewardError(f"{error}. The {len(rows)} responses are {where}, all without scores") from error
         if config.keep == "best":
             groups = [rows[at : at + config.n] for at in range(0, len(rows), config.n)]
             rows = [max(group, key=lambda row: row["score"]) for group in groups]
-    if config.output is None:
-        said = "\n\n".join(
-            row["response"] if len(rows) == 1 else f"> {_shown(row['prompt'])}\n{row['response']}" for row in rows
-        )
-        print((visible if sys.stdout.isatty() else sayable)(said, sys.stdout.encoding))
-    else:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        config.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _tell(rows, config.output)
     return 0
+
+
+def _scored(rows: list[dict], rewards: Rewards, columns: dict[str, list], n: int) -> list[dict]:
+    """The rows with a `score` each; the n responses to a prompt are scored together."""
+    size, scored = max(SCORED_TOGETHER // n, 1) * n, []
+    for at in range(0, len(rows), size):
+        part = rows[at : at + size]
+        said = {name: [row[name] for row in part] for name in ("prompt", "response", "finished")}
+        given = {name: values[at : at + size] for name, values in columns.items()}
+        scores = rewards(said["prompt"], said["response"], given | {"finished": said["finished"]})
+        scored += [row | {"score": float(score)} for row, score in zip(part, scores, strict=True)]
+    return scored
+
+
+def _tell(rows: list[dict], output: Path | None) -> None:
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return
+    said = "\n\n".join(
+        row["response"] if len(rows) == 1 else f"> {_shown(row['prompt'])}\n{row['response']}" for row in rows
+    )
+    print((visible if sys.stdout.isatty() else sayable)(said, sys.stdout.encoding))
 
 
 def _shown(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n> ".join(f"{m['role']}: {m['content']}" for m in prompt)
-
-
-def _scored(rows: list[dict], rewards: Rewards, columns: dict[str, list]) -> list[dict]:
-    """The rows with a `score` each."""
-    said = {name: [row[name] for row in rows] for name in ("prompt", "response", "finished")}
-    scores = rewards(said["prompt"], said["response"], columns | {"finished": said["finished"]})
-    return [row | {"score": float(score)} for row, score in zip(rows, scores, strict=True)]
 
 
 def _check_output(path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxalign.cli.main import main
 from jaxalign.data.prompts import encode
 from jaxalign.models import huggingface
 from jaxalign.models.decoder import make_decoder
@@ -131,6 +132,36 @@ def test_the_best_of_n_is_the_response_with_the_highest_score(tiny_model, tmp_pa
         assert row["score"] == max(other["score"] for other in found["all"][4 * number : 4 * number + 4])
     with pytest.raises(ValueError, match="--keep best needs --reward"):
         generate.run(GenerateConfig(str(tiny_model), "the cat", keep="best"))
+
+
+def test_responses_that_could_not_be_scored_are_kept_without_scores(tiny_model, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    output, reward = tmp_path / "made.jsonl", "tests.runs.rewards:hangs(seconds=300.0)"
+    given = ["--model", str(tiny_model), "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "12"]
+    given += ["--n", "2", "--batch-size", "4", "--keep", "best", "--reward", reward, "--reward-seconds", "0.2"]
+    assert main(["generate", *given, "--output", str(output)]) == 2
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert [(row["response"], row["finished"]) for row in rows] == answers(tiny_model, PROMPTS, n=2)
+    assert rows[0].keys() == {"prompt", "response", "finished"}
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "took longer than 0.2 s for 6 responses; --reward-seconds allows more" in said
+    assert said.endswith(f". The 6 responses are in {output}, all without scores")
+
+
+def test_responses_are_scored_some_at_a_time_and_those_to_one_prompt_together(monkeypatch):
+    calls, rows = [], [{"prompt": f"{i // 3}", "response": f"{i}", "finished": True} for i in range(12)]
+
+    def rewards(prompts, responses, columns):
+        calls.append(len(prompts))
+        assert columns == {"answer": prompts, "finished": [True] * len(prompts)}
+        return [float(said) for said in responses]
+
+    monkeypatch.setattr(generate, "SCORED_TOGETHER", 8)
+    found = generate._scored(rows, rewards, {"answer": [row["prompt"] for row in rows]}, 3)
+    assert calls == [6, 6] and [row["score"] for row in found] == list(range(12))
+    generate._scored(rows, rewards, {"answer": [row["prompt"] for row in rows]}, 12)
+    assert calls == [6, 6, 12]
 
 
 def test_samples_follow_from_the_seed(tiny_model):
