@@ -87,7 +87,11 @@ def wanted(function: RewardFn, columns: Collection[str]) -> list[str]:
         if p.kind is p.KEYWORD_ONLY and p.default is p.empty and name not in columns and name not in bound
     ]
     if missing:
-        raise ValueError(f"the data have no column {missing[0]!r}; they have {', '.join(columns) or 'none'}")
+        name = name_of(function)
+        raise ValueError(
+            f"the data have no column {missing[0]!r}; they have {', '.join(columns) or 'none'}. {name} takes it as "
+            f"an argument too: {name}({missing[0]}=...)"
+        )
     return [name for name in parameters if name in columns and name not in bound and name not in own]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import inspect
 import json
 import math
 import re
@@ -28,6 +29,7 @@ from jaxalign.select import select_sum
 
 Texts = Sequence[str]
 DTYPES = ("float32", "bfloat16")  # of a reward model
+FROM_DATA = ("answer", "tokens")  # what functions of REWARDS need for each response; what else they need is told them
 
 
 class RewardError(RuntimeError):
@@ -88,6 +90,8 @@ def _is_object(text: str, required: Sequence[str]) -> bool:
 
 def length(prompts: Texts, responses: Texts, *, target: int) -> list[float]:
     """-|words - target| / target: 0 at the target."""
+    if target <= 0:
+        raise ValueError(f"target={target} must be above 0")
     return [-abs(len(said.split()) - target) / target for said in responses]
 
 
@@ -178,13 +182,12 @@ class Rewards:
           seconds: that the functions, which run side by side, may take for the responses of one call.
 
         Raises:
-          ValueError: a function or keyword does not exist, and the message lists what does; or a reward model cannot be
-            read.
+          ValueError: a function or keyword does not exist, and the message lists what does; or a function of REWARDS
+            cannot be called with its keywords: it lacks one, or a file or reward model cannot be read.
         """
         terms, self._seconds = select_sum(text, REWARDS), seconds
         for _, function in terms:
-            if _kind(function) is reward_model:
-                _scorer(**function.keywords)  # what is wrong with it is said before training starts
+            _check_arguments(function)
         names = _distinct([name_of(function) for _, function in terms])
         self._functions = dict(zip(names, (function for _, function in terms), strict=True))
         self.weights = dict(zip(names, (weight for weight, _ in terms), strict=True))
@@ -264,6 +267,26 @@ class Rewards:
 def _kind(function: RewardFn) -> RewardFn:
     """The function whose keywords are bound."""
     return getattr(function, "func", function)
+
+
+def _check_arguments(function: RewardFn) -> None:
+    """Raises ValueError on keywords that a function of REWARDS cannot be called with: it is called for no responses."""
+    kind, given = _kind(function), getattr(function, "keywords", {})
+    if kind not in REWARDS.values():
+        return
+    told = inspect.getfullargspec(kind)
+    needed = [name for name in told.kwonlyargs if name not in (told.kwonlydefaults or {})]
+    missing = [name for name in needed if name not in given and name not in FROM_DATA]
+    if missing:
+        raise ValueError(f"{kind.__name__} needs {missing[0]}; give it as {kind.__name__}({missing[0]}=...)")
+    if kind is reward_model:
+        _scorer(**given)
+        return
+    try:
+        kind([], [], **{name: () for name in needed} | given)
+    except Exception as error:
+        said = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ValueError(f"{kind.__name__}({said}) cannot be used: {error}") from error
 
 
 def _check_answers(name: str, prompts: Sequence[Any], answers: Sequence[Any]) -> None:

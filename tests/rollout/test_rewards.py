@@ -90,6 +90,25 @@ def test_a_reward_that_hangs_does_not_keep_the_process_from_its_end():
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("regex(pattern='(')", "regex(pattern='(') cannot be used: missing ), unterminated subpattern"),
+        ("lexicon(path='/nofile')", "lexicon(path='/nofile') cannot be used: [Errno 2] No such file"),
+        ("length(target=0)", "length(target=0) cannot be used: target=0 must be above 0"),
+        ("length(target='60')", "length(target='60') cannot be used: '<=' not supported between"),
+        ("overlong(max_length=4, buffer=5)", "cannot be used: buffer=5 must be above 0 and at most max_length=4"),
+        ("length", "length needs target; give it as length(target=...)"),
+        ("reward_model", "reward_model needs path; give it as reward_model(path=...)"),
+        ("reward_model(quantise='int8')", "reward_model needs path; give it as reward_model(path=...)"),
+        ("overlong(max_length=4)", "overlong needs buffer; give it as overlong(buffer=...)"),
+    ],
+)
+def test_what_a_reward_is_told_wrongly_is_said_before_it_is_asked(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Rewards(f"numeric_match + 0.1*{text}")
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("raises", "the reward raises raised ZeroDivisionError: division by zero"),

@@ -165,7 +165,7 @@ def test_a_run_whose_reward_took_too_long_goes_on_with_more_time_for_it(tmp_path
         (["--reward", "numeric_mach"], "did you mean 'numeric_match'?"),
         (
             ["--reward", "tests.runs.rewards:needs"],
-            "the data have no column 'solution'; they have answer, finished, tokens",
+            "the data have no column 'solution'; they have answer, finished, tokens. needs takes it as an argument too",
         ),
         (["--n", "1"], "--n 1: a response is judged beside others"),
         (["--max-new-tokens", "16"], "--max-new-tokens 16 leaves no room for a prompt in --max-length 16"),
