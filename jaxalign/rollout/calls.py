@@ -32,6 +32,8 @@ def started(work: Callable[[], Any]) -> concurrent.futures.Future:
     def run() -> None:
         try:
             future.set_result(work())
+        except SystemExit as error:  # out of this thread it would end the run without a word
+            future.set_exception(RuntimeError(f"it called sys.exit({error.code!r})"))
         except BaseException as error:
             future.set_exception(error)
 

@@ -16,6 +16,7 @@ import inspect
 import json
 import math
 import re
+import reprlib
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from jaxalign.rollout.score import Scorer, load_reward_model
 from jaxalign.select import select_sum
 
 Texts = Sequence[str]
+LARGEST = float(np.finfo(np.float32).max)  # of a score
 DTYPES = ("float32", "bfloat16")  # of a reward model
 FROM_DATA = ("answer", "tokens")  # what functions of REWARDS need for each response; what else they need is told them
 
@@ -240,8 +242,11 @@ class Rewards:
         return {name: self._checked(name, future, until, len(responses)) for name, future in under_way.items()}
 
     def summed(self, scores: dict[str, np.ndarray]) -> np.ndarray:
-        """Float32[N] of `by_name`'s scores."""
-        return sum(self.weights[name] * values for name, values in scores.items()).astype(np.float32)
+        """Float32[N] of `by_name`'s scores. Raises RewardError where a sum is beyond float32."""
+        total = sum(self.weights[name] * values for name, values in scores.items())
+        for row in np.flatnonzero(np.abs(total) > LARGEST)[:1]:
+            raise RewardError(f"the rewards of response {row} add up to {total[row]:g}; a float32 holds {LARGEST:.2g}")
+        return total.astype(np.float32)
 
     def _checked(self, name: str, future: concurrent.futures.Future, until: float, count: int) -> np.ndarray:
         name = f"the reward {name}"
@@ -258,10 +263,19 @@ class Rewards:
             raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
         if len(scores) != count:
             raise RewardError(f"{name} gave {len(scores)} scores for {count} responses; it must give one each")
-        for row, score in enumerate(scores):
-            if not isinstance(score, int | float | np.number) or not math.isfinite(score):
-                raise RewardError(f"{name} gave {score!r} for response {row}; a score is a finite number")
-        return np.array(scores, np.float64)
+        numbers = np.array([_real(score) for score in scores], np.float64)
+        for row in np.flatnonzero(~(np.abs(numbers) <= LARGEST))[:1]:
+            said = reprlib.repr(scores[row])
+            raise RewardError(f"{name} gave {said} for response {row}; a score is a finite number, as float32 holds it")
+        return numbers
+
+
+def _real(score: Any) -> float:
+    """A number of Python, numpy or JAX, or a bool; nan for anything else, complex numbers too."""
+    try:
+        return math.nan if isinstance(score, str) or np.iscomplexobj(score) or np.ndim(score) else float(score)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _kind(function: RewardFn) -> RewardFn:

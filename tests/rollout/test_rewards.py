@@ -60,6 +60,35 @@ def test_a_sum_is_weighted_and_columns_go_to_those_who_name_them():
     assert found.dtype == np.float32
 
 
+@pytest.mark.parametrize("what", ["numpy bool", "numpy half", "jax scalar", "jax bool", "jax bfloat16"])
+def test_a_score_is_a_number_of_any_library(what):
+    assert Rewards(f"tests.runs.rewards:gives(what={what!r})")(["?"], ["a"], {}).tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("complex", "1j"),
+        ("numpy complex", "np.complex64(1+0j)"),
+        ("jax complex", "Array("),
+        ("huge integer", "1000000000"),
+        ("beyond float32", "1e+39"),
+        ("text", "'1.0'"),
+        ("several", "[1.0]"),
+        ("nothing", "None"),
+    ],
+)
+def test_what_is_not_one_real_number_of_float32_is_no_score(what, said):
+    with pytest.raises(RewardError, match=re.escape(f"the reward gives gave {said}")) as raised:
+        Rewards(f"tests.runs.rewards:gives(what={what!r})")(["?"], ["a"], {})
+    assert str(raised.value).endswith(" for response 0; a score is a finite number, as float32 holds it")
+
+
+def test_rewards_that_add_up_to_more_than_float32_holds_are_refused():
+    with pytest.raises(RewardError, match=r"the rewards of response 0 add up to 6e\+38; a float32 holds 3.4e\+38"):
+        Rewards("2*tests.runs.rewards:huge")(["?"], ["a"], {})
+
+
 def test_what_is_awaited_is_a_reward_like_others_and_single_responses_are_judged_at_once():
     rewards = Rewards("tests.runs.rewards:asked + 10*tests.runs.rewards:asked_each")
     began = time.monotonic()
@@ -115,6 +144,7 @@ def test_what_a_reward_is_told_wrongly_is_said_before_it_is_asked(text, message)
         ("each", "the reward each raised ZeroDivisionError for response 1: division by zero"),
         ("short", "the reward short gave 1 scores for 2 responses"),
         ("undefined", "the reward undefined gave nan for response 1; a score is a finite number"),
+        ("leaves", r"the reward leaves raised RuntimeError: it called sys.exit\(3\)"),
         ("times_out", "the reward times_out raised TimeoutError: no answer from the judge"),
         ("hangs", r"the reward hangs took longer than 0.2 s for 2 responses"),
         ("answered", "the data have no column 'answer'; they have none"),

@@ -1,7 +1,11 @@
 """Reward functions as a user's module has them, right and wrong ones."""
 
 import asyncio
+import sys
 import time
+
+import jax.numpy as jnp
+import numpy as np
 
 
 def dogs(prompts, responses):
@@ -32,6 +36,34 @@ def short(prompts, responses):
 
 def undefined(prompts, responses):
     return [*[0.0] * (len(responses) - 1), float("nan")]
+
+
+def gives(prompts, responses, *, what):
+    """`what` for each response: numbers of several libraries, and what is none."""
+    kinds = {
+        "numpy bool": np.bool_(True),
+        "numpy half": np.float16(1.0),
+        "jax scalar": jnp.float32(1.0),
+        "jax bool": jnp.array(True),
+        "jax bfloat16": jnp.bfloat16(1.0),
+        "complex": 1j,
+        "numpy complex": np.complex64(1.0),
+        "jax complex": jnp.complex64(1.0),
+        "huge integer": 10**400,
+        "beyond float32": 1e39,
+        "text": "1.0",
+        "several": [1.0],
+        "nothing": None,
+    }
+    return [kinds[what]] * len(responses)
+
+
+def huge(prompts, responses):
+    return [3e38] * len(responses)
+
+
+def leaves(prompts, responses):
+    sys.exit(3)
 
 
 def hangs(prompts, responses, *, seconds=3.0):
