@@ -79,12 +79,14 @@ def run(config: GenerateConfig) -> int:
         for i, (text, ended) in zip(asked, found, strict=True)
     ]
     if rewards is not None:
+        if config.output is not None:
+            _tell(rows, config.output)  # so that nothing that ends the scoring loses them
+        given = {name: [values[i] for i in asked] for name, values in columns.items()}
         try:
-            rows = _scored(
-                rows, rewards, {name: [values[i] for i in asked] for name, values in columns.items()}, config.n
-            )
+            rows = _scored(rows, rewards, given, config.n)
         except RewardError as error:
-            _tell(rows, config.output)
+            if config.output is None:
+                _tell(rows, None)
             where = "above" if config.output is None else f"in {config.output}"
             raise RewardError(f"{error}. The {len(rows)} responses are {where}, all without scores") from error
         if config.keep == "best":
@@ -101,7 +103,10 @@ def _scored(rows: list[dict], rewards: Rewards, columns: dict[str, list], n: int
         part = rows[at : at + size]
         said = {name: [row[name] for row in part] for name in ("prompt", "response", "finished")}
         given = {name: values[at : at + size] for name, values in columns.items()}
-        scores = rewards(said["prompt"], said["response"], given | {"finished": said["finished"]})
+        try:
+            scores = rewards(said["prompt"], said["response"], given | {"finished": said["finished"]})
+        except RewardError as error:
+            raise RewardError(f"responses {at + 1} to {at + len(part)}: {error}") from error
         scored += [row | {"score": float(score)} for row, score in zip(part, scores, strict=True)]
     return scored
 

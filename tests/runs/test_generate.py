@@ -134,7 +134,7 @@ def test_the_best_of_n_is_the_response_with_the_highest_score(tiny_model, tmp_pa
         generate.run(GenerateConfig(str(tiny_model), "the cat", keep="best"))
 
 
-def test_responses_that_could_not_be_scored_are_kept_without_scores(tiny_model, tmp_path, capsys):
+def test_responses_that_could_not_be_scored_are_kept_without_scores(tiny_model, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
     output, reward = tmp_path / "made.jsonl", "tests.runs.rewards:hangs(seconds=300.0)"
     given = ["--model", str(tiny_model), "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "12"]
@@ -146,7 +146,16 @@ def test_responses_that_could_not_be_scored_are_kept_without_scores(tiny_model, 
     assert rows[0].keys() == {"prompt", "response", "finished"}
     said = capsys.readouterr().err.splitlines()[-1]
     assert "took longer than 0.2 s for 6 responses; --reward-seconds allows more" in said
+    assert said.startswith("jaxalign: error: responses 1 to 6: the reward hangs took")
     assert said.endswith(f". The 6 responses are in {output}, all without scores")
+    output.unlink()
+    monkeypatch.setattr(generate, "_scored", interrupted)
+    assert main(["generate", *given, "--output", str(output)]) == 130
+    assert [json.loads(line) for line in output.read_text().splitlines()] == rows
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 def test_responses_are_scored_some_at_a_time_and_those_to_one_prompt_together(monkeypatch):
