@@ -106,7 +106,7 @@ def _scored(rows: list[dict], rewards: Rewards, columns: dict[str, list], n: int
         try:
             scores = rewards(said["prompt"], said["response"], given | {"finished": said["finished"]})
         except RewardError as error:
-            raise RewardError(f"responses {at + 1} to {at + len(part)}: {error}") from error
+            raise RewardError(f"{error} (counted from response {at})" if at else str(error)) from error
         scored += [row | {"score": float(score)} for row, score in zip(part, scores, strict=True)]
     return scored
 

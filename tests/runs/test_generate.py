@@ -15,6 +15,7 @@ from jaxalign.data.prompts import encode
 from jaxalign.models import huggingface
 from jaxalign.models.decoder import make_decoder
 from jaxalign.models.load import load_params
+from jaxalign.rollout.rewards import RewardError, Rewards
 from jaxalign.runs import generate
 from jaxalign.runs.config import GenerateConfig
 
@@ -146,7 +147,6 @@ def test_responses_that_could_not_be_scored_are_kept_without_scores(tiny_model, 
     assert rows[0].keys() == {"prompt", "response", "finished"}
     said = capsys.readouterr().err.splitlines()[-1]
     assert "took longer than 0.2 s for 6 responses; --reward-seconds allows more" in said
-    assert said.startswith("jaxalign: error: responses 1 to 6: the reward hangs took")
     assert said.endswith(f". The 6 responses are in {output}, all without scores")
     output.unlink()
     monkeypatch.setattr(generate, "_scored", interrupted)
@@ -171,6 +171,13 @@ def test_responses_are_scored_some_at_a_time_and_those_to_one_prompt_together(mo
     assert calls == [6, 6] and [row["score"] for row in found] == list(range(12))
     generate._scored(rows, rewards, {"answer": [row["prompt"] for row in rows]}, 12)
     assert calls == [6, 6, 12]
+
+
+def test_a_response_that_could_not_be_scored_is_found_by_its_number(monkeypatch):
+    rows = [{"prompt": "?", "response": text, "finished": True} for text in ("a", "b", "c", "")]
+    monkeypatch.setattr(generate, "SCORED_TOGETHER", 2)
+    with pytest.raises(RewardError, match=r"for response 1: division by zero \(counted from response 2\)"):
+        generate._scored(rows, Rewards("tests.runs.rewards:each"), {}, 1)
 
 
 def test_samples_follow_from_the_seed(tiny_model):
