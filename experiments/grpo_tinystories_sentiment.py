@@ -14,8 +14,8 @@ Observed:  (57b340a, two CPU cores that did much else, 4 to 7 s a step of 64 sto
            deviation more at 4.3, 3.2 and 2.2 nats a response (steps 9, 8 and 7; 37 to 69 s); the last step within 15
            nats is at 15.8 (13.9 nats), 18.2 (14.9) and 17.2 (14.0). The budget of 15 nats then ends the run.
            --method rloo: 3.4, 3.3 and 3.7 nats (steps 8, 8 and 7); 17.0 (13.3), 16.8 (14.8) and 14.5 (12.9).
-           With a learning rate of 2e-4, no budget, GRPO is at 59 and 228 nats after 49 steps, and writes "loved best
-           friends loved to love best friends loved to fun fun".
+           At 18bc3cb, with a learning rate of 2e-4 and no budget, GRPO is at 59 and 228 nats after 49 steps, and writes
+           "loved best friends loved to love best friends loved to fun fun".
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Papers:    Schulman et al. 2017 (PPO), https://arxiv.org/abs/1707.06347; Ziegler et al. 2019 (the KL in the reward),
            https://arxiv.org/abs/1909.08593; Hutto and Gilbert 2014 (VADER), https://doi.org/10.1609/icwsm.v8i1.14550.
-Command:   python experiments/ppo_tinystories_sentiment.py FOLDER --output runs [--seed 0] [--kl-coef 0 --kl-budget 200]
+Command:   python experiments/ppo_tinystories_sentiment.py FOLDER --output runs [--seed 0] [--kl-coef 0 --kl-budget 300]
            FOLDER holds models/babyllama-char361 (969,216 parameters over characters, of EN10/BabyLlama, as a Hugging
            Face folder) and lexicons/vader_lexicon.txt.
 Hardware:  two CPU cores, fp32; any TPU or GPU.
@@ -13,8 +13,8 @@ Observed:  (57b340a, two CPU cores that did much else, 10 to 20 s a step of 64 s
            step 4, 3 and 3 (9.9 at 6.7 nats, 8.5 at 5.1, 9.0 at 6.0), after 60 s where little else ran; the last step
            within 15 nats is at 13.4 (14.0 nats, step 6), 13.8 (12.5, step 5) and 13.1 (11.9, step 5). The budget of 15
            nats then ends the run.
-           Without a KL term and at a learning rate of 1e-4 it is at 76 and 188 nats after 25 steps, and every story is
-           "They loved to play fun best best friends. They loved to play best friends and loved to play fun."
+           Without a KL term (seed 0) it is at 8, 48 and 139 nats after 5, 13 and 21 steps, the mean score at 10, 32 and
+           60, and every story at "They love to play and love fun. They love to play and love fun."
            With gae_lambda=0.95 the same seed is at 6.2 after 7.7 nats: the reward comes 200 characters late, 0.95^200
            is 3e-5, and what stands in for it is a critic that explains 3 % of the returns. Hence 1.
 """
