@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxalign.models import heads
-from jaxalign.rollout.rewards import Texts, lexicon
+from jaxalign.rollout.reward_functions import Texts, lexicon
 from jaxalign.rollout.score import Scorer, load_reward_model
 
 WORD = re.compile(r"[\w']+")

@@ -13,7 +13,7 @@ class RolloutConfig(TrainConfig):
     """How responses are drawn and rewarded."""
 
     reward: str = "numeric_match"
-    """Of rollout/rewards.py: 'numeric_match + 0.1*length(target=60)', or 'my.module:function(x=1)'."""
+    """Of rollout/reward_functions.py: 'numeric_match + 0.1*length(target=60)', or 'my.module:function(x=1)'."""
     reward_seconds: float = 60.0
     """That the reward functions, side by side, may take for the responses of a step."""
     reward_clip: float | None = None

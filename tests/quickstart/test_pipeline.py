@@ -8,7 +8,7 @@ import pytest
 
 from jaxalign.quickstart import judge, pipeline, stages, tokenizer, world
 from jaxalign.quickstart.curves import SMOOTHING
-from jaxalign.rollout.rewards import reward_model
+from jaxalign.rollout.reward_functions import reward_model
 from jaxalign.runs.config import QuickstartConfig
 from jaxalign.training.metrics import read_rows
 

@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from jaxalign.rollout.rewards import REWARDS, RewardError, Rewards
+from jaxalign.rollout.reward_functions import REWARDS
+from jaxalign.rollout.rewards import RewardError, Rewards
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
 from jaxalign.models.huggingface import load_tokenizer
-from jaxalign.rollout import rewards as rewarding
+from jaxalign.rollout import reward_functions
 from jaxalign.rollout.rewards import Rewards
 from jaxalign.rollout.score import load_reward_model
 from jaxalign.runs import export, reward
@@ -132,7 +132,7 @@ def test_a_prompt_that_a_reward_model_cannot_read_is_named_before_anything_is_dr
 def test_a_reward_model_is_held_once_by_those_who_check_it_and_those_who_ask_it(trained, monkeypatch):
     loads = []
     monkeypatch.setattr(rewarding, "load_reward_model", lambda *a, **k: loads.append(a) or load_reward_model(*a, **k))
-    rewarding._loaded.cache_clear()
+    reward_functions._loaded.cache_clear()
     Rewards(f"reward_model(path={str(trained.output / 'final')!r})")(["one ?"], ["cat"], {"finished": [True]})
     assert len(loads) == 1
 
