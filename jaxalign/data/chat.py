@@ -96,7 +96,8 @@ def spans(tokenizer: Any, messages: Sequence[Message], *, terminators: Sequence[
       tokenizer: with a chat template.
       messages: the conversation; what follows the last assistant turn is left out.
       terminators: texts of the tokens that may end a turn.
-      turns: "all" assistant turns are responses, or the "last" one.
+      turns: "all" assistant turns are responses, or the "last" one. An empty turn before the last is none: it would
+        teach to say nothing.
 
     Raises:
       ValueError: no assistant turn, or the template changes earlier turns when later ones are added.
@@ -115,7 +116,8 @@ def spans(tokenizer: Any, messages: Sequence[Message], *, terminators: Sequence[
             )
         response = _until_terminator(after[len(before) :], terminators)
         found.append(Span(before[len(done) :], False))
-        found.append(Span(response, turns == "all" or i == answers[-1]))
+        said = turns == "all" and bool(messages[i]["content"].strip())
+        found.append(Span(response, said or i == answers[-1]))
         done = before + response
     return found
 

@@ -57,6 +57,7 @@ ROLES = {
     "function_response": "tool",
     "observation": "tool",
 }
+CALLS = "tool_calls", "function_call"  # of a turn, beside its text
 
 
 def _role(name: str) -> str:
@@ -78,6 +79,11 @@ def _text(row: Row, column: str) -> str:
 def messages(turns: Sequence[Row], role: str = "role", content: str = "content") -> Conversation:
     if isinstance(turns, str) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"{repr(turns)[:60]} is not a list of turns, each with `{role}` and `{content}`")
+    if any(turn.get(call) for turn in turns for call in CALLS):
+        raise ValueError(
+            f"a turn calls a tool in `{'` or `'.join(CALLS)}`, which no template is given; write the call into its "
+            f"`{content}`, as the model should write it, or leave the row out"
+        )
     return Conversation(tuple({"role": _role(t[role]), "content": _text(t, content)} for t in turns))
 
 

@@ -107,11 +107,11 @@ class Encoder:
             prompt = [*self.bos, *self._plain(row.prompt)]
             parts = [(prompt, False), ([*self.continuation(row.completion), self.terminators[0]], True)]
         else:
-            silent = any(m["role"] == "assistant" and not m["content"].strip() for m in row.messages[-1:])
-            if silent and not self.keeps_empty:
-                return self._drop("empty response", where)
-            if not any(m["role"] == "assistant" for m in row.messages):
+            answers = [m["content"].strip() for m in row.messages if m["role"] == "assistant"]
+            if not answers:
                 return self._drop("no turn of the assistant", where)
+            if not answers[-1] and not self.keeps_empty:
+                return self._drop("empty response", where)
             parts = self._conversation(row, where)
         return self._fit(parts, where)
 

@@ -11,7 +11,8 @@ def turns(*contents, first="user"):
 
 
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]
+MESSAGES = [{"role": "user", "content": "a"}, {"tool_calls": None, "role": "assistant", "content": None}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
 OASST_TREE = {
     "message_tree_id": "t",
     "prompt": {
@@ -72,6 +73,7 @@ def test_unknown_columns_are_told_with_those_that_would_be_known():
         ({"messages": [{"role": "narrator", "content": "x"}]}, "row 3: role 'narrator' is not one of human, user"),
         ({"messages": [{"content": "x"}]}, "row 3: 'role' is missing, which the format messages"),
         ({"messages": "hello"}, "row 3: 'hello' is not a list of turns"),
+        ({"messages": [CALL]}, "row 3: a turn calls a tool in `tool_calls` .*; write the call into its `content`"),
         ({"instruction": "do", "instances": []}, "row 3: not a row of format self-instruct"),
     ],
 )

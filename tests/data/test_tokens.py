@@ -44,6 +44,16 @@ def test_the_assistants_turns_are_learned_with_one_terminator_each(chat_tokenize
     assert [chat_tokenizer.decode(int(t)) for t in same[mask]] == ["likes", "to", "</s>"]
 
 
+def test_an_empty_turn_of_the_assistant_is_not_learned(chat_tokenizer):
+    talk = [("user", "the cat"), ("assistant", " "), ("tool", "a dog"), ("assistant", "runs")]
+    row = Conversation(tuple({"role": role, "content": content} for role, content in talk))
+    _, [(tokens, mask)] = encode(chat_tokenizer, row, max_length=40)
+    assert [chat_tokenizer.decode(int(t)) for t in tokens[mask]] == ["runs", "</s>"]
+    asked_on = Conversation((*row.messages[:2], {"role": "user", "content": "?"}))
+    encoder, parts = encode(chat_tokenizer, asked_on, max_length=40)
+    assert not parts and encoder.dropped == {"empty response": 1}
+
+
 def test_a_terminator_is_added_where_the_template_writes_none(chat_tokenizer):
     chat_tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}Assistant {% endif %}"
