@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import gzip
+import io
 import json
 import math
 import re
@@ -23,6 +24,9 @@ Row = dict[str, Any]
 TRAIN_NAMES = ("train", "training")
 HELD_NAMES = ("test", "validation", "valid", "val", "held", "heldout", "dev", "eval")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet", ".txt", ".txt.gz")
+
+# Columns of feedback that a CSV file, which has no types, holds as numbers or truth values.
+NUMBERS = ("label", "desirable", "margin", "preference", "tie", "score_chosen", "score_rejected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,15 +168,15 @@ def _read_rows(path: Path) -> Sequence[Row]:
         return [{"text": text}] if text.strip() else []
     if name.endswith(".json"):
         return _read_json(path)
-    if name.endswith((".csv", ".parquet")):
+    if name.endswith(".csv"):
+        return _read_csv(path)
+    if name.endswith(".parquet"):
         import pyarrow.parquet
         from datasets import Dataset
 
-        read = Dataset.from_csv if name.endswith(".csv") else Dataset.from_parquet
         try:
-            if name.endswith(".parquet"):  # raises what `datasets` would also log
-                pyarrow.parquet.read_schema(path)
-            return read(str(path))
+            pyarrow.parquet.read_schema(path)  # raises what `datasets` would also log
+            return Dataset.from_parquet(str(path))
         except Exception as error:  # whatever arrow raises, under many names
             causes = [error, error.__cause__ or error]  # `datasets` says "an error occurred", and why in the cause
             reason = (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
@@ -222,6 +226,35 @@ def _read_json(path: Path) -> list[Row]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"data file {path} is not a list of objects")
     return rows
+
+
+def _read_csv(path: Path) -> list[Row]:
+    """Every cell as the text it is, "007", "NA" and "true" too, but for those of the columns NUMBERS."""
+    import pandas
+
+    try:
+        cells = pandas.read_csv(io.StringIO(_text(path)), header=None, dtype=str, keep_default_na=False).to_numpy()
+    except (pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
+        raise ValueError(f"data file {path} cannot be read as .csv: {str(error).strip()}") from None
+    names = cells[0].tolist()
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise ValueError(f"data file {path} has several columns {', '.join(twice)}; rename all but one of each")
+    reads = [_number if name in NUMBERS else str for name in names]
+    return [
+        {name: read(cell) for name, read, cell in zip(names, reads, row, strict=True)} for row in cells[1:].tolist()
+    ]
+
+
+def _number(cell: str) -> Any:
+    """A number, true, false or, of an empty cell, None; what is none of these is left as it is."""
+    words = {"": None, "nan": None, "na": None, "null": None, "none": None, "true": True, "false": False}
+    if cell.strip().lower() in words:
+        return words[cell.strip().lower()]
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
 
 
 def _load_folder(path: Path) -> dict[str | None, Sequence[Row]]:

@@ -69,6 +69,23 @@ def test_other_kinds_of_files_give_the_same_rows(tmp_path):
     assert load(Source(str(tmp_path / "play.txt"))).rows == [{"text": "to be\nor not"}]
 
 
+def test_a_cell_of_a_csv_file_is_the_text_it_holds_unless_its_column_is_of_numbers(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion,label,margin\nNA,007,True,\nnull,"a\nb",0,1.5\n,None,,x\n')
+    assert load(Source(str(path))).rows == [
+        {"prompt": "NA", "completion": "007", "label": True, "margin": None},
+        {"prompt": "null", "completion": "a\nb", "label": 0, "margin": 1.5},
+        {"prompt": "", "completion": "None", "label": None, "margin": "x"},
+    ]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,completion\na,b,c\n")
+    with pytest.raises(ValueError, match=r"rows.csv has several columns completion; rename all but one"):
+        load(Source(str(path)))
+
+
 def test_a_saved_dataset_gives_its_train_split_and_holds_out_its_test_split(tmp_path):
     from datasets import Dataset, DatasetDict
 
