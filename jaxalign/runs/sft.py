@@ -42,6 +42,7 @@ def _gather(config: SFTConfig, starts: bool) -> train.Task:
         held_out,
         shapes=1 if config.packing else len(batching.bucket_widths(config.max_length)),
         fingerprint=data.train.examples.fingerprint(),
+        held_out_fingerprint=data.held_out.fingerprint(),
         prompts=data.prompts,
         export=train.export_language_model,
     )

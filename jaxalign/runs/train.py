@@ -61,6 +61,7 @@ class Task:
     fingerprint: int  # of the data
     prompts: list[list[int]]  # answered at every evaluation
     export: Callable[[Task, TrainState, Any], None]  # (task, state, frozen)
+    held_out_fingerprint: int | None = None
     # of on-policy data: (task, program, frozen, iterator of batches, step resumed at) -> what makes them of the state
     source: Callable[..., loop.SourceFn] | None = None
     complete: Callable[[Task], Task] = lambda task: task  # device work before training, once the folder is this run's
@@ -80,7 +81,8 @@ def run(config: TrainConfig, command: str, gather: GatherFn) -> int:
     held = hosts.first_decides(lambda: open_(False))
     task = gather(config, not held)
     steps = task.batches.steps
-    hosts.agree(settings=json.dumps(to_json(config)), data=task.fingerprint, steps=steps)
+    seen = {"data": task.fingerprint, "held-out data": str(task.held_out_fingerprint)}
+    hosts.agree(settings=json.dumps(to_json(config)), **seen, steps=steps)
     if hosts.first_decides(lambda: open_(True) and finish.is_finished(config.output, steps)):
         log.info("this run is complete: %s", Path(config.output) / "final")
         return 0
@@ -156,7 +158,8 @@ def _train(task: Task) -> tuple[TrainState, int | None]:
     )
 
     def save(state: TrainState, progress: loop.Progress, row: loop.Row) -> None:
-        extras = {"progress": dataclasses.asdict(progress), "data": task.fingerprint}
+        seen = {"data": task.fingerprint, "held_out": task.held_out_fingerprint}
+        extras = {"progress": dataclasses.asdict(progress), **seen}
         checkpoints.save(progress.step, state, extras, metric=row.get("eval_loss"))
 
     evaluate = _evaluation(task, program, progress.step, frozen)
@@ -224,6 +227,11 @@ def _start_or_resume(
         raise ValueError(
             f"the data of --data {task.config.data} have changed since {task.config.output} was started, so the run "
             "cannot continue bit for bit; restore them, or name a new --output"
+        )
+    if extras.get("held_out") not in (None, task.held_out_fingerprint):  # checkpoints of older versions have none
+        raise ValueError(
+            f"the held-out data of {task.config.eval_data or task.config.data} have changed since {task.config.output} "
+            "was started, so its evaluations would not compare; restore them, or name a new --output"
         )
     progress = loop.Progress(**extras["progress"])
     iterator.set_state({"next_index": progress.step})

@@ -101,6 +101,16 @@ def test_more_steps_continue_a_finished_run_and_keep_its_old_result(tiny_model, 
     assert (tmp_path / "run" / "final-2").is_dir()
 
 
+def test_held_out_data_that_have_changed_are_refused(tiny_model, tiny_data, tmp_path, one_device):
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"text": "the cat sees a dog"}\n')
+    config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=1, eval_data=str(held))
+    assert sft.run(config) == 0
+    held.write_text('{"text": "the dog sees a cat"}\n')
+    with pytest.raises(ValueError, match=r"the held-out data of .*held.jsonl have changed since"):
+        sft.run(dataclasses.replace(config, steps=2))
+
+
 def command(tiny_model, tiny_data, output, *more):
     flags = ["--steps", STEPS, "--batch-size", 16, "--max-length", 48, "--eval-every", 20, "--checkpoint.every", 7]
     flags += ["--optimizer.learning-rate", 3e-3, "--remat", "none", *more]
