@@ -92,12 +92,15 @@ def _read(rows: Sequence[dict], where: str, encoder: Encoder, separator: str, op
 
 def _labels(row: dict, place: str) -> np.ndarray:
     """Float32[min(steps, MOST_STEPS)], -1 where there is none."""
-    given = row["labels"]
-    if not isinstance(row["prompt"], str) or not all(isinstance(step, str) for step in row["completions"]):
+    prompt, solution, given = (row.get(name) for name in COLUMNS)
+    for name, value in (("completions", solution), ("labels", given)):
+        if not isinstance(value, list):
+            raise ValueError(f"{place}: `{name}` is {value!r}; it must be a list, of one entry for each step")
+    if not isinstance(prompt, str) or not all(isinstance(step, str) for step in solution):
         raise ValueError(f"{place}: prompt and completions must be texts")
-    if len(given) != len(row["completions"]):
-        raise ValueError(f"{place}: {len(row['completions'])} completions, but {len(given)} labels")
-    wrong = [x for x in given if x is not None and not 0 <= x <= 1]
+    if len(given) != len(solution):
+        raise ValueError(f"{place}: {len(solution)} completions, but {len(given)} labels")
+    wrong = [x for x in given if x is not None and not (isinstance(x, int | float) and 0 <= x <= 1)]
     if wrong:
         raise ValueError(f"{place}: a label is {wrong[0]!r}; it must be true, false, a probability or null")
     return np.array([-1.0 if x is None else float(x) for x in given[:MOST_STEPS]], np.float32)
