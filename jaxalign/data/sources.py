@@ -92,7 +92,7 @@ def load(source: Source, *, held_out: bool = False) -> Loaded:
     if path.is_dir():
         return _pick(source, _load_folder(path), held_out)
     if path.exists():
-        return _pick(source, _by_split_column(_read_file(path)), held_out)
+        return _pick(source, _by_split_column(_read_file(path), path), held_out)
     return _pick(source, _load_hub(source), held_out)
 
 
@@ -143,12 +143,15 @@ def repaired(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _by_split_column(rows: Sequence[Row]) -> dict[str | None, Sequence[Row]]:
+def _by_split_column(rows: Sequence[Row], path: Path) -> dict[str | None, Sequence[Row]]:
     if not isinstance(rows[0].get("split"), str):
         return {None: rows}
     splits: dict[str | None, list[Row]] = {}
-    for row in rows:
-        splits.setdefault(row.get("split"), []).append(row)
+    for number, row in enumerate(rows, start=1):
+        name = row.get("split") or None
+        if not isinstance(name, str | None):
+            raise ValueError(f"data file {path}, row {number}: `split` is {name!r}; it must be a text, as in row 1")
+        splits.setdefault(name, []).append(row)
     return splits if len(splits) > 1 else {None: rows}
 
 

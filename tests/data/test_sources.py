@@ -105,6 +105,12 @@ def test_a_split_column_divides_a_file(tmp_path):
         load(Source(path, split="dev"))
 
 
+def test_a_split_that_is_no_text_is_named(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "a", "split": "train"}, {"text": "b", "split": ["x"]}])
+    with pytest.raises(ValueError, match=r"row 2: `split` is \['x'\]; it must be a text"):
+        load(Source(path))
+
+
 def test_splits_that_name_no_training_part_must_be_chosen(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"text": "a", "split": "easy"}, {"text": "b", "split": "hard"}])
     with pytest.raises(ValueError, match=r"has splits easy, hard; choose one: .*:easy"):
