@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,9 @@ def fingerprint(source: str) -> int:
 
 def _read(path: Path, key: dict[str, Any]) -> np.ndarray | None:
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             return held["logps"] if json.loads(str(held["key"])) == key else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
-from jaxalign.runs import preferences
+from jaxalign.runs import preferences, reference
 from jaxalign.runs.config import (
     CheckpointConfig,
     DPOAlgorithm,
@@ -130,6 +130,15 @@ def test_a_reference_that_was_run_once_before_changes_nothing(trained, tmp_path,
     shutil.rmtree(other.output / "final")
     assert run(other) == 0
     assert [file.stat().st_mtime_ns for file in files] == before
+
+
+@pytest.mark.parametrize("left", [0, 4, 100])
+def test_log_probabilities_whose_file_was_cut_short_are_computed_again(left, tmp_path):
+    path, key = tmp_path / "reference" / "logps.npz", {"model": 1}
+    reference._write(path, key, np.ones((2, 2), np.float32))
+    assert reference._read(path, key).tolist() == [[1, 1], [1, 1]]
+    path.write_bytes(path.read_bytes()[:left])
+    assert reference._read(path, key) is None
 
 
 MESHES = [("dpo", []), ("dpo", ["--precompute-reference", "--share-prompt"]), ("kto", [])]
