@@ -67,6 +67,10 @@ def read_hf_config(source: str, *, revision: str | None = None) -> dict[str, Any
         path = folder(source, revision=revision) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} has no config.json; is it a Hugging Face model folder?")
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         held = json.loads(path.read_text())
     except ValueError as error:  # of JSON, or of UTF-8
@@ -74,6 +78,12 @@ def read_hf_config(source: str, *, revision: str | None = None) -> dict[str, Any
     if not isinstance(held, dict):
         raise ValueError(f"{path} holds a {type(held).__name__}, not the config of a model")
     return held
+
+
+def read_generation_config(source: str) -> dict[str, Any]:
+    """generation_config.json as it is; nothing where there is none."""
+    path = folder(source) / "generation_config.json"
+    return _read_json(path) if path.exists() else {}
 
 
 def read_config(source: str, *, revision: str | None = None) -> ModelConfig:
@@ -108,13 +118,11 @@ def terminators(source: str, tokenizer: Any) -> tuple[int, ...]:
     The first one is what training appends. Models may end texts with another token than the tokenizer's eos: a tie is
     decided by generation_config.json, whose first id comes first.
     """
-    path = folder(source)
+    config = folder(source) / "config.json"
     found: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        file = path / name
-        if file.exists():
-            ids = json.loads(file.read_text()).get("eos_token_id")
-            found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    for held in (read_generation_config(source), _read_json(config) if config.exists() else {}):
+        ids = held.get("eos_token_id")
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
     if tokenizer.eos_token_id is not None:
         found.append(tokenizer.eos_token_id)
     return tuple(dict.fromkeys(int(i) for i in found))

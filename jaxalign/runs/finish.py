@@ -70,9 +70,8 @@ def mark(step: int) -> dict[str, Any]:
 
 def generation_config(source: str, terminators: tuple[int, ...]) -> dict[str, Any]:
     """The source's, and in it the tokens that ended texts in training."""
-    path = huggingface.folder(source) / "generation_config.json"
-    held = json.loads(path.read_text()) if path.exists() else {}
-    return held | {"eos_token_id": terminators[0] if len(terminators) == 1 else list(terminators)}
+    ids = terminators[0] if len(terminators) == 1 else list(terminators)
+    return huggingface.read_generation_config(source) | {"eos_token_id": ids}
 
 
 def model_card(config: Any, step: int) -> str:

@@ -185,6 +185,12 @@ def test_a_folder_without_config_or_with_a_damaged_one_is_named(tmp_path):
         read_config(str(tmp_path))
 
 
+def test_a_damaged_generation_config_is_named(tiny_model, tmp_path):
+    (tmp_path / "generation_config.json").write_text("{eos")
+    with pytest.raises(ValueError, match=r"generation_config.json is not JSON: .*; fetch it again"):
+        terminators(str(tmp_path), load_tokenizer(str(tiny_model)))
+
+
 def test_a_full_folder_is_not_written_over(llama):
     path, config, params = llama
     with pytest.raises(ValueError, match="is not empty; name a new folder"):
