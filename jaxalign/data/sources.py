@@ -4,6 +4,8 @@ stories.jsonl.gz                 a file: .jsonl .json .csv .parquet .txt, the te
 stories.jsonl.gz:train           the rows whose `split` says so
 name  name:split  name:config:split      a set on the Hugging Face hub
 a.jsonl*0.7,b.jsonl*0.3          a mixture; without weights every row counts once
+
+The name of a file that exists is taken as it stands, whatever signs are in it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import gzip
 import io
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -50,6 +53,8 @@ class Loaded:
 
 def parse(spec: str) -> list[Source]:
     """The sources of a spec. Raises ValueError on a weight that is not a positive number, or given to some only."""
+    if _exists(spec):  # a name may hold a comma, a star or a colon
+        return [Source(spec)]
     sources = [_parse_one(part.strip()) for part in spec.split(",") if part.strip()]
     if not sources:
         raise ValueError(f"data {spec!r} names nothing")
@@ -59,7 +64,13 @@ def parse(spec: str) -> list[Source]:
     return sources
 
 
+def _exists(name: str) -> bool:
+    return os.path.exists(os.path.expanduser(name))
+
+
 def _parse_one(text: str) -> Source:
+    if _exists(text):
+        return Source(text)
     name, star, weight = text.rpartition("*")
     if not star:
         name, weight = text, ""
@@ -71,7 +82,7 @@ def _parse_one(text: str) -> Source:
             raise ValueError(f"data {text!r}: {weight!r} is not a weight; write name*0.5") from None
         if not 0 < value < math.inf:
             raise ValueError(f"data {text!r}: weight {value} must be positive and finite")
-    if Path(name).exists():
+    if _exists(name):
         return Source(name, weight=value)
     parts = name.split(":")
     if len(parts) > 3:

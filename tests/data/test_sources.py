@@ -22,7 +22,11 @@ def test_a_spec_names_sets_splits_configs_and_weights(tmp_path):
     assert parse("org/set:test") == [Source("org/set", split="test")]
     assert parse("org/set:main:test") == [Source("org/set", split="test", config="main")]
     assert parse("a*0.7, b:train*0.3") == [Source("a", weight=0.7), Source("b", split="train", weight=0.3)]
-    odd = tmp_path / "with:colon.jsonl"
+
+
+@pytest.mark.parametrize("name", ["with:colon.jsonl", "with,comma.jsonl", "with*star.jsonl"])
+def test_the_name_of_a_file_may_hold_the_signs_of_a_spec(name, tmp_path):
+    odd = tmp_path / name
     odd.write_text("{}")
     assert parse(str(odd)) == [Source(str(odd))]
 
