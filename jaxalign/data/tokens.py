@@ -123,7 +123,8 @@ class Encoder:
         if len(ids) > self.max_length:
             self.shortened += 1
         pieces = [ids[at : at + step][: self.max_length] for at in range(0, len(ids), step)]
-        return [(piece, np.ones(len(piece), bool)) for piece in pieces if len(piece) > 1]
+        found = [(piece, np.ones(len(piece), bool)) for piece in pieces if len(piece) > 1]
+        return found or self._drop("a text of one token, which nothing predicts", where)
 
     def _conversation(self, row: Conversation, where: str) -> list[tuple[list[int], bool]]:
         try:

@@ -98,6 +98,12 @@ def test_rows_with_nothing_to_learn_are_dropped_and_counted_under_their_reason(c
     assert encoder.first_dropped == {reason: "rows, row 1"}
 
 
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_text_that_the_window_leaves_one_token_of_is_dropped_and_counted(windows, tokenizer):
+    encoder, parts = encode(tokenizer, Text("the cat runs"), max_length=1, windows=windows)
+    assert not parts and encoder.dropped == {"a text of one token, which nothing predicts": 1}
+
+
 def test_examples_keep_their_order_and_a_fingerprint_sees_every_change():
     a = Examples.of([(np.array([1, 2, 3]), np.array([1, 0, 1])), (np.array([4, 5]), np.array([1, 1]))])
     assert a.lengths.tolist() == [3, 2] and a[1][0].tolist() == [4, 5]
