@@ -46,6 +46,11 @@ def folder(source: str, *, revision: str | None = None) -> Path:
     return _download(source, revision)
 
 
+def lasting(source: str) -> str:
+    """What names the source from any folder: a hub name as it is, a folder by its whole path."""
+    return str(Path(source).expanduser().resolve()) if Path(source).expanduser().is_dir() else source
+
+
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -91,7 +91,8 @@ def whole(config: Any, model: ModelConfig, lora: Lora | None, trained: PyTree, l
 
 def save(folder: Path, config: Any, model: ModelConfig, lora: Lora, adapter: PyTree, step: int) -> None:
     """The adapter after `step` in PEFT's format, with the mark that `final/` carries."""
-    save_adapter(folder, adapter, lora, model, base_model=config.model, extra={finish.MARK_FILE: finish.mark(step)})
+    base, mark = huggingface.lasting(config.model), {finish.MARK_FILE: finish.mark(step)}
+    save_adapter(folder, adapter, lora, model, base_model=base, extra=mark)
 
 
 def gradient_share(lora: Lora | None) -> float:

@@ -64,7 +64,7 @@ def save(
     if separator is not None:
         described["separator"] = separator
     if several:
-        described |= {"base": _lasting(config.model), "quantise": config.lora.quantise}
+        described |= {"base": huggingface.lasting(config.model), "quantise": config.lora.quantise}
 
     def members(partial: Path) -> None:
         if jax.process_index() == 0:
@@ -93,11 +93,6 @@ def _first(params: PyTree, base: Base) -> PyTree:
     if "members" not in params:
         return params["model"]
     return merge_by_layer(join(jax.tree.map(lambda x: x[0], params["members"]), params["model"]), base.lora)
-
-
-def _lasting(source: str) -> str:
-    """A hub name as it is, a folder by its whole path."""
-    return str(Path(source).expanduser().resolve()) if Path(source).expanduser().is_dir() else source
 
 
 def _hf_config(config: RewardConfig, pad: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`jaxalign sft --lora.*`: a frozen base, adapters that are trained, resumed and exported, and nothing else."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from jaxalign.models.lora import Lora, join, resolve_targets, split
 from jaxalign.models.merge import merge
 from jaxalign.models.peft import load_adapter, save_adapter
 from jaxalign.models.save import save_pretrained
-from jaxalign.runs import export, generate, sft
+from jaxalign.runs import adapters, export, generate, sft
 from jaxalign.runs.config import CheckpointConfig, ExportConfig, LoraConfig, MeshConfig, OptimizerConfig, SFTConfig
 from jaxalign.training.metrics import deterministic, read_rows
 
@@ -126,6 +127,17 @@ def test_export_merges_or_writes_the_adapter(qlora, tmp_path):
         np.testing.assert_allclose(found[name], x, atol=1e-6, err_msg=name)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "adapter" / name).read_bytes() == (output / "adapter" / name).read_bytes()
+
+
+def test_an_adapter_names_its_base_so_that_it_is_found_from_any_folder(tiny_model, tmp_path, monkeypatch):
+    model = read_config(str(tiny_model))
+    lora = Lora(2, 4.0, resolve_targets("query", model))
+    _, abstract = split(make_decoder(model, lora=lora)[1])
+    adapter = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+    monkeypatch.chdir(tiny_model.parent)
+    adapters.save(tmp_path / "a", config_of(tiny_model.name, "", ""), model, lora, adapter, step=1)
+    held = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert held["base_model_name_or_path"] == str(tiny_model.resolve())
 
 
 def test_a_base_with_its_adapter_answers_as_the_merged_model(tiny_model, tmp_path):
