@@ -87,7 +87,8 @@ def model_card(config: Any, step: int) -> str:
         f"# {Path(config.output).name}",
         "",
     ]
-    lines += [f"{Path(config.model).name} after {step} steps of `{command}` on {Path(config.data).name}"]
+    data = ", ".join(Path(part.strip()).name for part in config.data.split(","))  # of a mixture, with its weights
+    lines += [f"{Path(config.model).name} after {step} steps of `{command}` on {data}"]
     lines += [
         f"with jaxalign {jaxalign.__version__}: batches of {config.batch_size}, at most {config.max_length} tokens,"
     ]

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxalign.models import placement
-from jaxalign.runs import export, sft
+from jaxalign.runs import export, finish, sft
 from jaxalign.runs.config import CheckpointConfig, ExportConfig, MeshConfig, OptimizerConfig, SFTConfig
 from jaxalign.training.metrics import read_rows
 
@@ -73,6 +73,12 @@ def test_the_folder_holds_the_tokenizer_the_config_and_a_card_with_the_losses_un
     assert "after 4 steps of `sft`" in card and "| 4 | " in card and "| 6 | " not in card
     ours, theirs = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "out", tiny_model))
     assert {k: v for k, v in ours.items() if k != "dtype"} == {k: v for k, v in theirs.items() if k != "dtype"}
+
+
+def test_the_card_names_every_set_of_a_mixture(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    config = SFTConfig(model="m", data="here/a.jsonl*0.7, there/b.jsonl*0.3", output=tmp_path)
+    assert "after 4 steps of `sft` on a.jsonl*0.7, b.jsonl*0.3\n" in finish.model_card(config, 4)
 
 
 def test_an_interrupted_run_gives_its_newest_whole_checkpoint(run, tmp_path):
