@@ -46,7 +46,7 @@ def load(
     Args:
       spec: as in `sources.parse`.
       tokenizer: with a chat template if the data are messages.
-      options: window, terminators and shares, as for supervised data.
+      options: window, terminators and shares, as for supervised data; a prompt is held out with all its groups.
       kind: PAIRS (K = 2, chosen first), RANKED (up to `most_responses`, best first) or RATED (K = 1, with a label).
       eval_spec: held-out data of their own.
       as_chat: text prompts and responses are turns of a conversation.
@@ -57,7 +57,7 @@ def load(
     """
     reader = _Reader(tokenizer, options, kind, as_chat, {PAIRS: 2, RATED: 1}.get(kind, most_responses))
     train, weights, held = loading.load_sets(
-        spec, eval_spec, reader.read, eval_share=options.eval_share, seed=options.seed
+        spec, eval_spec, reader.read, eval_share=options.eval_share, seed=options.seed, numbers=prompt_numbers
     )
     everything, held_out = joined(train), joined(held, like=train[0])
     log.info("held out for evaluation: %d groups", len(held_out))
@@ -201,6 +201,14 @@ def joined(sets: list[Responses], *, like: Responses | None = None) -> Responses
 def first_responses(responses: Responses) -> Examples:
     """The first response of each group, behind its prompt."""
     return responses.examples.take(responses.groups[:, 0])
+
+
+def prompt_numbers(responses: Responses) -> np.ndarray:
+    """Int64[N], equal where groups answer one prompt; prompts are numbered as they first appear."""
+    known: dict[bytes, int] = {}
+    firsts = (responses.examples[int(i)] for i in responses.groups[:, 0])
+    prompts = (ids[: _prompt_length(mask)].tobytes() for ids, mask in firsts)
+    return np.array([known.setdefault(prompt, len(known)) for prompt in prompts], np.int64)
 
 
 def mismatched(responses: Responses, *, seed: int) -> Responses:

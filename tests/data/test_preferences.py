@@ -208,6 +208,23 @@ def test_held_out_groups_are_a_seeded_share_and_sets_join_with_their_examples(tm
     assert sorted(map(tuple, lengths)) == sorted([(1 + i % 3 + 2, 1 + i % 4 + 2) for i in range(20)] * 2)
 
 
+def prompts_of(tiny_model, responses):
+    return [decoded(tiny_model, responses, i, 0)[0] for i in range(len(responses))]
+
+
+@pytest.mark.parametrize("kind", [PAIRS, RATED])
+def test_a_prompt_is_held_out_with_all_its_pairs_or_rated_responses(tmp_path, tiny_model, kind):
+    words = ["cat", "dog", "red", "blue", "one", "two", "three"]
+    rows = [{"prompt": f"{a} {b} ?", "responses": ["cat", "dog", "red"]} for a in words for b in words[:3]]
+    data = load(tmp_path, tiny_model, rows, kind=kind, eval_share=0.2)
+    held, kept = (prompts_of(tiny_model, part) for part in (data.held_out, data.responses))
+    assert len(held) == {PAIRS: 12, RATED: 8}[kind] and not set(held) & set(kept)
+    few = load(tmp_path, tiny_model, rows[:2] * 5, kind=kind, eval_share=0.05)
+    assert len(set(prompts_of(tiny_model, few.held_out))) == len(set(prompts_of(tiny_model, few.responses))) == 1
+    one = load(tmp_path, tiny_model, rows[:1] * 5, kind=kind, eval_share=0.2)
+    assert len(one.held_out) == {PAIRS: 3, RATED: 2}[kind]
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "groups"),
     [
