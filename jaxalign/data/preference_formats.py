@@ -181,30 +181,46 @@ def recognise(columns: Iterable[str], *, where: str) -> FeedbackFormat:
     raise ValueError(f"{where}: columns {', '.join(sorted(columns))} hold no feedback; known are {known}")
 
 
-def as_kind(groups: list[Group], kind: str) -> list[Group]:
-    """Groups of the kind that a method wants: rankings give their pairs, and pairs give rated responses."""
+def as_kind(groups: list[Group], kind: str, *, ties: bool = False) -> list[Group]:
+    """Groups of the kind that a method wants: rankings give their pairs, and pairs give rated responses.
+
+    Of a group in which no response is better than another nothing is left, but a tied pair where PAIRS have `ties`.
+    """
     if kind == RATED:
         return [rated for group in groups for rated in _rate(group)]
     if kind == PAIRS:
-        return [pair for group in groups for pair in _pairs(group)]
-    return groups
+        return [pair for group in groups for pair in _pairs(group, ties)]
+    return [group for group in groups if compares(_levels(group))]
+
+
+def compares(ranks: Sequence[int]) -> bool:
+    """Whether one of the responses is better than another."""
+    return len(set(ranks)) > 1
+
+
+def _levels(group: Group) -> tuple[int, ...]:
+    """The rank of each response, 0 the best."""
+    if group.label is not None:
+        raise ValueError(
+            "responses with a label each are no pairs; `jaxalign kto` learns from them, or give chosen and rejected"
+        )
+    count = len(group.sequences)
+    return (0,) * count if group.opinions.get("tie") else group.ranks or tuple(range(count))
 
 
 def _rate(group: Group) -> list[Group]:
     """The first of a pair is desirable and the second not; of a ranking, its best and its worst."""
     if group.label is not None:
         return [group]
+    if not compares(_levels(group)):
+        return []
     return [Group((group.sequences[0],), label=True), Group((group.sequences[-1],), label=False)]
 
 
-def _pairs(group: Group) -> list[Group]:
+def _pairs(group: Group, ties: bool) -> list[Group]:
     """All K choose 2 pairs of a ranking, the better first; of two with equal ranks neither is."""
-    if group.label is not None:
-        raise ValueError(
-            "responses with a label each are no pairs; `jaxalign kto` learns from them, or give chosen and rejected"
-        )
-    if len(group.sequences) == 2 and group.ranks is None:
+    ranks = _levels(group)
+    if len(ranks) == 2 and group.ranks is None and (ties or compares(ranks)):
         return [group]
-    count = range(len(group.sequences))
-    ranks = group.ranks or tuple(count)
+    count = range(len(ranks))
     return [Group((group.sequences[i], group.sequences[j])) for i in count for j in count if ranks[i] < ranks[j]]

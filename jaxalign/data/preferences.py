@@ -19,6 +19,8 @@ from jaxalign.data.tokens import Encoder, Examples, show
 
 log = logging.getLogger(__name__)
 
+NOTHING_BETTER = "no response is better than another"
+
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceData:
@@ -40,6 +42,7 @@ def load(
     eval_spec: str | None = None,
     as_chat: bool = False,
     most_responses: int = 9,
+    ties: bool = False,
 ) -> PreferenceData:
     """Training and held-out groups of the kind that a method wants.
 
@@ -51,11 +54,12 @@ def load(
       eval_spec: held-out data of their own.
       as_chat: text prompts and responses are turns of a conversation.
       most_responses: K of RANKED; of more responses the best are kept.
+      ties: PAIRS keep those of which neither is better, for a loss that asks for the column `tie`.
 
     Raises:
       ValueError: as for supervised data; or the data hold no feedback of the kind.
     """
-    reader = _Reader(tokenizer, options, kind, as_chat, {PAIRS: 2, RATED: 1}.get(kind, most_responses))
+    reader = _Reader(tokenizer, options, kind, as_chat, {PAIRS: 2, RATED: 1}.get(kind, most_responses), ties)
     train, weights, held = loading.load_sets(
         spec, eval_spec, reader.read, eval_share=options.eval_share, seed=options.seed, numbers=prompt_numbers
     )
@@ -77,6 +81,7 @@ class _Reader:
     kind: str
     as_chat: bool
     width: int  # K
+    ties: bool
 
     def read(self, source: sources.Source, loaded: sources.Loaded, where: str) -> Responses:
         form = preference_formats.recognise(loaded.rows[0].keys(), where=where)
@@ -84,11 +89,14 @@ class _Reader:
         builder, dropped = _Builder(self.width), Counter()
         for number, row in enumerate(loaded.rows, start=1):
             place = f"{where}, row {number}"
-            for group in preference_formats.as_kind(self._groups(form, row, place), self.kind):
-                if any(isinstance(s, Conversation) for s in group.sequences):
-                    check_template(self.tokenizer, where)
-                if reason := builder.add(group, encoder, place):
-                    dropped[reason] += 1
+            for group in self._groups(form, row, place):
+                if not (parts := preference_formats.as_kind([group], self.kind, ties=self.ties)):
+                    dropped[NOTHING_BETTER] += 1
+                for part in parts:
+                    if any(isinstance(s, Conversation) for s in part.sequences):
+                        check_template(self.tokenizer, where)
+                    if reason := builder.add(part, encoder, place):
+                        dropped[reason] += 1
         found = builder.build(self.kind)
         self._report(where, form, found, dropped, encoder)
         return found
@@ -146,6 +154,8 @@ class _Builder:
             return "the responses answer different prompts"
         if len(encoded) > 1 and all(np.array_equal(ids, encoded[0][0]) for ids, _ in encoded[1:]):
             return "the responses are the same, once cut to --max-length"
+        if group.ranks and not preference_formats.compares(group.ranks[: len(encoded)]):
+            return f"{NOTHING_BETTER} among the first {len(encoded)}"
         self._groups.append([*range(len(self._parts), len(self._parts) + len(encoded))])
         self._groups[-1] += [-1] * (self._width - len(encoded))
         self._parts += encoded

@@ -114,6 +114,7 @@ def feedback(config: RewardConfig, vocabulary: Vocabulary) -> preferences.Prefer
         kind=preferences.PAIRS if PAIRWISE & set(names) else preferences.RANKED,
         eval_spec=config.eval_data,
         as_chat=config.as_chat,
+        ties="ties" in names,
     )
 
 

@@ -108,9 +108,9 @@ def test_columns_without_feedback_are_told_what_would_be():
 def load(tmp_path, tiny_model, rows, *, kind=PAIRS, **more):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    as_chat = more.pop("as_chat", False)
+    asked = {name: more.pop(name) for name in ("as_chat", "ties", "most_responses") if name in more}
     options = Options(max_length=more.pop("max_length", 16), terminators=(2,), **{"max_dropped": 0.9, **more})
-    return preferences.load(str(path), load_tokenizer(str(tiny_model)), options, kind=kind, as_chat=as_chat)
+    return preferences.load(str(path), load_tokenizer(str(tiny_model)), options, kind=kind, **asked)
 
 
 def decoded(tiny_model, responses, group, k):
@@ -131,7 +131,7 @@ def test_a_pair_shares_its_prompt_and_each_response_ends_once(tmp_path, tiny_mod
 def test_ties_and_probabilities_are_columns_as_soon_as_one_pair_has_them(tmp_path, tiny_model):
     pair = {"prompt": "the cat ?", "chosen": "a dog", "rejected": "red"}
     told = [pair | {"tie": True, "preference": None}, pair | {"tie": None, "preference": 0.75}, pair]
-    columns = load(tmp_path, tiny_model, told, eval_share=0.0).responses.columns
+    columns = load(tmp_path, tiny_model, told, eval_share=0.0, ties=True).responses.columns
     assert columns["tie"].tolist() == [True, False, False] and columns["tie"].dtype == bool
     assert columns["preference"].tolist() == [1.0, 0.75, 1.0] and "margin" not in columns
     with pytest.raises(ValueError, match=r"preference is 1\.5, not a probability"):
@@ -146,6 +146,36 @@ def test_ranks_of_a_ranking_are_a_column_where_some_are_equal(tmp_path, tiny_mod
     data = load(tmp_path, tiny_model, rows, kind=preference_formats.RANKED, eval_share=0.0)
     ranks = data.responses.columns["ranks"]
     assert ranks[0, :3].tolist() == [0, 1, 1] and ranks[1, :2].tolist() == [0, 1] and ranks.shape == (2, 9)
+
+
+ONE_RESPONSE = {"prompt": "the ?", "responses": ["cat"]}
+EQUAL_RANKS = {"prompt": "the ?", "responses": ["cat", "dog"], "ranks": [1, 1]}
+TIED_PAIR = {"prompt": "the ?", "chosen": "cat", "rejected": "dog", "tie": True}
+
+
+@pytest.mark.parametrize("kind", [PAIRS, RANKED, RATED])
+@pytest.mark.parametrize("row", [ONE_RESPONSE, EQUAL_RANKS, TIED_PAIR])
+def test_where_no_response_is_better_nothing_is_learned_and_the_row_is_counted(tmp_path, tiny_model, kind, row):
+    pair = {"prompt": "the ?", "chosen": "one", "rejected": "two"}
+    better = pair if "chosen" in row else {"prompt": "the ?", "responses": ["one", "two"]}
+    data = load(tmp_path, tiny_model, [better, row], kind=kind, eval_share=0.0)
+    assert len(data.responses) == {PAIRS: 1, RANKED: 1, RATED: 2}[kind]
+    with pytest.raises(
+        ValueError, match=r"1 of 1 groups .* cannot be compared: 1 x no response is better than another"
+    ):
+        load(tmp_path, tiny_model, [row], kind=kind)
+
+
+def test_a_ranking_whose_kept_responses_are_all_equal_is_dropped(tmp_path, tiny_model):
+    row = {"prompt": "the ?", "responses": ["cat", "dog", "red"], "ranks": [1, 1, 2]}
+    assert len(load(tmp_path, tiny_model, [row], kind=RANKED).responses) == 1
+    with pytest.raises(ValueError, match="1 x no response is better than another among the first 2"):
+        load(tmp_path, tiny_model, [row], kind=RANKED, most_responses=2)
+
+
+def test_a_tied_pair_is_kept_for_a_loss_that_asks_for_ties(tmp_path, tiny_model):
+    kept = load(tmp_path, tiny_model, [TIED_PAIR], ties=True).responses
+    assert kept.columns["tie"].tolist() == [True]
 
 
 def test_what_cannot_be_compared_is_dropped_counted_and_named(tmp_path, tiny_model, caplog):
