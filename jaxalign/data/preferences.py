@@ -19,6 +19,8 @@ from jaxalign.data.tokens import Encoder, Examples, show
 
 log = logging.getLogger(__name__)
 
+# What a pair means that does not say it: no margin, a certain preference, no tie.
+SILENT = {"margin": np.float32(0), "preference": np.float32(1), "tie": np.bool_(False)}
 NOTHING_BETTER = "no response is better than another"
 
 
@@ -178,10 +180,9 @@ class _Builder:
         return Responses(Examples.of(self._parts), groups, columns)
 
     def _opinion_columns(self) -> dict[str, np.ndarray]:
-        """Of those that any pair has, with what the silent ones mean: no margin, a certain preference, no tie."""
-        silent = {"margin": np.float32(0), "preference": np.float32(1), "tie": np.bool_(False)}
+        """Of those that any pair has, with what the silent ones mean."""
         held = {name for opinions in self._opinions for name in opinions}
-        return {n: np.array([o.get(n, x) for o in self._opinions], x.dtype) for n, x in silent.items() if n in held}
+        return {n: np.array([o.get(n, x) for o in self._opinions], x.dtype) for n, x in SILENT.items() if n in held}
 
 
 def _prompt_length(mask: np.ndarray) -> int:
@@ -195,17 +196,26 @@ def _same_prompts(encoded: list[tuple[np.ndarray, np.ndarray]]) -> bool:
 
 
 def joined(sets: list[Responses], *, like: Responses | None = None) -> Responses:
-    """All groups of all sets, in order; of no sets, an empty one that is `like` another."""
+    """All groups of all sets, in order, with the columns that any has; of no sets, an empty one `like` another."""
+    names = {name for part in sets for name in part.columns}
     sets = [part for part in sets if len(part)]
     if not sets:
         assert like is not None
         return like.take([])
-    names = set.intersection(*(set(part.columns) for part in sets))
     starts = np.cumsum([0, *(len(part.examples) for part in sets)])
     groups = [np.where(s.groups >= 0, s.groups + at, -1) for s, at in zip(sets, starts, strict=False)]
     examples = Examples.of([s.examples[i] for s in sets for i in range(len(s.examples))])
-    columns = {name: np.concatenate([s.columns[name] for s in sets]) for name in names}
+    columns = {name: np.concatenate([_column(s, name) for s in sets]) for name in sorted(names)}
     return Responses(examples, np.concatenate(groups), columns)
+
+
+def _column(responses: Responses, name: str) -> np.ndarray:
+    """[N ...], where the set is silent what that means: of ranks, the best first."""
+    if name in responses.columns:
+        return responses.columns[name]
+    count, width = responses.groups.shape
+    silent = np.arange(width, dtype=np.int32) if name == "ranks" else SILENT[name]
+    return np.broadcast_to(silent, (count, *silent.shape))
 
 
 def first_responses(responses: Responses) -> Examples:

@@ -238,6 +238,22 @@ def test_held_out_groups_are_a_seeded_share_and_sets_join_with_their_examples(tm
     assert sorted(map(tuple, lengths)) == sorted([(1 + i % 3 + 2, 1 + i % 4 + 2) for i in range(20)] * 2)
 
 
+def test_sets_join_with_what_any_of_them_says_and_what_the_silence_of_the_others_means(tmp_path, tiny_model):
+    ranking = {"prompt": "the ?", "responses": ["cat", "dog", "red"]}
+    pair = {"prompt": "the ?", "chosen": "a", "rejected": "b"}
+    read = lambda rows, **more: load(tmp_path, tiny_model, rows, eval_share=0.0, **more).responses  # noqa: E731
+    told, silent = (read([ranking | more], kind=RANKED, most_responses=3) for more in ({"ranks": [1, 1, 2]}, {}))
+    assert preferences.joined([told, silent]).columns["ranks"].tolist() == [[0, 0, 1], [0, 1, 2]]
+    told, silent = (read([pair | more], ties=True) for more in ({"margin": 2, "preference": 0.75, "tie": True}, {}))
+    columns = preferences.joined([silent, told]).columns
+    assert {name: values.tolist() for name, values in columns.items()} == {
+        "margin": [0, 2],
+        "preference": [1, 0.75],
+        "tie": [False, True],
+    }
+    assert set(preferences.joined([silent, told.take([])]).columns) == {"margin", "preference", "tie"}
+
+
 def prompts_of(tiny_model, responses):
     return [decoded(tiny_model, responses, i, 0)[0] for i in range(len(responses))]
 
