@@ -60,23 +60,43 @@ def _conversation(turns: Sequence[Row]) -> Conversation:
 
 
 def _pair(prompt: str) -> Callable[[Row, bool], list[Group]]:
-    """Of the column named `prompt` and chosen, rejected, which may repeat the prompt's messages."""
+    """Of the column named `prompt` and chosen, rejected, which may repeat the prompt or have turns behind it."""
 
     def convert(row: Row, as_chat: bool) -> list[Group]:
         asked = row[prompt]
         if row.get("system") and isinstance(asked, str):
             asked = [{"role": "system", "content": row["system"]}, {"role": "user", "content": asked}]
-        responses = [_without_prompt(row[name]) for name in ("chosen", "rejected")]
-        return [Group(tuple(sequence(asked, r, as_chat) for r in responses), opinions=_opinions(row))]
+        parts = [_context_and_response(asked, row[name]) for name in ("chosen", "rejected")]
+        return [Group(tuple(sequence(*part, as_chat) for part in parts), opinions=_opinions(row))]
 
     return convert
 
 
-def _without_prompt(response: Any) -> Any:
-    """Some sets repeat the prompt in front of the response's message; the last turn is the response."""
-    if isinstance(response, list) and len(response) > 1:
-        return response[-1:]
-    return response
+def _context_and_response(prompt: Any, response: Any) -> tuple[Any, Any]:
+    """(all that stands before the response, the response) of messages that repeat the prompt or go on behind it.
+
+    Of the two, the longer tells the context: a repeated prompt may have a system turn before it, or lack the prompt's.
+    """
+    if not isinstance(response, list) or len(response) < 2:
+        return prompt, response
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    turns, known = (_conversation(part).messages for part in (response, asked))
+    if _within(known, turns[:-1]):
+        return response[:-1], response[-1:]
+    if _within(turns[:-1], known[1 - len(turns) :]):  # its last turns
+        return prompt, response[-1:]
+    if turns[0]["role"] == "assistant":
+        return asked, response
+    raise ValueError(
+        f"a response of {len(turns)} turns begins with {turns[0]['role']} and does not repeat the prompt; repeat all "
+        "of it, or begin with the assistant's turn behind it"
+    )
+
+
+def _within(few: Sequence[Row], many: Sequence[Row]) -> bool:
+    """Whether some turns stand among others, one behind the other; white space around a text is no difference."""
+    few, many = ([(turn["role"], turn["content"].strip()) for turn in part] for part in (few, many))
+    return any(many[i : i + len(few)] == few for i in range(len(many) - len(few) + 1))
 
 
 def _opinions(row: Row) -> dict[str, float]:

@@ -71,6 +71,33 @@ def test_texts_stay_texts_unless_they_are_said_to_be_a_conversation():
     assert form.convert(row, True)[0].sequences[0] == Conversation((USER, YES))
 
 
+SYSTEM, CALL, RESULT = ({"role": r, "content": r} for r in ("system", "assistant", "tool"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "whole"),
+    [
+        ("p", [SYSTEM, USER, YES], [SYSTEM, USER, YES]),
+        ([SYSTEM, USER], [USER, YES], [SYSTEM, USER, YES]),
+        ([USER], [CALL, RESULT, YES], [USER, CALL, RESULT, YES]),
+        ("p", [CALL, RESULT, YES], [USER, CALL, RESULT, YES]),
+        ([{"from": "human", "value": "p "}], [USER, CALL, USER, YES], [USER, CALL, USER, YES]),
+    ],
+)
+def test_no_turn_of_a_pair_is_lost_whether_the_prompt_is_repeated_or_gone_on_from(prompt, chosen, whole):
+    row = {"prompt": prompt, "chosen": chosen, "rejected": [*chosen[:-1], NO]}
+    pair = recognise(row.keys(), where="here").convert(row, False)[0].sequences
+    assert [list(sequence.messages) for sequence in pair] == [whole, [*whole[:-1], NO]]
+
+
+def test_a_response_that_begins_with_another_prompt_is_refused():
+    row = {"prompt": "q", "chosen": [USER, YES], "rejected": [USER, NO]}
+    with pytest.raises(
+        ValueError, match="of 2 turns begins with user and does not repeat the prompt; repeat all of it"
+    ):
+        recognise(row.keys(), where="here").convert(row, False)
+
+
 def test_margins_come_from_their_column_or_from_scores():
     form = recognise(["prompt", "chosen", "rejected"], where="here")
     row = {"prompt": "p", "chosen": "y", "rejected": "n"}
