@@ -8,6 +8,7 @@ assistant.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -99,7 +100,16 @@ def _within(few: Sequence[Row], many: Sequence[Row]) -> bool:
     return any(many[i : i + len(few)] == few for i in range(len(many) - len(few) + 1))
 
 
+def _check_finite(name: str, *values: float) -> None:
+    for value in values:
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}, not a finite number; give one, or leave it out")
+
+
 def _opinions(row: Row) -> dict[str, float]:
+    for name in (*OPINIONS, "score_chosen", "score_rejected"):
+        if isinstance(row.get(name), int | float):
+            _check_finite(name, row[name])
     found = {name: float(row[name]) for name in OPINIONS if isinstance(row.get(name), int | float)}
     if not 0 <= found.get("preference", 1) <= 1:
         raise ValueError(f"preference is {row['preference']!r}, not a probability")
@@ -158,6 +168,7 @@ def _ranking(row: Row, as_chat: bool) -> list[Group]:
         keys = [-s for s in row["scores"]] if row.get("scores") is not None else list(range(len(responses)))
     if len(keys) != len(responses):
         raise ValueError(f"{len(responses)} responses, but {len(keys)} ranks or scores")
+    _check_finite("a rank or score", *keys)
     order = sorted(range(len(responses)), key=lambda i: keys[i])
     levels = sorted(set(keys))
     ranks = tuple(levels.index(keys[i]) for i in order)

@@ -175,6 +175,21 @@ def test_ranks_of_a_ranking_are_a_column_where_some_are_equal(tmp_path, tiny_mod
     assert ranks[0, :3].tolist() == [0, 1, 1] and ranks[1, :2].tolist() == [0, 1] and ranks.shape == (2, 9)
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("margin", {"margin": float("nan")}),
+        ("tie", {"tie": float("nan")}),
+        ("score_chosen", {"score_chosen": float("inf"), "score_rejected": 1.0}),
+        ("a rank or score", {"responses": ["cat", "dog"], "scores": [1.0, float("nan")]}),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused_with_its_row(tmp_path, tiny_model, name, more):
+    pair = {} if "responses" in more else {"chosen": "a dog", "rejected": "red"}
+    with pytest.raises(ValueError, match=f"row 1: {name} is (nan|inf), not a finite number; give one, or leave"):
+        load(tmp_path, tiny_model, [{"prompt": "the ?", **pair, **more}])
+
+
 ONE_RESPONSE = {"prompt": "the ?", "responses": ["cat"]}
 EQUAL_RANKS = {"prompt": "the ?", "responses": ["cat", "dog"], "ranks": [1, 1]}
 TIED_PAIR = {"prompt": "the ?", "chosen": "cat", "rejected": "dog", "tie": True}
