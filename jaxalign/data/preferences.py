@@ -231,12 +231,24 @@ def prompt_numbers(responses: Responses) -> np.ndarray:
     return np.array([known.setdefault(prompt, len(known)) for prompt in prompts], np.int64)
 
 
+def _next_other(prompts: np.ndarray) -> np.ndarray:
+    """Int64[N], the place of the next in the round with another prompt; the next of all where there is none."""
+    count = len(prompts)
+    found = np.roll(np.arange(count), -1)
+    if (prompts == prompts[0]).all():
+        return found
+    for i in [*reversed(range(count))] * 2:  # the second time, what stands at the end knows the beginning
+        following = (i + 1) % count
+        found[i] = following if prompts[i] != prompts[following] else found[following]
+    return found
+
+
 def mismatched(responses: Responses, *, seed: int) -> Responses:
     """Each prompt of rated responses with the response to another: what KTO estimates its KL from.
 
-    Example i takes the response of the next example in one seeded round of all, so no response meets its own prompt
-    unless there is only one; the pairing is a column of the data, the same for policy and reference, and for every
-    batch size.
+    Example i takes the response of the next example with another prompt in one seeded round of all, so no response
+    meets its own prompt unless there is only one prompt; the pairing is a column of the data, the same for policy and
+    reference, and for every batch size.
 
     Raises:
       ValueError: fewer than two examples.
@@ -245,7 +257,7 @@ def mismatched(responses: Responses, *, seed: int) -> Responses:
         raise ValueError(f"KTO's KL needs the response to another prompt, and there is only {len(responses)} example")
     order = np.random.default_rng((seed, 7)).permutation(len(responses))
     partner = np.empty(len(order), np.int64)
-    partner[order] = np.roll(order, -1)
+    partner[order] = order[_next_other(prompt_numbers(responses)[order])]
     longest = int(responses.lengths.max())
     parts = []
     for i in range(len(responses)):

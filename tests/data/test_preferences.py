@@ -313,6 +313,21 @@ def test_a_prompt_is_held_out_with_all_its_pairs_or_rated_responses(tmp_path, ti
     assert len(one.held_out) == {PAIRS: 3, RATED: 2}[kind]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mismatched_response_answered_another_prompt_where_there_is_one(tmp_path, tiny_model, seed):
+    """Each prompt's responses name it, as in the halves of a pair."""
+    rows = [{"prompt": f"the {word} ?", "chosen": f"{word} a", "rejected": f"{word} b"} for word in ("cat", "dog")]
+    rows += [{"prompt": "the red ?", "chosen": "red " * i, "rejected": "red blue"} for i in range(1, 6)]
+    data = load(tmp_path, tiny_model, rows, kind=RATED, eval_share=0.0)
+    found = preferences.mismatched(data.responses, seed=seed)
+    for i in range(len(found)):
+        prompt, response = decoded(tiny_model, found, i, 0)
+        assert prompt == decoded(tiny_model, data.responses, i, 0)[0]
+        assert prompt.split()[-2] != response.split()[0]
+    one = data.responses.take(range(4, len(rows) * 2))
+    assert len(preferences.mismatched(one, seed=seed)) == 10
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "groups"),
     [
