@@ -68,9 +68,7 @@ def _gather(config: RewardConfig, starts: bool) -> train.Task:
     base = dataclasses.replace(base, model=heads.trunk_config(base.model))
     names = set(input_names(loss))
     data = feedback(config, base.vocabulary)
-    for name, (column, instead) in ASKED.items():
-        if name in names and column not in data.responses.columns:
-            raise ValueError(f"--algorithm.loss {config.algorithm.loss}: the data have no {name}; take {instead}")
+    _check_asked(config, names, data)
     unit = base.mesh.shape["data"] * base.mesh.shape["fsdp"] * config.microbatches
     plan = GroupPlan(config.batch_size, config.max_length, unit, config.packing, config.shuffle, config.seed)
     batches = GroupBatches(data.train, plan, steps=1, **train.host())
@@ -88,6 +86,18 @@ def _gather(config: RewardConfig, starts: bool) -> train.Task:
         prompts=[],
         export=_export,
     )
+
+
+def _check_asked(config: RewardConfig, names: set[str], data: preferences.PreferenceData) -> None:
+    sets = {"data": data.responses}
+    if len(data.held_out):
+        sets["held-out data" if config.eval_data is None else f"--eval-data {config.eval_data}"] = data.held_out
+    for name, (column, instead) in ASKED.items():
+        for which, responses in sets.items():
+            if name in names and column not in responses.columns:
+                raise ValueError(
+                    f"--algorithm.loss {config.algorithm.loss}: the {which} have no {name}; take {instead}"
+                )
 
 
 def of_steps(config: RewardConfig) -> bool:

@@ -269,3 +269,15 @@ def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, pai
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_eval_data_that_lack_what_the_loss_asks_for_are_named_at_once(tiny_model, pairs, tmp_path, capsys):  # noqa: F811
+    told = tmp_path / "told.jsonl"
+    told.write_text(
+        "".join(json.dumps(json.loads(line) | {"margin": 1.0}) + "\n" for line in pairs.read_text().splitlines())
+    )
+    given = ["--model", str(tiny_model), "--data", str(told), "--output", str(tmp_path / "run")]
+    more = ["--mesh.fsdp", "8", "--algorithm.loss", "graded_bradley_terry", "--eval-data", str(pairs)]
+    assert main(["reward", *given, *more]) == 2
+    assert f"the --eval-data {pairs} have no margins; take bradley_terry" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
