@@ -29,13 +29,15 @@ from jaxalign.runs.vocabulary import Vocabulary
 from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.sharding import put_batch
 from jaxalign.training.state import TrainState
-from jaxalign.types import PyTree
+from jaxalign.types import PyTree, ResponseBatch
 
 PAIRWISE = {"chosen_scores", "rejected_scores"}
 # Columns of the data that a loss may ask for, and what it is told where they lack.
 ASKED = {"margins": ("margin", "bradley_terry"), "preferences": ("preference", "bradley_terry(label_smoothing=0.1)")}
 ASKED["ties"] = ("tie", "bradley_terry")
-REFERENCE_GROUPS = 512  # of training, where nothing is held out
+# Groups whose scores have mean 0 and variance 1: those of training, where nothing is held out, and where fewer than
+# FEWEST_GROUPS are, so many more of training.
+REFERENCE_GROUPS, FEWEST_GROUPS = 512, 64
 
 
 def run(config: RewardConfig) -> int:
@@ -46,7 +48,7 @@ def run(config: RewardConfig) -> int:
 def export(config: RewardConfig, output: Path, checkpoints: Checkpoints, step: int | None) -> int | None:
     """A checkpoint of a run as a folder like `final/`, on the devices that are here; its step, None if there is none.
 
-    The run's data are read again: scores are normalised on what was held out.
+    The run's data are read again: scores are normalised on what was held out, and on more where that is little.
     """
     task = _gather(dataclasses.replace(config, mesh=MeshConfig()), False)
     program = make_program(task.config, task.base.model, task.base.mesh, task.method, steps=task.batches.steps)
@@ -153,7 +155,7 @@ def _write(task: train.Task, folder: Path, params: PyTree, step: int) -> None:
 
 
 def _reference_scores(task: train.Task, params: PyTree) -> np.ndarray:
-    """Float32[N M] of every held-out response; of some that were trained on where nothing is held out."""
+    """Float32[N M] of every held-out response; of some that were trained on where too few are held out."""
     config, base = task.config, task.base
     graphdef, _ = make_decoder(
         base.model,
@@ -165,9 +167,16 @@ def _reference_scores(task: train.Task, params: PyTree) -> np.ndarray:
         quantise=config.lora.quantise,
     )
     scores = jax.jit(lambda params, batch: response_scores(graphdef, params, batch))
-    few = min(task.batches.steps, -(-REFERENCE_GROUPS // config.batch_size))
-    found = []
-    for batch in task.held_out or (task.batches[i] for i in range(few)):
+
+    def read(batch: ResponseBatch) -> tuple[np.ndarray, np.ndarray]:
         batch = put_batch(batch, base.mesh)
-        found.append(gather(scores(params, batch))[gather(batch.present)])
-    return np.concatenate(found)
+        return gather(scores(params, batch)), gather(batch.present)
+
+    found = [read(batch) for batch in task.held_out]
+    wanted = FEWEST_GROUPS if found else REFERENCE_GROUPS
+    epoch = -(-task.batches.groups_per_epoch() // config.batch_size)
+    for i in range(min(task.batches.steps, epoch)):
+        if sum(present.any(axis=-1).sum() for _, present in found) >= wanted:
+            break
+        found.append(read(task.batches[i]))
+    return np.concatenate([values[present] for values, present in found])

@@ -83,12 +83,18 @@ def test_scores_of_texts_are_those_that_transformers_reads_at_the_terminator_of_
     np.testing.assert_allclose(found.numpy(), ours.mean(axis=1), atol=1e-4)
 
 
-def test_scores_of_the_held_out_responses_have_mean_0_and_variance_1(trained, scorer, one_device):  # noqa: F811
-    """By way of text, and so of the loaded folder's own tokenizer; the run held some pairs out by its seed."""
-    task = reward._gather(trained, False)
-    examples = task.held_out[0].sequences
+def sequences_of(batch):
+    """The tokens of each response behind its prompt."""
+    examples = batch.sequences
     planes = zip(*(x.reshape(-1, x.shape[-1]) for x in (examples.tokens, examples.segment_ids)), strict=True)
-    rows = [tokens[ids == s] for tokens, ids in planes for s in range(1, ids.max() + 1)]
+    return [tokens[ids == s] for tokens, ids in planes for s in range(1, ids.max() + 1)]
+
+
+def test_scores_of_few_held_out_and_more_trained_responses_have_mean_0_and_variance_1(trained, scorer, one_device):  # noqa: F811
+    """Two pairs are held out, too few alone. By way of text, and so of the loaded folder's own tokenizer."""
+    task = reward._gather(trained, False)
+    rows = [row for batch in (*task.held_out, *(task.batches[i] for i in range(6))) for row in sequences_of(batch)]
+    assert len(sequences_of(task.held_out[0])) == 4 and len(rows) == 4 + 2 * 6 * 8
     found = scorer.rows(rows)
     np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-4)
     np.testing.assert_allclose(found.std(axis=0), 1, atol=1e-4)
