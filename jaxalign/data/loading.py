@@ -98,6 +98,8 @@ def _draw(numbers: np.ndarray, count: int, generator: np.random.Generator) -> np
         numbers, sizes = np.arange(len(numbers)), np.ones(len(numbers), np.int64)
     drawn, room = [], max(count, sizes.min()) if count > 0 else 0
     for number in generator.permutation(len(sizes)):
+        if room == 0:
+            break
         if sizes[number] <= room:
             drawn.append(number)
             room -= sizes[number]
