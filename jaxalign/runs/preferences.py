@@ -205,6 +205,7 @@ def _task(
         held_out,
         shapes=batches.layout.shapes,
         fingerprint=data.responses.fingerprint(),
+        held_out_fingerprint=data.held_out.fingerprint(),
         prompts=data.prompts,
         export=train.export_language_model,
     )

@@ -85,6 +85,7 @@ def _gather(config: RewardConfig, starts: bool) -> train.Task:
         held_out,
         shapes=batches.layout.shapes,
         fingerprint=data.responses.fingerprint(),
+        held_out_fingerprint=data.held_out.fingerprint(),
         prompts=[],
         export=_export,
     )
