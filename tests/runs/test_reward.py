@@ -137,7 +137,8 @@ def test_a_prompt_that_a_reward_model_cannot_read_is_named_before_anything_is_dr
 
 def test_a_reward_model_is_held_once_by_those_who_check_it_and_those_who_ask_it(trained, monkeypatch):
     loads = []
-    monkeypatch.setattr(rewarding, "load_reward_model", lambda *a, **k: loads.append(a) or load_reward_model(*a, **k))
+    load = lambda *a, **k: loads.append(a) or load_reward_model(*a, **k)  # noqa: E731
+    monkeypatch.setattr(reward_functions, "load_reward_model", load)
     reward_functions._loaded.cache_clear()
     Rewards(f"reward_model(path={str(trained.output / 'final')!r})")(["one ?"], ["cat"], {"finished": [True]})
     assert len(loads) == 1
