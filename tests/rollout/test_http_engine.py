@@ -42,7 +42,7 @@ def engine_of(server, **options):
 def same(found, expected):
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.finished == theirs.finished
-        np.testing.assert_allclose(ours.logps, theirs.logps, atol=1e-6)
+        np.testing.assert_allclose(ours.logps, theirs.logps, rtol=1e-6, atol=1e-6)
     return True
 
 
