@@ -51,7 +51,7 @@ def load(
     Args:
       spec: as in `sources.parse`.
       tokenizer: with a chat template if the data are messages.
-      options: window, terminators and shares, as for supervised data; a prompt is held out with all its groups.
+      options: window, terminators and shares, as for supervised data; held-out responses are in no other group.
       kind: PAIRS (K = 2, chosen first), RANKED (up to `most_responses`, best first) or RATED (K = 1, with a label).
       eval_spec: held-out data of their own.
       as_chat: text prompts and responses are turns of a conversation.
@@ -63,7 +63,7 @@ def load(
     """
     reader = _Reader(tokenizer, options, kind, as_chat, {PAIRS: 2, RATED: 1}.get(kind, most_responses), ties)
     train, weights, held = loading.load_sets(
-        spec, eval_spec, reader.read, eval_share=options.eval_share, seed=options.seed, numbers=prompt_numbers
+        spec, eval_spec, reader.read, eval_share=options.eval_share, seed=options.seed, numbers=response_numbers
     )
     everything, held_out = joined(train), joined(held, like=train[0])
     log.info("held out for evaluation: %d groups", len(held_out))
@@ -229,6 +229,24 @@ def prompt_numbers(responses: Responses) -> np.ndarray:
     firsts = (responses.examples[int(i)] for i in responses.groups[:, 0])
     prompts = (ids[: _prompt_length(mask)].tobytes() for ids, mask in firsts)
     return np.array([known.setdefault(prompt, len(known)) for prompt in prompts], np.int64)
+
+
+def response_numbers(responses: Responses) -> np.ndarray:
+    """Int64[N], equal where groups have a response to the same prompt in common, or each has one with a third.
+
+    So are all pairs of a ranking. Pairs of different responses to one prompt are not.
+    """
+    known: dict[bytes, int] = {}
+    texts = np.array([known.setdefault(ids.tobytes(), len(known)) for ids, _ in responses.examples], np.int64)
+    group, place = np.nonzero(responses.groups >= 0)
+    text, numbers = texts[responses.groups[group, place]], np.arange(len(responses))
+    while True:
+        lowest, found = np.full(len(known), len(responses)), numbers.copy()
+        np.minimum.at(lowest, text, numbers[group])
+        np.minimum.at(found, group, lowest[text])
+        if (found == numbers).all():
+            return np.unique(numbers, return_inverse=True)[1]
+        numbers = found
 
 
 def _next_other(prompts: np.ndarray) -> np.ndarray:

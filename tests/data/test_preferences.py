@@ -300,17 +300,30 @@ def prompts_of(tiny_model, responses):
     return [decoded(tiny_model, responses, i, 0)[0] for i in range(len(responses))]
 
 
-@pytest.mark.parametrize("kind", [PAIRS, RATED])
-def test_a_prompt_is_held_out_with_all_its_pairs_or_rated_responses(tmp_path, tiny_model, kind):
-    words = ["cat", "dog", "red", "blue", "one", "two", "three"]
+def test_a_response_is_held_out_with_all_its_pairs(tmp_path, tiny_model):
+    words = ["cat", "dog", "red", "blue", "one", "two", "a"]
     rows = [{"prompt": f"{a} {b} ?", "responses": ["cat", "dog", "red"]} for a in words for b in words[:3]]
-    data = load(tmp_path, tiny_model, rows, kind=kind, eval_share=0.2)
+    data = load(tmp_path, tiny_model, rows, kind=PAIRS, eval_share=0.2)
     held, kept = (prompts_of(tiny_model, part) for part in (data.held_out, data.responses))
-    assert len(held) == {PAIRS: 12, RATED: 8}[kind] and not set(held) & set(kept)
-    few = load(tmp_path, tiny_model, rows[:2] * 5, kind=kind, eval_share=0.05)
+    assert len(held) == 12 and not set(held) & set(kept)
+    few = load(tmp_path, tiny_model, rows[:2] * 5, kind=PAIRS, eval_share=0.05)
     assert len(set(prompts_of(tiny_model, few.held_out))) == len(set(prompts_of(tiny_model, few.responses))) == 1
-    one = load(tmp_path, tiny_model, rows[:1] * 5, kind=kind, eval_share=0.2)
-    assert len(one.held_out) == {PAIRS: 3, RATED: 2}[kind]
+    one = load(tmp_path, tiny_model, rows[:1] * 5, kind=PAIRS, eval_share=0.2)
+    assert len(one.held_out) == 3
+
+
+def test_of_pairs_that_share_a_prompt_alone_no_more_than_the_share_is_held_out(tmp_path, tiny_model):
+    words = ["cat", "dog", "red", "blue", "one"]
+    rows = [{"prompt": "the ?", "chosen": f"{a} {b}", "rejected": f"{a} {b} to"} for a in words for b in words]
+    data = load(tmp_path, tiny_model, rows, kind=PAIRS, eval_share=0.2)
+    assert (len(data.held_out), len(data.responses)) == (5, 20)
+
+
+def test_responses_that_a_third_links_have_one_number(tmp_path, tiny_model):
+    pairs = [("cat", "dog"), ("red", "blue"), ("dog", "one"), ("two", "a"), ("one", "blue")]
+    rows = [{"prompt": "the ?", "chosen": a, "rejected": b} for a, b in pairs]
+    data = load(tmp_path, tiny_model, rows, kind=PAIRS, eval_share=0.0)
+    assert preferences.response_numbers(data.responses).tolist() == [0, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("seed", range(4))
