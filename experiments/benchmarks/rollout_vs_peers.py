@@ -6,21 +6,28 @@
 The model: hidden 384, 8 layers, 6 heads, MLP 1,600, vocabulary 8,192, untied; fp32, 2 threads. `fixed`: 16 prompts of
 64 tokens, 128 new tokens each, greedy and sampled at temperature 1. `spread`: 64 such prompts whose responses have 16
 to 256 tokens, uniformly, sampled; 16 are generated side by side, and only tokens that were asked for are counted: who
-cannot give a freed place to the next prompt generates on until the longest of the batch has ended. A step is one pass
-over all prompts. Contenders, speed, memory and the time to the first step are measured as in sft_vs_peers.py.
+cannot give a freed place to the next prompt generates on until the longest of the batch has ended. `ending`: 64 such
+prompts of which each token ends the response with probability 1 %, so that they have 100 tokens on average where 1,024
+are allowed; "long rings" is the engine with room for 1,024 from the start. A step is one pass over all prompts.
+Contenders, speed, memory and the time to the first step are measured as in sft_vs_peers.py.
 
-Observed (23f6c7c, two CPU cores, --rounds 1 --steps 3, so one pass measured): tokens/s, peak GiB, first pass s.
+Observed (two CPU cores, --rounds 1, one or two passes measured): tokens/s, peak GiB, first pass s. Of d4f8bac's engine:
 
-    fixed, greedy     jaxalign 673, 0.92, 13.1   transformers 694, 0.58, 4.3    Tunix 698, 1.01, 7.3
-    fixed, sampled    jaxalign 879, 0.98, 11.9   transformers 663, 0.57, 3.5    Tunix 569, 1.00, 7.6
-    spread            jaxalign 630, 1.04, 25.9   transformers 307, 0.65, 28.0   Tunix 280, 1.48, 44.6
+    fixed, greedy     jaxalign 1,002, 1.03, 10.8   transformers 534, 0.58, 4.1    Tunix 787, 1.02, 6.8
+    ending            jaxalign 581, 1.57, 33.0     transformers 105, 0.76, 38.6   Tunix 51, 1.56, 82.8
+                      long rings 426, 1.68, 28.4
+
+and of 23f6c7c's, whose rings were as long as they might be:
+
+    fixed, sampled    jaxalign 879, 0.98, 11.9     transformers 663, 0.57, 3.5    Tunix 569, 1.00, 7.6
+    spread            jaxalign 630, 1.04, 25.9     transformers 307, 0.65, 28.0   Tunix 280, 1.48, 44.6
                       without refill 459, 1.00, 28.6
 
-Sampled that is 1.33 of transformers and 1.54 of Tunix, on spread lengths 2.05 and 2.25, and 1.37 of the same engine
-without refill. The goals of 1.5 of Tunix were met but for greedy choices, those of 3 of transformers and of 1.6 by
-refill were not. The row of greedy choices was taken while the machine was slower than for the next: greedily the same
-engine gave 840 in a run of its own, and 984, beside 907 and 721, before tokens were drawn by inversion, which greedy
-choices do not use. A step of 16 tokens takes 16 ms, of which products with weights take 5 to 9 and keys and values 5.
+Beside transformers and Tunix that is 5.5 and 11 times where responses end by themselves (and 1.36 of rings that are
+long at once), 1.88 and 1.27 greedily (1.60 and 1.42 in an earlier run of two rounds), 1.33 and 1.54 sampled, 2.05 and
+2.25 on spread lengths, and there 1.37 of the same engine without refill, where 3, 1.5 and 1.6 were aimed at; refill at
+its best takes 628 steps for the 970 without it, 1.54. A step of 16 tokens takes 13 ms beside the reading of prompts, of
+which products with weights take 8 and keys and values 4.
 """
 
 from __future__ import annotations
@@ -29,7 +36,7 @@ import functools
 
 from side_by_side import HEADS, HIDDEN, LAYERS, VOCABULARY, hf_config, in_turns, tunix_config, word_tokenizer
 
-SLOTS, PROMPT, NEW, LONGEST, MANY = 16, 64, 128, 256, 192
+SLOTS, PROMPT, NEW, LONGEST, MANY = 16, 64, 128, 256, 64
 ALLOWED, TERMINATORS = 1024, tuple(range(VOCABULARY - 82, VOCABULARY))  # 1 % of what is drawn ends a response
 
 
