@@ -31,7 +31,7 @@ def whiten(
     top = _largest(values, mask)
     below = values.astype(jnp.float32) - top
     mean = masked_mean(below, mask)
-    white = (below - mean) / jnp.sqrt(masked_var(below, mask) + eps)
+    white = (below - mean) / jnp.sqrt(masked_var(values, mask) + eps)
     return jnp.where(mask, white if shift_mean else white + (top + mean), 0.0)
 
 
