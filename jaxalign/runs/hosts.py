@@ -86,28 +86,13 @@ def first_decides(decide: Callable[[], bool]) -> bool:
     return bool(said)
 
 
-def from_first(make: Callable[[], np.ndarray], count: int) -> np.ndarray:
-    """Float32[count] that `make` gives on the first host, on all of them: what it asks others for is asked once.
+def from_first(make: Callable[[], np.ndarray], kinds: int, count: int) -> np.ndarray:
+    """Float32[kinds count] that `make` gives on the first host, on all of them: what it asks others for is asked once.
 
-    Raises:
-      RuntimeError: it raised there; there it raises what it raised.
+    Raises what `from_each` does.
     """
-    if jax.process_count() == 1:
-        return make()
-    from jax.experimental import multihost_utils
-
-    said, error = np.zeros(count + 1, np.float32), None  # the last says whether there are any
-    if jax.process_index() == 0:
-        try:
-            said = np.append(make(), 1.0).astype(np.float32)
-        except Exception as raised:
-            error = raised
-    said = np.asarray(multihost_utils.broadcast_one_to_all(said))
-    if error is not None:
-        raise error
-    if not said[-1]:
-        raise RuntimeError("host 0 has failed; its message says why")
-    return said[:-1]
+    others = [slice(count, count)] * (jax.process_count() - 1)
+    return _gathered(lambda _: make(), kinds, [slice(0, count), *others])
 
 
 def from_each(make: Callable[[slice], np.ndarray], kinds: int, count: int) -> np.ndarray:
@@ -116,25 +101,28 @@ def from_each(make: Callable[[slice], np.ndarray], kinds: int, count: int) -> np
     Raises:
       RuntimeError: it raised on another host; where it did, it raises what it raised.
     """
+    return _gathered(make, kinds, [_own(count, host) for host in range(jax.process_count())])
+
+
+def _gathered(make: Callable[[slice], np.ndarray], kinds: int, parts: list[slice]) -> np.ndarray:
+    """What `make` gives of every host's part, side by side; a host whose part is empty does not call it."""
     from jax.experimental import multihost_utils
 
-    rows, error = [_own(count, host) for host in range(jax.process_count())], None
-    mine = rows[jax.process_index()]
-    widest = max(each.stop - each.start for each in rows)
-    said = np.zeros((kinds, widest + 1), np.float32)  # the last says whether there are any
+    mine, error = parts[jax.process_index()], None
+    said = np.zeros((kinds, max(part.stop - part.start for part in parts) + 1), np.float32)
     try:
         if mine.stop > mine.start:
             said[:, : mine.stop - mine.start] = make(mine)
-        said[:, -1] = 1.0
+        said[:, -1] = 1.0  # says that it did not fail
     except Exception as raised:
         error = raised
     all_said = np.asarray(multihost_utils.process_allgather(said))
     if error is not None:
         raise error
-    failed = [host for host, part in enumerate(all_said) if not part[0, -1]]
+    failed = [host for host, found in enumerate(all_said) if not found[0, -1]]
     if failed:
         raise RuntimeError(f"host {failed[0]} has failed; its message says why")
-    return np.concatenate([part[:, : each.stop - each.start] for part, each in zip(all_said, rows, strict=True)], 1)
+    return np.concatenate([found[:, : part.stop - part.start] for found, part in zip(all_said, parts, strict=True)], 1)
 
 
 def share(batch: PyTree) -> PyTree:

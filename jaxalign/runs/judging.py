@@ -36,8 +36,9 @@ def by_name(
     models = [name for name in rewards.weights if name in rewards.models]
     functions = [name for name in rewards.weights if name not in rewards.models]
     if functions:
-        said = hosts.from_first(lambda: judged(functions, slice(None)).ravel(), len(functions) * count)
-        found |= zip(functions, said.reshape(len(functions), count), strict=True)
+        said = hosts.from_first(lambda: judged(functions, slice(None)), len(functions), count)
+        found |= zip(functions, said, strict=True)
     if models:
-        found |= zip(models, hosts.from_each(lambda rows: judged(models, rows), len(models), count), strict=True)
+        said = hosts.from_each(lambda rows: judged(models, rows), len(models), count)
+        found |= zip(models, said, strict=True)
     return {name: found[name] for name in rewards.weights}
