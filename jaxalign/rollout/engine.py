@@ -141,10 +141,9 @@ class LocalEngine:
             if not table.held:
                 break
             slots = self._decode(weights, slots, table, sampling, watched=watch is not None)
-            slots = self._collect(slots, table, sampling, watch)
-            ring = slots.tokens.shape[1]
-            if table.longest >= ring:
-                slots = device.grow(slots, min(2 * ring, longest))
+            slots, full = self._collect(slots, table, sampling, watch)
+            if full:
+                slots = device.grow(slots, min(2 * slots.tokens.shape[1], longest))
         tokens = sum(len(r.tokens) for r in table.responses.values())
         self.stats = Stats(time.perf_counter() - began, tokens, int(slots.clock), table.prompt_tokens)
         return [table.responses[number] for number in range(len(requests))]
@@ -195,17 +194,18 @@ class LocalEngine:
         most = SHOW_EVERY if watched else STOP_EVERY if sampling.stop else np.iinfo(np.int32).max // 2
         return device.decode(self._graphdef, weights, slots, want, most, sampling=sampling)
 
-    def _collect(self, slots: Slots, table: _Table, sampling: Sampling, watch: WatchFn | None) -> Slots:
+    def _collect(self, slots: Slots, table: _Table, sampling: Sampling, watch: WatchFn | None) -> tuple[Slots, bool]:
+        """Fetches what has ended; (the slots without it, whether a response that goes on fills its ring)."""
         held = slots.alive, slots.count, slots.start, slots.tokens, slots.logps, slots.model_logps
         alive, count, start, *rings = jax.device_get(held) if self._alone else map(gather, held)
-        stopped, table.longest = [], 0
+        stopped, full = [], False
         for place in list(table.held):
             order = (start[place] + np.arange(count[place])) % rings[0].shape[1]
             tokens, logps, model_logps = (ring[place, order] for ring in rings)
             request = table.requests[table.held[place]]
             cut = self._stop(request.prompt, tokens, sampling.stop) if sampling.stop else None
             if cut is None and alive[place]:
-                table.longest = max(table.longest, len(tokens))
+                full |= len(tokens) == rings[0].shape[1]
                 if watch is not None:
                     watch(table.held[place], tokens)
                 continue
@@ -215,7 +215,7 @@ class LocalEngine:
             stopped += [place] if alive[place] else []
         if stopped:
             slots = _kill(slots, np.isin(np.arange(self._slots), stopped))
-        return slots
+        return slots, full
 
     def _stop(self, prompt: Sequence[int], tokens: np.ndarray, stop: Iterable[str]) -> int | None:
         """How many tokens complete the first stop string; None if there is none."""
@@ -236,7 +236,6 @@ class _Table:
         self.held: dict[int, int] = {}  # slot -> request
         self.responses: dict[int, Response] = {}
         self.prompt_tokens = 0
-        self.longest = 0  # tokens of a response that goes on
         self._free = collections.deque(range(slots))
 
     def may_take(self, refill: bool) -> bool:
