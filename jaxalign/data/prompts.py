@@ -49,8 +49,7 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
     Raises:
       ValueError: no rows, no such column, a row without a prompt, an empty one, or too many that are too long.
     """
-    found = Prompts([], [], {})
-    dropped = 0
+    known, given, others, dropped = [], [], [], 0
     for source in sources.parse(spec):
         rows = sources.load(source).rows
         if not len(rows):
@@ -69,14 +68,10 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
             if len(ids) > max_length:
                 dropped += 1
                 continue
-            found.ids.append(ids)
-            found.given.append(row[column])
-            for name, value in row.items():
-                if name != column:
-                    found.columns.setdefault(name, [None] * (len(found.ids) - 1)).append(value)
-            for values in found.columns.values():
-                values.extend([None] * (len(found.ids) - len(values)))
-    total = dropped + len(found)
+            known.append(ids)
+            given.append(row[column])
+            others.append({name: value for name, value in row.items() if name != column})
+    total = dropped + len(known)
     if dropped:
         log.warning("%d of %d prompts have more than %d tokens and were dropped", dropped, total, max_length)
     if dropped == total or dropped > max_dropped * total:
@@ -85,7 +80,13 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
             f"{dropped} of {total} prompts have more than {max_length} tokens, which is --max-length less "
             f"--max-new-tokens; raise the one or lower the other{allow}"
         )
-    return found
+    return Prompts(known, given, by_column(others))
+
+
+def by_column(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The values of every name that any row has; None where a row lacks it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def checked(value: Any, where: str, column: str) -> Prompt:

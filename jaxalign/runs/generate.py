@@ -79,21 +79,27 @@ def run(config: GenerateConfig) -> int:
         for i, (text, ended) in zip(asked, found, strict=True)
     ]
     if rewards is not None:
-        if config.output is not None:
-            _tell(rows, config.output)  # so that nothing that ends the scoring loses them
-        given = {name: [values[i] for i in asked] for name, values in columns.items()}
-        try:
-            rows = _scored(rows, rewards, given, config.n)
-        except RewardError as error:
-            if config.output is None:
-                _tell(rows, None)
-            where = "above" if config.output is None else f"in {config.output}"
-            raise RewardError(f"{error}. The {len(rows)} responses are {where}, all without scores") from error
+        rows = _kept_or_scored(
+            rows, rewards, {name: [values[i] for i in asked] for name, values in columns.items()}, config
+        )
         if config.keep == "best":
             groups = [rows[at : at + config.n] for at in range(0, len(rows), config.n)]
             rows = [max(group, key=lambda row: row["score"]) for group in groups]
     _tell(rows, config.output)
     return 0
+
+
+def _kept_or_scored(rows: list[dict], rewards: Rewards, columns: dict[str, list], config: GenerateConfig) -> list[dict]:
+    """`_scored`; whatever ends it, the responses are not lost."""
+    if config.output is not None:
+        _tell(rows, config.output)
+    try:
+        return _scored(rows, rewards, columns, config.n)
+    except RewardError as error:
+        if config.output is None:
+            _tell(rows, None)
+        where = "above" if config.output is None else f"in {config.output}"
+        raise RewardError(f"{error}. The {len(rows)} responses are {where}, all without scores") from error
 
 
 def _scored(rows: list[dict], rewards: Rewards, columns: dict[str, list], n: int) -> list[dict]:
@@ -150,8 +156,7 @@ def read_rows(text: str) -> tuple[list[Prompt], dict[str, list[Any]]]:
         for number, row in enumerate(rows, 1):
             found.append(prompting.checked(row.get(column), f"{source.name}, row {number}", column))
             others.append({name: value for name, value in row.items() if name != column})
-    names = dict.fromkeys(name for row in others for name in row)
-    return found, {name: [row.get(name) for row in others] for name in names}
+    return found, prompting.by_column(others)
 
 
 def _names_data(text: str) -> bool:
