@@ -14,14 +14,7 @@ Observed:  not run. Its step, for 64 rows that are full, is compiled by tests/te
 
 from pathlib import Path
 
-from jaxalign.runs.config import (
-    CheckpointConfig,
-    DPOAlgorithm,
-    DPOConfig,
-    LoraConfig,
-    MeshConfig,
-    OptimizerConfig,
-)
+from jaxalign.runs.config import CheckpointConfig, DPOAlgorithm, DPOConfig, LoraConfig, MeshConfig, OptimizerConfig
 
 RUN = DPOConfig(
     model="meta-llama/Llama-3.1-8B-Instruct",

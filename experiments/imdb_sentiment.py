@@ -23,10 +23,10 @@ import imdb_scorer
 import jax
 import numpy as np
 
-from jaxalign.models import huggingface
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.load import load_params
-from jaxalign.rollout.generate import Sampling, generate_ids
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.load import load_params
+from jaxalign.rollout.respond import Sampling, generate_ids
 from jaxalign.runs import sft
 from jaxalign.runs.config import OptimizerConfig, SFTConfig
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxalign.models import heads
-from jaxalign.rollout.reward_functions import Texts, lexicon
-from jaxalign.rollout.score import Scorer, load_reward_model
+from jaxalign.rollout.rewards.functions import Texts, lexicon
+from jaxalign.rollout.rewards.scorer import Scorer, load_reward_model
 
 WORD = re.compile(r"[\w']+")
 NEAR = 8  # words

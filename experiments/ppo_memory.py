@@ -40,10 +40,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jaxalign.models import placement
-from jaxalign.models.config import ModelConfig
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.families import model_config
+from jaxalign.models import places
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files.families import model_config
 from jaxalign.models.heads import trunk_config
 from jaxalign.runs import critics, ppo, train
 from jaxalign.runs.adapters import lora_of
@@ -119,7 +119,7 @@ def memory(chips: str, choice: str) -> tuple[float, float, float]:
     on_gpu = ":" not in chips
     config = dataclasses.replace(RUN, attention="xla" if on_gpu else "splash", **CHOICES[choice])
     devices = [device(chips)] if on_gpu else tpu_devices(chips)
-    mesh = placement.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    mesh = places.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     model = model_config(LLAMA_3_2_1B)
     base = train.Base(mesh, model, vocabulary=None, lora=lora_of(config.lora, model))  # type: ignore[arg-type]
     program = make_program(config, model, mesh, ppo.method_of(config, mesh, critic_of(config, base)), steps=1000)

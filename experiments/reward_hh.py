@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxalign.data.groups import Responses
+from jaxalign.data.batches.groups import Responses
 from jaxalign.runs.config import CheckpointConfig, OptimizerConfig, RewardAlgorithm, RewardConfig
 
 LOSSES = {"pairs": "bradley_terry(centering_coef=0.01)", "ranked": "kwise"}
@@ -54,8 +54,8 @@ def reward_model(folder: Path, output: Path, name: str) -> RewardConfig:
 def report(config: RewardConfig) -> dict[str, float]:
     """Of held-out prompts: the share of pairs ordered rightly, with its standard error over prompts, by each rule."""
     from jaxalign.models import heads
-    from jaxalign.models.huggingface import read_config
-    from jaxalign.rollout.score import load_reward_model
+    from jaxalign.models.files.huggingface import read_config
+    from jaxalign.rollout.rewards.scorer import load_reward_model
     from jaxalign.runs.reward import feedback
     from jaxalign.runs.vocabulary import load_vocabulary
 

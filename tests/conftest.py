@@ -61,9 +61,9 @@ def tiny_model(tmp_path_factory) -> Path:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from jaxalign.models.decoder import init_params
-    from jaxalign.models.families import model_config
-    from jaxalign.models.save import save_pretrained
+    from jaxalign.models.decoder.decoder import init_params
+    from jaxalign.models.files.families import model_config
+    from jaxalign.models.files.save import save_pretrained
 
     hf = {
         "architectures": ["LlamaForCausalLM"],

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxalign.losses.preference import dpo
-from jaxalign.models import placement
-from jaxalign.models.families import model_config
+from jaxalign.losses.pairs.margin import dpo
+from jaxalign.models import places
+from jaxalign.models.files.families import model_config
 from jaxalign.runs.config import LoraConfig
 from jaxalign.runs.preferences import make_program
 from jaxalign.training import sharding
@@ -36,7 +36,7 @@ def memory(chip, **changes):
     """(GiB of arguments, GiB of temporaries) of a step on full rows: as many as there are pairs."""
     config = dataclasses.replace(experiment("dpo_lora_llama3_8b").RUN, **changes)
     model = model_config(experiment("sft_llama3_8b").LLAMA_3_1_8B)
-    mesh = placement.make_mesh(data=1, fsdp=1, tensor=1, devices=[device(chip)])
+    mesh = places.make_mesh(data=1, fsdp=1, tensor=1, devices=[device(chip)])
     program = make_program(config, model, mesh, loss=dpo, steps=1000)
     rows = NamedSharding(mesh, sharding.ROWS)
     part = lambda dtype, *shape: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)  # noqa: E731

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxalign.losses.language import cross_entropy
-from jaxalign.models import placement
-from jaxalign.models.families import model_config
+from jaxalign.models import places
+from jaxalign.models.files.families import model_config
 from jaxalign.runs.sft import make_program
 from jaxalign.training import sharding
 from jaxalign.types import TokenBatch
@@ -33,7 +33,7 @@ def experiment(name):
 
 
 def compiled_step(config, model, topology, options=None):
-    mesh = placement.make_mesh(**dataclasses.asdict(config.mesh), devices=tpu_devices(topology))
+    mesh = places.make_mesh(**dataclasses.asdict(config.mesh), devices=tpu_devices(topology))
     program = make_program(config, model, mesh, loss=cross_entropy, steps=1000)
     rows = NamedSharding(mesh, sharding.ROWS)
     shape = config.batch_size, config.max_length

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "jaxalign"
 FLOORS = {
     "__init__": 0,
+    "hosts": 0,
     "types": 0,
     "select": 0,
     "kernels": 1,
@@ -20,12 +21,12 @@ FLOORS = {
     "training": 6,
     "constitutional": 6,
     "evaluation": 6,
-    "planning": 7,
-    "report": 7,
     "runs": 8,
-    "quickstart": 9,
-    "cli": 10,
-    "__main__": 11,
+    "planning": 10,
+    "report": 10,
+    "quickstart": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 
 

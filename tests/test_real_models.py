@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxalign.data import batches, sources
-from jaxalign.data.formats import Text
-from jaxalign.data.tokens import Encoder, Examples
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.huggingface import load_tokenizer, read_config, terminators
-from jaxalign.models.load import load_params
+from jaxalign.data.read import sources
+from jaxalign.data.read.formats import Text
+from jaxalign.data.read.tokens import Encoder, Examples
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files.huggingface import load_tokenizer, read_config, terminators
+from jaxalign.models.files.load import load_params
 from jaxalign.ops.logprobs import next_token_logps
-from jaxalign.rollout.generate import Sampling, generate_ids
+from jaxalign.rollout.respond import Sampling, generate_ids
 
 HELD_OUT_LOSS = {"stories260K": 1.458, "babyllama-char361": 0.665}  # nats a token, 300 held-out stories
 
@@ -56,7 +56,7 @@ def test_held_out_loss_is_the_published_one(real, shared_data):
     rows = sources.load(sources.parse(f"{shared_data / 'tinystories' / 'sample.jsonl.gz'}")[0], held_out=True).rows
     encoder = Encoder(tokenizer, terminators(str(path), tokenizer), config.max_length)
     parts = [part for row in rows[:300] for part in encoder.encode(Text(row["text"]), where="stories")]
-    plan = batches.Plan(batch_size=8, max_length=config.max_length)
+    plan = rows.Plan(batch_size=8, max_length=config.max_length)
 
     @jax.jit
     def loss(batch):
@@ -65,6 +65,6 @@ def test_held_out_loss_is_the_published_one(real, shared_data):
         logps = next_token_logps(hidden, model.unembed(), batch.tokens, batch.mask).logps
         return -jnp.sum(logps), jnp.sum(batch.mask)
 
-    totals = [loss(batch) for batch in batches.eval_batches(Examples.of(parts), plan)]
+    totals = [loss(batch) for batch in rows.eval_batches(Examples.of(parts), plan)]
     mean = sum(float(total) for total, _ in totals) / sum(int(count) for _, count in totals)
     assert abs(mean - HELD_OUT_LOSS[name]) < 0.05, f"{name}: {mean:.4f}"

@@ -65,7 +65,7 @@ def words(ids: list[int]) -> str:
 def jaxalign(passes: list, mark, *, remat: str) -> None:
     import dataclasses
 
-    from jaxalign.data import batches as batching
+    from jaxalign.data.batches import rows as batching
     from jaxalign.runs import ppo, train
     from jaxalign.runs.config import MeshConfig, OptimizerConfig
     from jaxalign.runs.program import make_program
@@ -116,9 +116,9 @@ def write_models(policy: Path, reward_model: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from jaxalign.models import heads
-    from jaxalign.models.decoder import init_params
-    from jaxalign.models.families import model_config
-    from jaxalign.models.save import save_pretrained
+    from jaxalign.models.decoder.decoder import init_params
+    from jaxalign.models.files.families import model_config
+    from jaxalign.models.files.save import save_pretrained
 
     described = hf_config().to_dict() | {"architectures": ["LlamaForCausalLM"]}
     model, tokenizer = model_config(described), word_tokenizer(PreTrainedTokenizerFast)

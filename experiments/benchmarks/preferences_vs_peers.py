@@ -91,16 +91,16 @@ def jaxalign_preferences(
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxalign.algorithms.dpo import dpo
-    from jaxalign.algorithms.kto import kto
+    from jaxalign.algorithms.pairwise import dpo
     from jaxalign.algorithms.reward import reward
-    from jaxalign.data import batches as batching
-    from jaxalign.data.groups import GroupBatches, GroupPlan, Responses, UnpairedBatches
-    from jaxalign.data.preferences import mismatched
-    from jaxalign.data.tokens import Examples
-    from jaxalign.models import placement
-    from jaxalign.models.decoder import init_params
-    from jaxalign.models.families import model_config
+    from jaxalign.algorithms.unpaired import kto
+    from jaxalign.data.batches import rows as batching
+    from jaxalign.data.batches.groups import GroupBatches, GroupPlan, Responses, UnpairedBatches
+    from jaxalign.data.read.tokens import Examples
+    from jaxalign.data.sets.preferences import mismatched
+    from jaxalign.models import places
+    from jaxalign.models.decoder.decoder import init_params
+    from jaxalign.models.files.families import model_config
     from jaxalign.models.heads import init_head
     from jaxalign.runs.config import DPOConfig, OptimizerConfig
     from jaxalign.runs.program import Method, make_program
@@ -113,7 +113,7 @@ def jaxalign_preferences(
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant")
     config = DPOConfig(model="", data="", output=Path(), remat=remat, batch_size=size, max_length=LENGTH)
     config = dataclasses.replace(config, packing=packing, optimizer=optimizer)
-    mesh, model = placement.make_mesh(), model_config(hf_config().to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    mesh, model = places.make_mesh(), model_config(hf_config().to_dict() | {"architectures": ["LlamaForCausalLM"]})
     methods = {
         "dpo": Method(lambda graphdef, ref: dpo(graphdef, ref_graphdef=ref), reference=True),
         "kto": Method(lambda graphdef, ref: kto(graphdef, ref_graphdef=ref), reference=True),

@@ -64,11 +64,11 @@ def jaxalign(
 ) -> None:
     import jax
 
-    from jaxalign.models.decoder import init_params, make_decoder
-    from jaxalign.models.families import model_config
-    from jaxalign.rollout import engine as engine_module
-    from jaxalign.rollout.engine import LocalEngine, Request
-    from jaxalign.rollout.slots import Sampling
+    from jaxalign.models.decoder.decoder import init_params, make_decoder
+    from jaxalign.models.files.families import model_config
+    from jaxalign.rollout.engine import engine as engine_module
+    from jaxalign.rollout.engine.engine import LocalEngine, Request
+    from jaxalign.rollout.engine.slots import Sampling
 
     mark("imported", 0)
     config = model_config(config_of().to_dict() | {"architectures": ["LlamaForCausalLM"]})

@@ -58,12 +58,12 @@ def jaxalign_sft(rows: list[list[int]], mark, *, remat: str, packing: bool) -> N
     import jax
     import numpy as np
 
-    from jaxalign.data import batches
-    from jaxalign.data.tokens import Examples
+    from jaxalign.data.batches import rows
+    from jaxalign.data.read.tokens import Examples
     from jaxalign.losses.language import cross_entropy
-    from jaxalign.models import placement
-    from jaxalign.models.decoder import init_params
-    from jaxalign.models.families import model_config
+    from jaxalign.models import places
+    from jaxalign.models.decoder.decoder import init_params
+    from jaxalign.models.files.families import model_config
     from jaxalign.runs.config import OptimizerConfig, SFTConfig
     from jaxalign.runs.sft import make_program
     from jaxalign.training import sharding
@@ -73,19 +73,19 @@ def jaxalign_sft(rows: list[list[int]], mark, *, remat: str, packing: bool) -> N
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant")
     config = SFTConfig(model="", data="", output=Path(), remat=remat, batch_size=BATCH, max_length=LENGTH)
     config = dataclasses.replace(config, packing=packing, optimizer=optimizer)
-    mesh = placement.make_mesh()
+    mesh = places.make_mesh()
     model = model_config(hf_config().to_dict() | {"architectures": ["LlamaForCausalLM"]})
     program = make_program(config, model, mesh, loss=cross_entropy, steps=1)
     create = jax.jit(lambda p, k: TrainState.create(p, program.adamw, k), donate_argnums=0)
     state = create(init_params(model, jax.random.key(0)), jax.random.key(1))
 
     examples = Examples.of([(np.array(row), np.ones(len(row), bool)) for row in rows])
-    plan = batches.Plan(BATCH, LENGTH, packing=packing, shuffle=False)
-    mixture = batches.Mixture.of(examples, [len(examples)], [None])
-    source = batches.TrainBatches(mixture, plan, steps=len(rows) // BATCH)
+    plan = rows.Plan(BATCH, LENGTH, packing=packing, shuffle=False)
+    mixture = rows.Mixture.of(examples, [len(examples)], [None])
+    source = rows.TrainBatches(mixture, plan, steps=len(rows) // BATCH)
     source.steps = source.rows_per_epoch() // BATCH
     previous = None
-    for batch in batches.iterate(source):
+    for batch in rows.iterate(source):
         state, metrics = program.step(state, None, sharding.put_batch(batch, mesh))
         if previous is not None:
             float(previous[0]["loss"])

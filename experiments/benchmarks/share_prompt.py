@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign.algorithms.dpo import dpo
-from jaxalign.data.groups import GroupPlan, Layout, Responses
-from jaxalign.data.tokens import Examples
-from jaxalign.models.decoder import init_params, make_decoder
-from jaxalign.models.families import model_config
+from jaxalign.algorithms.pairwise import dpo
+from jaxalign.data.batches.groups import GroupPlan, Layout, Responses
+from jaxalign.data.read.tokens import Examples
+from jaxalign.models.decoder.decoder import init_params, make_decoder
+from jaxalign.models.files.families import model_config
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
 

@@ -86,7 +86,7 @@ class Algorithm(NamedTuple):
     minibatches: int = 1  # optimizer updates in each pass (PPO)
     halt: HaltFn | None = None  # ends the updates of a batch; None: all are applied
     at_first: tuple[str, ...] = ()  # metrics that are logged of the first update of a batch besides, as `first/<name>`
-    assemble: AssembleFn = trained_only  # LoRA: models/lora.py: join
+    assemble: AssembleFn = trained_only  # LoRA: models/adapters/lora.py: join
     carry: PyTree = ()  # of the state at step 0
     remember: RememberFn = nothing_remembered  # on the whole batch, between prepare and across, no gradient
-    follow: FollowFn | None = None  # algorithms/trust_region.py; None: the reference is frozen, or there is none
+    follow: FollowFn | None = None  # algorithms/follow.py; None: the reference is frozen, or there is none

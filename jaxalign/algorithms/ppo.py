@@ -5,7 +5,7 @@ The details that decide whether PPO learns, each with where it is or why it is n
 Huang et al. 2022, "The 37 implementation details of PPO",
 https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/. Core:
 
-     1 vectorised architecture     the prompts of a step, answered side by side (rollout/engine.py)
+     1 vectorised architecture     the prompts of a step, answered side by side (rollout/engine/engine.py)
      2 orthogonal initialisation   no: the models are pretrained; the critic's head starts from the reward model, else 0
      3 Adam's epsilon 1e-5         no: 1e-8, as in RLHF since; runs/config.py: OptimizerConfig
      4 annealed learning rate      --optimizer.schedule
@@ -30,14 +30,14 @@ packing is undone by segment ids. 37, independent components of multi-discrete a
 Huang et al. 2024, "The N+ implementation details of RLHF with PPO", https://arxiv.org/abs/2403.17031, and Ziegler et
 al.'s code, https://arxiv.org/abs/1909.08593:
 
-    the reward model is read at the terminator, from lengths, not ids       models/reward_model.py
+    the reward model is read at the terminator, from lengths, not ids       models/files/reward.py
     the critic starts from the reward model                                 runs/critics.py
     a response without a terminator is penalised                            --missing-end-penalty
     the KL is paid token by token, the score at the last token              ops/advantages.py: shaped_rewards
     log-probs at sampling temperature, for π, π_old and π_ref alike         `temperature`
     no dropout, so the first ratio is 1                                     logged as first/ratio
     rewards whitened without moving their mean                              `whiten_rewards`
-    the KL coefficient seeks a target                                       `kl_target`, algorithms/controls.py
+    the KL coefficient seeks a target                                       `kl_target`, algorithms/memory.py
     positions count real tokens; padding reaches no statistic               types.py: TokenBatch
     rejection of responses without a period, by sampling again              no: the penalty does it
 """
@@ -54,9 +54,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.base import Algorithm, hidden_states, shards_of
-from jaxalign.algorithms.controls import Spread, next_kl_coef
 from jaxalign.algorithms.critic import critic_values
-from jaxalign.algorithms.policy import ADVANTAGES, OLD, REF, SCORES, rollout_metrics
+from jaxalign.algorithms.memory import Spread, next_kl_coef
+from jaxalign.algorithms.policy_gradient import ADVANTAGES, OLD, REF, SCORES, rollout_metrics
 from jaxalign.losses.policy import ppo_clip, value_clip
 from jaxalign.ops import masked
 from jaxalign.ops.advantages import gae, returns, shaped_rewards
@@ -128,7 +128,7 @@ def ppo(
       mesh: the mesh of the arrays.
 
     Params are {"policy": ..., "critic": ...}, as `critic.py` says. Batches are `RolloutBatch`es with the columns
-    old_logps [B T], scores [B] and ended [B]. Logs, besides those of `algorithms/policy.py`: `first/ratio` (1, or
+    old_logps [B T], scores [B] and ended [B]. Logs, besides those of `policy_gradient.py`: `first/ratio` (1, or
     sampling and scoring disagree), `rlhf_reward` (score - kl_coef · kl, of the reward's KL), `kl_coef`, `policy_loss`,
     `value_loss`, `value_clip_fraction`, `explained_variance` (1 - Var[R - V]/Var[R] of the rollout's values),
     `returns`, and with pretraining `pretraining_loss`.

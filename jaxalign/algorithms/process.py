@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxalign.algorithms.base import Algorithm
 from jaxalign.algorithms.responses import hidden_states
 from jaxalign.algorithms.reward import laid_over
-from jaxalign.losses import inputs
+from jaxalign.losses import contract
 from jaxalign.losses.ranking import process
 from jaxalign.models import heads
 from jaxalign.types import Average, PyTree, ResponseBatch
@@ -43,7 +43,7 @@ def process_reward(graphdef: Any, *, loss: Callable = process) -> Algorithm:
         here = (labels >= 0) & batch.valid[..., None]
         labels = jnp.where(here, labels, 0.0)
         members = [
-            inputs.apply(loss, {"step_scores": found[..., m], "step_labels": labels}) for m in range(found.shape[-1])
+            contract.apply(loss, {"step_scores": found[..., m], "step_labels": labels}) for m in range(found.shape[-1])
         ]
         together = heads.combine(found)
         metrics = {
@@ -59,7 +59,7 @@ def process_reward(graphdef: Any, *, loss: Callable = process) -> Algorithm:
 
 def check_loss(loss: Callable) -> None:
     """Raises ValueError unless the loss is one of steps."""
-    inputs.check_inputs(loss, {name: inputs.RANKING_INPUTS[name] for name in STEP_INPUTS})
+    contract.check_inputs(loss, {name: contract.RANKING_INPUTS[name] for name in STEP_INPUTS})
 
 
 def step_scores(graphdef: Any, params: PyTree, batch: ResponseBatch) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxalign.algorithms.base import Algorithm
 from jaxalign.algorithms.responses import ends, hidden_states
-from jaxalign.losses import inputs
+from jaxalign.losses import contract
 from jaxalign.losses.ranking import bradley_terry
 from jaxalign.models import heads
 from jaxalign.types import Average, PyTree, ResponseBatch
@@ -47,7 +47,7 @@ def reward(graphdef: Any, *, loss: Callable = bradley_terry) -> Algorithm:
 
     def group_loss(params: PyTree, batch: ResponseBatch) -> tuple[Average, dict[str, Average]]:
         found = response_scores(graphdef, params, batch)
-        members = [inputs.apply(loss, _inputs(found[..., m], batch)) for m in range(found.shape[-1])]
+        members = [contract.apply(loss, _inputs(found[..., m], batch)) for m in range(found.shape[-1])]
         values = sum(members) / len(members)
         return Average.of(values.reshape(batch.valid.shape), _compared(batch)), _metrics(found, batch)
 
@@ -61,7 +61,7 @@ def laid_over(trained: PyTree, frozen: PyTree) -> PyTree:
 
 def check_loss(loss: Callable) -> None:
     """Raises ValueError unless all inputs of the loss are known of whole responses."""
-    inputs.check_inputs(loss, {name: inputs.RANKING_INPUTS[name] for name in OUTCOME_INPUTS})
+    contract.check_inputs(loss, {name: contract.RANKING_INPUTS[name] for name in OUTCOME_INPUTS})
 
 
 def response_scores(graphdef: Any, params: PyTree, batch: ResponseBatch) -> jax.Array:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxalign.models.config import ModelConfig
-from jaxalign.models.lora import join
+from jaxalign.models.adapters.lora import join
+from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.select import select
 from jaxalign.types import PyTree
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxalign.kernels import gae as kernel
 from jaxalign.ops import masked
-from jaxalign.ops.placement import kernel_target, row_axes
+from jaxalign.ops.mesh import kernel_target, row_axes
 
 IMPLEMENTATIONS = ("scan", "associative", "matmul", "pallas")
 TILE = 128  # of "matmul": the width of a TPU's matrix unit

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from jaxalign.kernels import kl as kernel
-from jaxalign.ops.placement import kernel_target, row_axes
+from jaxalign.ops.mesh import kernel_target, row_axes
 from jaxalign.types import Unembedding
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas")

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.ops.largest import largest
+from jaxalign.ops.logits import largest
 from jaxalign.types import Unembedding
 
 TILE_LOGITS = 2**22  # 16 MiB in float32

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxalign.ops.largest import NEIGHBOURS, blocks, inside, largest
+from jaxalign.ops.logits import NEIGHBOURS, blocks, inside, largest
 
 
 class Drawn(NamedTuple):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxalign.quickstart import judge, world
-from jaxalign.quickstart.curves import SMOOTHING
 from jaxalign.quickstart.policy_stage import Course
 from jaxalign.quickstart.reward_stage import Agreement
+from jaxalign.report.curves import SMOOTHING
 
 
 class Stage(NamedTuple):

@@ -6,7 +6,7 @@ import html
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxalign.quickstart.curves import SMOOTHING, curve
+from jaxalign.report.curves import SMOOTHING, curve
 from jaxalign.training.metrics import read_rows
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign.quickstart import world
-from jaxalign.rollout.score import load_reward_model
+from jaxalign.rollout.rewards.scorer import load_reward_model
 
 
 class Agreement(NamedTuple):

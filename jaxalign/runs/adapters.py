@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 
-from jaxalign.models import huggingface
-from jaxalign.models.config import ModelConfig
-from jaxalign.models.decoder import init_params
-from jaxalign.models.load import load_params
-from jaxalign.models.lora import Lora, init_adapter, join, resolve_targets, split
-from jaxalign.models.merge import merge_by_layer
-from jaxalign.models.peft import check_exportable, save_adapter
-from jaxalign.models.quantise import quantise_kernels
+from jaxalign.models.adapters.lora import Lora, init_adapter, join, resolve_targets, split
+from jaxalign.models.adapters.merge import merge_by_layer
+from jaxalign.models.adapters.quantise import quantise_kernels
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.models.decoder.decoder import init_params
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.load import load_params
+from jaxalign.models.files.peft import check_exportable, save_adapter
 from jaxalign.runs import finish
 from jaxalign.runs.config import LoraConfig
 from jaxalign.runs.vocabulary import Vocabulary

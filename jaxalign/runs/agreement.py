@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign.algorithms.policy import response_logps
-from jaxalign.data.batches import bucket_widths
-from jaxalign.rollout.engine import Request, Response
-from jaxalign.rollout.experience import rollout_batch
-from jaxalign.rollout.http_engine import EngineError
-from jaxalign.rollout.slots import Sampling
+from jaxalign.algorithms.policy_gradient import response_logps
+from jaxalign.data.batches.rows import bucket_widths
+from jaxalign.rollout.batches import rollout_batch
+from jaxalign.rollout.engine.engine import Request, Response
+from jaxalign.rollout.engine.http import EngineError
+from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.types import PyTree
 
 TOLERANCE = 0.1  # nats a token, on average; bfloat16 in two implementations differs by a fifth of it
@@ -51,7 +51,7 @@ class Agreement:
             raise EngineError(
                 f"the log-probs of --engine differ by {drawn:.3g} nats a token from those of the policy, more than "
                 f"{TOLERANCE}: it has not loaded the policy that it was given, or computes it in too few bits; "
-                "rollout/servers.py says how it must be started"
+                "rollout/engine/servers.py says how it must be started"
             )
 
     def _distance(

@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 
-from jaxalign.models import huggingface
-from jaxalign.models.config import ModelConfig
-from jaxalign.rollout.engine import LocalEngine, Request
-from jaxalign.rollout.generate import without_terminator
-from jaxalign.rollout.slots import Sampling
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.models.files import huggingface
+from jaxalign.rollout.engine.engine import LocalEngine, Request
+from jaxalign.rollout.engine.slots import Sampling
+from jaxalign.rollout.respond import without_terminator
 from jaxalign.runs import devices
 from jaxalign.runs.config import ChatConfig
 from jaxalign.runs.conversation import Continuation, Conversation

@@ -166,7 +166,7 @@ class DPOAlgorithm:
     """What is minimised over pairs."""
 
     loss: str = "dpo"
-    """Of losses/preference.py: 'ipo(beta=0.05)', a sum 'dpo(beta=0.1) + 0.2*sft', or 'my.module:function(x=1)'."""
+    """Of losses/pairs/margin.py: 'ipo(beta=0.05)', a sum 'dpo(beta=0.1) + 0.2*sft', or 'my.module:function(x=1)'."""
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ class GenerateConfig(AnsweringConfig):
     engine: str | None = None
     """Address of a server that answers with what it serves, http://host:port; --model gives the tokenizer."""
     engine_kind: Literal["vllm", "sglang"] = "vllm"
-    """What the server is; rollout/servers.py says how it must be started."""
+    """What the server is; rollout/engine/servers.py says how it must be started."""
 
 
 @dataclass(frozen=True)

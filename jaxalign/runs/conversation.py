@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxalign.data import chat
+from jaxalign.data.read import chat
 
 
 class Asked(NamedTuple):

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models import heads, huggingface
-from jaxalign.models.load import load_params
-from jaxalign.models.lora import join, split
-from jaxalign.models.reward_model import CLASSIFIERS, RewardModel, load_reward_params, read_reward_model
+from jaxalign.models import heads
+from jaxalign.models.adapters.lora import join, split
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.load import load_params
+from jaxalign.models.files.reward import CLASSIFIERS, RewardModel, load_reward_params, read_reward_model
 from jaxalign.runs import adapters, train
 from jaxalign.runs.program import Critic, decoder
 from jaxalign.runs.rl_config import PPOConfig

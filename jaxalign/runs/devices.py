@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign.runs import hosts
+from jaxalign import hosts
 
 
 def start(*, distributed: bool = False) -> None:

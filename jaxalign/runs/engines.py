@@ -6,12 +6,12 @@ import logging
 import shutil
 from pathlib import Path
 
-from jaxalign.models import huggingface
-from jaxalign.models.merge import merge_by_layer
-from jaxalign.models.save import save_pretrained
-from jaxalign.rollout.engine import LocalEngine
-from jaxalign.rollout.http_engine import HttpEngine, PublishFn
-from jaxalign.rollout.servers import parse_reload
+from jaxalign.models.adapters.merge import merge_by_layer
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.save import save_pretrained
+from jaxalign.rollout.engine.engine import LocalEngine
+from jaxalign.rollout.engine.http import HttpEngine, PublishFn
+from jaxalign.rollout.engine.servers import parse_reload
 from jaxalign.runs import devices, finish
 from jaxalign.runs.agreement import Agreement
 from jaxalign.runs.program import Program

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from jaxalign.models import huggingface
-from jaxalign.models.decoder import make_decoder
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files import huggingface
 from jaxalign.runs import adapters, devices, finish, reward
 from jaxalign.runs.commands import TRAINING
 from jaxalign.runs.config import ExportConfig, RewardConfig, TrainConfig

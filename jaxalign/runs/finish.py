@@ -9,9 +9,9 @@ from typing import Any
 import jax
 
 import jaxalign
-from jaxalign.models import huggingface
-from jaxalign.models.config import ModelConfig
-from jaxalign.models.save import save_pretrained
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.save import save_pretrained
 from jaxalign.runs.commands import TRAINING
 from jaxalign.runs.vocabulary import Vocabulary
 from jaxalign.training.metrics import read_rows

@@ -14,20 +14,20 @@ from typing import Any
 
 import jax
 
-from jaxalign.data import prompts as prompting
-from jaxalign.data import sources
-from jaxalign.data.prompts import Prompt
-from jaxalign.models import huggingface
-from jaxalign.models.config import ModelConfig
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.load import load_params
-from jaxalign.models.lora import join
-from jaxalign.models.peft import load_adapter
-from jaxalign.rollout.engine import LocalEngine, Request
-from jaxalign.rollout.generate import text_after, without_terminator
-from jaxalign.rollout.http_engine import HttpEngine
-from jaxalign.rollout.rewards import RewardError, Rewards
-from jaxalign.rollout.slots import Sampling
+from jaxalign.data.read import sources
+from jaxalign.data.sets import prompts as prompting
+from jaxalign.data.sets.prompts import Prompt
+from jaxalign.models.adapters.lora import join
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.load import load_params
+from jaxalign.models.files.peft import load_adapter
+from jaxalign.rollout.engine.engine import LocalEngine, Request
+from jaxalign.rollout.engine.http import HttpEngine
+from jaxalign.rollout.engine.slots import Sampling
+from jaxalign.rollout.respond import text_after, without_terminator
+from jaxalign.rollout.rewards.rewards import RewardError, Rewards
 from jaxalign.runs import devices
 from jaxalign.runs.config import GenerateConfig
 from jaxalign.runs.folder import check_writable

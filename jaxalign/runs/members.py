@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxalign.models.adapters.lora import Lora, init_adapter, split
 from jaxalign.models.heads import init_head
-from jaxalign.models.lora import Lora, init_adapter, split
 from jaxalign.types import PyTree
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from jaxalign.algorithms.base import Algorithm
-from jaxalign.algorithms.dpo import dpo
-from jaxalign.data.groups import GroupPlan, Layout
-from jaxalign.losses import inputs
-from jaxalign.losses.mixture import select_loss
-from jaxalign.losses.preference import PREFERENCE_LOSSES
-from jaxalign.rollout.pairs import best_and_worst, pairs_of
+from jaxalign.algorithms.pairwise import dpo
+from jaxalign.data.batches.groups import GroupPlan, Layout
+from jaxalign.losses import contract
+from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
+from jaxalign.losses.sums import select_loss
+from jaxalign.rollout.batches import best_and_worst, pairs_of
 from jaxalign.runs import rollouts, train
 from jaxalign.runs.program import Method, implementation
 from jaxalign.runs.rl_config import OnlineDPOConfig
@@ -44,7 +44,7 @@ def _gather(config: OnlineDPOConfig, starts: bool) -> train.Task:
 
     method = Method(
         build,
-        reference=inputs.needs_reference(loss),
+        reference=contract.needs_reference(loss),
         offload=config.offload_reference,
         epochs=algorithm.epochs,
         updates=algorithm.epochs * algorithm.minibatches,
@@ -55,14 +55,14 @@ def _gather(config: OnlineDPOConfig, starts: bool) -> train.Task:
 
 
 def _check(config: OnlineDPOConfig, loss: Callable) -> None:
-    inputs.check_inputs(loss, inputs.PAIR_INPUTS)
-    if config.offload_reference and not inputs.needs_reference(loss):
+    contract.check_inputs(loss, contract.PAIR_INPUTS)
+    if config.offload_reference and not contract.needs_reference(loss):
         raise ValueError(f"--offload-reference: the loss {config.algorithm.loss!r} uses no reference")
     if config.kl_budget is not None:
         raise ValueError(f"--kl-budget {config.kl_budget:g}: the KL of pairs is not measured; grpo and ppo do")
     if config.n < 2:
         raise ValueError("--n 1: a pair is two responses to a prompt; draw 2 or more")
-    if inputs.needs_whole_batch(loss):
+    if contract.needs_whole_batch(loss):
         raise ValueError(
             f"--algorithm.loss {config.algorithm.loss!r} compares the pairs of whole batches with each other, and "
             "these have a number that changes: prompts whose responses are worth the same give none"

@@ -8,12 +8,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from jaxalign.algorithms.follow import follow
 from jaxalign.algorithms.ppo import check, ppo
-from jaxalign.algorithms.trust_region import follow
-from jaxalign.data import supervised
-from jaxalign.data.batches import Plan, TrainBatches
+from jaxalign.data.batches.rows import Plan, TrainBatches
+from jaxalign.data.sets import supervised
 from jaxalign.losses.policy import POLICY_LOSSES
-from jaxalign.rollout.experience import rollout_batch
+from jaxalign.rollout.batches import rollout_batch
 from jaxalign.runs import critics, rollouts, train
 from jaxalign.runs.program import Method, implementation
 from jaxalign.runs.rl_config import PPOAlgorithm, PPOConfig

@@ -11,17 +11,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.base import FollowFn
-from jaxalign.algorithms.dpo import dpo
-from jaxalign.algorithms.kto import kto
-from jaxalign.algorithms.trust_region import follow
-from jaxalign.data import groups, preferences
-from jaxalign.data.groups import GroupBatches, GroupPlan, Responses, UnpairedBatches
-from jaxalign.losses import inputs, unpaired
-from jaxalign.losses.mixture import select_loss
-from jaxalign.losses.preference import PREFERENCE_LOSSES
+from jaxalign.algorithms.follow import follow
+from jaxalign.algorithms.pairwise import dpo
+from jaxalign.algorithms.unpaired import kto
+from jaxalign.data.batches import groups
+from jaxalign.data.batches.groups import GroupBatches, GroupPlan, Responses, UnpairedBatches
+from jaxalign.data.sets import preferences
+from jaxalign.losses import contract, unpaired
+from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
+from jaxalign.losses.sums import select_loss
 from jaxalign.losses.unpaired import UNPAIRED_LOSSES
-from jaxalign.models import huggingface
-from jaxalign.models.config import ModelConfig
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.models.files import huggingface
 from jaxalign.runs import program, reference, train
 from jaxalign.runs.config import DPOConfig, FeedbackConfig, KTOConfig
 from jaxalign.runs.program import Method, Program, implementation
@@ -42,7 +43,7 @@ def run_kto(config: KTOConfig) -> int:
 
 def _gather_dpo(config: DPOConfig, starts: bool) -> train.Task:
     loss = select_loss(config.algorithm.loss, PREFERENCE_LOSSES)
-    inputs.check_inputs(loss, inputs.PAIR_INPUTS)
+    contract.check_inputs(loss, contract.PAIR_INPUTS)
     if config.share_prompt and (not config.packing or config.attention == "splash"):
         raise ValueError(
             "--share-prompt puts both responses behind one prompt in a row: it needs --packing, and --attention xla or "
@@ -50,7 +51,7 @@ def _gather_dpo(config: DPOConfig, starts: bool) -> train.Task:
         )
     base = _load_base(config, loss, starts)
     data = _load_data(config, base, preferences.PAIRS)
-    plan, whole = _plan(config, base), inputs.needs_whole_batch(loss)
+    plan, whole = _plan(config, base), contract.needs_whole_batch(loss)
     held_out = _whole_batches(data.held_out, config.batch_size) if whole else data.held_out
 
     def batches(train_set: Responses, held_out: Responses) -> tuple[GroupBatches, list[Any]]:
@@ -65,7 +66,7 @@ def _gather_dpo(config: DPOConfig, starts: bool) -> train.Task:
 
 def _gather_kto(config: KTOConfig, starts: bool) -> train.Task:
     loss = select_loss(config.algorithm.loss, UNPAIRED_LOSSES)
-    inputs.check_inputs(loss, inputs.UNPAIRED_INPUTS)
+    contract.check_inputs(loss, contract.UNPAIRED_INPUTS)
     if config.batch_size < 2:
         raise ValueError("--batch-size 1: KTO's KL is a mean over the batch; give 2 or more")
     base = _load_base(config, loss, starts)
@@ -93,11 +94,11 @@ def make_program(config: FeedbackConfig, model: ModelConfig, mesh: Mesh, *, loss
 def _method(config: FeedbackConfig, loss: Callable) -> Method:
     options: dict[str, Any] = {"loss": loss, "implementation": implementation(config)}
     algorithm = dpo if isinstance(config, DPOConfig) else kto
-    if algorithm is dpo and inputs.needs_whole_batch(loss):
+    if algorithm is dpo and contract.needs_whole_batch(loss):
         options["groups"] = config.batch_size
     return Method(
         lambda graphdef, ref: algorithm(graphdef, ref_graphdef=ref, **options),
-        reference=inputs.needs_reference(loss) and not config.precompute_reference,
+        reference=contract.needs_reference(loss) and not config.precompute_reference,
         follow=_follow(config, loss),
     )
 
@@ -109,7 +110,7 @@ def _load_base(config: FeedbackConfig, loss: Callable, starts: bool) -> train.Ba
     base = train.load_base(config, starts=starts)
     if config.ref_model is None:
         return base
-    if not inputs.needs_reference(loss):
+    if not contract.needs_reference(loss):
         raise ValueError(f"--ref-model {config.ref_model}: the loss {config.algorithm.loss!r} uses no reference")
     if base.lora is not None and config.ref_model != config.model:
         raise ValueError(
@@ -130,7 +131,7 @@ def _follow(config: FeedbackConfig, loss: Callable) -> FollowFn | None:
     flag = f"--ref-update.every {update.every}"
     if update.alpha > 1:
         raise ValueError(f"--ref-update.alpha {update.alpha}: it must be at most 1, which copies the policy")
-    if not inputs.needs_reference(loss):
+    if not contract.needs_reference(loss):
         raise ValueError(f"{flag}: the loss {config.algorithm.loss!r} uses no reference")
     if config.precompute_reference:
         raise ValueError(f"{flag}: log-probabilities precomputed once are of a reference that stays; leave one out")
@@ -186,7 +187,7 @@ def _task(
     batches_of: Callable[..., tuple[GroupBatches, list[Any]]],
 ) -> train.Task:
     """A task on the batches that `batches_of` makes of the sets, again once the reference has read them."""
-    precomputes = config.precompute_reference and inputs.needs_reference(loss)
+    precomputes = config.precompute_reference and contract.needs_reference(loss)
     batches, held_out = batches_of(*sets)
     steps = train.count_steps(config, batches.groups_per_epoch() / config.batch_size)
     train.check_held_out(config, held_out)

@@ -9,10 +9,10 @@ import jax
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.base import Algorithm, AssembleFn, FollowFn
-from jaxalign.models.config import ModelConfig
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.layout import Layout
-from jaxalign.models.lora import Lora, join
+from jaxalign.models.adapters.lora import Lora, join
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.places import Layout
 from jaxalign.runs import adapters, devices, members
 from jaxalign.runs.config import TrainConfig
 from jaxalign.training import optimizer, sharding

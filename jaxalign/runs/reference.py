@@ -15,13 +15,15 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxalign import hosts
 from jaxalign.algorithms.responses import LOGPS, REF, response_logps
-from jaxalign.data.groups import GroupPlan, Layout, Responses
-from jaxalign.models import huggingface, placement
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.layout import Layout as MeshLayout
-from jaxalign.models.load import load_params
-from jaxalign.runs import devices, hosts
+from jaxalign.data.batches.groups import GroupPlan, Layout, Responses
+from jaxalign.models import places
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.load import load_params
+from jaxalign.models.places import Layout as MeshLayout
+from jaxalign.runs import devices
 from jaxalign.runs.config import FeedbackConfig
 from jaxalign.runs.program import implementation
 from jaxalign.runs.train import Base
@@ -98,7 +100,7 @@ def _compute(config: FeedbackConfig, base: Base, plan: GroupPlan, responses: Res
         layout=MeshLayout(base.mesh) if base.mesh.size > 1 else None,
         quantise=config.lora.quantise,
     )
-    placed = placement.shardings(abstract, base.mesh)
+    placed = places.shardings(abstract, base.mesh)
     params = load_params(
         source, base.model, param_dtype=config.param_dtype, shardings=placed, quantise=config.lora.quantise
     )

@@ -12,15 +12,17 @@ import numpy as np
 from jaxalign.algorithms import process
 from jaxalign.algorithms.process import process_reward
 from jaxalign.algorithms.reward import check_loss, laid_over, response_scores, reward
-from jaxalign.data import groups, preferences, steps
-from jaxalign.data.groups import GroupBatches, GroupPlan
-from jaxalign.losses.inputs import input_names
-from jaxalign.losses.mixture import select_loss
+from jaxalign.data.batches import groups
+from jaxalign.data.batches.groups import GroupBatches, GroupPlan
+from jaxalign.data.sets import preferences, solutions
+from jaxalign.losses.contract import input_names
 from jaxalign.losses.ranking import RANKING_LOSSES
-from jaxalign.models import heads, huggingface
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.layout import Layout
-from jaxalign.models.save import gather
+from jaxalign.losses.sums import select_loss
+from jaxalign.models import heads
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.save import gather
+from jaxalign.models.places import Layout
 from jaxalign.runs import devices, finish, scorer, train
 from jaxalign.runs.config import MeshConfig, RewardConfig
 from jaxalign.runs.program import Method, make_program
@@ -112,7 +114,7 @@ def feedback(config: RewardConfig, vocabulary: Vocabulary) -> preferences.Prefer
     """The responses, in groups, that the run learns from and those that it holds out."""
     options = data_options(config, vocabulary.terminators)
     if of_steps(config):
-        return steps.load(
+        return solutions.load(
             config.data,
             vocabulary.tokenizer,
             options,

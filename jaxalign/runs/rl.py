@@ -10,11 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.algorithms.policy import policy_gradient
+from jaxalign.algorithms.policy_gradient import policy_gradient
 from jaxalign.losses.policy import POLICY_LOSSES
 from jaxalign.ops.advantages import decoupled_advantages, group_advantages, leave_one_out
-from jaxalign.rollout.dynamic import differ
-from jaxalign.rollout.experience import rollout_batch
+from jaxalign.rollout.batches import rollout_batch
+from jaxalign.rollout.scored import differ
 from jaxalign.runs import rollouts, train
 from jaxalign.runs.program import Method, implementation
 from jaxalign.runs.rl_config import PolicyConfig

@@ -13,7 +13,7 @@ class RolloutConfig(TrainConfig):
     """How responses are drawn and rewarded."""
 
     reward: str = "numeric_match"
-    """Of rollout/reward_functions.py: 'numeric_match + 0.1*length(target=60)', or 'my.module:function(x=1)'."""
+    """Of rollout/rewards/functions.py: 'numeric_match + 0.1*length(target=60)', or 'my.module:function(x=1)'."""
     reward_seconds: float = 60.0
     """That the reward functions, side by side, may take for the responses of a step."""
     reward_clip: float | None = None
@@ -43,7 +43,7 @@ class RolloutConfig(TrainConfig):
     engine: str | None = None
     """Address of a server that draws the responses, http://host:port; by default the devices that train do."""
     engine_kind: Literal["vllm", "sglang"] = "vllm"
-    """What the server is; rollout/servers.py says how it must be started."""
+    """What the server is; rollout/engine/servers.py says how it must be started."""
     engine_reload: str | None = None
     """Requests that make it load the policy, if not those of its kind: '/load {"path": "{folder}"} /reset_cache'."""
     decode_layout: Literal["tensor", "training"] = "tensor"
@@ -54,7 +54,7 @@ class RolloutConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class PolicyAlgorithm:
-    """What is made of responses and their scores; algorithms/policy.py names the papers' choices."""
+    """What is made of responses and their scores; algorithms/policy_gradient.py names the papers' choices."""
 
     loss: str = "ppo_clip"
     """Of losses/policy.py: 'ppo_clip(clip_epsilon_high=0.28)', 'reinforce', 'cispo', or 'my.module:function(x=1)'."""
@@ -107,7 +107,7 @@ class OnlineDPOAlgorithm:
     """What is minimised over pairs of the policy's own responses."""
 
     loss: str = "dpo"
-    """Of losses/preference.py: 'ipo(beta=0.05)', a sum 'dpo(beta=0.1) + 0.2*sft', or 'my.module:function(x=1)'."""
+    """Of losses/pairs/margin.py: 'ipo(beta=0.05)', a sum 'dpo(beta=0.1) + 0.2*sft', or 'my.module:function(x=1)'."""
     epochs: int = 1
     """Passes over the pairs of a step."""
     minibatches: int = 1

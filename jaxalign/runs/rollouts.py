@@ -13,17 +13,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.data import prompts as prompting
-from jaxalign.data.batches import bucket_widths
-from jaxalign.data.prompts import PromptBatches, Prompts
-from jaxalign.models import huggingface
-from jaxalign.rollout import dynamic
-from jaxalign.rollout.dynamic import Drawn
-from jaxalign.rollout.engine import Request, Response, Stats
-from jaxalign.rollout.generate import text_after, without_terminator
-from jaxalign.rollout.rewards import Rewards
-from jaxalign.rollout.slots import Sampling
-from jaxalign.runs import engines, hosts, judging, train
+from jaxalign import hosts
+from jaxalign.data.batches.rows import bucket_widths
+from jaxalign.data.sets import prompts as prompting
+from jaxalign.data.sets.prompts import PromptBatches, Prompts
+from jaxalign.models.files import huggingface
+from jaxalign.rollout import scored
+from jaxalign.rollout.engine.engine import Request, Response, Stats
+from jaxalign.rollout.engine.slots import Sampling
+from jaxalign.rollout.respond import text_after, without_terminator
+from jaxalign.rollout.rewards import on_hosts
+from jaxalign.rollout.rewards.rewards import Rewards
+from jaxalign.rollout.scored import Drawn
+from jaxalign.runs import engines, train
 from jaxalign.runs.program import Method, Program
 from jaxalign.runs.rl_config import RolloutConfig
 from jaxalign.runs.terminal import visible
@@ -208,8 +210,8 @@ class Rollouts:
         policy, spent = self._policy(state), _Spent()
         draw = lambda numbers, before: self._draw(policy, numbers, before, key, spent)  # noqa: E731
         if self._rounds:
-            others = dynamic.stand_ins(len(self._prompts), chosen, seed=config.seed, step=step)
-            drawn, said = dynamic.fill(draw, chosen, others, n=config.n, rounds=self._rounds)
+            others = scored.stand_ins(len(self._prompts), chosen, seed=config.seed, step=step)
+            drawn, said = scored.fill(draw, chosen, others, n=config.n, rounds=self._rounds)
         else:
             drawn, said = draw(chosen, 0), {}
         self._write_samples(step, drawn)
@@ -243,7 +245,7 @@ class Rollouts:
             list(values) for values in zip(*((r.finished, len(r.tokens)) for r in responses), strict=True)
         )
         columns |= {"finished": finished, "tokens": tokens}
-        terms = judging.by_name(self._rewards, [self._prompts.given[i] for i in chosen], texts, columns)
+        terms = on_hosts.by_name(self._rewards, [self._prompts.given[i] for i in chosen], texts, columns)
         scores = self._rewards.summed(terms)
         if config.reward_clip is not None:
             scores = np.clip(scores, -config.reward_clip, config.reward_clip)

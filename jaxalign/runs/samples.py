@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from jaxalign.models.config import ModelConfig
-from jaxalign.rollout.generate import generate_ids
-from jaxalign.rollout.slots import Sampling
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.rollout.engine.slots import Sampling
+from jaxalign.rollout.respond import generate_ids
 from jaxalign.runs.vocabulary import Vocabulary
 from jaxalign.training.metrics import JsonLines
 

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign.models import huggingface
-from jaxalign.models.lora import join
-from jaxalign.models.merge import merge_by_layer
-from jaxalign.models.peft import save_adapter
-from jaxalign.models.reward_model import DESCRIPTION, HEADS, MEMBERS, classifier_name
-from jaxalign.models.save import gather, save_pretrained
+from jaxalign.models.adapters.lora import join
+from jaxalign.models.adapters.merge import merge_by_layer
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.peft import save_adapter
+from jaxalign.models.files.reward import DESCRIPTION, HEADS, MEMBERS, classifier_name
+from jaxalign.models.files.save import gather, save_pretrained
 from jaxalign.runs import finish
 from jaxalign.runs.config import RewardConfig
 from jaxalign.runs.train import Base
@@ -34,7 +34,7 @@ def save(
     step: int,
     separator: str | None = None,
 ) -> None:
-    """Writes the folder that `models/reward_model.py` and transformers read.
+    """Writes the folder that `models/files/reward.py` and transformers read.
 
     To transformers the score is that of the mean of the heads on one trunk, or, of several adapters, that of the first
     member, merged; it is not normalised. The other members' adapters lie in PEFT's format beside it, and name their

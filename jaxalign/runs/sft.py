@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh
 
-from jaxalign.algorithms.sft import check_loss, sft
-from jaxalign.data import batches as batching
-from jaxalign.data import supervised
+from jaxalign.algorithms.supervised import check_loss, sft
+from jaxalign.data.batches import rows as batching
+from jaxalign.data.sets import supervised
 from jaxalign.losses.language import LANGUAGE_LOSSES
-from jaxalign.models.config import ModelConfig
+from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.runs import program, train
 from jaxalign.runs.config import SFTConfig, TrainConfig
 from jaxalign.select import select

@@ -15,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.data import batches as batching
-from jaxalign.models import huggingface, placement
-from jaxalign.models.config import ModelConfig, train_flops_per_token
-from jaxalign.models.decoder import init_params
-from jaxalign.models.load import check_files, load_params
-from jaxalign.models.lora import Lora
-from jaxalign.models.offload import offloaded
-from jaxalign.runs import adapters, devices, finish, hosts, members, samples
+from jaxalign import hosts
+from jaxalign.data.batches import rows as batching
+from jaxalign.models import places
+from jaxalign.models.adapters.lora import Lora
+from jaxalign.models.decoder.config import ModelConfig, train_flops_per_token
+from jaxalign.models.decoder.decoder import init_params
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.load import check_files, load_params
+from jaxalign.models.places import offloaded
+from jaxalign.runs import adapters, devices, finish, members, samples
 from jaxalign.runs.check import check_kernels
 from jaxalign.runs.config import TrainConfig
 from jaxalign.runs.folder import open_run
@@ -98,7 +100,7 @@ def run(config: TrainConfig, command: str, gather: GatherFn) -> int:
 def load_base(config: TrainConfig, *, starts: bool) -> Base:
     """The mesh, the model's config and the vocabulary; weights are looked at, not yet read, when a run `starts`."""
     devices.check_attention(config.attention, config.max_length)
-    mesh = placement.make_mesh(**dataclasses.asdict(config.mesh))
+    mesh = places.make_mesh(**dataclasses.asdict(config.mesh))
     model = huggingface.read_config(config.model)
     if model.learned_positions and config.max_length > model.learned_positions:
         raise ValueError(

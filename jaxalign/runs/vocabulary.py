@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from jaxalign.data import chat
-from jaxalign.models import huggingface
-from jaxalign.models.config import ModelConfig
+from jaxalign.data.read import chat
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.models.files import huggingface
 
 
 class Vocabulary(NamedTuple):

@@ -1,4 +1,4 @@
-"""How a train step lies on a mesh: state by `models/placement.py`, batches by rows. The one place that jits a step."""
+"""How a train step lies on a mesh: state by `models/places.py`, batches by rows. The one place that jits a step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.models.offload import fetched, on_host
-from jaxalign.models.placement import shardings
+from jaxalign.models.places import fetched, on_host, shardings
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import TrainStep
 from jaxalign.types import PyTree

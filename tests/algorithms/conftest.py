@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.data.groups import Responses
-from jaxalign.data.tokens import Examples
-from jaxalign.models.decoder import init_params, make_decoder
-from jaxalign.models.families import model_config
-from jaxalign.rollout.engine import Response
-from jaxalign.rollout.experience import rollout_batch
+from jaxalign.data.batches.groups import Responses
+from jaxalign.data.read.tokens import Examples
+from jaxalign.models.decoder.decoder import init_params, make_decoder
+from jaxalign.models.files.families import model_config
+from jaxalign.rollout.batches import rollout_batch
+from jaxalign.rollout.engine.engine import Response
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],

@@ -8,12 +8,13 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxalign.algorithms.dpo import dpo
+from jaxalign.algorithms.pairwise import dpo
 from jaxalign.algorithms.responses import COLLISION, LOGPS, PUBLIC, response_logps
-from jaxalign.data.groups import GroupPlan, Layout
-from jaxalign.losses import inputs, preference
-from jaxalign.losses.mixture import select_loss
-from jaxalign.models import placement
+from jaxalign.data.batches.groups import GroupPlan, Layout
+from jaxalign.losses import contract
+from jaxalign.losses.pairs import margin
+from jaxalign.losses.sums import select_loss
+from jaxalign.models import places
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
@@ -46,7 +47,7 @@ def policy_logps(tiny, pairs):
 
 
 def loss_of(text):
-    return select_loss(text, preference.PREFERENCE_LOSSES)
+    return select_loss(text, margin.PREFERENCE_LOSSES)
 
 
 def value_and_grads(algorithm, tiny, batch, params=None):
@@ -105,7 +106,7 @@ def test_a_whole_batch_loss_has_the_gradient_of_the_loss_itself(tiny, pairs, pol
     """Its linear stand-in against autodiff through the sort, at the same parameters."""
     graphdef, policy, reference = tiny
     batch, loss = batch_of(pairs, packing=False), loss_of("aot")
-    assert inputs.needs_whole_batch(loss)
+    assert contract.needs_whole_batch(loss)
 
     def direct(params):
         logps = response_logps(nnx.merge(graphdef, params), batch)[LOGPS][:, 0]
@@ -133,10 +134,10 @@ def trained(tiny, pairs, text, *, microbatches, mesh_sizes=None, steps=3):
     if mesh_sizes is None:
         step = jax.jit(step)
     else:
-        mesh = placement.make_mesh(**mesh_sizes)
+        mesh = places.make_mesh(**mesh_sizes)
         step = sharding.jit_step(step, state, reference, mesh)
-        state = jax.device_put(state, placement.shardings(state, mesh))
-        reference = jax.device_put(reference, placement.shardings(reference, mesh))
+        state = jax.device_put(state, places.shardings(state, mesh))
+        reference = jax.device_put(reference, places.shardings(reference, mesh))
         batch = sharding.put_batch(jax.device_get(batch), mesh)
     for _ in range(steps):
         state, metrics = step(state, reference, batch)

@@ -8,14 +8,14 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxalign.algorithms.kto import kto
 from jaxalign.algorithms.responses import LOGPS, response_logps
-from jaxalign.data.batches import Mixture
-from jaxalign.data.groups import GroupPlan, UnpairedBatches
-from jaxalign.data.preferences import mismatched
-from jaxalign.losses.mixture import select_loss
+from jaxalign.algorithms.unpaired import kto
+from jaxalign.data.batches.groups import GroupPlan, UnpairedBatches
+from jaxalign.data.batches.rows import Mixture
+from jaxalign.data.sets.preferences import mismatched
+from jaxalign.losses.sums import select_loss
 from jaxalign.losses.unpaired import UNPAIRED_LOSSES
-from jaxalign.models import placement
+from jaxalign.models import places
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
@@ -47,10 +47,10 @@ def trained(tiny, rated, *, microbatches, mesh_sizes=None, steps=3, text="kto", 
     if mesh_sizes is None:
         step = jax.jit(step)
     else:
-        mesh = placement.make_mesh(**mesh_sizes)
+        mesh = places.make_mesh(**mesh_sizes)
         step = sharding.jit_step(step, state, reference, mesh)
-        state = jax.device_put(state, placement.shardings(state, mesh))
-        reference = jax.device_put(reference, placement.shardings(reference, mesh))
+        state = jax.device_put(state, places.shardings(state, mesh))
+        reference = jax.device_put(reference, places.shardings(reference, mesh))
         batch = sharding.put_batch(jax.device_get(batch), mesh)
     for _ in range(steps):
         state, metrics = step(state, reference, batch)

@@ -8,8 +8,8 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxalign.algorithms.policy import policy_gradient
-from jaxalign.models import placement
+from jaxalign.algorithms.policy_gradient import policy_gradient
+from jaxalign.models import places
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
@@ -86,10 +86,10 @@ def stepped(tiny, batch, *, microbatches, sizes=None, **options):
     if sizes is None:
         step = jax.jit(step)
     else:
-        mesh = placement.make_mesh(**sizes)
+        mesh = places.make_mesh(**sizes)
         step = sharding.jit_step(step, state, frozen, mesh)
-        state = jax.device_put(state, placement.shardings(state, mesh))
-        frozen = jax.device_put(frozen, placement.shardings(frozen, mesh))
+        state = jax.device_put(state, places.shardings(state, mesh))
+        frozen = jax.device_put(frozen, places.shardings(frozen, mesh))
         batch = sharding.put_batch(jax.device_get(batch), mesh)
     state, metrics = step(state, frozen, batch)
     return jax.device_get(state.params), jax.device_get(metrics)

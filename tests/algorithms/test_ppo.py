@@ -10,10 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxalign.algorithms.controls import Spread, next_kl_coef
 from jaxalign.algorithms.critic import token_values
+from jaxalign.algorithms.memory import Spread, next_kl_coef
 from jaxalign.algorithms.ppo import ppo
-from jaxalign.models import placement
+from jaxalign.models import places
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
@@ -224,10 +224,10 @@ def stepped(tiny, params, batch, *, microbatches=1, sizes=None, steps=1, rate=0.
     if sizes is None:
         step = jax.jit(step)
     else:
-        mesh = placement.make_mesh(**sizes)
+        mesh = places.make_mesh(**sizes)
         step = sharding.jit_step(step, state, frozen, mesh)
-        state = jax.device_put(state, placement.shardings(state, mesh))
-        frozen = jax.device_put(frozen, placement.shardings(frozen, mesh))
+        state = jax.device_put(state, places.shardings(state, mesh))
+        frozen = jax.device_put(frozen, places.shardings(frozen, mesh))
         batch = sharding.put_batch(jax.device_get(batch), mesh)
     for _ in range(steps):
         state, metrics = step(state, frozen, batch)

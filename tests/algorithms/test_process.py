@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from jaxalign.algorithms.process import process_reward, step_scores
-from jaxalign.data.groups import Responses
+from jaxalign.data.batches.groups import Responses
 from jaxalign.losses.ranking import kwise, process_mse
 from jaxalign.models import heads
 from tests.algorithms.conftest import make_responses

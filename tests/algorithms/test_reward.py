@@ -10,12 +10,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.algorithms.reward import response_scores, reward
-from jaxalign.data.groups import GroupPlan, Layout, Responses
+from jaxalign.data.batches.groups import GroupPlan, Layout, Responses
 from jaxalign.losses.ranking import bradley_terry, kwise, process, rao_kupper, soft_bradley_terry
-from jaxalign.models import heads, placement
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.families import model_config
-from jaxalign.models.lora import Lora, resolve_targets
+from jaxalign.models import heads, places
+from jaxalign.models.adapters.lora import Lora, resolve_targets
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files.families import model_config
 from jaxalign.runs import members
 from jaxalign.training import sharding
 from jaxalign.training.optimizer import is_matrix
@@ -93,10 +93,10 @@ def trained(graphdef, params, pairs, *, frozen=None, microbatches=1, sizes=None,
     if sizes is None:
         step = jax.jit(step)
     else:
-        mesh = placement.make_mesh(**sizes)
+        mesh = places.make_mesh(**sizes)
         step = sharding.jit_step(step, state, frozen, mesh)
-        state = jax.device_put(state, placement.shardings(state, mesh))
-        frozen = jax.device_put(frozen, placement.shardings(frozen, mesh))
+        state = jax.device_put(state, places.shardings(state, mesh))
+        frozen = jax.device_put(frozen, places.shardings(frozen, mesh))
         batch = sharding.put_batch(jax.device_get(batch), mesh)
     step = step.lower(state, frozen, batch).compile(compiler_options=QUICKLY)
     for _ in range(steps):
@@ -148,8 +148,8 @@ def test_members_on_a_mesh_end_where_they_end_on_one_device(adapted, together, p
     sizes = {"data": 2, "fsdp": 2, "tensor": 2}
     found, _ = trained(graphdef, start, pairs, frozen=trunk, sizes=sizes, microbatches=2, steps=1)
     chex.assert_trees_all_close(found, together[0], atol=1e-5)
-    mesh = placement.make_mesh(**sizes)
-    placed = placement.shardings(start, mesh)["members"]["blocks"]["attention"]["query"]["adapter"]
+    mesh = places.make_mesh(**sizes)
+    placed = places.shardings(start, mesh)["members"]["blocks"]["attention"]["query"]["adapter"]
     assert placed["a"].spec == P(None, None, "fsdp", None) and placed["b"].spec == P(None, None, None, "tensor")
 
 

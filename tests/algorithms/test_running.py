@@ -7,14 +7,14 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxalign.algorithms import running
-from jaxalign.algorithms.dpo import dpo
-from jaxalign.algorithms.kto import kto
+from jaxalign.algorithms import memory
+from jaxalign.algorithms.pairwise import dpo
 from jaxalign.algorithms.responses import LOGPS, response_logps
-from jaxalign.data.groups import GroupPlan, Layout
-from jaxalign.losses import inputs
-from jaxalign.losses.mixture import select_loss
-from jaxalign.losses.preference import PREFERENCE_LOSSES
+from jaxalign.algorithms.unpaired import kto
+from jaxalign.data.batches.groups import GroupPlan, Layout
+from jaxalign.losses import contract
+from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
+from jaxalign.losses.sums import select_loss
 from jaxalign.losses.unpaired import UNPAIRED_LOSSES
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
@@ -24,9 +24,9 @@ from tests.algorithms.conftest import make_responses
 
 def after(batches, momentum):
     momenta = {"running_margin": momentum}
-    carry = running.start(momenta)
+    carry = memory.start(momenta)
     for values in batches:
-        carry = running.advance(carry, {"mean_margin": Average.of(jnp.array(values))}, momenta)
+        carry = memory.advance(carry, {"mean_margin": Average.of(jnp.array(values))}, momenta)
     return float(carry["running_margin"].compute())
 
 
@@ -49,8 +49,8 @@ def test_a_batch_without_such_elements_moves_nothing(momentum):
 
 def test_each_term_of_a_sum_has_its_own_momentum():
     loss = select_loss("bco_pair + 0.5*beta_dpo(momentum=0.8)", PREFERENCE_LOSSES)
-    assert inputs.momenta(loss) == {"running_log_ratio": None, "running_margin": 0.8}
-    assert inputs.momenta(select_loss("dpo", PREFERENCE_LOSSES)) == {}
+    assert contract.momenta(loss) == {"running_log_ratio": None, "running_margin": 0.8}
+    assert contract.momenta(select_loss("dpo", PREFERENCE_LOSSES)) == {}
 
 
 def log_ratios(tiny, batch):

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxalign.algorithms.dpo import dpo
+from jaxalign.algorithms.pairwise import dpo
 from jaxalign.algorithms.responses import LOGPS, PUBLIC, response_logps
-from jaxalign.data.groups import GroupPlan, Layout
-from jaxalign.losses.mixture import select_loss
-from jaxalign.losses.preference import PREFERENCE_LOSSES
-from jaxalign.models.attention import attention
-from jaxalign.models.decoder import init_params, make_decoder
-from jaxalign.models.families import model_config
+from jaxalign.data.batches.groups import GroupPlan, Layout
+from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
+from jaxalign.losses.sums import select_loss
+from jaxalign.models.decoder.attention import attention
+from jaxalign.models.decoder.decoder import init_params, make_decoder
+from jaxalign.models.files.families import model_config
 from tests.algorithms.conftest import make_responses
 from tests.models.tiny import TINY
 

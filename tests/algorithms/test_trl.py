@@ -16,20 +16,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxalign.algorithms.dpo import dpo
-from jaxalign.algorithms.kto import kto
+from jaxalign.algorithms.pairwise import dpo
 from jaxalign.algorithms.reward import reward
-from jaxalign.data.groups import GroupPlan, Layout, Responses
-from jaxalign.data.tokens import Examples
-from jaxalign.losses.mixture import select_loss
-from jaxalign.losses.preference import PREFERENCE_LOSSES
+from jaxalign.algorithms.unpaired import kto
+from jaxalign.data.batches.groups import GroupPlan, Layout, Responses
+from jaxalign.data.read.tokens import Examples
+from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
 from jaxalign.losses.ranking import RANKING_LOSSES
+from jaxalign.losses.sums import select_loss
 from jaxalign.losses.unpaired import UNPAIRED_LOSSES
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.families import model_config
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files.families import model_config
+from jaxalign.models.files.load import load_params
+from jaxalign.models.files.save import save_pretrained
 from jaxalign.models.heads import trunk_config
-from jaxalign.models.load import load_params
-from jaxalign.models.save import save_pretrained
 from jaxalign.training.optimizer import adamw, learning_rate_schedule
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step

@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxalign.algorithms.dpo import dpo
-from jaxalign.algorithms.trust_region import follow
-from jaxalign.data.groups import GroupPlan, Layout
-from jaxalign.models import placement
+from jaxalign.algorithms.follow import follow
+from jaxalign.algorithms.pairwise import dpo
+from jaxalign.data.batches.groups import GroupPlan, Layout
+from jaxalign.models import places
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
@@ -40,9 +40,9 @@ def trained(tiny, pairs, moves, *, mesh_sizes=None, steps=4):
     if mesh_sizes is None:
         step = jax.jit(step)
     else:
-        mesh = placement.make_mesh(**mesh_sizes)
+        mesh = places.make_mesh(**mesh_sizes)
         step = sharding.jit_step(step, state, None, mesh)
-        state = jax.device_put(state, placement.shardings(state, mesh))
+        state = jax.device_put(state, places.shardings(state, mesh))
         batch = sharding.put_batch(jax.device_get(batch), mesh)
     losses = []
     for _ in range(steps):

@@ -107,9 +107,9 @@ def test_other_flags_override_what_from_config_gives(form, tmp_path):
 def test_from_config_repeats_a_run_bit_for_bit(tiny_model, tiny_data, tmp_path, monkeypatch):
     import jax
 
-    from jaxalign.models import placement
+    from jaxalign.models import places
 
-    whole = placement.make_mesh
+    whole = places.make_mesh
     monkeypatch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
     flags = ["--steps", "2", "--max-length", "48", "--remat", "none", "--samples", "0"]
     first, again = tmp_path / "first", tmp_path / "again"

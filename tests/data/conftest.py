@@ -10,7 +10,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def tokenizer(tiny_model):
-    from jaxalign.models.huggingface import load_tokenizer
+    from jaxalign.models.files.huggingface import load_tokenizer
 
     return load_tokenizer(str(tiny_model))
 

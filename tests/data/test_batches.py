@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign.data.batches import Mixture, Plan, TrainBatches, bucket_widths, eval_batches, iterate
-from jaxalign.data.tokens import Examples
+from jaxalign.data.batches.rows import Mixture, Plan, TrainBatches, bucket_widths, eval_batches, iterate
+from jaxalign.data.read.tokens import Examples
 
 RAGGED = np.random.default_rng(1).integers(2, 17, 60).tolist()
 

@@ -3,7 +3,7 @@
 import jinja2
 import pytest
 
-from jaxalign.data.chat import TEMPLATES, Span, choose_template, require_template, spans
+from jaxalign.data.read.chat import TEMPLATES, Span, choose_template, require_template, spans
 
 
 class Renderer:

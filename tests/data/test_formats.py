@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxalign.data.formats import Conversation, PromptCompletion, Text, normalise, recognise
+from jaxalign.data.read.formats import Conversation, PromptCompletion, Text, normalise, recognise
 
 
 def turns(*contents, first="user"):

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign.data.batches import Mixture
-from jaxalign.data.groups import GroupBatches, GroupPlan, Layout, Responses, eval_batches, pack_groups
-from jaxalign.data.tokens import Examples
+from jaxalign.data.batches.groups import GroupBatches, GroupPlan, Layout, Responses, eval_batches, pack_groups
+from jaxalign.data.batches.rows import Mixture
+from jaxalign.data.read.tokens import Examples
 
 
 def responses(count, *, k=2, longest=20, seed=0, missing=False):

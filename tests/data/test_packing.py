@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxalign.data.packing import pack
+from jaxalign.data.batches.packing import pack
 
 
 @settings(deadline=None)

@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from jaxalign.data import preference_formats, preferences
-from jaxalign.data.formats import Conversation, PromptCompletion
-from jaxalign.data.preference_formats import PAIRS, RANKED, RATED, as_kind, recognise
-from jaxalign.data.supervised import Options
-from jaxalign.models.huggingface import load_tokenizer
+from jaxalign.data.read import feedback_formats
+from jaxalign.data.read.feedback_formats import PAIRS, RANKED, RATED, as_kind, recognise
+from jaxalign.data.read.formats import Conversation, PromptCompletion
+from jaxalign.data.sets import preferences
+from jaxalign.data.sets.supervised import Options
+from jaxalign.models.files.huggingface import load_tokenizer
 
 USER, YES, NO = ({"role": r, "content": c} for r, c in (("user", "p"), ("assistant", "y"), ("assistant", "n")))
 HH = "\n\nHuman: a ?\n\nAssistant: b\n\nHuman: c ?\n\nAssistant: "
@@ -112,7 +113,7 @@ def test_a_ranking_of_three_is_three_pairs_and_a_pair_is_two_rated_responses():
     assert pairs == [("best", "second"), ("best", "worst"), ("second", "worst")]
     rated = [(last(group.sequences[0]), group.label) for group in as_kind(ranking, RATED)]
     assert rated == [("best", True), ("worst", False)]
-    label = preference_formats.Group((PromptCompletion("p", "y"),), label=True)
+    label = feedback_formats.Group((PromptCompletion("p", "y"),), label=True)
     with pytest.raises(ValueError, match="responses with a label each are no pairs; `jaxalign kto` learns from them"):
         as_kind([label], PAIRS)
 
@@ -170,7 +171,7 @@ def test_ranks_of_a_ranking_are_a_column_where_some_are_equal(tmp_path, tiny_mod
         {"prompt": "the ?", "responses": ["cat", "dog", "red"], "ranks": [2, 1, 2]},
         {"prompt": "the ?", "responses": ["cat", "dog"], "ranks": [1, 2]},
     ]
-    data = load(tmp_path, tiny_model, rows, kind=preference_formats.RANKED, eval_share=0.0)
+    data = load(tmp_path, tiny_model, rows, kind=feedback_formats.RANKED, eval_share=0.0)
     ranks = data.responses.columns["ranks"]
     assert ranks[0, :3].tolist() == [0, 1, 1] and ranks[1, :2].tolist() == [0, 1] and ranks.shape == (2, 9)
 
@@ -354,7 +355,7 @@ def test_a_mismatched_response_answered_another_prompt_where_there_is_one(tmp_pa
     ],
 )
 def test_real_feedback_is_read_whole(shared_data, name, kind, groups):
-    from jaxalign.data import sources
+    from jaxalign.data.read import sources
 
     rows = sources.load(sources.parse(str(shared_data / f"{name}.jsonl.gz"))[0]).rows
     form = recognise(rows[0].keys(), where=name)

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 
-from jaxalign.data.groups import GroupPlan, Layout, Responses
-from jaxalign.data.prefixes import together
-from jaxalign.data.tokens import Examples
+from jaxalign.data.batches.groups import GroupPlan, Layout, Responses
+from jaxalign.data.batches.packing import together
+from jaxalign.data.read.tokens import Examples
 
 
 def group(*responses, prompt=(5, 6, 7)):

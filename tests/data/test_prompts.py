@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxalign.data import prompts
+from jaxalign.data.sets import prompts
 
 
 def load(tokenizer, tmp_path, rows, **options):

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from jaxalign.data import sources
-from jaxalign.data.sources import Source, load, parse
+from jaxalign.data.read import sources
+from jaxalign.data.read.sources import Source, load, parse
 
 ROWS = [{"text": f"row {i}"} for i in range(3)]
 

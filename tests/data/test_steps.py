@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from jaxalign.data import steps
-from jaxalign.data.supervised import Options
-from jaxalign.models.huggingface import load_tokenizer
+from jaxalign.data.sets import solutions
+from jaxalign.data.sets.supervised import Options
+from jaxalign.models.files.huggingface import load_tokenizer
 
 ROW = {"prompt": "one ?", "completions": ["the cat", "a dog runs"], "labels": [True, False]}
 
@@ -15,7 +15,7 @@ def load(tmp_path, tiny_model, rows, **more):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = Options(terminators=(2,), **{"max_dropped": 0.5, "eval_share": 0.0, "max_length": 16, **more})
-    return steps.load(str(path), load_tokenizer(str(tiny_model)), options).responses
+    return solutions.load(str(path), load_tokenizer(str(tiny_model)), options).responses
 
 
 def test_a_step_is_labelled_at_the_last_token_of_its_separator(tmp_path, tiny_model):

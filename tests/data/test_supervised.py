@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from jaxalign.data.supervised import Options, load
+from jaxalign.data.sets.supervised import Options, load
 
 EOS = 2
 
@@ -117,8 +117,8 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_files_are_recognised_and_their_masks_hold_what_is_answered(shared_data, name, caplog):
-    from jaxalign.data.chat import choose_template
-    from jaxalign.models.huggingface import load_tokenizer
+    from jaxalign.data.read.chat import choose_template
+    from jaxalign.models.files.huggingface import load_tokenizer
 
     tokenizer = load_tokenizer(str(shared_data / "tokenizers" / "mistral-v1"))
     choose_template(tokenizer, "alpaca")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxalign.data.formats import Conversation, PromptCompletion, Text
-from jaxalign.data.tokens import Encoder, Examples, joined, show
+from jaxalign.data.read.formats import Conversation, PromptCompletion, Text
+from jaxalign.data.read.tokens import Encoder, Examples, joined, show
 
 EOS = 2
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "the", "a", "cat", "dog", "sees", "likes", "runs", "to", "from"]
@@ -127,7 +127,7 @@ def test_an_example_is_shown_with_what_is_learned_in_brackets(tokenizer):
     "name", ["models/stories260K", "models/babyllama-char361", "tokenizers/mistral-v1", "tokenizers/gpt2"]
 )
 def test_real_tokenizers_join_prompt_and_completion_as_one_text(shared_data, name):
-    from jaxalign.models.huggingface import load_tokenizer
+    from jaxalign.models.files.huggingface import load_tokenizer
 
     tokenizer = load_tokenizer(str(shared_data / name))
     prompt, completion = "Lily said: ", "I like the red ball."

@@ -87,7 +87,7 @@ def test_the_quick_run_trains_a_reference_learns_from_its_samples_and_draws_the_
     assert 0.2 < ref.score < 0.8 and ref.ended > 0.3
     assert (tmp_path / "imdb_frontier.png").read_bytes().startswith(b"\x89PNG")
 
-    from jaxalign.models.huggingface import load_tokenizer
+    from jaxalign.models.files.huggingface import load_tokenizer
 
     tokenizer = load_tokenizer(str(tmp_path / "sft" / "final"))
     pairs, rated = (

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.losses.inputs import PAIR_INPUTS, RANKING_INPUTS, UNPAIRED_INPUTS, apply, check_inputs
-from jaxalign.losses.mixture import select_loss
-from jaxalign.losses.preference import PREFERENCE_LOSSES
+from jaxalign.losses.contract import PAIR_INPUTS, RANKING_INPUTS, UNPAIRED_INPUTS, apply, check_inputs
+from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
 from jaxalign.losses.ranking import RANKING_LOSSES
+from jaxalign.losses.sums import select_loss
 from jaxalign.losses.unpaired import UNPAIRED_LOSSES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())

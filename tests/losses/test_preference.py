@@ -5,18 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.losses.adaptive import wpo_weights
-from jaxalign.losses.divergences import DIVERGENCES, under_divergence
-from jaxalign.losses.inputs import (
-    PAIR_INPUTS,
-    apply,
-    check_inputs,
-    input_names,
-    needs_reference,
-    needs_whole_batch,
-)
-from jaxalign.losses.mixture import mixture, select_loss
-from jaxalign.losses.preference import PREFERENCE_LOSSES, dpo
+from jaxalign.losses.contract import PAIR_INPUTS, apply, check_inputs, input_names, needs_reference, needs_whole_batch
+from jaxalign.losses.pairs.adaptive import wpo_weights
+from jaxalign.losses.pairs.divergences import DIVERGENCES, under_divergence
+from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES, dpo
+from jaxalign.losses.sums import mixture, select_loss
 
 LOG2 = np.log(2)
 

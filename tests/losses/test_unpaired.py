@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.losses.preference import PREFERENCE_LOSSES
+from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
 from jaxalign.losses.unpaired import UNPAIRED_LOSSES, apo_zero_unpaired, balanced_lambdas, bco, kto
 
 LABELS = jnp.array([True, False])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.models import attention as module
+from jaxalign.models.decoder import attention as module
 
 BATCH, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 150, 4, 2, 8  # blocks of 64, 64 and 22
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxalign.models.cache import empty_cache
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.families import model_config
-from jaxalign.models.huggingface import read_config
-from jaxalign.models.load import load_params
+from jaxalign.models.decoder.cache import empty_cache
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files.families import model_config
+from jaxalign.models.files.huggingface import read_config
+from jaxalign.models.files.load import load_params
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import TINY, save_random

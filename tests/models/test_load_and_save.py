@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxalign.models.decoder import init_params, make_decoder
-from jaxalign.models.families import model_config, tensor_maps
-from jaxalign.models.huggingface import folder, load_tokenizer, read_config, read_hf_config, terminators
-from jaxalign.models.load import load_params
-from jaxalign.models.placement import make_mesh, shardings
-from jaxalign.models.save import save_pretrained
+from jaxalign.models.decoder.decoder import init_params, make_decoder
+from jaxalign.models.files.families import model_config, tensor_maps
+from jaxalign.models.files.huggingface import folder, load_tokenizer, read_config, read_hf_config, terminators
+from jaxalign.models.files.load import load_params
+from jaxalign.models.files.save import save_pretrained
+from jaxalign.models.places import make_mesh, shardings
 from jaxalign.types import leaf_names
 
 sys.path.insert(0, str(Path(__file__).parent))

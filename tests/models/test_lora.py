@@ -13,15 +13,23 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.algorithms.sft import sft
-from jaxalign.models.decoder import init_params, make_decoder
-from jaxalign.models.families import model_config
-from jaxalign.models.layers import Linear
-from jaxalign.models.layout import Layout
-from jaxalign.models.lora import Adapter, Lora, init_adapter, join, linear_layers, merged_norms, resolve_targets, split
-from jaxalign.models.merge import merge
-from jaxalign.models.placement import make_mesh, shardings
-from jaxalign.models.quantise import quantise_kernels
+from jaxalign.algorithms.supervised import sft
+from jaxalign.models.adapters.lora import (
+    Adapter,
+    Lora,
+    init_adapter,
+    join,
+    linear_layers,
+    merged_norms,
+    resolve_targets,
+    split,
+)
+from jaxalign.models.adapters.merge import merge
+from jaxalign.models.adapters.quantise import quantise_kernels
+from jaxalign.models.decoder.decoder import init_params, make_decoder
+from jaxalign.models.decoder.layers import Linear
+from jaxalign.models.files.families import model_config
+from jaxalign.models.places import Layout, make_mesh, shardings
 from jaxalign.training.optimizer import is_matrix
 from jaxalign.training.sharding import jit_step, put_batch
 from jaxalign.training.state import TrainState

@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.families import model_config
-from jaxalign.models.huggingface import read_config
-from jaxalign.models.load import load_params
-from jaxalign.models.lora import Lora, join, linear_layers, resolve_targets, split
-from jaxalign.models.peft import load_adapter, save_adapter
+from jaxalign.models.adapters.lora import Lora, join, linear_layers, resolve_targets, split
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files.families import model_config
+from jaxalign.models.files.huggingface import read_config
+from jaxalign.models.files.load import load_params
+from jaxalign.models.files.peft import load_adapter, save_adapter
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import TINY, save_random

@@ -12,14 +12,14 @@ from flax import nnx
 from jax.scipy.stats import norm
 from safetensors.numpy import load_file
 
-from jaxalign.models.decoder import init_params, make_decoder
-from jaxalign.models.families import model_config
-from jaxalign.models.load import load_params
-from jaxalign.models.lora import Lora, init_adapter, join, split
-from jaxalign.models.merge import merge, merge_by_layer
-from jaxalign.models.placement import make_mesh, shardings
-from jaxalign.models.quantise import NF4, dequantise, quantise_kernel, quantise_kernels
-from jaxalign.models.save import save_pretrained
+from jaxalign.models.adapters.lora import Lora, init_adapter, join, split
+from jaxalign.models.adapters.merge import merge, merge_by_layer
+from jaxalign.models.adapters.quantise import NF4, dequantise, quantise_kernel, quantise_kernels
+from jaxalign.models.decoder.decoder import init_params, make_decoder
+from jaxalign.models.files.families import model_config
+from jaxalign.models.files.load import load_params
+from jaxalign.models.files.save import save_pretrained
+from jaxalign.models.places import make_mesh, shardings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import TINY

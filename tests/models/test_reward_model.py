@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxalign.models import placement
+from jaxalign.models import places
+from jaxalign.models.files.reward import CLASSIFIERS, load_reward_params, member_scores, read_reward_model
+from jaxalign.models.files.save import save_pretrained
 from jaxalign.models.heads import combine
-from jaxalign.models.layout import Layout
-from jaxalign.models.reward_model import CLASSIFIERS, load_reward_params, member_scores, read_reward_model
-from jaxalign.models.save import save_pretrained
+from jaxalign.models.places import Layout
 from jaxalign.training import sharding
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -63,11 +63,11 @@ def test_scores_of_ragged_rows_equal_transformers(name, tmp_path):
 def test_on_a_mesh_the_scores_are_those_of_one_device(tmp_path):
     pytest.importorskip("torch")
     save_classifier("llama", tmp_path)
-    mesh = placement.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = places.make_mesh(data=2, fsdp=2, tensor=2)
     tokens, lengths = np.random.default_rng(0).integers(3, 67, (4, 8), np.int32), np.array([8, 5, 3, 8], np.int32)
     alone, cut = read_reward_model(str(tmp_path)), read_reward_model(str(tmp_path), layout=Layout(mesh))
     expected = member_scores(alone.graphdef, load_reward_params(alone), tokens, lengths)
-    params = load_reward_params(cut, shardings=placement.shardings(cut.like, mesh))
+    params = load_reward_params(cut, shardings=places.shardings(cut.like, mesh))
     assert "fsdp" in params["model"]["blocks"]["mlp"]["up"]["kernel"].sharding.spec
     batch = sharding.put_batch((tokens, lengths), mesh)
     found = jax.jit(member_scores, static_argnums=0)(cut.graphdef, params, *batch)

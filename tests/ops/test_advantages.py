@@ -11,14 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxalign.kernels import gae as kernel
 from jaxalign.kernels.runtime import interpreted
-from jaxalign.ops.advantages import (
-    decoupled_advantages,
-    gae,
-    group_advantages,
-    leave_one_out,
-    returns,
-    shaped_rewards,
-)
+from jaxalign.ops.advantages import decoupled_advantages, gae, group_advantages, leave_one_out, returns, shaped_rewards
 
 IMPLEMENTATIONS = ["scan", "associative", "matmul", "pallas"]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.ops.largest import largest
+from jaxalign.ops.logits import largest
 
 
 @pytest.mark.parametrize("width", [1, 100, 128, 1280, 1300])

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.models import placement
+from jaxalign.models import places
 from jaxalign.ops import logprobs
 from jaxalign.ops.logprobs import Shards, token_logps
 from jaxalign.types import Unembedding
@@ -49,7 +49,7 @@ def outcome(implementation, shards, cotangents, hidden, weight, bias, targets, m
 )
 def test_any_cut_of_tokens_width_and_vocabulary_gives_the_same_values_and_gradients(sizes, vocabulary):
     hidden, weight, bias, targets, mask, cotangents = problem(vocabulary)
-    mesh = placement.make_mesh(**sizes)
+    mesh = places.make_mesh(**sizes)
     rows = P(("data", "fsdp"))
     tensor = "tensor" if vocabulary % mesh.shape["tensor"] == 0 else None
     specs = P(("data", "fsdp"), None), P(tensor, "fsdp"), P(tensor), rows, rows
@@ -69,7 +69,7 @@ def test_tokens_that_the_mesh_does_not_divide_go_in_chunks_and_the_log_says_so_o
     monkeypatch.setattr(ours, "handlers", [])
     logprobs._say_once.cache_clear()
     hidden, weight, _, targets, _, _ = problem(40)
-    shards = Shards(placement.make_mesh(fsdp=8))
+    shards = Shards(places.make_mesh(fsdp=8))
     for _ in range(2):
         found = token_logps(hidden[:30], Unembedding(weight), targets[:30], implementation="pallas", shards=shards)
     expected = token_logps(hidden[:30], Unembedding(weight), targets[:30], implementation="chunked")

@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from jaxalign.quickstart import judge, pipeline, stages, tokenizer, world
-from jaxalign.quickstart.curves import SMOOTHING
-from jaxalign.rollout.reward_functions import reward_model
+from jaxalign.report.curves import SMOOTHING
+from jaxalign.rollout.rewards.functions import reward_model
 from jaxalign.runs.config import QuickstartConfig
 from jaxalign.training.metrics import read_rows
 
@@ -19,9 +19,9 @@ def write_random_model(folder):
     """The quickstart's tokenizer and chat template, and weights that know nothing."""
     from transformers import AutoTokenizer
 
-    from jaxalign.models.decoder import init_params
-    from jaxalign.models.families import model_config
-    from jaxalign.models.save import save_pretrained
+    from jaxalign.models.decoder.decoder import init_params
+    from jaxalign.models.files.families import model_config
+    from jaxalign.models.files.save import save_pretrained
 
     tokenizer.write_start(folder / "start")
     hf = json.loads((folder / "start" / "config.json").read_text()) | SMALL | {"num_key_value_heads": 2}
@@ -34,7 +34,7 @@ def write_random_model(folder):
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     """A quickstart from SFT on, without DPO and KTO, which have tests of their own."""
-    from jaxalign.models import placement
+    from jaxalign.models import places
 
     def plan(output, seed):
         for planned in stages.plan(output, seed):
@@ -43,7 +43,7 @@ def output(tmp_path_factory):
                 config = dataclasses.replace(planned.config, steps=STEPS, batch_size=8, samples=8, optimizer=optimizer)
                 yield planned._replace(config=config)
 
-    folder, whole = tmp_path_factory.mktemp("quickstart"), placement.make_mesh
+    folder, whole = tmp_path_factory.mktemp("quickstart"), places.make_mesh
     write_random_model(folder / "base")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))

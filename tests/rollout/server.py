@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxalign.models import huggingface
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.load import load_params
-from jaxalign.rollout.engine import LocalEngine, Request
-from jaxalign.rollout.slots import Sampling
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.load import load_params
+from jaxalign.rollout.engine.engine import LocalEngine, Request
+from jaxalign.rollout.engine.slots import Sampling
 
 
 class Wired(LocalEngine):

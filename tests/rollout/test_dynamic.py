@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxalign.rollout.dynamic import Drawn, fill, stand_ins
-from jaxalign.rollout.engine import Response
+from jaxalign.rollout.engine.engine import Response
+from jaxalign.rollout.scored import Drawn, fill, stand_ins
 
 
 def drawing(worth, calls):

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxalign.models import placement
-from jaxalign.models.decoder import init_params, make_decoder
-from jaxalign.models.families import model_config
-from jaxalign.models.layout import Layout
+from jaxalign.models import places
+from jaxalign.models.decoder.decoder import init_params, make_decoder
+from jaxalign.models.files.families import model_config
+from jaxalign.models.places import Layout
 from jaxalign.ops.logprobs import next_token_logps
-from jaxalign.rollout import engine as engine_module
-from jaxalign.rollout import slots as device
-from jaxalign.rollout.engine import LocalEngine, Request
-from jaxalign.rollout.generate import generate_ids
-from jaxalign.rollout.slots import Sampling
+from jaxalign.rollout.engine import engine as engine_module
+from jaxalign.rollout.engine import slots as device
+from jaxalign.rollout.engine.engine import LocalEngine, Request
+from jaxalign.rollout.engine.slots import Sampling
+from jaxalign.rollout.respond import generate_ids
 from tests.models.tiny import TINY
 
 KEY = jax.random.key(0)
@@ -236,10 +236,10 @@ def test_a_mesh_gives_the_tokens_of_one_device(model, layout, monkeypatch):
     sampling = Sampling(18)
     expected = ids(generate(model, sampling))
     monkeypatch.setattr(engine_module, "FIRST_RING", 9)
-    mesh = placement.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = places.make_mesh(data=2, fsdp=2, tensor=2)
     config = model_config({"architectures": ["LlamaForCausalLM"], **TINY["llama"]})
     graphdef, abstract = make_decoder(config, layout=Layout(mesh))
-    params = jax.device_put(model[1], placement.shardings(abstract, mesh))
+    params = jax.device_put(model[1], places.shardings(abstract, mesh))
     assert ids(generate((graphdef, params), sampling, slots=4, layout=layout)) == expected
 
 

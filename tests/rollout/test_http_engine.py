@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign.models import huggingface
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.load import load_params
-from jaxalign.models.save import save_pretrained
-from jaxalign.rollout.engine import LocalEngine, Request
-from jaxalign.rollout.http_engine import EngineError, HttpEngine
-from jaxalign.rollout.servers import parse_reload
-from jaxalign.rollout.slots import Sampling
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.load import load_params
+from jaxalign.models.files.save import save_pretrained
+from jaxalign.rollout.engine.engine import LocalEngine, Request
+from jaxalign.rollout.engine.http import EngineError, HttpEngine
+from jaxalign.rollout.engine.servers import parse_reload
+from jaxalign.rollout.engine.slots import Sampling
 from tests.rollout.server import Server
 
 KEY = jax.random.key(3)

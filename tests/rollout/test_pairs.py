@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from jaxalign.data.groups import GroupPlan, Layout
-from jaxalign.rollout.engine import Response
-from jaxalign.rollout.pairs import best_and_worst, pairs_of
+from jaxalign.data.batches.groups import GroupPlan, Layout
+from jaxalign.rollout.batches import best_and_worst, pairs_of
+from jaxalign.rollout.engine.engine import Response
 
 
 def test_a_pair_is_the_best_and_the_worst_and_equals_have_none():

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from jaxalign.rollout.reward_functions import REWARDS
-from jaxalign.rollout.rewards import RewardError, Rewards
+from jaxalign.rollout.rewards.functions import REWARDS
+from jaxalign.rollout.rewards.rewards import RewardError, Rewards
 
 
 @pytest.mark.parametrize(

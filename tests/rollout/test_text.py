@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from jaxalign.rollout.generate import text_after
+from jaxalign.rollout.respond import text_after
 from jaxalign.runs.generate import respond
 
 PIECES = ["<s>", "<unk>", "▁Once", "▁upon", "▁a", "▁time", "ly", *(f"<0x{byte:02X}>" for byte in range(256))]

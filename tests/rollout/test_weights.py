@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxalign.models import placement
-from jaxalign.models.decoder import init_params, make_decoder
-from jaxalign.models.families import model_config
-from jaxalign.models.layout import Layout
-from jaxalign.models.lora import Lora, init_adapter, join, split
-from jaxalign.rollout import slots as device
-from jaxalign.rollout.slots import Sampling
-from jaxalign.rollout.weights import weights_of
+from jaxalign.models import places
+from jaxalign.models.adapters.lora import Lora, init_adapter, join, split
+from jaxalign.models.decoder.decoder import init_params, make_decoder
+from jaxalign.models.files.families import model_config
+from jaxalign.models.places import Layout
+from jaxalign.rollout.engine import slots as device
+from jaxalign.rollout.engine.params import weights_of
+from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.types import leaf_names
 from tests.models.tiny import TINY
 
@@ -22,9 +22,9 @@ PARAMS = init_params(CONFIG, jax.random.key(0))
 
 
 def on_a_mesh():
-    mesh = placement.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = places.make_mesh(data=2, fsdp=2, tensor=2)
     graphdef, abstract = make_decoder(CONFIG, compute_dtype=jnp.bfloat16, layout=Layout(mesh))
-    return graphdef, jax.device_put(PARAMS, placement.shardings(abstract, mesh))
+    return graphdef, jax.device_put(PARAMS, places.shardings(abstract, mesh))
 
 
 def named(tree):

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.cli.main import main
-from jaxalign.models import huggingface
+from jaxalign.models.files import huggingface
 from jaxalign.runs import generate
 from jaxalign.runs.conversation import Continuation, Conversation
 from jaxalign.runs.terminal import Stream, visible

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxalign.models import placement
+from jaxalign.models import places
 from jaxalign.runs import export, finish, sft
 from jaxalign.runs.config import CheckpointConfig, ExportConfig, MeshConfig, OptimizerConfig, SFTConfig
 from jaxalign.training.metrics import read_rows
@@ -17,7 +17,7 @@ from jaxalign.training.metrics import read_rows
 @pytest.fixture(scope="module")
 def run(tiny_model, tiny_data, tmp_path_factory):
     """Six steps on answers of cats, held out answers of dogs: their loss rises, so the best checkpoint is the first."""
-    whole = placement.make_mesh
+    whole = places.make_mesh
     folder = tmp_path_factory.mktemp("exported")
     dogs = [{"prompt": f"{word} ?", "completion": "two dogs , red to blue ."} for word in ("a", "one", "runs")]
     (folder / "dogs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dogs))

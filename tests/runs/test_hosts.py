@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxalign.runs import hosts
+from jaxalign import hosts
 from jaxalign.training.metrics import deterministic, read_rows
 
 STEPS = 40

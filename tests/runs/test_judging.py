@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxalign.rollout.rewards import Rewards
+from jaxalign.rollout.rewards.rewards import Rewards
 from tests.runs.test_hosts import free_port
 
 PROMPTS = ["one cat", "two", "one dog sees", "two", "one"]

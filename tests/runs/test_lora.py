@@ -13,19 +13,19 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import parse
-from jaxalign.models import placement
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.huggingface import read_config, read_hf_config
-from jaxalign.models.load import load_params
-from jaxalign.models.lora import Lora, join, resolve_targets, split
-from jaxalign.models.merge import merge
-from jaxalign.models.peft import load_adapter, save_adapter
-from jaxalign.models.save import save_pretrained
+from jaxalign.models import places
+from jaxalign.models.adapters.lora import Lora, join, resolve_targets, split
+from jaxalign.models.adapters.merge import merge
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files.huggingface import read_config, read_hf_config
+from jaxalign.models.files.load import load_params
+from jaxalign.models.files.peft import load_adapter, save_adapter
+from jaxalign.models.files.save import save_pretrained
 from jaxalign.runs import adapters, export, generate, sft
 from jaxalign.runs.config import CheckpointConfig, ExportConfig, LoraConfig, MeshConfig, OptimizerConfig, SFTConfig
 from jaxalign.training.metrics import deterministic, read_rows
 
-EVERY_DEVICE = placement.make_mesh
+EVERY_DEVICE = places.make_mesh
 TOKENS = np.arange(24).reshape(2, 12)
 
 

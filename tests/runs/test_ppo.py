@@ -9,14 +9,7 @@ import pytest
 
 from jaxalign.cli.main import main
 from jaxalign.runs import ppo, reward
-from jaxalign.runs.config import (
-    ExportConfig,
-    LoraConfig,
-    MeshConfig,
-    OptimizerConfig,
-    RefUpdateConfig,
-    RewardConfig,
-)
+from jaxalign.runs.config import ExportConfig, LoraConfig, MeshConfig, OptimizerConfig, RefUpdateConfig, RewardConfig
 from jaxalign.runs.rl_config import CriticConfig, PPOAlgorithm, PPOConfig
 from tests.runs.test_preferences import final, rows
 from tests.runs.test_rl import SHARED, prompts  # noqa: F401  a fixture
@@ -46,10 +39,10 @@ def trained(tiny_model, prompts, tmp_path_factory):  # noqa: F811
     """One run with nearly all that PPO has, its critic a model of its own."""
     import jax
 
-    from jaxalign.models import placement
+    from jaxalign.models import places
 
     prompts.with_name("text.jsonl").write_text('{"text": "the cat sees the dog . the dog runs to the cat ."}\n' * 8)
-    whole = placement.make_mesh
+    whole = places.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         config = config_of(tiny_model, prompts, tmp_path_factory.mktemp("ppo") / "run")

@@ -60,9 +60,9 @@ def trained(tiny_model, pairs, tmp_path_factory):
     """The run of each command, by its name, made once."""
     import jax
 
-    from jaxalign.models import placement
+    from jaxalign.models import places
 
-    whole, runs = placement.make_mesh, {}
+    whole, runs = places.make_mesh, {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         for name, kind, run in (("dpo", DPOConfig, preferences.run_dpo), ("kto", KTOConfig, preferences.run_kto)):

@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
-from jaxalign.models.huggingface import load_tokenizer
-from jaxalign.rollout import reward_functions
-from jaxalign.rollout.rewards import Rewards
-from jaxalign.rollout.score import load_reward_model
+from jaxalign.models.files.huggingface import load_tokenizer
+from jaxalign.rollout.rewards import functions
+from jaxalign.rollout.rewards.rewards import Rewards
+from jaxalign.rollout.rewards.scorer import load_reward_model
 from jaxalign.runs import export, reward
 from jaxalign.runs.config import ExportConfig, LoraConfig, OptimizerConfig, RewardAlgorithm, RewardConfig
 from jaxalign.runs.scorer import padded
@@ -26,9 +26,9 @@ from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 def trained(tiny_model, pairs, tmp_path_factory):  # noqa: F811
     import jax
 
-    from jaxalign.models import placement
+    from jaxalign.models import places
 
-    whole = placement.make_mesh
+    whole = places.make_mesh
     output = tmp_path_factory.mktemp("reward") / "run"
     config = RewardConfig(model=str(tiny_model), data=str(pairs), output=output, members=2, **SHARED)
     with pytest.MonkeyPatch.context() as patch:
@@ -139,7 +139,7 @@ def test_a_reward_model_is_held_once_by_those_who_check_it_and_those_who_ask_it(
     loads = []
     load = lambda *a, **k: loads.append(a) or load_reward_model(*a, **k)  # noqa: E731
     monkeypatch.setattr(reward_functions, "load_reward_model", load)
-    reward_functions._loaded.cache_clear()
+    functions._loaded.cache_clear()
     Rewards(f"reward_model(path={str(trained.output / 'final')!r})")(["one ?"], ["cat"], {"finished": [True]})
     assert len(loads) == 1
 

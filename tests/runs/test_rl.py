@@ -9,22 +9,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
-from jaxalign.rollout.rewards import RewardError
+from jaxalign.rollout.rewards.rewards import RewardError
 from jaxalign.runs import online_dpo, rl, rollouts
-from jaxalign.runs.config import (
-    CheckpointConfig,
-    LoraConfig,
-    MeshConfig,
-    OptimizerConfig,
-)
+from jaxalign.runs.config import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
 from jaxalign.runs.folder import open_run
-from jaxalign.runs.rl_config import (
-    OnlineDPOAlgorithm,
-    OnlineDPOConfig,
-    PolicyAlgorithm,
-    PolicyConfig,
-    RLOOConfig,
-)
+from jaxalign.runs.rl_config import OnlineDPOAlgorithm, OnlineDPOConfig, PolicyAlgorithm, PolicyConfig, RLOOConfig
 from tests.runs.test_preferences import final, rows
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 
@@ -82,9 +71,9 @@ def trained(tiny_model, prompts, tmp_path_factory):
     """The run of each command, by its name, made once."""
     import jax
 
-    from jaxalign.models import placement
+    from jaxalign.models import places
 
-    whole, runs = placement.make_mesh, {}
+    whole, runs = places.make_mesh, {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         for name, (run, kind, options) in COMMANDS.items():

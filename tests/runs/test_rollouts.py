@@ -13,12 +13,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.cli.main import main
-from jaxalign.models import huggingface
-from jaxalign.models.decoder import make_decoder
-from jaxalign.models.load import load_params
-from jaxalign.rollout.engine import LocalEngine, Request
-from jaxalign.rollout.http_engine import EngineError
-from jaxalign.rollout.slots import Sampling
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.load import load_params
+from jaxalign.rollout.engine.engine import LocalEngine, Request
+from jaxalign.rollout.engine.http import EngineError
+from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.runs import generate, rl
 from jaxalign.runs.agreement import Agreement
 from jaxalign.runs.config import GenerateConfig, LoraConfig
@@ -56,9 +56,9 @@ def config_of(model, prompts, output, **changes):
 @pytest.fixture(scope="module")
 def local(tiny_model, prompts, tmp_path_factory):
     """A run on one device."""
-    from jaxalign.models import placement
+    from jaxalign.models import places
 
-    whole, output = placement.make_mesh, tmp_path_factory.mktemp("local") / "run"
+    whole, output = places.make_mesh, tmp_path_factory.mktemp("local") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         assert rl.run_grpo(config_of(tiny_model, prompts, output)) == 0

@@ -42,9 +42,9 @@ def config_of(tiny_model, tiny_data, output, **changes):
 @pytest.fixture
 def one_device(monkeypatch):
     """The run's mesh is made of the first device only."""
-    from jaxalign.models import placement
+    from jaxalign.models import places
 
-    whole = placement.make_mesh
+    whole = places.make_mesh
     monkeypatch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
 
 
@@ -204,9 +204,9 @@ MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 @pytest.fixture(scope="module")
 def one_microbatch_on_one_device(tiny_model, tiny_data, tmp_path_factory):
-    from jaxalign.models import placement
+    from jaxalign.models import places
 
-    whole = placement.make_mesh
+    whole = places.make_mesh
     output = tmp_path_factory.mktemp("reference") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
@@ -219,10 +219,10 @@ def one_microbatch_on_one_device(tiny_model, tiny_data, tmp_path_factory):
 def test_microbatches_and_meshes_give_the_same_parameters(
     mesh, microbatches, one_microbatch_on_one_device, tiny_model, tiny_data, tmp_path, monkeypatch
 ):
-    from jaxalign.models import placement
+    from jaxalign.models import places
 
     if mesh is None:
-        whole = placement.make_mesh
+        whole = places.make_mesh
         monkeypatch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
     config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=5, batch_size=32, packing=False)
     sizes = MeshConfig(**{"data": 1, "fsdp": 1, **(mesh or {})})

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.models.placement import make_mesh
+from jaxalign.models.places import make_mesh
 from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.state import TrainState
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxalign.algorithms.base import Algorithm
-from jaxalign.models.placement import make_mesh
+from jaxalign.models.places import make_mesh
 from jaxalign.training.loop import Hooks, NotFiniteError, Progress, fit, offline
 from jaxalign.training.signals import StopRequest
 from jaxalign.training.state import TrainState

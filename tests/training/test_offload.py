@@ -6,8 +6,8 @@ import numpy as np
 import optax
 
 from jaxalign.algorithms.base import Algorithm
-from jaxalign.models import placement
-from jaxalign.models.offload import fetched, offloaded
+from jaxalign.models import places
+from jaxalign.models.places import fetched, offloaded
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
@@ -39,7 +39,7 @@ def program(mesh, *, offload):
 
 
 def test_what_is_fetched_from_the_host_is_what_was_put_there_in_the_same_shares():
-    mesh = placement.make_mesh()
+    mesh = places.make_mesh()
     x = jax.device_put(jnp.arange(32.0).reshape(8, 4), jax.sharding.NamedSharding(mesh, sharding.ROWS))
     away = offloaded({"x": x})["x"]
     assert away.sharding.memory_kind == "pinned_host" and away.sharding.spec == x.sharding.spec
@@ -49,7 +49,7 @@ def test_what_is_fetched_from_the_host_is_what_was_put_there_in_the_same_shares(
 
 
 def test_steps_with_a_frozen_tree_in_host_memory_are_the_same_to_the_bit():
-    mesh, found = placement.make_mesh(), []
+    mesh, found = places.make_mesh(), []
     made = lambda x, n: jax.device_put(jax.random.normal(jax.random.key(n), x.shape), x.sharding)  # noqa: E731
     for offload in (False, True):
         step, start, (like, frozen, batch) = program(mesh, offload=offload)
@@ -65,7 +65,7 @@ def test_steps_with_a_frozen_tree_in_host_memory_are_the_same_to_the_bit():
 
 def test_a_chip_holds_less_by_the_frozen_tree_between_steps():
     """On a TPU: compiled for a GPU that is absent, programs say nothing of the memory that arguments are in."""
-    mesh, size = placement.make_mesh(data=1, fsdp=1, tensor=1, devices=[device("v5e:1x1")]), LAYERS * WIDTH**2 * 4
+    mesh, size = places.make_mesh(data=1, fsdp=1, tensor=1, devices=[device("v5e:1x1")]), LAYERS * WIDTH**2 * 4
     held, on_host = {}, {}
     for offload in (False, True):
         step, _, shapes = program(mesh, offload=offload)

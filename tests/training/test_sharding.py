@@ -4,7 +4,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.models.placement import make_mesh, shardings
+from jaxalign.models.places import make_mesh, shardings
 from jaxalign.training.sharding import check_batch_size, put_batch
 from jaxalign.training.state import TrainState
 

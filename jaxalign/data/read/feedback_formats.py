@@ -1,0 +1,257 @@
+"""The formats of human (or AI) feedback, recognised from their columns: pairs, rankings and rated responses.
+
+A text prompt with text responses is taken as it stands, one behind the other; messages are rendered with the chat
+template. `as_chat` makes a conversation of such texts: the prompt is a turn of the user, the response one of the
+assistant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jaxalign.data.read import formats
+from jaxalign.data.read.formats import Conversation, Normal, PromptCompletion, Row
+
+PAIRS, RANKED, RATED = "pairs", "ranked", "rated"
+# Columns of a pair: by how much the first is better, the probability that it is, whether the two are equally good.
+OPINIONS = "margin", "preference", "tie"
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Responses to one prompt, each with it: a pair or ranking has the best first; a rated response is alone."""
+
+    sequences: tuple[Normal, ...]
+    label: bool | None = None  # of a rated response: desirable or not
+    opinions: dict[str, float] = dataclasses.field(default_factory=dict)  # of a pair: OPINIONS that the row has
+    ranks: tuple[int, ...] | None = None  # of a ranking, if some are equal; 0 the best
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedbackFormat:
+    """`columns` must all be present; the first format of FEEDBACK_FORMATS that fits decides."""
+
+    name: str
+    kind: str
+    columns: tuple[str, ...]
+    convert: Callable[[Row, bool], list[Group]]  # (row, as_chat)
+
+
+def sequence(prompt: Any, response: Any, as_chat: bool) -> Normal:
+    """Of a prompt (text or messages) and a response (text, message or messages)."""
+    if isinstance(prompt, str) and isinstance(response, str) and not as_chat:
+        return PromptCompletion(prompt, response)
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return _conversation([*before, *_turns(response)])
+
+
+def _turns(response: Any) -> list[Row]:
+    if isinstance(response, str):
+        return [{"role": "assistant", "content": response}]
+    return [response] if isinstance(response, dict) else list(response)
+
+
+def _conversation(turns: Sequence[Row]) -> Conversation:
+    """Of messages in either spelling: role and content, or from and value."""
+    return formats.messages([{"role": t["from"], "content": t["value"]} if "from" in t else t for t in turns])
+
+
+def _pair(prompt: str) -> Callable[[Row, bool], list[Group]]:
+    """Of the column named `prompt` and chosen, rejected, which may repeat the prompt or have turns behind it."""
+
+    def convert(row: Row, as_chat: bool) -> list[Group]:
+        asked = row[prompt]
+        if row.get("system") and isinstance(asked, str):
+            asked = [{"role": "system", "content": row["system"]}, {"role": "user", "content": asked}]
+        parts = [_context_and_response(asked, row[name]) for name in ("chosen", "rejected")]
+        return [Group(tuple(sequence(*part, as_chat) for part in parts), opinions=_opinions(row))]
+
+    return convert
+
+
+def _context_and_response(prompt: Any, response: Any) -> tuple[Any, Any]:
+    """(all that stands before the response, the response) of messages that repeat the prompt or go on behind it.
+
+    Of the two, the longer tells the context: a repeated prompt may have a system turn before it, or lack the prompt's.
+    """
+    if not isinstance(response, list) or len(response) < 2:
+        return prompt, response
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    turns, known = (_conversation(part).messages for part in (response, asked))
+    if _within(known, turns[:-1]):
+        return response[:-1], response[-1:]
+    if _within(turns[:-1], known[1 - len(turns) :]):  # its last turns
+        return prompt, response[-1:]
+    if turns[0]["role"] == "assistant":
+        return asked, response
+    raise ValueError(
+        f"a response of {len(turns)} turns begins with {turns[0]['role']} and does not repeat the prompt; repeat all "
+        "of it, or begin with the assistant's turn behind it"
+    )
+
+
+def _within(few: Sequence[Row], many: Sequence[Row]) -> bool:
+    """Whether some turns stand among others, one behind the other; white space around a text is no difference."""
+    few, many = ([(turn["role"], turn["content"].strip()) for turn in part] for part in (few, many))
+    return any(many[i : i + len(few)] == few for i in range(len(many) - len(few) + 1))
+
+
+def _check_finite(name: str, *values: float) -> None:
+    for value in values:
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}, not a finite number; give one, or leave it out")
+
+
+def _opinions(row: Row) -> dict[str, float]:
+    for name in (*OPINIONS, "score_chosen", "score_rejected"):
+        if isinstance(row.get(name), int | float):
+            _check_finite(name, row[name])
+    found = {name: float(row[name]) for name in OPINIONS if isinstance(row.get(name), int | float)}
+    if not 0 <= found.get("preference", 1) <= 1:
+        raise ValueError(f"preference is {row['preference']!r}, not a probability")
+    scores = row.get("score_chosen"), row.get("score_rejected")
+    if "margin" not in found and all(isinstance(s, int | float) for s in scores):
+        found["margin"] = float(scores[0] - scores[1])
+    return found
+
+
+def _instruction_pair(row: Row, as_chat: bool) -> list[Group]:
+    asked, more = row["instruction"], row.get("input") or ""
+    asked = f"{asked}\n\n{more}" if more.strip() else asked
+    return [Group(tuple(sequence(asked, row[name], True) for name in ("chosen", "rejected")), opinions=_opinions(row))]
+
+
+def _whole_dialogues(row: Row, as_chat: bool) -> list[Group]:
+    """hh-rlhf's texts, or lists of messages, which share all but their last turn."""
+    chosen, rejected = (_dialogue(row[name]) for name in ("chosen", "rejected"))
+    return [Group((chosen, rejected), opinions=_opinions(row))]
+
+
+def _dialogue(text: Any) -> Conversation:
+    if not isinstance(text, str):
+        return _conversation(list(text))
+    parts = re.split(r"\n\n(Human|Assistant):", text)
+    if parts[0].strip() or len(parts) < 3:
+        raise ValueError(r"a dialogue must begin with '\n\nHuman:' or '\n\nAssistant:'")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [{"role": roles[r], "content": said.strip()} for r, said in zip(parts[1::2], parts[2::2], strict=True)]
+    return formats.messages(turns)
+
+
+def _tree(row: Row, as_chat: bool) -> list[Group]:
+    """Of every message of the tree that has two or more ranked replies of the assistant."""
+    found: list[Group] = []
+
+    def visit(node: Row, before: list[Row]) -> None:
+        thread = [*before, {"role": node["role"], "content": node["text"]}]
+        replies = [r for r in node.get("replies") or [] if not r.get("deleted")]
+        ranked = sorted((r for r in replies if r.get("rank") is not None), key=lambda r: r["rank"])
+        if len(ranked) > 1 and ranked[0]["role"] == "assistant":
+            found.append(Group(tuple(sequence(thread, reply["text"], True) for reply in ranked)))
+        for reply in replies:
+            visit(reply, thread)
+
+    visit(row["prompt"], [])
+    return found
+
+
+def _ranking(row: Row, as_chat: bool) -> list[Group]:
+    """`responses` best first, or in the order that `ranks` (1 is best) or `scores` (more is better) give."""
+    responses = list(row["responses"])
+    if row.get("ranks") is not None:
+        keys = list(row["ranks"])
+    else:
+        keys = [-s for s in row["scores"]] if row.get("scores") is not None else list(range(len(responses)))
+    if len(keys) != len(responses):
+        raise ValueError(f"{len(responses)} responses, but {len(keys)} ranks or scores")
+    _check_finite("a rank or score", *keys)
+    order = sorted(range(len(responses)), key=lambda i: keys[i])
+    levels = sorted(set(keys))
+    ranks = tuple(levels.index(keys[i]) for i in order)
+    sequences = tuple(sequence(row["prompt"], responses[i], as_chat) for i in order)
+    return [Group(sequences, ranks=ranks if len(levels) < len(keys) else None)]
+
+
+def _rated(label: str) -> Callable[[Row, bool], list[Group]]:
+    def convert(row: Row, as_chat: bool) -> list[Group]:
+        value = row[label]
+        if not isinstance(value, bool) and value not in (0, 1):
+            raise ValueError(f"column {label} holds {value!r}, not true or false")
+        if "messages" in row:
+            return [Group((_conversation(row["messages"]),), label=bool(value))]
+        return [Group((sequence(row["prompt"], row["completion"], as_chat),), label=bool(value))]
+
+    return convert
+
+
+FEEDBACK_FORMATS: tuple[FeedbackFormat, ...] = (
+    FeedbackFormat("messages with a label", RATED, ("messages", "label"), _rated("label")),
+    FeedbackFormat("prompt+completion with a label", RATED, ("prompt", "completion", "label"), _rated("label")),
+    FeedbackFormat("prompt+completion, desirable", RATED, ("prompt", "completion", "desirable"), _rated("desirable")),
+    FeedbackFormat("ShareGPT pair", PAIRS, ("conversations", "chosen", "rejected"), _pair("conversations")),
+    FeedbackFormat("prompt with a pair", PAIRS, ("prompt", "chosen", "rejected"), _pair("prompt")),
+    FeedbackFormat("Alpaca pair", PAIRS, ("instruction", "chosen", "rejected"), _instruction_pair),
+    FeedbackFormat("question with a pair", PAIRS, ("question", "chosen", "rejected"), _pair("question")),
+    FeedbackFormat("pair of dialogues", PAIRS, ("chosen", "rejected"), _whole_dialogues),
+    FeedbackFormat("OASST tree", RANKED, ("message_tree_id", "prompt"), _tree),
+    FeedbackFormat("prompt with ranked responses", RANKED, ("prompt", "responses"), _ranking),
+)
+
+
+def recognise(columns: Iterable[str], *, where: str) -> FeedbackFormat:
+    """The format of rows with these columns. Raises ValueError that tells the columns and what would be known."""
+    columns = set(columns)
+    for form in FEEDBACK_FORMATS:
+        if columns.issuperset(form.columns):
+            return form
+    known = "; ".join(f"{'+'.join(form.columns)} ({form.name})" for form in FEEDBACK_FORMATS)
+    raise ValueError(f"{where}: columns {', '.join(sorted(columns))} hold no feedback; known are {known}")
+
+
+def as_kind(groups: list[Group], kind: str, *, ties: bool = False) -> list[Group]:
+    """Groups of the kind that a method wants: rankings give their pairs, and pairs give rated responses.
+
+    Of a group in which no response is better than another nothing is left, but a tied pair where PAIRS have `ties`.
+    """
+    if kind == RATED:
+        return [rated for group in groups for rated in _rate(group)]
+    if kind == PAIRS:
+        return [pair for group in groups for pair in _pairs(group, ties)]
+    return [group for group in groups if compares(_levels(group))]
+
+
+def compares(ranks: Sequence[int]) -> bool:
+    """Whether one of the responses is better than another."""
+    return len(set(ranks)) > 1
+
+
+def _levels(group: Group) -> tuple[int, ...]:
+    """The rank of each response, 0 the best."""
+    if group.label is not None:
+        raise ValueError(
+            "responses with a label each are no pairs; `jaxalign kto` learns from them, or give chosen and rejected"
+        )
+    count = len(group.sequences)
+    return (0,) * count if group.opinions.get("tie") else group.ranks or tuple(range(count))
+
+
+def _rate(group: Group) -> list[Group]:
+    """The first of a pair is desirable and the second not; of a ranking, its best and its worst."""
+    if group.label is not None:
+        return [group]
+    if not compares(_levels(group)):
+        return []
+    return [Group((group.sequences[0],), label=True), Group((group.sequences[-1],), label=False)]
+
+
+def _pairs(group: Group, ties: bool) -> list[Group]:
+    """All K choose 2 pairs of a ranking, the better first; of two with equal ranks neither is."""
+    ranks = _levels(group)
+    if len(ranks) == 2 and group.ranks is None and (ties or compares(ranks)):
+        return [group]
+    count = range(len(ranks))
+    return [Group((group.sequences[i], group.sequences[j])) for i in count for j in count if ranks[i] < ranks[j]]

@@ -1,0 +1,1 @@
+"""Examples that a command trains on, holds out, or takes prompts from."""

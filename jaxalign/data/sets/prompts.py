@@ -1,0 +1,131 @@
+"""Prompts for policies to answer, with the other columns of their rows, which rewards may ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxalign.data.read import chat, formats, sources
+
+log = logging.getLogger(__name__)
+
+Prompt = str | Sequence[dict[str, str]]  # a text to continue, or messages to answer
+COLUMNS = ("prompt", "messages", "question", "instruction", "query")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What is answered: ids for the model, texts or messages for rewards."""
+
+    ids: list[tuple[int, ...]]
+    given: list[Any]  # as the data have them, texts or messages
+    columns: dict[str, list[Any]]  # of the rows, by name
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def fingerprint(self) -> int:
+        """Changes when any prompt or column does."""
+        whole = repr((self.ids, sorted(self.columns.items())))
+        return zlib.crc32(whole.encode())
+
+
+def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_chat: bool = False) -> Prompts:
+    """The prompts of `--data`.
+
+    Args:
+      spec: as in `sources.parse`; rows have one of COLUMNS, a text or (`messages`) a conversation to go on with.
+      tokenizer: with a chat template, if prompts are conversations.
+      max_length: tokens of a prompt; longer ones are dropped, for a cut prompt asks another question.
+      max_dropped: share of prompts that may be.
+      as_chat: texts are turns of the user.
+
+    Raises:
+      ValueError: no rows, no such column, a row without a prompt, an empty one, or too many that are too long.
+    """
+    known, given, others, dropped = [], [], [], 0
+    for source in sources.parse(spec):
+        rows = sources.load(source).rows
+        if not len(rows):
+            raise ValueError(f"data {source.name} has no rows")
+        column = next((name for name in COLUMNS if name in rows[0]), None)
+        if column is None:
+            raise ValueError(f"data {source.name}: rows have {', '.join(rows[0])}; prompts are in {', '.join(COLUMNS)}")
+        for number, row in enumerate(rows, 1):
+            where = f"{source.name}, row {number}"
+            prompt = checked(row.get(column), where, column)
+            if as_chat and isinstance(prompt, str):
+                prompt = [{"role": "user", "content": prompt}]
+            ids = tuple(encode(prompt, tokenizer, where))
+            if not ids:
+                raise ValueError(f"{where}: `{column}` is empty, so there is nothing to answer")
+            if len(ids) > max_length:
+                dropped += 1
+                continue
+            known.append(ids)
+            given.append(row[column])
+            others.append({name: value for name, value in row.items() if name != column})
+    total = dropped + len(known)
+    if dropped:
+        log.warning("%d of %d prompts have more than %d tokens and were dropped", dropped, total, max_length)
+    if dropped == total or dropped > max_dropped * total:
+        allow = "" if dropped == total else ", or allow it with --max-dropped"
+        raise ValueError(
+            f"{dropped} of {total} prompts have more than {max_length} tokens, which is --max-length less "
+            f"--max-new-tokens; raise the one or lower the other{allow}"
+        )
+    return Prompts(known, given, by_column(others))
+
+
+def by_column(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The values of every name that any row has; None where a row lacks it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def checked(value: Any, where: str, column: str) -> Prompt:
+    """What a row holds in the column of its prompt. Raises ValueError, with the place, where that is no prompt."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        return formats.normalise(formats.MESSAGES, {"messages": value}, where=where).messages
+    raise ValueError(f"{where}: `{column}` holds {value!r}; it must be a text, or a list of messages")
+
+
+def encode(prompt: Prompt, tokenizer: Any, where: str) -> list[int]:
+    """Ids of a text, or of messages up to where the answer begins. Raises ValueError, with the place."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    if not tokenizer.chat_template:
+        raise ValueError(f"{where}: the prompt is a conversation, but the tokenizer has no chat template; give texts")
+    try:
+        text = chat.render(tokenizer, prompt, True)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class PromptBatches:
+    """Step n -> the numbers of its prompts, Int64[N]. Epochs follow each other without a gap, each in its own order."""
+
+    def __init__(self, count: int, batch_size: int, *, steps: int, shuffle: bool, seed: int):
+        self._count, self._size, self._shuffle, self._seed, self.steps = count, batch_size, shuffle, seed, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        wanted = np.arange(step * self._size, (step + 1) * self._size)
+        return np.array([self._order(int(n // self._count))[n % self._count] for n in wanted], np.int64)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  one instance a run
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self._shuffle:
+            return np.arange(self._count)
+        return np.random.default_rng((self._seed, epoch)).permutation(self._count)

@@ -1,0 +1,107 @@
+"""Solutions in steps, each labelled right or wrong: what process reward models learn from.
+
+Rows have a prompt, its `completions` (the steps) and their `labels`: true, false, a probability, or null where a step
+is not judged. Each step is followed by the separator, at whose last token its score is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxalign.data.batches.groups import Responses
+from jaxalign.data.batches.rows import Mixture
+from jaxalign.data.read import sources
+from jaxalign.data.read.tokens import Encoder, Examples, show
+from jaxalign.data.sets import split
+from jaxalign.data.sets.preferences import PreferenceData, joined
+from jaxalign.data.sets.supervised import Options
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("prompt", "completions", "labels")
+MOST_STEPS = 64  # of a solution; labels of later ones are left out
+
+
+def load(
+    spec: str, tokenizer: Any, options: Options, *, separator: str = "\n", eval_spec: str | None = None
+) -> PreferenceData:
+    """Training and held-out solutions, with the columns step_ends and step_labels [N MOST_STEPS].
+
+    Args:
+      spec: as in `sources.parse`.
+      tokenizer: without a template: prompts and steps are texts.
+      options: window, terminators and shares, as for supervised data.
+      separator: text behind each step.
+      eval_spec: held-out data of their own.
+
+    Raises:
+      ValueError: rows of another form, or too many without a labelled step in the window.
+    """
+    encoder = Encoder(tokenizer, options.terminators, options.max_length)
+
+    def read(source: sources.Source, loaded: sources.Loaded, where: str) -> Responses:
+        return _read(loaded.rows, where, encoder, separator, options)
+
+    train, weights, held = split.load_sets(spec, eval_spec, read, eval_share=options.eval_share, seed=options.seed)
+    everything, held_out = joined(train), joined(held, like=train[0])
+    log.info("held out for evaluation: %d solutions", len(held_out))
+    ids, mask = everything.examples[int(everything.groups[0, 0])]
+    log.info("the first solution, the ends of its steps between ⟦ ⟧:\n%s", show(tokenizer, ids, mask))
+    return PreferenceData(Mixture.of(everything, [len(part) for part in train], weights), held_out, [])
+
+
+def encode(encoder: Encoder, prompt: str, steps: Sequence[str], separator: str) -> tuple[np.ndarray, np.ndarray]:
+    """(Int32 ids of prompt and steps, Int64 index of each step's last token), not yet cut."""
+    ids, ends = [*encoder.opening(prompt)], []
+    mark = encoder.continuation(separator)
+    for step in steps:
+        ids += [*encoder.continuation(step), *mark]
+        ends.append(len(ids) - 1)
+    return np.array(ids, np.int32), np.array(ends, np.int64)
+
+
+def _read(rows: Sequence[dict], where: str, encoder: Encoder, separator: str, options: Options) -> Responses:
+    if not set(COLUMNS) <= set(rows[0]):
+        raise ValueError(
+            f"{where}: columns {', '.join(sorted(rows[0]))} hold no steps; needed are {', '.join(COLUMNS)}"
+        )
+    parts, ends, labels, dropped = [], [], [], Counter()
+    for number, row in enumerate(rows, start=1):
+        judged = _labels(row, f"{where}, row {number}")
+        ids, at = encode(encoder, row["prompt"], row["completions"], separator)
+        judged[at[:MOST_STEPS] >= options.max_length] = -1
+        if not (judged >= 0).any():
+            dropped["no labelled step within --max-length"] += 1
+            continue
+        ids, at = ids[: options.max_length], np.minimum(at[:MOST_STEPS], options.max_length - 1)
+        fill = MOST_STEPS - len(at)
+        parts.append((ids, np.isin(np.arange(len(ids)), at[judged >= 0])))
+        ends.append(np.pad(at, (0, fill), constant_values=-1))
+        labels.append(np.pad(judged, (0, fill), constant_values=-1))
+    lost = sum(dropped.values())
+    if not parts or lost > options.max_dropped * len(rows):
+        raise ValueError(f"{where}: {lost} of {len(rows)} solutions have no labelled step within --max-length")
+    log.info("%s: %d solutions, %d labelled steps, %d dropped", where, len(parts), np.sum(np.array(labels) >= 0), lost)
+    columns = {"step_ends": np.array(ends, np.int32), "step_labels": np.array(labels, np.float32)}
+    return Responses(Examples.of(parts), np.arange(len(parts))[:, None], columns)
+
+
+def _labels(row: dict, place: str) -> np.ndarray:
+    """Float32[min(steps, MOST_STEPS)], -1 where there is none."""
+    prompt, solution, given = (row.get(name) for name in COLUMNS)
+    for name, value in (("completions", solution), ("labels", given)):
+        if not isinstance(value, list):
+            raise ValueError(f"{place}: `{name}` is {value!r}; it must be a list, of one entry for each step")
+    if not isinstance(prompt, str) or not all(isinstance(step, str) for step in solution):
+        raise ValueError(f"{place}: prompt and completions must be texts")
+    if len(given) != len(solution):
+        raise ValueError(f"{place}: {len(solution)} completions, but {len(given)} labels")
+    wrong = [x for x in given if x is not None and not (isinstance(x, int | float) and 0 <= x <= 1)]
+    if wrong:
+        raise ValueError(f"{place}: a label is {wrong[0]!r}; it must be true, false, a probability or null")
+    return np.array([-1.0 if x is None else float(x) for x in given[:MOST_STEPS]], np.float32)

@@ -1,0 +1,120 @@
+"""Data for supervised fine-tuning, from `--data` to examples, with a report of what was read, cut and dropped."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxalign.data.batches.rows import Mixture
+from jaxalign.data.read import chat, formats, sources
+from jaxalign.data.read.tokens import Encoder, Examples, joined, show
+from jaxalign.data.sets import split
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedData:
+    train: Mixture
+    held_out: Examples
+    prompts: list[list[int]]  # ids of openings of held-out rows, for samples during training
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How rows become examples."""
+
+    max_length: int
+    terminators: tuple[int, ...]
+    turns: str = "all"
+    long_text: str = "truncate"  # or "split"
+    max_dropped: float = 0.1
+    eval_share: float = 0.0
+    seed: int = 0
+
+
+def load(spec: str, tokenizer: Any, options: Options, *, eval_spec: str | None = None) -> SupervisedData:
+    """Training and held-out examples.
+
+    Held out are, in this order of preference: the rows of `eval_spec`; the test or validation split of the data
+    themselves; a seeded share of the examples.
+
+    Raises:
+      ValueError: a source is malformed, empty, of unknown columns, or loses more than `max_dropped` of its rows.
+    """
+
+    def read(source: sources.Source, loaded: sources.Loaded, where: str) -> Examples:
+        return _examples(source, loaded, where, tokenizer, options)
+
+    train, weights, held = split.load_sets(spec, eval_spec, read, eval_share=options.eval_share, seed=options.seed)
+    held_out = joined(held)
+    log.info("held out for evaluation: %d examples", len(held_out))
+    everything = joined(train) if len(train) > 1 else train[0]
+    mixture = Mixture.of(everything, [len(t) for t in train], weights)
+    ids, mask = everything[0]
+    log.info("the first example, what is learned between ⟦ ⟧:\n%s", show(tokenizer, ids, mask))
+    return SupervisedData(mixture, held_out, openings(held_out))
+
+
+def _examples(source: sources.Source, loaded: sources.Loaded, where: str, tokenizer: Any, options: Options) -> Examples:
+    form = formats.recognise(loaded.rows[0].keys(), where=where)
+    if _is_plain_text_file(source):
+        options = dataclasses.replace(options, long_text="split")
+    encoder = Encoder(
+        tokenizer, options.terminators, options.max_length, options.turns, windows=options.long_text == "split"
+    )
+    parts = []
+    for number, row in enumerate(loaded.rows, start=1):
+        place = f"{where}, row {number}"
+        normal = formats.normalise(form, row, where=place)
+        if isinstance(normal, formats.Conversation):
+            check_template(tokenizer, where)
+        parts += encoder.encode(normal, where=place)
+    _report(where, form, encoder, parts, len(loaded.rows), options)
+    return Examples.of(parts)
+
+
+def _is_plain_text_file(source: sources.Source) -> bool:
+    return Path(source.name).name.removesuffix(".gz").endswith(".txt")
+
+
+def check_template(tokenizer: Any, where: str) -> None:
+    """Raises ValueError, naming the data, when messages cannot be rendered."""
+    try:
+        chat.require_template(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _report(where: str, form: formats.Format, encoder: Encoder, parts: list, rows: int, options: Options) -> None:
+    dropped = sum(encoder.dropped.values())
+    reasons = "; ".join(f"{n} x {r} (first: {encoder.first_dropped[r]})" for r, n in encoder.dropped.items())
+    if dropped > options.max_dropped * rows or not parts:
+        allowed = f"more than {options.max_dropped:.0%}" if parts else "all of them"
+        or_allow = ", or allow it with --max-dropped" if parts else ""
+        raise ValueError(
+            f"{where}: {dropped} of {rows} rows have nothing to learn: {reasons}. That is {allowed}; "
+            f"mend them, or raise --max-length ({options.max_length}){or_allow}"
+        )
+    tokens, learned = sum(len(ids) for ids, _ in parts), sum(int(mask[1:].sum()) for _, mask in parts)
+    log.info("%s: format %s, %d rows, %d examples", where, form.name, rows, len(parts))
+    log.info("%s: %s tokens, %s of them learned", where, f"{tokens:,}", f"{learned:,}")
+    if dropped:
+        log.warning("%s: dropped %d rows: %s", where, dropped, reasons)
+    if encoder.shortened:
+        how = "cut into several examples" if encoder.windows else "shortened to their first tokens"
+        log.warning("%s: %d rows longer than %d tokens were %s", where, encoder.shortened, options.max_length, how)
+
+
+def openings(examples: Examples, *, count: int = 16) -> list[list[int]]:
+    """What stands before the first learned token; of texts, which are learned whole, their first few tokens."""
+    prompts = []
+    for i in range(min(count, len(examples))):
+        ids, mask = examples[i]
+        first = int(np.argmax(mask))
+        prompts.append(ids[: first if first > 1 else max(1, min(16, len(ids) // 4))].tolist())
+    return prompts

@@ -1,0 +1,247 @@
+"""Losses on pairs of responses: how far the policy prefers the chosen one beyond what the reference does.
+
+Here the losses of the margin alone, h = log π/π_ref(chosen) - log π/π_ref(rejected); at the foot the table of all
+losses on pairs, with those on each response's own reward (anchored.py), with lengths in them (lengths.py), adapted to
+the data (adaptive.py), between sorted batches (transport.py), under other divergences (divergences.py) and without a
+reference (reference_free.py). What the inputs mean is said once, in inputs.py.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from jaxalign.losses.pairs.adaptive import beta_dpo, wpo, wpo_unaligned
+from jaxalign.losses.pairs.anchored import apo_down, apo_zero, bco_pair, dpop, nca_pair, sppo_hard
+from jaxalign.losses.pairs.divergences import dpo_alpha, dpo_forward_kl, dpo_js
+from jaxalign.losses.pairs.lengths import ld_dpo, rdpo, sigmoid_norm
+from jaxalign.losses.pairs.reference_free import cpo, orpo, sft, sft_norm, simpo, slic
+from jaxalign.losses.pairs.transport import aot, aot_unpaired
+
+PerPair = Float[Array, "B"]
+
+
+def dpo(
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    ref_chosen_logps: PerPair,
+    ref_rejected_logps: PerPair,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> PerPair:
+    """Logistic loss on the margin of implicit rewards (direct preference optimisation).
+
+    -(1 - ε) log σ(β h) - ε log σ(-β h),  h = log π/π_ref(chosen) - log π/π_ref(rejected)
+
+    Args:
+      policy_chosen_logps: log π(chosen | prompt) in nats, summed over response tokens.
+      policy_rejected_logps: the same for the rejected response.
+      ref_chosen_logps: the same under the frozen reference.
+      ref_rejected_logps: the same under the frozen reference.
+      beta: scale of the implicit reward β log π/π_ref.
+      label_smoothing: ε, the assumed probability that a pair is labelled the wrong way round. TRL 1.16 ignores it here.
+
+    Returns:
+      One loss per pair; log 2 wherever policy and reference agree.
+
+    Reference: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7; with
+    label smoothing, Mitchell 2023, https://ericmitchell.ai/cdpo.pdf, eq. 3.
+    """
+    chosen = policy_chosen_logps - ref_chosen_logps
+    rejected = policy_rejected_logps - ref_rejected_logps
+    margin = beta * (chosen - rejected)
+    return -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
+
+
+def robust(
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    ref_chosen_logps: PerPair,
+    ref_rejected_logps: PerPair,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.1,
+) -> PerPair:
+    """DPO whose expectation over flipped labels is DPO on the true ones.
+
+    [-(1 - ε) log σ(β h) + ε log σ(-β h)] / (1 - 2ε)
+
+    Against cDPO the second sign is turned and the whole rescaled: an unbiased estimate, which may be negative.
+
+    Args:
+      policy_chosen_logps: inputs as in `dpo`.
+      beta: scale of the implicit reward.
+      label_smoothing: ε < 1/2, the rate at which labels are flipped; with 0 it is `dpo`.
+
+    Returns:
+      One loss per pair; log 2 wherever policy and reference agree.
+
+    Reference: Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409, section 3.1.
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 0.5): at one half labels say nothing")
+    margin = beta * (policy_chosen_logps - ref_chosen_logps - policy_rejected_logps + ref_rejected_logps)
+    right, wrong = -jax.nn.log_sigmoid(margin), -jax.nn.log_sigmoid(-margin)
+    return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+
+
+def ipo(
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    ref_chosen_logps: PerPair,
+    ref_rejected_logps: PerPair,
+    chosen_lengths: Num[Array, "B"],
+    rejected_lengths: Num[Array, "B"],
+    *,
+    beta: float = 0.1,
+    average: bool = True,
+) -> PerPair:
+    """Squared distance of the margin from a fixed goal, so that a sure preference is not driven to infinity.
+
+    (h - 1/(2β))²
+
+    Args:
+      policy_chosen_logps: the four log-probabilities as in `dpo`, summed.
+      chosen_lengths: response tokens of chosen.
+      rejected_lengths: response tokens of rejected.
+      beta: the paper's τ. Lower asks for a wider margin.
+      average: h is a difference of log-ratios per token, as the authors told other implementers and TRL has it. False:
+        of summed ones, as the paper is usually read; the goal is then nats per response.
+
+    Returns:
+      One loss per pair; 1/(4β²) wherever policy and reference agree.
+
+    Reference: Azar et al. 2023, https://arxiv.org/abs/2310.12036, eq. 17.
+    """
+    chosen = policy_chosen_logps - ref_chosen_logps
+    rejected = policy_rejected_logps - ref_rejected_logps
+    if average:
+        chosen, rejected = chosen / jnp.maximum(chosen_lengths, 1), rejected / jnp.maximum(rejected_lengths, 1)
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+def hinge(
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    ref_chosen_logps: PerPair,
+    ref_rejected_logps: PerPair,
+    *,
+    beta: float = 0.1,
+) -> PerPair:
+    """Hinge on the margin, which lets go of a pair once it is won by 1/β nats: max(0, 1 - β h).
+
+    SLiC's ranking loss measured against a reference; the one without is `slic`.
+
+    Args:
+      policy_chosen_logps: inputs as in `dpo`.
+      beta: reciprocal of the margin in nats.
+
+    Returns:
+      One loss per pair; 1 wherever policy and reference agree.
+
+    Reference: Liu et al. 2023, RSO, https://arxiv.org/abs/2309.06657 ("hinge-norm"), after Zhao et al. 2023, SLiC-HF,
+    https://arxiv.org/abs/2305.10425.
+    """
+    margin = beta * (policy_chosen_logps - ref_chosen_logps - policy_rejected_logps + ref_rejected_logps)
+    return jax.nn.relu(1 - margin)
+
+
+def exo_pair(
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    ref_chosen_logps: PerPair,
+    ref_rejected_logps: PerPair,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 1e-3,
+) -> PerPair:
+    """KL divergence from the policy's preference to the smoothed label: DPO's divergence the other way round.
+
+    p [log p - log(1 - ε)] + (1 - p) [log(1 - p) - log ε],  p = σ(β h)
+
+    Args:
+      policy_chosen_logps: inputs as in `dpo`.
+      beta: scale of the implicit reward.
+      label_smoothing: ε > 0, the label's probability of the rejected response.
+
+    Returns:
+      One loss per pair, 0 at the best p = 1 - ε; -log(2 √(ε (1 - ε))) wherever policy and reference agree.
+
+    Reference: Ji et al. 2024, https://arxiv.org/abs/2402.00856, eq. 16.
+    """
+    if not 0 < label_smoothing < 1:
+        raise ValueError(
+            f"label_smoothing={label_smoothing} must be in (0, 1): the divergence from a hard label is infinite"
+        )
+    margin = beta * (policy_chosen_logps - ref_chosen_logps - policy_rejected_logps + ref_rejected_logps)
+    win, lose = jax.nn.log_sigmoid(margin), jax.nn.log_sigmoid(-margin)
+    chosen = jnp.exp(win) * (win - jnp.log1p(-label_smoothing))
+    return chosen + jnp.exp(lose) * (lose - jnp.log(label_smoothing))
+
+
+def discopop(
+    policy_chosen_logps: PerPair,
+    policy_rejected_logps: PerPair,
+    ref_chosen_logps: PerPair,
+    ref_rejected_logps: PerPair,
+    *,
+    beta: float = 0.05,
+    temperature: float = 0.05,
+) -> PerPair:
+    """A loss found by a language model: logistic for lost pairs, exponential for won ones, blended by the margin.
+
+    (1 - w) log(1 + exp(-m)) + w exp(-m),  m = β h,  w = σ(m / τ)
+
+    Not convex: for nearly even pairs it rises with the margin, so they are drawn to a local minimum.
+
+    Args:
+      policy_chosen_logps: inputs as in `dpo`.
+      beta: scale of the implicit reward.
+      temperature: τ < 1, over which the blend changes.
+
+    Returns:
+      One loss per pair; (log 2 + 1)/2 wherever policy and reference agree.
+
+    Reference: Lu et al. 2024, https://arxiv.org/abs/2406.08414, eq. 5, the log-ratio modulated loss (LRML).
+    """
+    if not 0 < temperature < 1:
+        raise ValueError(f"temperature={temperature} must be in (0, 1): beyond, lost pairs cost exponentially much")
+    margin = beta * (policy_chosen_logps - ref_chosen_logps - policy_rejected_logps + ref_rejected_logps)
+    logistic = jax.nn.sigmoid(-margin / temperature) * -jax.nn.log_sigmoid(margin)
+    # w exp(-m) in log space: its factors are 0 and infinity for a pair that is badly lost
+    return logistic + jnp.exp(jax.nn.log_sigmoid(margin / temperature) - margin)
+
+
+PREFERENCE_LOSSES = {
+    "dpo": dpo,
+    "robust": robust,
+    "ipo": ipo,
+    "hinge": hinge,
+    "exo_pair": exo_pair,
+    "discopop": discopop,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "dpop": dpop,
+    "sigmoid_norm": sigmoid_norm,
+    "rdpo": rdpo,
+    "ld_dpo": ld_dpo,
+    "beta_dpo": beta_dpo,
+    "wpo": wpo,
+    "wpo_unaligned": wpo_unaligned,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "dpo_forward_kl": dpo_forward_kl,
+    "dpo_js": dpo_js,
+    "dpo_alpha": dpo_alpha,
+    "sft": sft,
+    "sft_norm": sft_norm,
+    "simpo": simpo,
+    "orpo": orpo,
+    "cpo": cpo,
+    "slic": slic,
+}

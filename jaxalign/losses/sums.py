@@ -1,0 +1,51 @@
+"""Weighted sums of losses, written as text: "dpo(beta=0.1) + 0.2*sft"."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxalign.losses.contract import apply, input_names, loss_name, needs_whole_batch
+from jaxalign.select import select_sum
+
+
+def select_loss(text: str, table: Mapping[str, Callable]) -> Callable:
+    """The loss that `text` names: one of the table, one of your own, or a weighted sum of several.
+
+    Args:
+      text: as in "ipo(beta=0.05)", "my_lab.losses:slic(delta=1.0)" or "dpo(beta=0.1) + 0.2*sft".
+      table: the losses known by a bare name.
+
+    Raises:
+      ValueError: what `select` refuses in a term; the message lists what exists.
+    """
+    terms = select_sum(text, table)
+    return terms[0][1] if len(terms) == 1 and terms[0][0] == 1.0 else mixture(terms)
+
+
+def mixture(terms: Sequence[tuple[float, Callable]]) -> Callable:
+    """Σ weight · loss, element by element: a loss whose inputs are those of all its terms.
+
+    It is called by name, and asks for the whole batch if a term does. Weights are not normalised.
+
+    Reference: as in mixed preference optimisation, Wang et al. 2024, https://arxiv.org/abs/2411.10442.
+    """
+
+    def mixed(**values: Any) -> Any:
+        return sum(weight * apply(loss, values) for weight, loss in terms)
+
+    parameters: dict[str, inspect.Parameter] = {}
+    for _, loss in terms:
+        signature = inspect.signature(loss).parameters
+        for name in input_names(loss):
+            earlier = parameters.get(name)
+            if earlier is None or earlier.default is not inspect.Parameter.empty:
+                parameters[name] = signature[name].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    # a parameter with a default may not stand before one without
+    ordered = sorted(parameters.values(), key=lambda p: p.default is not inspect.Parameter.empty)
+    mixed.__signature__ = inspect.Signature(ordered)
+    mixed.__name__ = " + ".join(f"{weight:g}*{loss_name(loss)}" for weight, loss in terms)
+    mixed.terms = [loss for _, loss in terms]
+    mixed.whole_batch = any(needs_whole_batch(loss) for _, loss in terms)
+    return mixed

@@ -1,0 +1,1 @@
+"""LoRA, merging and quantised kernels."""

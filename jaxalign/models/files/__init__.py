@@ -1,0 +1,1 @@
+"""Models in files: Hugging Face folders, families, PEFT adapters, reward models."""

@@ -1,0 +1,134 @@
+"""GPT-2, and GPT-NeoX with Pythia."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxalign.models.decoder.config import LayerKind, ModelConfig
+from jaxalign.models.files.families.base import (
+    HfConfig,
+    TensorMap,
+    activation,
+    fused_last,
+    kinds,
+    require,
+    rope,
+    same,
+    transposed,
+)
+
+
+def gpt2(hf: HfConfig) -> ModelConfig:
+    require(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False)
+    require(hf, add_cross_attention=False)
+    width, heads, layers = hf["n_embd"], hf["n_head"], hf["n_layer"]
+    return ModelConfig(
+        architecture=hf["architectures"][0],
+        vocab_size=hf["vocab_size"],
+        hidden_size=width,
+        intermediate_size=hf.get("n_inner") or 4 * width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        **kinds([LayerKind()] * layers),
+        max_length=hf["n_positions"],
+        tied=bool(hf.get("tie_word_embeddings", True)),
+        activation=activation(hf.get("activation_function", "gelu_new")),
+        gated_mlp=False,
+        norm="layer",
+        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        learned_positions=hf["n_positions"],
+        initializer_range=hf.get("initializer_range", 0.02),
+    )
+
+
+def gpt2_tensors(config: ModelConfig) -> list[TensorMap]:
+    layer, block = "transformer.h.{layer}", "blocks"
+    table = [
+        same("transformer.wte.weight", "embed/embedding"),
+        same("transformer.wpe.weight", "embed_positions/embedding"),
+        same("transformer.ln_f.weight", "norm/scale"),
+        same("transformer.ln_f.bias", "norm/bias"),
+    ]
+    if not config.tied:
+        table.append(same("lm_head.weight", "unembedding/embedding"))
+    for kind, leaf in (("weight", "kernel"), ("bias", "bias")):
+        qkv = tuple(f"{block}/attention/{name}/{leaf}" for name in ("query", "key", "value"))
+        table.append(fused_last(f"{layer}.attn.c_attn.{kind}", qkv, (config.hidden_size,) * 3))
+        table.append(same(f"{layer}.attn.c_proj.{kind}", f"{block}/attention/output/{leaf}"))
+        table.append(same(f"{layer}.mlp.c_fc.{kind}", f"{block}/mlp/up/{leaf}"))
+        table.append(same(f"{layer}.mlp.c_proj.{kind}", f"{block}/mlp/down/{leaf}"))
+    for name, norm in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
+        table.append(same(f"{layer}.{name}.weight", f"{block}/{norm}/scale"))
+        table.append(same(f"{layer}.{name}.bias", f"{block}/{norm}/bias"))
+    return table
+
+
+def neox(hf: HfConfig) -> ModelConfig:
+    width, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
+    head_dim, bias = width // heads, bool(hf.get("attention_bias", True))
+    named = {"partial_rotary_factor": hf.get("rotary_pct", 0.25), "rope_theta": hf.get("rotary_emb_base", 10_000)}
+    turning = rope({**named, **hf}, head_dim)
+    return ModelConfig(
+        architecture=hf["architectures"][0],
+        vocab_size=hf["vocab_size"],
+        hidden_size=width,
+        intermediate_size=hf["intermediate_size"],
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        **kinds([LayerKind(None, turning)] * layers),
+        max_length=hf.get("max_position_embeddings", 2048),
+        tied=bool(hf.get("tie_word_embeddings", False)),
+        activation=activation(hf.get("hidden_act", "gelu")),
+        gated_mlp=False,
+        norm="layer",
+        norm_eps=hf.get("layer_norm_eps", 1e-5),
+        parallel=bool(hf.get("use_parallel_residual", True)),
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=True,
+        initializer_range=hf.get("initializer_range", 0.02),
+    )
+
+
+def neox_tensors(config: ModelConfig) -> list[TensorMap]:
+    layer, block = "gpt_neox.layers.{layer}", "blocks"
+    table = [
+        same("gpt_neox.embed_in.weight", "embed/embedding"),
+        same("gpt_neox.final_layer_norm.weight", "norm/scale"),
+        same("gpt_neox.final_layer_norm.bias", "norm/bias"),
+    ]
+    if not config.tied:
+        table.append(same("embed_out.weight", "unembedding/embedding"))
+    for kind, leaf in (("weight", "kernel"), ("bias", "bias")):
+        way = transposed if kind == "weight" else same
+        if kind == "weight" or config.qkv_bias:
+            table.append(_interleaved(config, f"{layer}.attention.query_key_value.{kind}", f"{block}/attention", leaf))
+            table.append(way(f"{layer}.attention.dense.{kind}", f"{block}/attention/output/{leaf}"))
+        table.append(way(f"{layer}.mlp.dense_h_to_4h.{kind}", f"{block}/mlp/up/{leaf}"))
+        table.append(way(f"{layer}.mlp.dense_4h_to_h.{kind}", f"{block}/mlp/down/{leaf}"))
+        side = "scale" if kind == "weight" else "bias"
+        table.append(same(f"{layer}.input_layernorm.{kind}", f"{block}/attention_norm/{side}"))
+        table.append(same(f"{layer}.post_attention_layernorm.{kind}", f"{block}/mlp_norm/{side}"))
+    return table
+
+
+def _interleaved(config: ModelConfig, name: str, prefix: str, leaf: str) -> TensorMap:
+    """Rows ordered head by head: [H, (query, key, value), K, ...]."""
+    shape = config.num_heads, 3, config.head_dim
+
+    def to_ours(x: np.ndarray) -> tuple[np.ndarray, ...]:
+        apart = x.reshape(*shape, *x.shape[1:])
+        return tuple(apart[:, i].reshape(-1, *x.shape[1:]).T for i in range(3))
+
+    def to_hf(parts: tuple[np.ndarray, ...]) -> np.ndarray:
+        rows = [part.T.reshape(shape[0], shape[2], *part.T.shape[1:]) for part in parts]
+        return np.stack(rows, axis=1).reshape(-1, *parts[0].T.shape[1:])
+
+    return TensorMap(name, tuple(f"{prefix}/{part}/{leaf}" for part in ("query", "key", "value")), to_ours, to_hf)

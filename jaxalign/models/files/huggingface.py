@@ -1,0 +1,133 @@
+"""Where a model comes from: a Hugging Face folder, a hub name, or config:PATH for random weights. Config and tokenizer.
+
+Weights are read by `load.py` and written by `save.py`. Only safetensors are read: the older formats run
+whatever their file says.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.models.files.families import model_config
+
+RANDOM = "config:"
+_WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+
+
+def is_random(source: str) -> bool:
+    """Whether the source asks for random weights."""
+    return source.startswith(RANDOM)
+
+
+def folder(source: str, *, revision: str | None = None) -> Path:
+    """The local folder of a source; a hub name is downloaded into the hub's cache first.
+
+    Raises:
+      FileNotFoundError: neither a local folder nor a name that the hub knows or that can be reached.
+    """
+    if not source.removeprefix(RANDOM):
+        raise ValueError(f"model {source!r} names nothing; give a folder, a hub name (owner/name) or config:PATH")
+    path = Path(source.removeprefix(RANDOM)).expanduser()
+    if is_random(source):
+        if not path.exists():
+            raise FileNotFoundError(f"{source}: there is no {path}; config: takes a config.json or its folder")
+        return path if path.is_dir() else path.parent
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"{source} is a file; name the folder that holds config.json and *.safetensors")
+    if source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"{source}: no such folder; a model is a Hugging Face folder, a hub name (owner/name) or config:PATH"
+        )
+    return _download(source, revision)
+
+
+def lasting(source: str) -> str:
+    """What names the source from any folder: a hub name as it is, a folder by its whole path."""
+    return str(Path(source).expanduser().resolve()) if Path(source).expanduser().is_dir() else source
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{name!r} is no local folder and could not be fetched from the hub ({type(error).__name__}: {first}). "
+            "Check the spelling and the network; gated models need `hf auth login`"
+        ) from None
+
+
+def read_hf_config(source: str, *, revision: str | None = None) -> dict[str, Any]:
+    """config.json as it is."""
+    path = Path(source.removeprefix(RANDOM)).expanduser()
+    if not (is_random(source) and path.is_file()):
+        path = folder(source, revision=revision) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no config.json; is it a Hugging Face model folder?")
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(path.read_text())
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{path} is not JSON: {error}; fetch it again") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} holds a {type(held).__name__}, not the config of a model")
+    return held
+
+
+def read_generation_config(source: str) -> dict[str, Any]:
+    """generation_config.json as it is; nothing where there is none."""
+    path = folder(source) / "generation_config.json"
+    return _read_json(path) if path.exists() else {}
+
+
+def read_config(source: str, *, revision: str | None = None) -> ModelConfig:
+    """The neutral config of a source. Raises ValueError, naming the source, when the architecture is not supported."""
+    held = read_hf_config(source, revision=revision)
+    try:
+        return model_config(held)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def load_tokenizer(source: str) -> Any:
+    """The transformers tokenizer of a source."""
+    from transformers import AutoTokenizer
+
+    path = folder(source)
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise FileNotFoundError(f"{path} has no tokenizer (tokenizer.json); name one with --tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers and its parts raise under many names
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"the tokenizer in {path} cannot be read ({type(error).__name__}: {first}); fetch it again, or name "
+            "another with --tokenizer"
+        ) from error
+
+
+def terminators(source: str, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a text: generation_config.json's, then config.json's, then the tokenizer's eos token.
+
+    The first one is what training appends. Models may end texts with another token than the tokenizer's eos: a tie is
+    decided by generation_config.json, whose first id comes first.
+    """
+    config = folder(source) / "config.json"
+    found: list[int] = []
+    for held in (read_generation_config(source), _read_json(config) if config.exists() else {}):
+        ids = held.get("eos_token_id")
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if tokenizer.eos_token_id is not None:
+        found.append(tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(int(i) for i in found))

@@ -1,0 +1,157 @@
+"""Parameters to a Hugging Face folder that transformers and vLLM load: safetensors, config, tokenizer, model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.models.files.families import TensorMap, tensor_maps
+from jaxalign.types import PyTree, leaf_names
+
+
+def save_pretrained(
+    directory: str | Path,
+    params: PyTree,
+    config: ModelConfig,
+    hf_config: dict[str, Any],
+    *,
+    tokenizer: Any = None,
+    generation_config: dict[str, Any] | None = None,
+    model_card: str = "",
+    max_shard_bytes: int = 5_000_000_000,
+    dtype: Any = None,
+    extra: dict[str, Any] | None = None,
+    head: np.ndarray | None = None,
+    besides: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes the folder, whole or not at all. Every process calls it; the first one writes.
+
+    A checkpoint that was loaded in its own dtype comes out bit for bit, tensor by tensor.
+
+    Args:
+      directory: made anew; it must not exist, or be empty.
+      params: the trained tree, on any mesh; one tensor at a time is gathered.
+      config: what it was built from.
+      hf_config: config.json as it was read; only its dtype changes.
+      tokenizer: a transformers tokenizer, its chat template included.
+      generation_config: written as generation_config.json.
+      model_card: the text of README.md.
+      max_shard_bytes: a file holds at most so much, unless one tensor is larger.
+      dtype: cast to it; by default the parameters' own.
+      extra: more JSON files, by name.
+      head: [1 D], written as score.weight: what makes a trunk without an output matrix a sequence classifier.
+      besides: called by every process to write more files into the folder, before it gets its name.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; name a new folder")
+    writes = jax.process_index() == 0
+    if writes and directory.is_dir() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty; name a new folder")
+    partial = directory.with_name(directory.name + ".partial")
+    if writes:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dtype = np.dtype(dtype or jax.tree.leaves(params)[0].dtype)
+    _save_tensors(partial, params, config, dtype, max_shard_bytes, writes, head)
+    if besides is not None:
+        besides(partial)
+    if not writes:
+        return
+    _write_json(partial / "config.json", _without_dtype(hf_config) | {"dtype": dtype.name})
+    if generation_config:
+        _write_json(partial / "generation_config.json", generation_config)
+    for name, value in (extra or {}).items():
+        _write_json(partial / name, value)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    if model_card:
+        (partial / "README.md").write_text(model_card)
+    if directory.is_dir():
+        directory.rmdir()
+    os.replace(partial, directory)
+
+
+def _without_dtype(hf_config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in hf_config.items() if name not in ("torch_dtype", "dtype")}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _save_tensors(
+    directory: Path,
+    params: PyTree,
+    config: ModelConfig,
+    dtype: np.dtype,
+    max_shard_bytes: int,
+    writes: bool,
+    head: np.ndarray | None = None,
+) -> None:
+    from safetensors.numpy import save_file
+
+    leaves = dict(zip(jax.tree.leaves(leaf_names(params)), jax.tree.leaves(params), strict=True))
+    shards = _shards(config, leaves, dtype, max_shard_bytes)
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for name, tensor, layer in shard:
+            parts = tuple(gather(_layer_of(leaves[leaf], layer)) for leaf in tensor.leaves)
+            if writes:
+                tensors[name] = np.ascontiguousarray(tensor.to_hf(parts).astype(dtype))
+        weight_map |= dict.fromkeys((name for name, _, _ in shard), file)
+        if head is not None and number == len(shards):
+            weight_map["score.weight"], tensors["score.weight"] = file, np.asarray(head, dtype)
+        if writes:
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+    if writes and len(shards) > 1:
+        total = sum(leaf.size for leaf in leaves.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _tensors(config: ModelConfig) -> Iterator[tuple[str, TensorMap, int | None]]:
+    for tensor in tensor_maps(config):
+        if "{layer}" not in tensor.name:
+            yield tensor.name, tensor, None
+    for layer in range(config.num_layers):
+        for tensor in tensor_maps(config):
+            if "{layer}" in tensor.name:
+                yield tensor.name.format(layer=layer), tensor, layer
+
+
+def _shards(config: ModelConfig, leaves: dict[str, Any], dtype: np.dtype, max_shard_bytes: int) -> list[list[tuple]]:
+    shards: list[list[tuple]] = [[]]
+    held = 0
+    for name, tensor, layer in _tensors(config):
+        sizes = (leaves[leaf].size // (1 if layer is None else config.num_layers) for leaf in tensor.leaves)
+        size = sum(sizes) * dtype.itemsize
+        if shards[-1] and held + size > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append((name, tensor, layer))
+        held += size
+    return shards
+
+
+def _layer_of(leaf: jax.Array, layer: int | None) -> jax.Array:
+    return leaf if layer is None else leaf[layer]
+
+
+def gather(x: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole array on this host, wherever its shards are."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

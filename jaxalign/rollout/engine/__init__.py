@@ -1,0 +1,1 @@
+"""Engines that draw tokens: on the training devices, or a server."""

@@ -1,0 +1,278 @@
+"""Engines: requests in, responses out, in order. The local one keeps its slots full; a remote one may stand in.
+
+    engine = LocalEngine(graphdef, slots=32)
+    responses = engine.generate(params, requests, key, sampling=Sampling(max_new_tokens=256, terminators=(2,)))
+
+A response depends on its prompt, its seed, the key and the sampling, never on its neighbours, the number of slots or
+the order of requests, up to the rounding of differently shaped products.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.models.files.save import gather
+from jaxalign.rollout.engine import slots as device
+from jaxalign.rollout.engine.params import LAYOUTS, Weights, weights_of
+from jaxalign.rollout.engine.slots import Admitted, Sampling, Slots
+from jaxalign.types import PyTree
+
+PROMPT_BUCKET = 32  # prompts are padded to a power of two of at least it, so that few programs are compiled
+FIRST_RING = 64  # tokens that every slot has room for at first; it doubles when a response needs it
+STOP_EVERY = 16  # tokens between two looks for stop strings
+SHOW_EVERY = 4  # tokens between two looks of who watches
+
+
+class Request(NamedTuple):
+    """A prompt, and what is drawn from it."""
+
+    prompt: tuple[int, ...]
+    seed: int  # with the key of the call decides every draw
+    max_new_tokens: int | None = None  # at most sampling.max_new_tokens, which stands for None
+
+
+class Response(NamedTuple):
+    """What was drawn. Log-probabilities in nats, one a token."""
+
+    tokens: np.ndarray  # Int32[R], the terminator included
+    logps: np.ndarray  # Float32[R], under the distribution that the tokens were drawn from
+    model_logps: np.ndarray  # Float32[R], under the model itself, at temperature 1
+    finished: bool  # by a terminator or a stop string, not by the limit
+
+
+WatchFn = Callable[[int, np.ndarray], None]  # (number of a request, its tokens so far)
+
+
+class Stats(NamedTuple):
+    """Of the last call."""
+
+    seconds: float
+    tokens: int  # drawn
+    steps: int  # of all slots at once
+    prompt_tokens: int  # read, without padding
+
+
+class Engine(Protocol):
+    """Whatever answers requests; `params` may be None for one that holds its own."""
+
+    def generate(
+        self, params: PyTree | None, requests: Sequence[Request], key: jax.Array, *, sampling: Sampling
+    ) -> list[Response]: ...
+
+
+class LocalEngine:
+    """Generates with the model that trains, on the devices that its parameters are on.
+
+    Where those are of several hosts, all of them make the same call: they take every step together, and know all.
+    """
+
+    def __init__(
+        self,
+        graphdef: Any,
+        *,
+        slots: int = 16,
+        refill: bool = True,
+        prompt_room: int = 0,
+        cache_dtype: Any = None,
+        layout: str = "training",
+        decode_text: Callable[[Sequence[int], Sequence[int]], str] | None = None,
+    ):
+        """
+        Args:
+          graphdef: of a decoder.
+          slots: requests in flight; a multiple of the devices that rows are cut over.
+          refill: a slot that is free takes the next request at once; else all wait for the longest response.
+          prompt_room: tokens that every call has room for in a prompt, so that calls with others share programs.
+          cache_dtype: of keys and values: the compute dtype, another float, or int8.
+          layout: of the parameters while a call lasts, of weights.py's: "training" is frugal, "tensor" fast on a mesh.
+          decode_text: (ids of a prompt, ids of its response) to the response's text, for stop strings.
+        """
+        if slots < 1:
+            raise ValueError(f"slots={slots} must be at least 1")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
+        self._graphdef, self._slots, self._refill, self._prompt_room = graphdef, slots, refill, prompt_room
+        self._cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
+        self._layout, self._decode_text = layout, decode_text
+        self._alone = jax.process_count() == 1
+        self.stats = Stats(0.0, 0, 0, 0)
+
+    def generate(
+        self,
+        params: PyTree,
+        requests: Sequence[Request],
+        key: jax.Array,
+        *,
+        sampling: Sampling,
+        watch: WatchFn | None = None,
+    ) -> list[Response]:
+        """A response to each request, in their order; `watch` is shown those that are not yet finished.
+
+        Raises:
+          ValueError: an empty prompt, a limit that cannot be, or stop strings without `decode_text`.
+        """
+        self._check(requests, sampling)
+        if not requests:
+            return []
+        began = time.perf_counter()
+        longest = max(_limit(r, sampling) for r in requests)
+        weights = weights_of(self._graphdef, params, layout=self._layout)
+        slots = device.empty_slots(
+            self._graphdef,
+            params,
+            slots=self._slots,
+            prompt=_bucket(max(self._prompt_room, *(len(r.prompt) for r in requests))),
+            response=min(longest, FIRST_RING),
+            sampling=sampling,
+            cache_dtype=self._cache_dtype,
+        )
+        table = _Table(requests, sampling, self._slots)
+        while True:
+            if table.may_take(self._refill):
+                slots = self._admit(weights, slots, table, key)
+            if not table.held:
+                break
+            slots = self._decode(weights, slots, table, sampling, watched=watch is not None)
+            slots, full = self._collect(slots, table, sampling, watch)
+            if full:
+                slots = device.grow(slots, min(2 * slots.tokens.shape[1], longest))
+        tokens = sum(len(r.tokens) for r in table.responses.values())
+        self.stats = Stats(time.perf_counter() - began, tokens, int(slots.clock), table.prompt_tokens)
+        return [table.responses[number] for number in range(len(requests))]
+
+    def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        for number, request in enumerate(requests):
+            if not request.prompt:
+                raise ValueError(f"request {number} has an empty prompt, so there is nothing to continue")
+            if not 1 <= _limit(request, sampling) <= sampling.max_new_tokens:
+                raise ValueError(
+                    f"request {number} asks for {_limit(request, sampling)} tokens; it must be 1 to max_new_tokens="
+                    f"{sampling.max_new_tokens}"
+                )
+        if sampling.stop and self._decode_text is None:
+            raise ValueError(f"stop strings {sampling.stop} need decode_text, which makes text of ids")
+
+    def _admit(self, weights: Weights, slots: Slots, table: _Table, key: jax.Array) -> Slots:
+        numbers, places = table.take()
+        distinct = list(dict.fromkeys(table.requests[n].prompt for n in numbers))  # one prompt, many samples: read once
+        rows, asked = _power(len(distinct)), _power(len(numbers))
+        width = _bucket(max(map(len, distinct)))
+        prompts, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
+        for row, prompt in enumerate(distinct):
+            prompts[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, True
+        table.prompt_tokens += int(mask.sum())
+        where = {prompt: row for row, prompt in enumerate(distinct)}
+        fill = lambda values, nobody: np.array([*values, *[nobody] * (asked - len(values))], np.int32)  # noqa: E731
+        chosen = [table.requests[n] for n in numbers]
+        new = Admitted(
+            prompts,
+            mask,
+            slot=fill(places, self._slots),
+            source=fill([where[r.prompt] for r in chosen], 0),
+            keys=self.request_keys(key, fill([r.seed for r in chosen], 0)),
+            limit=fill([_limit(r, table.sampling) for r in chosen], 1),
+        )
+        return device.admit(self._graphdef, weights, slots, new)
+
+    def request_keys(self, key: jax.Array, seeds: np.ndarray) -> jax.Array:
+        """Typed keys [A]: what decides the draws of requests with these seeds."""
+        return request_keys(key, seeds)
+
+    def _decode(self, weights: Weights, slots: Slots, table: _Table, sampling: Sampling, *, watched: bool) -> Slots:
+        """Until enough slots are free that reading prompts for them pays, or all are when nobody waits."""
+        want = self._slots + 1
+        if table.waiting and self._refill:
+            want = self._slots - len(table.held) + max(1, self._slots // 8)
+        most = SHOW_EVERY if watched else STOP_EVERY if sampling.stop else np.iinfo(np.int32).max // 2
+        return device.decode(self._graphdef, weights, slots, want, most, sampling=sampling)
+
+    def _collect(self, slots: Slots, table: _Table, sampling: Sampling, watch: WatchFn | None) -> tuple[Slots, bool]:
+        """Fetches what has ended; (the slots without it, whether a response that goes on fills its ring)."""
+        held = slots.alive, slots.count, slots.start, slots.tokens, slots.logps, slots.model_logps
+        alive, count, start, *rings = jax.device_get(held) if self._alone else map(gather, held)
+        stopped, full = [], False
+        for place in list(table.held):
+            order = (start[place] + np.arange(count[place])) % rings[0].shape[1]
+            tokens, logps, model_logps = (ring[place, order] for ring in rings)
+            request = table.requests[table.held[place]]
+            cut = self._stop(request.prompt, tokens, sampling.stop) if sampling.stop else None
+            if cut is None and alive[place]:
+                full |= len(tokens) == rings[0].shape[1]
+                if watch is not None:
+                    watch(table.held[place], tokens)
+                continue
+            ended = cut is not None or int(tokens[-1]) in sampling.terminators
+            cut = len(tokens) if cut is None else cut
+            table.finish(place, Response(tokens[:cut], logps[:cut], model_logps[:cut], ended))
+            stopped += [place] if alive[place] else []
+        if stopped:
+            slots = _kill(slots, np.isin(np.arange(self._slots), stopped))
+        return slots, full
+
+    def _stop(self, prompt: Sequence[int], tokens: np.ndarray, stop: Iterable[str]) -> int | None:
+        """How many tokens complete the first stop string; None if there is none."""
+        assert self._decode_text is not None
+        said = lambda count: self._decode_text(prompt, tokens[:count].tolist())  # noqa: E731
+        holds = lambda count: any(text in said(count) for text in stop)  # noqa: E731
+        if not holds(len(tokens)):
+            return None
+        return next(count for count in range(1, len(tokens) + 1) if holds(count))
+
+
+class _Table:
+    """Which request is where: waiting, held in a slot, or answered."""
+
+    def __init__(self, requests: Sequence[Request], sampling: Sampling, slots: int):
+        self.requests, self.sampling = requests, sampling
+        self.waiting = collections.deque(range(len(requests)))
+        self.held: dict[int, int] = {}  # slot -> request
+        self.responses: dict[int, Response] = {}
+        self.prompt_tokens = 0
+        self._free = collections.deque(range(slots))
+
+    def may_take(self, refill: bool) -> bool:
+        """Somebody waits and a slot is free; or all are, where slots are not refilled one by one."""
+        return bool(self.waiting and self._free) and (refill or not self.held)
+
+    def take(self) -> tuple[list[int], list[int]]:
+        """The next requests, and a free slot for each."""
+        count = min(len(self._free), len(self.waiting))
+        numbers = [self.waiting.popleft() for _ in range(count)]
+        places = [self._free.popleft() for _ in range(count)]
+        self.held.update(zip(places, numbers, strict=True))
+        return numbers, places
+
+    def finish(self, place: int, response: Response) -> None:
+        self.responses[self.held.pop(place)] = response
+        self._free.append(place)
+
+
+@jax.jit
+def request_keys(key: jax.Array, seeds: jax.Array) -> jax.Array:
+    """Typed keys [A], one for each seed: whatever draws the responses, these decide."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, seeds)
+
+
+@jax.jit
+def _kill(slots: Slots, stopped: jax.Array) -> Slots:
+    return dataclasses.replace(slots, alive=slots.alive & ~stopped)
+
+
+def _limit(request: Request, sampling: Sampling) -> int:
+    return sampling.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+
+
+def _power(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _bucket(length: int) -> int:
+    return max(PROMPT_BUCKET, _power(length))

@@ -1,0 +1,158 @@
+"""What servers that generate are told and what they say: token ids and a seed in, token ids and log-probs out.
+
+vLLM, POST /v1/completions:
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --max-model-len 2048
+
+Its log-probs are by default the model's own, before the temperature; policies are trained on those of the distribution
+that the tokens were drawn from, which --logprobs-mode gives. The variable opens /collective_rpc, whose reload_weights
+reads a folder, and /reset_prefix_cache, for what is cached of prompts is of the old weights. They let anybody who
+reaches the server run its methods, so its port belongs behind a wall.
+https://docs.vllm.ai/en/latest/features/sleep_mode/, https://github.com/vllm-project/vllm/pull/32133
+
+SGLang, POST /generate:
+
+    python -m sglang.launch_server --model-path MODEL --enable-deterministic-inference
+
+Its log-probs are of the tempered distribution, unless SGLANG_RETURN_ORIGINAL_LOGPROB is set; seeds count with that flag
+only. /update_weights_from_disk reads a folder and empties the cache.
+https://docs.sglang.io/advanced_features/sglang_for_rl.html
+
+Everything is said in full, since servers take what is not from the model's generation_config.json. Both must see the
+folder that the policy is written to under the same path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxalign.rollout.engine.engine import Request
+from jaxalign.rollout.engine.slots import Sampling
+
+
+class Said(NamedTuple):
+    """A server's response to one request."""
+
+    tokens: list[int]  # the terminator included
+    logps: list[float]  # nats, one a token
+    finished: bool  # not by the limit
+
+
+class Post(NamedTuple):
+    """A request that makes a server load a policy; {folder} in its values stands for the folder."""
+
+    path: str
+    body: dict[str, Any]
+
+    def of(self, folder: str) -> dict[str, Any]:
+        """The body for a folder."""
+        return _filled(self.body, folder)
+
+
+def _filled(value: Any, folder: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _filled(part, folder) for name, part in value.items()}
+    return value.replace("{folder}", folder) if isinstance(value, str) else value
+
+
+class Server(NamedTuple):
+    """A kind of server."""
+
+    path: str
+    ask: Callable[[str, Request, int, int, Sampling], dict]  # (model, request, its limit, seed, sampling) -> body
+    read: Callable[[Any], Said]  # (answer) -> what it says; KeyError, IndexError or TypeError on another shape
+    reload: tuple[Post, ...]
+
+
+def _ask_vllm(model: str, request: Request, limit: int, seed: int, sampling: Sampling) -> dict[str, Any]:
+    return {
+        "model": model,
+        "prompt": list(request.prompt),
+        "n": 1,
+        "seed": seed,
+        "max_tokens": limit,
+        "logprobs": 0,  # of the drawn token alone
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,  # for versions that do not know the line above
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "stop": list(sampling.stop),
+        **_shared(sampling),
+    }
+
+
+def _ask_sglang(model: str, request: Request, limit: int, seed: int, sampling: Sampling) -> dict[str, Any]:
+    asked = {"max_new_tokens": limit, "sampling_seed": seed, "stop": list(sampling.stop), **_shared(sampling)}
+    return {"input_ids": list(request.prompt), "sampling_params": asked, "return_logprob": True}
+
+
+def _shared(sampling: Sampling) -> dict[str, Any]:
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "stop_token_ids": list(sampling.terminators),
+    }
+
+
+def _read_vllm(answer: Any) -> Said:
+    choice = answer["choices"][0]
+    tokens = choice.get("token_ids")
+    if tokens is None:
+        tokens = [text.removeprefix("token_id:") for text in choice["logprobs"]["tokens"]]
+        if not all(text.isdecimal() for text in tokens):
+            raise KeyError("token_ids")
+    return Said([int(t) for t in tokens], choice["logprobs"]["token_logprobs"], choice["finish_reason"] == "stop")
+
+
+def _read_sglang(answer: Any) -> Said:
+    said = answer["meta_info"]
+    pairs = said["output_token_logprobs"]
+    return Said([int(pair[1]) for pair in pairs], [pair[0] for pair in pairs], said["finish_reason"]["type"] == "stop")
+
+
+SERVERS: dict[str, Server] = {
+    "vllm": Server(
+        "/v1/completions",
+        _ask_vllm,
+        _read_vllm,
+        (
+            Post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": "{folder}"}}),
+            Post("/reset_prefix_cache", {}),
+        ),
+    ),
+    "sglang": Server(
+        "/generate", _ask_sglang, _read_sglang, (Post("/update_weights_from_disk", {"model_path": "{folder}"}),)
+    ),
+}
+
+
+def parse_reload(text: str) -> tuple[Post, ...]:
+    """Requests that load a policy, as text: '/load {"path": "{folder}"} /reset_cache'.
+
+    Raises:
+      ValueError: no path, or what follows one is no JSON object; the message shows the form.
+    """
+    form = f"""{text!r} is not of the form '/load {{"path": "{{folder}}"}} /reset_cache'"""
+    posts, rest = [], text.strip()
+    while rest:
+        path, _, rest = rest.partition(" ")
+        if not path.startswith("/"):
+            raise ValueError(f"{form}: {path!r} is no path")
+        body, rest = {}, rest.lstrip()
+        if rest.startswith("{"):
+            try:
+                body, end = json.JSONDecoder().raw_decode(rest)
+            except ValueError as error:
+                raise ValueError(f"{form}: behind {path} is no JSON ({error})") from None
+            rest = rest[end:].lstrip()
+        posts.append(Post(path, body))
+    if not posts:
+        raise ValueError(f"{form}: it names no path")
+    return tuple(posts)

@@ -1,0 +1,1 @@
+"""Scores of responses: functions, reward models, weighted sums."""
