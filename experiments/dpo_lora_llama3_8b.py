@@ -14,7 +14,8 @@ Observed:  not run. Its step, for 64 rows that are full, is compiled by tests/te
 
 from pathlib import Path
 
-from jaxalign.runs.config import CheckpointConfig, DPOAlgorithm, DPOConfig, LoraConfig, MeshConfig, OptimizerConfig
+from jaxalign.config.offline import DPOAlgorithm, DPOConfig
+from jaxalign.config.shared import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
 
 RUN = DPOConfig(
     model="meta-llama/Llama-3.1-8B-Instruct",

@@ -33,9 +33,10 @@ import json
 import random
 from pathlib import Path
 
+from jaxalign.config.offline import SFTConfig
+from jaxalign.config.on_policy import GRPOAlgorithm, GRPOConfig
+from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
 from jaxalign.runs import generate, rl, sft
-from jaxalign.runs.config import CheckpointConfig, OptimizerConfig, SFTConfig
-from jaxalign.runs.rl_config import PolicyAlgorithm, PolicyConfig
 
 HELD_OUT, COPIES, SLIPS = 500, 4, 0.6
 
@@ -116,9 +117,9 @@ def sft_config(folder: Path, seed: int) -> SFTConfig:
     )
 
 
-def grpo_config(folder: Path, seed: int) -> PolicyConfig:
+def grpo_config(folder: Path, seed: int) -> GRPOConfig:
     """64 problems a step, eight answers to each."""
-    return PolicyConfig(
+    return GRPOConfig(
         model=str(folder / "sft" / "final"),
         data=str(folder / "problems.jsonl"),
         output=folder / "grpo",
@@ -131,7 +132,7 @@ def grpo_config(folder: Path, seed: int) -> PolicyConfig:
         remat="none",
         slots=512,
         seed=seed,
-        algorithm=PolicyAlgorithm(),
+        algorithm=GRPOAlgorithm(),
         optimizer=OptimizerConfig(learning_rate=3e-4, schedule="linear", warmup_steps=5),
         checkpoint=CheckpointConfig(every=50),
     )

@@ -23,9 +23,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxalign.config.on_policy import GRPOAlgorithm, GRPOConfig
+from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
 from jaxalign.runs import rl
-from jaxalign.runs.config import CheckpointConfig, OptimizerConfig
-from jaxalign.runs.rl_config import PolicyAlgorithm, PolicyConfig
 
 OPENINGS = ("Once upon a time", "One day,", "There was a", "Lily and Tom")
 
@@ -51,12 +51,12 @@ def asked(output: Path) -> str:
 
 def config(
     folder: Path, output: Path, *, method: str, kl_coef: float, kl_budget: float, steps: int, seed: int
-) -> PolicyConfig:
+) -> GRPOConfig:
     """Four openings a step, sixteen stories of each."""
-    algorithm = PolicyAlgorithm(kl_coef=kl_coef, aggregate="sequence")
+    algorithm = GRPOAlgorithm(kl_coef=kl_coef, aggregate="sequence")
     if method == "rloo":
-        algorithm = PolicyAlgorithm("reinforce", advantages="leave_one_out", aggregate="sequence", kl_coef=kl_coef)
-    return PolicyConfig(
+        algorithm = GRPOAlgorithm("reinforce", advantages="leave_one_out", aggregate="sequence", kl_coef=kl_coef)
+    return GRPOConfig(
         **story_teller(folder),
         data=asked(output),
         output=output / f"{method}-kl{kl_coef:g}-seed{seed}",

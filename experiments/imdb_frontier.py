@@ -21,9 +21,11 @@ import numpy as np
 from flax import nnx
 from imdb_sentiment import LENGTH, QUICK, Policy, Sample, Size, Task, load_policy, prepare, sample
 
+from jaxalign.config.inference import ExportConfig
+from jaxalign.config.offline import FeedbackConfig
+from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.runs import devices, export
-from jaxalign.runs.config import CheckpointConfig, ExportConfig, FeedbackConfig, OptimizerConfig
 
 log = logging.getLogger("jaxalign.experiments")
 

@@ -23,12 +23,13 @@ import imdb_scorer
 import jax
 import numpy as np
 
+from jaxalign.config.offline import SFTConfig
+from jaxalign.config.shared import OptimizerConfig
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
 from jaxalign.rollout.respond import Sampling, generate_ids
 from jaxalign.runs import sft
-from jaxalign.runs.config import OptimizerConfig, SFTConfig
 
 log = logging.getLogger("jaxalign.experiments")
 

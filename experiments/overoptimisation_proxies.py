@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from overoptimisation_rewards import gold, members
 
+from jaxalign.config.offline import RewardConfig
+from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
 from jaxalign.models import heads
 from jaxalign.runs import reward
-from jaxalign.runs.config import CheckpointConfig, OptimizerConfig, RewardConfig
 from jaxalign.runs.generate import respond
 
 OPENINGS = ("Once upon a time", "One day,", "There was a", "Lily and Tom")

@@ -40,6 +40,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from jaxalign.config.on_policy import CriticConfig, PPOConfig
+from jaxalign.config.shared import LoraConfig, MeshConfig
 from jaxalign.models import places
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import make_decoder
@@ -47,9 +49,7 @@ from jaxalign.models.files.families import model_config
 from jaxalign.models.heads import trunk_config
 from jaxalign.runs import critics, ppo, train
 from jaxalign.runs.adapters import lora_of
-from jaxalign.runs.config import LoraConfig, MeshConfig
 from jaxalign.runs.program import Critic, decoder, make_program
-from jaxalign.runs.rl_config import CriticConfig, PPOConfig
 from jaxalign.training import sharding
 from jaxalign.types import RolloutBatch, TokenBatch
 

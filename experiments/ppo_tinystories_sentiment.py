@@ -24,9 +24,9 @@ from pathlib import Path
 
 from grpo_tinystories_sentiment import OPENINGS, asked, story_teller
 
+from jaxalign.config.on_policy import CriticConfig, PPOAlgorithm, PPOConfig
+from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
 from jaxalign.runs import ppo
-from jaxalign.runs.config import CheckpointConfig, OptimizerConfig
-from jaxalign.runs.rl_config import CriticConfig, PPOAlgorithm, PPOConfig
 
 
 def config(folder: Path, output: Path, *, kl_coef: float, kl_budget: float | None, steps: int, seed: int) -> PPOConfig:

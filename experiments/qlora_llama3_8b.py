@@ -11,7 +11,8 @@ Observed:  not run. Its step is compiled for a v5e chip by tests/test_compile_fo
 
 from pathlib import Path
 
-from jaxalign.runs.config import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig, SFTConfig
+from jaxalign.config.offline import SFTConfig
+from jaxalign.config.shared import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
 
 RUN = SFTConfig(
     model="meta-llama/Llama-3.1-8B",

@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxalign.config.offline import RewardAlgorithm, RewardConfig
+from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
 from jaxalign.data.batches.groups import Responses
-from jaxalign.runs.config import CheckpointConfig, OptimizerConfig, RewardAlgorithm, RewardConfig
 
 LOSSES = {"pairs": "bradley_terry(centering_coef=0.01)", "ranked": "kwise"}
 SETS = {"hh-rlhf": ("harmless-base.test", "pairs", 1), "oasst": ("en_100_tree", "ranked", 3)}

@@ -62,9 +62,9 @@ from overoptimisation_proxies import (
     write,
 )  # fmt: skip
 
+from jaxalign.config.on_policy import RLOOConfig
+from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
 from jaxalign.runs import devices, rl
-from jaxalign.runs.config import CheckpointConfig, OptimizerConfig
-from jaxalign.runs.rl_config import RLOOConfig
 from jaxalign.training.metrics import read_rows
 
 log = logging.getLogger("jaxalign.experiments")

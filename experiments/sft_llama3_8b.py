@@ -9,7 +9,8 @@ Observed:  not run. Its step is compiled for v5p:2x2x2 by tests/test_compile_for
 
 from pathlib import Path
 
-from jaxalign.runs.config import CheckpointConfig, MeshConfig, OptimizerConfig, SFTConfig
+from jaxalign.config.offline import SFTConfig
+from jaxalign.config.shared import CheckpointConfig, MeshConfig, OptimizerConfig
 
 # What the compile test needs to know of the model without the hub.
 LLAMA_3_1_8B = {

@@ -18,7 +18,8 @@ Observed:  (da3444d, two CPU cores) stories: 0.679 at the start, 0.671, 0.668, 0
 import argparse
 from pathlib import Path
 
-from jaxalign.runs.config import CheckpointConfig, OptimizerConfig, SFTConfig
+from jaxalign.config.offline import SFTConfig
+from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
 
 
 def stories(folder: Path, output: Path) -> SFTConfig:

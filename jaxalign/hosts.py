@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from jaxalign.mistake import Mistake
 from jaxalign.types import PyTree
 
 
@@ -19,7 +20,7 @@ def join() -> None:
     first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
 
     Raises:
-      ValueError: there is no sign of others, only some of the three are set, or one is not a number.
+      Mistake: there is no sign of others, only some of the three are set, or one is not a number.
     """
     if jax.distributed.is_initialized():
         return
@@ -29,21 +30,21 @@ def join() -> None:
         try:
             jax.distributed.initialize()
         except ValueError as error:
-            raise ValueError(
-                f"--distributed found no other processes ({error}); a TPU pod or Slurm tells them, elsewhere set "
+            raise Mistake(
+                f"`distributed` found no other processes ({error}); a TPU pod or Slurm tells them, elsewhere set "
                 f"{', '.join(names)}"
             ) from None
         return
     absent = [name for name, value in zip(names, given, strict=True) if not value]
     if absent:
-        raise ValueError(f"--distributed: {', '.join(absent)} is not set, though others of {', '.join(names)} are")
+        raise Mistake(f"`distributed`: {', '.join(absent)} is not set, though others of {', '.join(names)} are")
     if not (given[1].isdigit() and given[2].isdigit()):
-        raise ValueError(f"--distributed: JAX_NUM_PROCESSES={given[1]} and JAX_PROCESS_ID={given[2]} must be numbers")
+        raise Mistake(f"`distributed`: JAX_NUM_PROCESSES={given[1]} and JAX_PROCESS_ID={given[2]} must be numbers")
     jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
 
 
 def agree(**values: str | int) -> None:
-    """Raises ValueError on every host when one of `values` is not the same on all of them.
+    """Raises Mistake on every host when one of `values` is not the same on all of them.
 
     Hosts that run other settings, or read other data, would train on without a word, or hang in the first collective.
     """
@@ -56,7 +57,7 @@ def agree(**values: str | int) -> None:
     names = np.array(list(values))
     others, which = np.flatnonzero((seen != seen[0]).any(1)), (seen != seen[0]).any(0)
     if others.size:
-        raise ValueError(
+        raise Mistake(
             f"the hosts differ in {', '.join(names[which])}: hosts {', '.join(map(str, others))} have another than "
             f"host 0 (this is host {jax.process_index()}). Start the same command on the same files everywhere"
         )
@@ -82,7 +83,7 @@ def first_decides(decide: Callable[[], bool]) -> bool:
     if error is not None:
         raise error
     if said < 0:
-        raise RuntimeError("host 0 refused to start; its message says why")
+        raise Mistake("host 0 refused to start; its message says why")
     return bool(said)
 
 
@@ -121,7 +122,7 @@ def _gathered(make: Callable[[slice], np.ndarray], kinds: int, parts: list[slice
         raise error
     failed = [host for host, found in enumerate(all_said) if not found[0, -1]]
     if failed:
-        raise RuntimeError(f"host {failed[0]} has failed; its message says why")
+        raise Mistake(f"host {failed[0]} has failed; its message says why")
     return np.concatenate([found[:, : part.stop - part.start] for found, part in zip(all_said, parts, strict=True)], 1)
 
 

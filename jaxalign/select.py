@@ -18,6 +18,8 @@ import tokenize
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxalign.mistake import Mistake
+
 
 def select(text: str, table: Mapping[str, Callable]) -> Callable:
     """The function that `text` names, its keywords bound.
@@ -27,7 +29,7 @@ def select(text: str, table: Mapping[str, Callable]) -> Callable:
       table: the functions known by a bare name.
 
     Raises:
-      ValueError: the text is malformed, or the name, module or keyword does not exist; the message lists what does.
+      Mistake: the text is malformed, or the name, module or keyword does not exist; the message lists what does.
     """
     target, keywords = _parse(text)
     function = _import(target, text) if ":" in target else _look_up(target, table)
@@ -36,9 +38,7 @@ def select(text: str, table: Mapping[str, Callable]) -> Callable:
     names = [n for n, p in known.items() if p.kind is p.KEYWORD_ONLY]
     for name in keywords:
         if name not in names and not takes_any:
-            raise ValueError(
-                f"{text!r}: {target} has no keyword {name!r}{nearest(name, names)}; it takes {listed(names)}"
-            )
+            raise Mistake(f"{text!r}: {target} has no keyword {name!r}{nearest(name, names)}; it takes {listed(names)}")
     return functools.partial(function, **keywords) if keywords else function
 
 
@@ -50,7 +50,7 @@ def select_sum(text: str, table: Mapping[str, Callable]) -> tuple[tuple[float, C
       table: the functions known by a bare name.
 
     Raises:
-      ValueError: a term has no function or a weight that is no finite number, or `select` refuses it.
+      Mistake: a term has no function or a weight that is no finite number, or `select` refuses it.
     """
     return tuple(_weighted(term, text, table) for term in _terms(text))
 
@@ -80,11 +80,11 @@ def _weighted(term: str, text: str, table: Mapping[str, Callable]) -> tuple[floa
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(
+        raise Mistake(
             f"{text!r}: {weight.strip()!r} is not a finite number; a weight stands before its function, as in 0.2*sft"
         )
     if not rest.strip():
-        raise ValueError(f"{text!r} has a term without a function; a sum is written as in dpo(beta=0.1) + 0.2*sft")
+        raise Mistake(f"{text!r} has a term without a function; a sum is written as in dpo(beta=0.1) + 0.2*sft")
     return number, select(rest.strip(), table)
 
 
@@ -98,12 +98,12 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
             raise SyntaxError
         return target.strip(), {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
     except (SyntaxError, ValueError):
-        raise ValueError(f"{text!r} is not of the form name(key=value, ...) with literal values") from None
+        raise Mistake(f"{text!r} is not of the form name(key=value, ...) with literal values") from None
 
 
 def _look_up(name: str, table: Mapping[str, Callable]) -> Callable:
     if name not in table:
-        raise ValueError(
+        raise Mistake(
             f"unknown name {name!r}{nearest(name, list(table))}; known are {listed(sorted(table))}, "
             "or name your own as package.module:function"
         )
@@ -113,19 +113,17 @@ def _look_up(name: str, table: Mapping[str, Callable]) -> Callable:
 def _import(target: str, text: str) -> Callable:
     module_name, _, name = target.partition(":")
     if not module_name or not name:
-        raise ValueError(f"{text!r} is not of the form package.module:function")
+        raise Mistake(f"{text!r} is not of the form package.module:function")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a module of the user's runs as it is imported
         absent = isinstance(error, ModuleNotFoundError) and error.name in (module_name, module_name.split(".")[0])
         hint = "is its folder on PYTHONPATH?" if absent else "JAXALIGN_TRACEBACK=1 shows where"
-        raise ValueError(
-            f"{text!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); {hint}"
-        ) from error
+        raise Mistake(f"{text!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); {hint}") from error
     function = getattr(module, name, None)
     if not callable(function):
         public = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
-        raise ValueError(
+        raise Mistake(
             f"{text!r}: {module_name} has no function {name!r}{nearest(name, public)}; it has {listed(public)}"
         )
     return function

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxalign.mistake import Mistake
+
 PyTree = Any
 
 
@@ -33,7 +35,7 @@ class Average(NamedTuple):
         if mask is None:
             return cls(jnp.sum(values), jnp.asarray(values.size, jnp.float32))
         if mask.shape != values.shape:
-            raise ValueError(f"values have shape {values.shape} and mask {mask.shape}; they must be equal")
+            raise Mistake(f"values have shape {values.shape} and mask {mask.shape}; they must be equal")
         return cls(jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask, dtype=jnp.float32))
 
     def __add__(self, other: Average) -> Average:  # type: ignore[override]

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
+from jaxalign.config.shared import LoraConfig
 from jaxalign.losses.pairs.margin import dpo
 from jaxalign.models import places
 from jaxalign.models.files.families import model_config
-from jaxalign.runs.config import LoraConfig
 from jaxalign.runs.preferences import make_program
 from jaxalign.training import sharding
 from jaxalign.types import ResponseBatch, TokenBatch

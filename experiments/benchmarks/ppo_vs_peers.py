@@ -65,11 +65,11 @@ def words(ids: list[int]) -> str:
 def jaxalign(passes: list, mark, *, remat: str) -> None:
     import dataclasses
 
+    from jaxalign.config.on_policy import PPOAlgorithm, PPOConfig
+    from jaxalign.config.shared import MeshConfig, OptimizerConfig
     from jaxalign.data.batches import rows as batching
     from jaxalign.runs import ppo, train
-    from jaxalign.runs.config import MeshConfig, OptimizerConfig
     from jaxalign.runs.program import make_program
-    from jaxalign.runs.rl_config import PPOAlgorithm, PPOConfig
     from jaxalign.training.compiled import CompiledStep
     from jaxalign.training.sharding import put_batch
 

@@ -94,6 +94,8 @@ def jaxalign_preferences(
     from jaxalign.algorithms.pairwise import dpo
     from jaxalign.algorithms.reward import reward
     from jaxalign.algorithms.unpaired import kto
+    from jaxalign.config.offline import DPOConfig
+    from jaxalign.config.shared import OptimizerConfig
     from jaxalign.data.batches import rows as batching
     from jaxalign.data.batches.groups import GroupBatches, GroupPlan, Responses, UnpairedBatches
     from jaxalign.data.read.tokens import Examples
@@ -102,7 +104,6 @@ def jaxalign_preferences(
     from jaxalign.models.decoder.decoder import init_params
     from jaxalign.models.files.families import model_config
     from jaxalign.models.heads import init_head
-    from jaxalign.runs.config import DPOConfig, OptimizerConfig
     from jaxalign.runs.program import Method, make_program
     from jaxalign.training import sharding
     from jaxalign.training.state import TrainState

@@ -58,13 +58,14 @@ def jaxalign_sft(rows: list[list[int]], mark, *, remat: str, packing: bool) -> N
     import jax
     import numpy as np
 
+    from jaxalign.config.offline import SFTConfig
+    from jaxalign.config.shared import OptimizerConfig
     from jaxalign.data.batches import rows
     from jaxalign.data.read.tokens import Examples
     from jaxalign.losses.language import cross_entropy
     from jaxalign.models import places
     from jaxalign.models.decoder.decoder import init_params
     from jaxalign.models.files.families import model_config
-    from jaxalign.runs.config import OptimizerConfig, SFTConfig
     from jaxalign.runs.sft import make_program
     from jaxalign.training import sharding
     from jaxalign.training.state import TrainState

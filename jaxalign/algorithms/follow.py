@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.algorithms.base import FollowFn
+from jaxalign.mistake import Mistake
 from jaxalign.types import PyTree
 
 
@@ -21,12 +22,12 @@ def follow(*, alpha: float, every: int) -> FollowFn:
     Reference: Gorbatovski et al. 2024, https://arxiv.org/abs/2404.09656.
 
     Raises:
-      ValueError: alpha or every is out of range.
+      Mistake: alpha or every is out of range.
     """
     if not 0 < alpha <= 1:
-        raise ValueError(f"alpha={alpha} must be in (0, 1]: 1 copies the policy, and 0 would never move the reference")
+        raise Mistake(f"alpha={alpha} must be in (0, 1]: 1 copies the policy, and 0 would never move the reference")
     if every < 1:
-        raise ValueError(f"every={every} must be at least 1 step")
+        raise Mistake(f"every={every} must be at least 1 step")
 
     def mixed(reference: PyTree, params: PyTree) -> PyTree:
         mean = lambda ref, new: alpha * new.astype(jnp.float32) + (1 - alpha) * ref.astype(jnp.float32)  # noqa: E731

@@ -35,6 +35,7 @@ from jaxalign.algorithms.responses import (
 )
 from jaxalign.losses import contract
 from jaxalign.losses.pairs.margin import dpo as sigmoid
+from jaxalign.mistake import Mistake
 from jaxalign.types import Average, PyTree, ResponseBatch
 
 RATIO_STATISTICS = ("mean_log_ratio", "mean_margin", "running_log_ratio", "running_margin")
@@ -64,14 +65,14 @@ def dpo(
     log π of whole responses as `logps/chosen` and `logps/rejected`, which may both fall while their margin grows.
 
     Raises:
-      ValueError: the loss names an unknown input, or sorts a batch whose size is not told.
+      Mistake: the loss names an unknown input, or sorts a batch whose size is not told.
     """
     names = contract.check_inputs(loss, contract.PAIR_INPUTS)
     wanted, compares = _wanted(names), contract.needs_whole_batch(loss)
     needs_ref, around = contract.needs_reference(loss), any(name in STATISTICS for name in names)
     reads_twice = compares or any(name in RATIO_STATISTICS for name in names)
     if compares and groups is None:
-        raise ValueError(f"{contract.loss_name(loss)} compares pairs of the whole batch; say how many it has (groups=)")
+        raise Mistake(f"{contract.loss_name(loss)} compares pairs of the whole batch; say how many it has (groups=)")
     beta, momenta = contract.keyword(loss, "beta", 1.0), contract.momenta(loss)
 
     def stats_of(structure: Any, params: PyTree, batch: ResponseBatch) -> Stats:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from jaxalign.algorithms.base import Algorithm, hidden_states, shards_of
 from jaxalign.losses.policy import ppo_clip, sequence_logps, truncated_weights
+from jaxalign.mistake import Mistake
 from jaxalign.ops.kl import KL_ESTIMATORS, k1, k3
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.types import Average, PyTree, RolloutBatch, TokenBatch
@@ -84,7 +85,7 @@ def policy_gradient(
     then of the tokens as q drew them.
 
     Raises:
-      ValueError: an unknown estimator, level or aggregate, or what they need is missing.
+      Mistake: an unknown estimator, level or aggregate, or what they need is missing.
     """
     _check(kl_coef, kl_estimator, level, aggregate, longest, ref_graphdef, importance_cap)
     has_reference = ref_graphdef is not None
@@ -148,15 +149,15 @@ def _check(
         ("aggregate", aggregate, AGGREGATES),
     ):
         if value not in known:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+            raise Mistake(f"{name}={value!r} is not one of {', '.join(known)}")
     if kl_coef < 0:
-        raise ValueError(f"kl_coef={kl_coef} must be at least 0")
+        raise Mistake(f"kl_coef={kl_coef} must be at least 0")
     if kl_coef and ref_graphdef is None:
-        raise ValueError(f"kl_coef={kl_coef} needs a reference")
+        raise Mistake(f"kl_coef={kl_coef} needs a reference")
     if aggregate == "fixed" and not longest:
-        raise ValueError("aggregate='fixed' divides by the longest response there can be; say how long it is")
+        raise Mistake("aggregate='fixed' divides by the longest response there can be; say how long it is")
     if importance_cap is not None and importance_cap <= 0:
-        raise ValueError(f"importance_cap={importance_cap} must be above 0, or no token has a say")
+        raise Mistake(f"importance_cap={importance_cap} must be above 0, or no token has a say")
 
 
 def _aggregated(values: jax.Array, mask: jax.Array, aggregate: str, longest: int | None) -> Average:

@@ -7,7 +7,7 @@ https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/. Core:
 
      1 vectorised architecture     the prompts of a step, answered side by side (rollout/engine/engine.py)
      2 orthogonal initialisation   no: the models are pretrained; the critic's head starts from the reward model, else 0
-     3 Adam's epsilon 1e-5         no: 1e-8, as in RLHF since; runs/config.py: OptimizerConfig
+     3 Adam's epsilon 1e-5         no: 1e-8, as in RLHF since; config/shared.py: OptimizerConfig
      4 annealed learning rate      --optimizer.schedule
      5 GAE                         ops/advantages.py: gae; γ = 1, λ = 0.95
      6 minibatch updates           epochs x minibatches, rows dealt anew in each epoch (training/step.py)
@@ -58,6 +58,7 @@ from jaxalign.algorithms.critic import critic_values
 from jaxalign.algorithms.memory import Spread, next_kl_coef
 from jaxalign.algorithms.policy_gradient import ADVANTAGES, OLD, REF, SCORES, rollout_metrics
 from jaxalign.losses.policy import ppo_clip, value_clip
+from jaxalign.mistake import Mistake
 from jaxalign.ops import masked
 from jaxalign.ops.advantages import gae, returns, shaped_rewards
 from jaxalign.ops.kl import KL_ESTIMATORS
@@ -134,7 +135,7 @@ def ppo(
     `returns`, and with pretraining `pretraining_loss`.
 
     Raises:
-      ValueError: an option that cannot be.
+      Mistake: an option that cannot be.
 
     Reference: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 9; Ouyang et al. 2022 (InstructGPT),
     https://arxiv.org/abs/2203.02155, eq. 2. Score normalisation and clipping: Zheng et al. 2023,
@@ -270,19 +271,19 @@ def check(
     pretraining_coef: float,
     **others: Any,
 ) -> None:
-    """Raises ValueError on options of `ppo` that cannot be; those named here are the ones that are looked at."""
+    """Raises Mistake on options of `ppo` that cannot be; those named here are the ones that are looked at."""
     for name, value, known in (("kl_estimator", kl_estimator, tuple(KL_ESTIMATORS)), ("kl_in", kl_in, KL_PLACES)):
         if value not in known:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+            raise Mistake(f"{name}={value!r} is not one of {', '.join(known)}")
     if kl_in == "loss" and kl_estimator == "k1" and kl_coef:
-        raise ValueError("kl_in='loss' needs k2 or k3: as a loss k1 does nothing on average")
+        raise Mistake("kl_in='loss' needs k2 or k3: as a loss k1 does nothing on average")
     if kl_coef < 0 or pretraining_coef < 0:
-        raise ValueError(f"kl_coef={kl_coef} and pretraining_coef={pretraining_coef} must be at least 0")
+        raise Mistake(f"kl_coef={kl_coef} and pretraining_coef={pretraining_coef} must be at least 0")
     for name, bound in (("kl_target", kl_target), ("clip_scores", clip_scores), ("halt_kl", halt_kl)):
         if bound is not None and bound <= 0:
-            raise ValueError(f"{name}={bound} must be above 0, or None")
+            raise Mistake(f"{name}={bound} must be above 0, or None")
     if kl_target is not None and kl_coef == 0:
-        raise ValueError(f"kl_target={kl_target} is sought by a factor on kl_coef, which must be above 0")
+        raise Mistake(f"kl_target={kl_target} is sought by a factor on kl_coef, which must be above 0")
 
 
 def _ppo_metrics(

@@ -34,7 +34,7 @@ def process_reward(graphdef: Any, *, loss: Callable = process) -> Algorithm:
     score is above 0 where the label is above 1/2, and elsewhere not; `mean_reward`; and `disagreement` of members.
 
     Raises:
-      ValueError: the loss asks for anything else.
+      Mistake: the loss asks for anything else.
     """
     check_loss(loss)
 
@@ -58,7 +58,7 @@ def process_reward(graphdef: Any, *, loss: Callable = process) -> Algorithm:
 
 
 def check_loss(loss: Callable) -> None:
-    """Raises ValueError unless the loss is one of steps."""
+    """Raises Mistake unless the loss is one of steps."""
     contract.check_inputs(loss, {name: contract.RANKING_INPUTS[name] for name in STEP_INPUTS})
 
 

@@ -41,7 +41,7 @@ def reward(graphdef: Any, *, loss: Callable = bradley_terry) -> Algorithm:
     the members' mean (over all pairs of different rank that are no tie), and `disagreement` where there are several.
 
     Raises:
-      ValueError: the loss names an input that a batch of responses does not have.
+      Mistake: the loss names an input that a batch of responses does not have.
     """
     check_loss(loss)
 
@@ -60,7 +60,7 @@ def laid_over(trained: PyTree, frozen: PyTree) -> PyTree:
 
 
 def check_loss(loss: Callable) -> None:
-    """Raises ValueError unless all inputs of the loss are known of whole responses."""
+    """Raises Mistake unless all inputs of the loss are known of whole responses."""
     contract.check_inputs(loss, {name: contract.RANKING_INPUTS[name] for name in OUTCOME_INPUTS})
 
 

@@ -10,22 +10,23 @@ import jax.numpy as jnp
 
 from jaxalign.algorithms.base import Algorithm, hidden_states, shards_of
 from jaxalign.losses.language import cross_entropy
+from jaxalign.mistake import Mistake
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.types import Average, PyTree, TokenBatch
 
 
 def check_loss(loss: Callable, name: str) -> None:
-    """Raises ValueError, with its `name`, unless the loss takes three arrays and gives one value per token."""
+    """Raises Mistake, with its `name`, unless the loss takes three arrays and gives one value per token."""
     token = jax.ShapeDtypeStruct((2, 4), jnp.float32)
     try:
         found = jax.eval_shape(loss, token, token, token)
     except Exception as error:  # a user's function raises what it likes
-        raise ValueError(
+        raise Mistake(
             f"loss {name!r} cannot be called as loss(logps, log_normalizer, mean_logit): {_first_line(error)}"
         ) from error
     given = [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(found)]
     if given != ["float32[2, 4]"]:
-        raise ValueError(f"loss {name!r} gives {', '.join(given)} for tokens [2, 4]; it must give one float32 a token")
+        raise Mistake(f"loss {name!r} gives {', '.join(given)} for tokens [2, 4]; it must give one float32 a token")
 
 
 def _first_line(error: Exception) -> str:

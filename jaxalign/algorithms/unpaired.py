@@ -48,7 +48,7 @@ def kto(
     `logps/rejected`.
 
     Raises:
-      ValueError: the loss names an unknown input.
+      Mistake: the loss names an unknown input.
     """
     names = contract.check_inputs(loss, contract.UNPAIRED_INPUTS)
     needs_ref = contract.needs_reference(loss)

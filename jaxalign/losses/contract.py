@@ -18,6 +18,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxalign.mistake import Mistake
 from jaxalign.select import listed, nearest
 
 # Of pairs: one value per pair [B] unless a scalar. Log-probabilities are in nats, of response tokens given the prompt.
@@ -80,12 +81,12 @@ def check_inputs(loss: Callable, known: Mapping[str, str]) -> tuple[str, ...]:
     """The loss's input names, once they are found to be in `known`.
 
     Raises:
-      ValueError: the loss names an input that is not known; the message lists those that are.
+      Mistake: the loss names an input that is not known; the message lists those that are.
     """
     names = input_names(loss)
     for name in names:
         if name not in known:
-            raise ValueError(
+            raise Mistake(
                 f"{loss_name(loss)} asks for an input {name!r}{nearest(name, list(known))}; known inputs are "
                 f"{listed(list(known))}. A hyperparameter must be keyword-only: put it after * in the definition"
             )
@@ -101,12 +102,12 @@ def apply(loss: Callable, values: Mapping[str, Any]) -> Any:
     """The loss, given by name exactly those of `values` that it asks for.
 
     Raises:
-      ValueError: an input without a default is not among the values.
+      Mistake: an input without a default is not among the values.
     """
     signature = inspect.signature(loss).parameters
     missing = [n for n in input_names(loss) if n not in values and signature[n].default is inspect.Parameter.empty]
     if missing:
-        raise ValueError(f"{loss_name(loss)} asks for {listed(missing)}, but there is only {listed(list(values))}")
+        raise Mistake(f"{loss_name(loss)} asks for {listed(missing)}, but there is only {listed(list(values))}")
     return loss(**{name: values[name] for name in input_names(loss) if name in values})
 
 

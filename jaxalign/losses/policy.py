@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxalign.mistake import Mistake
+
 PerToken = Float[Array, "*tokens"]
 
 
@@ -39,9 +41,9 @@ def ppo_clip(
     """
     high = clip_epsilon if clip_epsilon_high is None else clip_epsilon_high
     if not 0 < clip_epsilon < 1 or high <= 0:
-        raise ValueError(f"clip_epsilon={clip_epsilon} must be in (0, 1) and clip_epsilon_high={high} above 0")
+        raise Mistake(f"clip_epsilon={clip_epsilon} must be in (0, 1) and clip_epsilon_high={high} above 0")
     if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip={dual_clip} must be above 1, or it would cut into the trust region")
+        raise Mistake(f"dual_clip={dual_clip} must be above 1, or it would cut into the trust region")
     ratio = jnp.exp(logps - old_logps)
     loss = jnp.maximum(-ratio * advantages, -jnp.clip(ratio, 1 - clip_epsilon, 1 + high) * advantages)
     if dual_clip is not None:
@@ -72,7 +74,7 @@ def cispo(logps: PerToken, old_logps: PerToken, advantages: PerToken, *, clip_ep
     Reference: MiniMax 2025, https://arxiv.org/abs/2506.13585.
     """
     if clip_epsilon_high <= 0:
-        raise ValueError(f"clip_epsilon_high={clip_epsilon_high} must be above 0")
+        raise Mistake(f"clip_epsilon_high={clip_epsilon_high} must be above 0")
     weight = jax.lax.stop_gradient(jnp.minimum(jnp.exp(logps - old_logps), 1 + clip_epsilon_high))
     return -weight * advantages * logps
 
@@ -127,7 +129,7 @@ def value_clip(
     if clip_epsilon is None:
         return 0.5 * error
     if clip_epsilon <= 0:
-        raise ValueError(f"clip_epsilon={clip_epsilon} must be above 0, or None for no clip")
+        raise Mistake(f"clip_epsilon={clip_epsilon} must be above 0, or None for no clip")
     near = jnp.clip(values, old_values - clip_epsilon, old_values + clip_epsilon)
     return 0.5 * jnp.maximum(error, (near - returns) ** 2)
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from jaxalign.mistake import Mistake
+
 PerPair = Float[Array, "B"]
 
 
@@ -107,7 +109,7 @@ def rao_kupper(
     Chen et al. 2024, https://arxiv.org/abs/2409.17431, whose ν is θ and also 3.
     """
     if theta < 1:
-        raise ValueError(f"theta={theta} must be at least 1; 1 leaves no room for ties")
+        raise Mistake(f"theta={theta} must be at least 1; 1 leaves no room for ties")
     threshold = jnp.log(theta)
     difference = chosen_scores - rejected_scores
     win = -jax.nn.log_sigmoid(difference - threshold)

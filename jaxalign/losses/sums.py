@@ -18,7 +18,7 @@ def select_loss(text: str, table: Mapping[str, Callable]) -> Callable:
       table: the losses known by a bare name.
 
     Raises:
-      ValueError: what `select` refuses in a term; the message lists what exists.
+      Mistake: what `select` refuses in a term; the message lists what exists.
     """
     terms = select_sum(text, table)
     return terms[0][1] if len(terms) == 1 and terms[0][0] == 1.0 else mixture(terms)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxalign.mistake import Mistake
+
 PerRow = Float[Array, "B"]
 
 
@@ -131,14 +133,14 @@ def balanced_lambdas(desirable: int, undesirable: int, *, ratio: float = 1.0) ->
       ratio: from 1 to 4/3; smaller where avoiding harm matters more than gaining quality.
 
     Raises:
-      ValueError: a kind has no rows, or the ratio is outside the rule.
+      Mistake: a kind has no rows, or the ratio is outside the rule.
 
     Reference: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306.
     """
     if desirable <= 0 or undesirable <= 0:
-        raise ValueError(f"{desirable} desirable and {undesirable} undesirable rows: the rule needs both kinds")
+        raise Mistake(f"{desirable} desirable and {undesirable} undesirable rows: the rule needs both kinds")
     if not 1 <= ratio <= 4 / 3:
-        raise ValueError(f"ratio={ratio} is outside the rule's 1 to 4/3")
+        raise Mistake(f"ratio={ratio} is outside the rule's 1 to 4/3")
     found = desirable / undesirable
     if 1 <= found <= 4 / 3:
         return 1.0, 1.0

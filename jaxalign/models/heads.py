@@ -72,7 +72,7 @@ def combine(scores: jax.Array, rule: str = "mean") -> jax.Array:
     """One score [...] of the members' [... M], by a rule of RULES: "mean", "min" or "mean_minus_std(k=0.5)".
 
     A member's zero is its own, as ranking losses see differences alone: "min" compares members whose scores were
-    normalised. Raises ValueError on an unknown rule.
+    normalised. Raises Mistake on an unknown rule.
     """
     return select(rule, RULES)(scores)
 

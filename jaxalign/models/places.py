@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.mistake import Mistake
 from jaxalign.types import PyTree, leaf_names
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list |
     free = [name for name, size in sizes.items() if size == -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
-        raise ValueError(
+        raise Mistake(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fill {len(devices)} devices; the product of "
             f"the three must be {len(devices)}, and at most one may be -1 (the rest)"
         )

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from jaxalign.kernels import gae as kernel
+from jaxalign.mistake import Mistake
 from jaxalign.ops import masked
 from jaxalign.ops.mesh import kernel_target, row_axes
 
@@ -78,15 +79,15 @@ def gae(
       Advantages in float32, 0 where the mask is False.
 
     Raises:
-      ValueError: an unknown implementation, or gamma or gae_lambda outside [0, 1], or B that the mesh does not divide.
+      Mistake: an unknown implementation, or gamma or gae_lambda outside [0, 1], or B that the mesh does not divide.
 
     Reference: Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16.
     """
     for name, value in {"gamma": gamma, "gae_lambda": gae_lambda}.items():
         if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name}={value} is not in [0, 1]")
+            raise Mistake(f"{name}={value} is not in [0, 1]")
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}, None")
+        raise Mistake(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}, None")
     options = {"gamma": gamma, "gae_lambda": gae_lambda}
     if implementation is None:
         # experiments/benchmarks/kernel_speed.py; off the CPU the T dependent steps of a scan are T launches
@@ -169,9 +170,9 @@ def group_advantages(scores: Float[Array, "N G"], *, scale: str = "group", eps: 
     https://arxiv.org/abs/2503.20783; Hu et al. 2025, https://arxiv.org/abs/2501.03262.
     """
     if scale not in ("group", "batch", "none"):
-        raise ValueError(f"scale={scale!r} is not one of group, batch, none")
+        raise Mistake(f"scale={scale!r} is not one of group, batch, none")
     if scores.shape[1] < 2:
-        raise ValueError("a group of one response has nothing to be compared with; draw 2 or more of each prompt")
+        raise Mistake("a group of one response has nothing to be compared with; draw 2 or more of each prompt")
     scores = scores.astype(jnp.float32)
     # Measured from the first of the group: a mean of equal scores may be one rounding off them, and Adam, which knows
     # no scale, would make a full step of that.

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from jaxalign.kernels import kl as kernel
+from jaxalign.mistake import Mistake
 from jaxalign.ops.mesh import kernel_target, row_axes
 from jaxalign.types import Unembedding
 
@@ -94,7 +95,7 @@ def token_kl(
       Nats, float32, never negative; 0 where both distributions agree.
 
     Raises:
-      ValueError: an unknown implementation, temperature <= 0, vocabularies that differ, or rows that the mesh does not
+      Mistake: an unknown implementation, temperature <= 0, vocabularies that differ, or rows that the mesh does not
         divide.
     """
     _check(implementation, temperature, unembedding, ref_unembedding)
@@ -128,7 +129,7 @@ def token_kl_of_logits(
 ) -> Float[Array, "*batch"]:
     """`token_kl` of logits that exist already, as in a sampler or a judge. A train step has none."""
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}, None")
+        raise Mistake(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}, None")
     flat_mask = jnp.ones(logits.shape[:-1], bool).reshape(-1) if mask is None else mask.reshape(-1)
     clean = lambda x: jnp.where(flat_mask[:, None], x.reshape(-1, x.shape[-1]), jnp.zeros((), x.dtype))  # noqa: E731
     if implementation == "reference":
@@ -141,12 +142,12 @@ def token_kl_of_logits(
 
 def _check(implementation: str | None, temperature: float, unembedding: Unembedding, ref: Unembedding) -> None:
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}, None")
+        raise Mistake(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}, None")
     if temperature <= 0:
-        raise ValueError(f"temperature={temperature} must be positive; greedy choices have no distribution to compare")
+        raise Mistake(f"temperature={temperature} must be positive; greedy choices have no distribution to compare")
     sizes = unembedding.weight.shape[0], ref.weight.shape[0]
     if sizes[0] != sizes[1]:
-        raise ValueError(
+        raise Mistake(
             f"the policy's vocabulary has {sizes[0]} tokens and the reference's {sizes[1]}; their KL needs one "
             "tokenizer, and weights cut to the same rows"
         )

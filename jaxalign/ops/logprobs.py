@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.kernels import logprob, runtime
+from jaxalign.mistake import Mistake
 from jaxalign.ops import logprobs_chunked, logprobs_pallas
 from jaxalign.ops.logprobs_pallas import Shards
 from jaxalign.types import Unembedding
@@ -72,9 +73,9 @@ def token_logps(
       TokenLogps. For zero logits, logps is -log V and the entropy is log V.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r} is not one of 'reference', 'chunked', 'pallas', None")
+        raise Mistake(f"implementation={implementation!r} is not one of 'reference', 'chunked', 'pallas', None")
     if temperature <= 0:
-        raise ValueError(f"temperature={temperature} must be positive; greedy choices have no log-probability")
+        raise Mistake(f"temperature={temperature} must be positive; greedy choices have no log-probability")
     shape = targets.shape
     flat_mask = jnp.ones(targets.size, bool) if mask is None else mask.reshape(-1)
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxalign.mistake import Mistake
 from jaxalign.ops.logprobs import Shards, TokenLogps, token_logps
 from jaxalign.types import Unembedding
 
@@ -49,7 +50,7 @@ def differences(
 
 
 def refuse(found: dict[str, Difference]) -> None:
-    """Raises ValueError where a difference is past its tolerance, or not a number."""
+    """Raises Mistake where a difference is past its tolerance, or not a number."""
     wrong = []
     for name, (distance, index, kernel, chunked, largest) in found.items():
         gradient = name.startswith("d_")
@@ -61,9 +62,9 @@ def refuse(found: dict[str, Difference]) -> None:
                 f"{float(distance):.3g} apart, where {limit:.3g} is allowed"
             )
     if wrong:
-        raise ValueError(
+        raise Mistake(
             "the log-probability kernel is not to be trusted here: " + "; ".join(wrong) + ". Run with "
-            "--implementation chunked, and report this with the versions in config.json"
+            "`implementation` chunked, and report this with the versions in config.json"
         )
 
 

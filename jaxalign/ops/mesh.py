@@ -7,6 +7,7 @@ import math
 from jax.sharding import Mesh
 
 from jaxalign.kernels.runtime import Target, interpreted, target_of
+from jaxalign.mistake import Mistake
 
 
 def kernel_target(mesh: Mesh | None) -> Target:
@@ -20,5 +21,5 @@ def row_axes(mesh: Mesh, axes: tuple[str, ...], rows: int) -> tuple[str, ...]:
     axes = tuple(axis for axis in axes if axis in mesh.shape)
     devices = math.prod(mesh.shape[axis] for axis in axes)
     if rows % devices:
-        raise ValueError(f"{rows} rows cannot be cut over the {devices} devices of the mesh axes {axes}")
+        raise Mistake(f"{rows} rows cannot be cut over the {devices} devices of the mesh axes {axes}")
     return axes

@@ -7,14 +7,16 @@ import logging
 import time
 from pathlib import Path
 
+from jaxalign.config.inference import QuickstartConfig
+from jaxalign.config.limits import check
+from jaxalign.config.offline import DPOConfig, KTOConfig, RewardConfig, SFTConfig
+from jaxalign.config.on_policy import GRPOConfig, PPOConfig
+from jaxalign.mistake import Mistake
 from jaxalign.quickstart import judge, policy_stage, reward_stage, tokenizer, world
 from jaxalign.quickstart.page import Stage, render, table
 from jaxalign.quickstart.stages import Planned, plan
 from jaxalign.runs import devices, generate, ppo, preferences, reward, rl, sft
-from jaxalign.runs.config import DPOConfig, KTOConfig, QuickstartConfig, RewardConfig, SFTConfig
 from jaxalign.runs.folder import check_writable
-from jaxalign.runs.rl_config import PolicyConfig, PPOConfig
-from jaxalign.runs.values import check
 
 log = logging.getLogger(__name__)
 
@@ -25,19 +27,19 @@ RUNS = {
     KTOConfig: preferences.run_kto,
     RewardConfig: reward.run,
     PPOConfig: ppo.run,
-    PolicyConfig: rl.run_grpo,
+    GRPOConfig: rl.run_grpo,
 }
-REWARDED_BY = {PPOConfig: "the reward model's score", PolicyConfig: "the judge's score"}
+REWARDED_BY = {PPOConfig: "the reward model's score", GRPOConfig: "the judge's score"}
 
 
-def run(config: QuickstartConfig) -> int:
+def main(config: QuickstartConfig) -> int:
     """Writes OUTPUT/index.html; a second call continues, or shows the result again."""
     check(config)
     devices.start()
     devices.start_log()
     output = Path(config.output)
     if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; name a folder")
+        raise Mistake(f"`output` {output} is a file; name a folder")
     check_writable(output)
     _write_world(output / "world", config.seed)
     questions = world.held_out_questions(config.seed, QUESTIONS)

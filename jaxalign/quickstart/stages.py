@@ -5,18 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxalign.runs.config import (
-    CheckpointConfig,
-    DPOAlgorithm,
-    DPOConfig,
-    KTOAlgorithm,
-    KTOConfig,
-    OptimizerConfig,
-    RewardConfig,
-    SFTConfig,
-    TrainConfig,
-)
-from jaxalign.runs.rl_config import CriticConfig, PolicyAlgorithm, PolicyConfig, PPOAlgorithm, PPOConfig
+from jaxalign.config.offline import DPOAlgorithm, DPOConfig, KTOAlgorithm, KTOConfig, RewardConfig, SFTConfig
+from jaxalign.config.on_policy import CriticConfig, GRPOAlgorithm, GRPOConfig, PPOAlgorithm, PPOConfig
+from jaxalign.config.shared import CheckpointConfig, OptimizerConfig, TrainConfig
 
 PRETRAINING_STEPS, SFT_STEPS, DPO_STEPS, KTO_STEPS, REWARD_STEPS = 600, 150, 100, 60, 100
 PPO_STEPS, GRPO_STEPS = 30, 30
@@ -147,11 +138,11 @@ def _ppo(output: Path, seed: int) -> PPOConfig:
     )
 
 
-def _grpo(output: Path, seed: int) -> PolicyConfig:
-    return PolicyConfig(
+def _grpo(output: Path, seed: int) -> GRPOConfig:
+    return GRPOConfig(
         output=output / "grpo",
         reward="jaxalign.quickstart.judge:gold",
-        algorithm=PolicyAlgorithm(kl_coef=0.02),
+        algorithm=GRPOAlgorithm(kl_coef=0.02),
         steps=GRPO_STEPS,
         batch_size=32,
         n=8,

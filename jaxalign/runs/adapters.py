@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from jaxalign.config.shared import LoraConfig
+from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import Lora, init_adapter, join, resolve_targets, split
 from jaxalign.models.adapters.merge import merge_by_layer
 from jaxalign.models.adapters.quantise import quantise_kernels
@@ -17,7 +19,6 @@ from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
 from jaxalign.models.files.peft import check_exportable, save_adapter
 from jaxalign.runs import finish
-from jaxalign.runs.config import LoraConfig
 from jaxalign.runs.vocabulary import Vocabulary
 from jaxalign.training.state import TrainState
 from jaxalign.types import PyTree
@@ -27,11 +28,11 @@ def lora_of(config: LoraConfig, model: ModelConfig) -> Lora | None:
     """The adapters that a config asks for; None when --lora.rank is 0.
 
     Raises:
-      ValueError: a target that the model does not have, or a setting that cannot be.
+      Mistake: a target that the model does not have, or a setting that cannot be.
     """
     if config.rank == 0 and config.quantise != "none":
-        raise ValueError(
-            f"--lora.quantise {config.quantise} needs --lora.rank of at least 1: codes have no gradient, so only "
+        raise Mistake(
+            f"`lora.quantise` {config.quantise} needs `lora.rank` of at least 1: codes have no gradient, so only "
             "adapters can be trained on a quantised base"
         )
     if config.rank == 0:

@@ -43,13 +43,13 @@ class Agreement:
         plain = drawn if sampling.temperature == 1 else self._distance(params, prompts, responses, 1.0)
         if drawn > TIMES * plain:
             raise EngineError(
-                f"the log-probs of --engine are those of the model itself ({plain:.3g} nats a token from ours), not of "
-                f"what was drawn at --temperature {sampling.temperature} ({drawn:.3g}); start vLLM with "
+                f"the log-probs of `engine` are those of the model itself ({plain:.3g} nats a token from ours), not of "
+                f"what was drawn at `temperature` {sampling.temperature} ({drawn:.3g}); start vLLM with "
                 "--logprobs-mode processed_logprobs, SGLang without SGLANG_RETURN_ORIGINAL_LOGPROB"
             )
         if not drawn <= TOLERANCE:
             raise EngineError(
-                f"the log-probs of --engine differ by {drawn:.3g} nats a token from those of the policy, more than "
+                f"the log-probs of `engine` differ by {drawn:.3g} nats a token from those of the policy, more than "
                 f"{TOLERANCE}: it has not loaded the policy that it was given, or computes it in too few bits; "
                 "rollout/engine/servers.py says how it must be started"
             )

@@ -13,17 +13,18 @@ from typing import Any
 
 import jax
 
+from jaxalign.config.inference import ChatConfig
+from jaxalign.config.limits import check
+from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files import huggingface
 from jaxalign.rollout.engine.engine import LocalEngine, Request
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.respond import without_terminator
 from jaxalign.runs import devices
-from jaxalign.runs.config import ChatConfig
 from jaxalign.runs.conversation import Continuation, Conversation
 from jaxalign.runs.generate import load_model
 from jaxalign.runs.terminal import Stream
-from jaxalign.runs.values import check
 from jaxalign.runs.vocabulary import load_vocabulary
 from jaxalign.types import PyTree
 
@@ -38,7 +39,7 @@ def run(config: ChatConfig) -> int:
     devices.start()
     devices.start_log()
     if huggingface.is_random(config.model):
-        raise ValueError(f"--model {config.model} has random weights, which answer nothing; name a trained model")
+        raise Mistake(f"`model` {config.model} has random weights, which answer nothing; name a trained model")
     model = huggingface.read_config(config.model)
     vocabulary = load_vocabulary(config, model)
     talk = _conversation(config, model, vocabulary.tokenizer)
@@ -71,12 +72,12 @@ def run(config: ChatConfig) -> int:
 
 
 def _conversation(config: ChatConfig, model: ModelConfig, tokenizer: Any) -> Conversation | Continuation:
-    """What fits the tokenizer. Raises ValueError where the template refuses --system, or there is no room."""
+    """What fits the tokenizer. Raises Mistake where the template refuses --system, or there is no room."""
     window = model.learned_positions or model.max_length
     room = window - config.max_new_tokens
     if room < 1:
-        raise ValueError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a question in the {window} tokens of "
+        raise Mistake(
+            f"`max_new_tokens` {config.max_new_tokens} leaves no room for a question in the {window} tokens of "
             f"{config.model}"
         )
     if tokenizer.chat_template:
@@ -85,7 +86,7 @@ def _conversation(config: ChatConfig, model: ModelConfig, tokenizer: Any) -> Con
         talk.reset()
         return talk
     if config.system is not None:
-        raise ValueError("--system needs a chat template, which the tokenizer does not have; name one: --chat-template")
+        raise Mistake("`system` needs a chat template, which the tokenizer does not have; name one: `chat_template`")
     log.info("the tokenizer has no chat template, so what you write is continued, not answered")
     return Continuation(tokenizer, room=room)
 
@@ -142,4 +143,4 @@ def _answer(
         return
     talk.answer(ids, stream.text)
     if not response.finished:
-        log.info("(cut off after --max-new-tokens %d)", sampling.max_new_tokens)
+        log.info("(cut off after `max_new_tokens` %d)", sampling.max_new_tokens)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxalign.data.read import chat
+from jaxalign.mistake import Mistake
 
 
 class Asked(NamedTuple):
@@ -32,11 +33,11 @@ class Conversation:
         self._turns: list[dict[str, str]] = []
 
     def ask(self, text: str) -> Asked:
-        """Adds a turn of the user. Raises ValueError, and adds nothing, where it alone is too long."""
+        """Adds a turn of the user. Raises Mistake, and adds nothing, where it alone is too long."""
         turns = [*self._turns, {"role": "user", "content": text}]
         while len(ids := self._ids(turns)) > self._room:
             if len(turns) == 1:
-                raise ValueError(_too_long(len(ids), self._room))
+                raise Mistake(_too_long(len(ids), self._room))
             turns = turns[2:]
         dropped = len(self._turns) + 1 - len(turns)
         self._turns = turns
@@ -70,10 +71,10 @@ class Continuation:
         self._before = 0  # ids before the last `ask`
 
     def ask(self, text: str) -> Asked:
-        """Adds a line. Raises ValueError, and adds nothing, where it alone is too long."""
+        """Adds a line. Raises Mistake, and adds nothing, where it alone is too long."""
         said = self._tokenizer(f"\n{text}" if self._ids else text, add_special_tokens=not self._ids)["input_ids"]
         if len(said) > self._room:
-            raise ValueError(_too_long(len(said), self._room))
+            raise Mistake(_too_long(len(said), self._room))
         dropped = max(0, len(self._ids) + len(said) - self._room)
         self._before = len(self._ids) - dropped
         self._ids = [*self._ids, *said][dropped:]
@@ -94,6 +95,6 @@ class Continuation:
 
 def _too_long(tokens: int, room: int) -> str:
     return (
-        f"that has {tokens} tokens and there is room for {room}: the model's window less --max-new-tokens; say it in "
-        "fewer words, or lower --max-new-tokens"
+        f"that has {tokens} tokens and there is room for {room}: the model's window less `max_new_tokens`; say it in "
+        "fewer words, or lower `max_new_tokens`"
     )

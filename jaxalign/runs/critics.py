@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxalign.config.on_policy import PPOConfig
+from jaxalign.mistake import Mistake
 from jaxalign.models import heads
 from jaxalign.models.adapters.lora import join, split
 from jaxalign.models.files import huggingface
@@ -15,7 +17,6 @@ from jaxalign.models.files.load import load_params
 from jaxalign.models.files.reward import CLASSIFIERS, RewardModel, load_reward_params, read_reward_model
 from jaxalign.runs import adapters, train
 from jaxalign.runs.program import Critic, decoder
-from jaxalign.runs.rl_config import PPOConfig
 from jaxalign.types import PyTree
 
 log = logging.getLogger(__name__)
@@ -39,11 +40,11 @@ def plan(config: PPOConfig, base: train.Base, reward_folders: list[str]) -> Plan
       reward_folders: the reward models of --reward.
 
     Raises:
-      ValueError: --critic.model and what excludes it, or a model that reads other tokens than the policy.
+      Mistake: --critic.model and what excludes it, or a model that reads other tokens than the policy.
     """
     if config.critic.model and (config.critic.shared or base.lora is not None):
-        other = "--critic.shared" if config.critic.shared else f"--lora.rank {config.lora.rank}"
-        raise ValueError(f"--critic.model {config.critic.model} is a model of its own; leave out {other}, or it")
+        other = "`critic.shared`" if config.critic.shared else f"`lora.rank` {config.lora.rank}"
+        raise Mistake(f"`critic.model` {config.critic.model} is a model of its own; leave out {other}, or it")
     if config.critic.shared:
         return Plan(_critic(config, _head_like(base.model.hidden_size), new=_zeros), None)
     if base.lora is not None:
@@ -119,8 +120,8 @@ def _from_reward_model(config: PPOConfig, base: train.Base, source: str) -> Plan
 def _read(source: str) -> RewardModel:
     model = read_reward_model(source)
     if model.base:
-        raise ValueError(
-            f"the reward model {source} is adapters on {model.base}, which no critic starts from; give --critic.model"
+        raise Mistake(
+            f"the reward model {source} is adapters on {model.base}, which no critic starts from; give `critic.model`"
         )
     return model
 
@@ -141,4 +142,4 @@ def _first_fitting(base: train.Base, folders: list[str]) -> str | None:
 def _check_vocabulary(base: train.Base, source: str) -> None:
     theirs = huggingface.load_tokenizer(source)
     if theirs.get_vocab() != base.vocabulary.tokenizer.get_vocab():
-        raise ValueError(f"{source} has another tokenizer than the policy, so it reads other tokens")
+        raise Mistake(f"{source} has another tokenizer than the policy, so it reads other tokens")

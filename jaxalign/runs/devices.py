@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import hosts
+from jaxalign.mistake import Mistake
 
 
 def start(*, distributed: bool = False) -> None:
@@ -35,14 +36,12 @@ def compute_dtype(precision: str) -> jnp.dtype:
 
 
 def check_attention(attention: str, max_length: int) -> None:
-    """Raises ValueError when a forced implementation does not run on these devices, or not on such rows."""
+    """Raises Mistake when a forced implementation does not run on these devices, or not on such rows."""
     needs, here = {"splash": "tpu", "cudnn": "gpu"}.get(attention), jax.default_backend()
     if needs not in (None, here):
-        raise ValueError(
-            f"--attention {attention} runs on {needs.upper()}, not on {here.upper()}; auto picks what fits"
-        )
+        raise Mistake(f"`attention` {attention} runs on {needs.upper()}, not on {here.upper()}; auto picks what fits")
     if attention == "splash" and max_length % 128:
-        raise ValueError(f"--attention splash needs rows of a multiple of 128 tokens, not --max-length {max_length}")
+        raise Mistake(f"`attention` splash needs rows of a multiple of 128 tokens, not `max_length` {max_length}")
 
 
 def start_log() -> None:

@@ -6,6 +6,8 @@ import logging
 import shutil
 from pathlib import Path
 
+from jaxalign.config.on_policy import RolloutConfig
+from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.merge import merge_by_layer
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.save import save_pretrained
@@ -15,7 +17,6 @@ from jaxalign.rollout.engine.servers import parse_reload
 from jaxalign.runs import devices, finish
 from jaxalign.runs.agreement import Agreement
 from jaxalign.runs.program import Program
-from jaxalign.runs.rl_config import RolloutConfig
 from jaxalign.runs.train import Base
 from jaxalign.types import PyTree
 
@@ -26,7 +27,7 @@ CHECKED = 8  # responses of a step whose log-probs are compared
 
 
 def check_server(config: RolloutConfig) -> None:
-    """Raises ValueError or EngineError unless --engine can be used: an address that answers, for rows so long."""
+    """Raises Mistake or EngineError unless --engine can be used: an address that answers, for rows so long."""
     if config.engine is None:
         return
     if config.engine_reload is not None:
@@ -34,8 +35,8 @@ def check_server(config: RolloutConfig) -> None:
     found = HttpEngine(config.engine, kind=config.engine_kind, attempts=1).served()
     room = found.get("max_model_len")
     if room is not None and room < config.max_length:
-        raise ValueError(
-            f"--max-length {config.max_length}: the server at {config.engine} has room for {room} tokens of prompt and "
+        raise Mistake(
+            f"`max_length` {config.max_length}: the server at {config.engine} has room for {room} tokens of prompt and "
             "response; start it with more (vLLM: --max-model-len, SGLang: --context-length)"
         )
     log.info("responses are drawn by %s, which serves %s", config.engine, found["id"])

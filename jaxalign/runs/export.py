@@ -9,14 +9,17 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from jaxalign.commands import COMMANDS
+from jaxalign.config.inference import ExportConfig
+from jaxalign.config.limits import check, from_json
+from jaxalign.config.offline import RewardConfig
+from jaxalign.config.on_policy import PPOConfig
+from jaxalign.config.shared import TrainConfig
+from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files import huggingface
 from jaxalign.runs import adapters, devices, finish, reward
-from jaxalign.runs.commands import TRAINING
-from jaxalign.runs.config import ExportConfig, RewardConfig, TrainConfig
 from jaxalign.runs.folder import check_writable, read_run
-from jaxalign.runs.rl_config import PPOConfig
-from jaxalign.runs.values import check, from_json
 from jaxalign.runs.vocabulary import load_vocabulary
 from jaxalign.training.checkpoint import Checkpoints
 
@@ -29,31 +32,31 @@ def run(config: ExportConfig) -> int:
     """Writes --output from the newest whole checkpoint, the best, or the one of --step."""
     check(config)
     if config.best and config.step is not None:
-        raise ValueError(f"--best and --step {config.step} name two checkpoints; give one of them")
+        raise Mistake(f"`best` and `step` {config.step} name two checkpoints; give one of them")
     devices.start()
     devices.start_log()
     output = Path(config.output)
     if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; name a new folder")
+        raise Mistake(f"`output` {output} is a file; name a new folder")
     if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"--output {output} is not empty; name a new folder")
+        raise Mistake(f"`output` {output} is not empty; name a new folder")
     check_writable(output)
     described = read_run(config.run)
-    held = from_json(TRAINING[described["command"]], described["config"], where=str(config.run / "config.json"))
+    held = from_json(COMMANDS[described["command"]].config, described["config"], where=str(config.run / "config.json"))
     folder = Path(config.run) / "checkpoints"
     if not folder.is_dir():
-        raise ValueError(f"{config.run} {NOTHING_YET}")
+        raise Mistake(f"{config.run} {NOTHING_YET}")
     checkpoints = Checkpoints(folder)
     step = checkpoints.best_step() if config.best else config.step
     if config.best and step is None:
-        raise ValueError(
-            f"{config.run} kept no checkpoint with a held-out loss, so none is best; leave out --best for the newest, "
-            f"or name one with --step ({', '.join(map(str, checkpoints.steps()))})"
+        raise Mistake(
+            f"{config.run} kept no checkpoint with a held-out loss, so none is best; leave out `best` for the newest, "
+            f"or name one with `step` ({', '.join(map(str, checkpoints.steps()))})"
         )
     step = (_reward_model if described["command"] == "reward" else _language_model)(config, held, checkpoints, step)
     checkpoints.close()
     if step is None:
-        raise ValueError(f"{config.run} {NOTHING_YET}")
+        raise Mistake(f"{config.run} {NOTHING_YET}")
     log.info("step %d of %s is in %s", step, config.run, config.output)
     return 0
 
@@ -61,7 +64,7 @@ def run(config: ExportConfig) -> int:
 def _reward_model(config: ExportConfig, held: RewardConfig, checkpoints: Checkpoints, step: int | None) -> int | None:
     """Writes the folder, and returns its step; None where there is no checkpoint."""
     if config.adapter:
-        raise ValueError(f"{config.run} is of `jaxalign reward`, whose adapters go with its heads; leave out --adapter")
+        raise Mistake(f"{config.run} is of `jaxalign reward`, whose adapters go with its heads; leave out `adapter`")
     return reward.export(held, Path(config.output), checkpoints, step)
 
 
@@ -70,7 +73,7 @@ def _language_model(config: ExportConfig, held: TrainConfig, checkpoints: Checkp
     model = huggingface.read_config(held.model)
     lora = adapters.lora_of(held.lora, model)
     if config.adapter and lora is None:
-        raise ValueError(f"{config.run} trained all parameters, so it has no adapter; export it without --adapter")
+        raise Mistake(f"{config.run} trained all parameters, so it has no adapter; export it without `adapter`")
     _, abstract = make_decoder(model, param_dtype=held.param_dtype, lora=lora, quantise=held.lora.quantise)
     trained, frozen = (_on_host(part) for part in adapters.divide(abstract, lora))
     prefix = "params.policy" if isinstance(held, PPOConfig) else "params"  # beside it is the critic

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 import jaxalign
+from jaxalign.commands import name_of
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.save import save_pretrained
-from jaxalign.runs.commands import TRAINING
 from jaxalign.runs.vocabulary import Vocabulary
 from jaxalign.training.metrics import read_rows
 from jaxalign.training.state import TrainState
@@ -77,7 +77,7 @@ def generation_config(source: str, terminators: tuple[int, ...]) -> dict[str, An
 def model_card(config: Any, step: int) -> str:
     rows = [row for row in read_rows(Path(config.output) / "metrics.jsonl") if row["step"] <= step]
     held = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
-    command = next(name for name, kind in TRAINING.items() if isinstance(config, kind))
+    command = name_of(config)
     lines = [
         "---",
         "library_name: transformers",

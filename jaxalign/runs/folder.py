@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jaxalign
-from jaxalign.runs.values import to_json
+from jaxalign.config.limits import to_json, upgraded
+from jaxalign.mistake import Mistake
 
 # A continued run may differ in these: they change how long it runs and what it shows, not what step n computes.
 FREE_FIELDS = frozenset(
@@ -33,17 +34,17 @@ def open_run(config: Any, *, command: str, resume: bool, write: bool) -> bool:
       write: make the folder; else only look.
 
     Raises:
-      ValueError: the folder holds another run, or resuming was refused, or it is something else than a run.
+      Mistake: the folder holds another run, or resuming was refused, or it is something else than a run.
     """
     folder = Path(config.output)
     path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file; name a folder")
+        raise Mistake(f"`output` {folder} is a file; name a folder")
     if path.exists():
         _check_same(config, command, path, resume)
         return True
     if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"--output {folder} is not empty and holds no run (no config.json); name a new folder")
+        raise Mistake(f"`output` {folder} is not empty and holds no run (no config.json); name a new folder")
     check_writable(folder)
     if write:
         partial = path.with_suffix(".partial")
@@ -52,36 +53,38 @@ def open_run(config: Any, *, command: str, resume: bool, write: bool) -> bool:
             partial.write_text(json.dumps(describe(config, command), indent=2) + "\n")
             os.replace(partial, path)
         except OSError as error:
-            raise ValueError(f"--output {folder} cannot be written ({error.strerror}); name another folder") from None
+            raise Mistake(f"`output` {folder} cannot be written ({error.strerror}); name another folder") from None
     return False
 
 
 def check_writable(path: Path) -> None:
-    """Raises ValueError unless `path` can be made: the nearest part of it that exists is a folder open to us."""
+    """Raises Mistake unless `path` can be made: the nearest part of it that exists is a folder open to us."""
     path = path.absolute()
     nearest = next(p for p in (path, *path.parents) if p.exists())
     if not nearest.is_dir():
-        raise ValueError(f"--output {path}: {nearest} is a file, so nothing can be made in it; name another place")
+        raise Mistake(f"`output` {path}: {nearest} is a file, so nothing can be made in it; name another place")
     if not os.access(nearest, os.W_OK):
-        raise ValueError(f"--output {path}: {nearest} is read-only for this user; name another place")
+        raise Mistake(f"`output` {path}: {nearest} is read-only for this user; name another place")
 
 
 def _check_same(config: Any, command: str, path: Path, resume: bool) -> None:
     held = read_run(path.parent)
     if not resume:
-        raise ValueError(f"--output {path.parent} holds a run already and --no-resume was given; name another folder")
+        raise Mistake(f"`output` {path.parent} holds a run already and `resume` is off; name another folder")
     if held["command"] != command:
-        raise ValueError(f"--output {path.parent} holds a run of `{held['command']}`, not of `{command}`")
-    before = _defaults(config) | held["config"]  # a setting that an older version did not have was at its default
+        raise Mistake(f"`output` {path.parent} holds a run of `{held['command']}`, not of `{command}`")
+    before = _defaults(config) | upgraded(
+        type(config), held["config"]
+    )  # a setting that an older version did not have was at its default
     changed = [
         f"{name} was {before.get(name)!r}, now {value!r}"
         for name, value in to_json(config).items()
         if name not in FREE_FIELDS and before.get(name) != value
     ]
     if changed:
-        raise ValueError(
-            f"--output {path.parent} holds another run: {'; '.join(changed)}. Name another folder, or repeat its "
-            f"settings with --from-config {path}"
+        raise Mistake(
+            f"`output` {path.parent} holds another run: {'; '.join(changed)}. Name another folder, or repeat its "
+            f"settings with `from_config` {path}"
         )
 
 
@@ -92,17 +95,17 @@ def _defaults(config: Any) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What config.json says. Raises ValueError when `folder` is not a run folder."""
+    """What config.json says. Raises Mistake when `folder` is not a run folder."""
     path = Path(folder) / "config.json"
     try:
         held = json.loads(path.read_text())
         if {"command", "config"} <= set(held):
             return held
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder} is not a run folder: it has no config.json of a run") from None
+        raise Mistake(f"{folder} is not a run folder: it has no config.json of a run") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    raise ValueError(f"{path} does not describe a run of jaxalign (it has no `command` and `config`)")
+        raise Mistake(f"{path} is damaged: {error}") from None
+    raise Mistake(f"{path} does not describe a run of jaxalign (it has no `command` and `config`)")
 
 
 def describe(config: Any, command: str) -> dict[str, Any]:

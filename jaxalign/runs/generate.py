@@ -14,9 +14,12 @@ from typing import Any
 
 import jax
 
+from jaxalign.config.inference import GenerateConfig
+from jaxalign.config.limits import check
 from jaxalign.data.read import sources
 from jaxalign.data.sets import prompts as prompting
 from jaxalign.data.sets.prompts import Prompt
+from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import join
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import make_decoder
@@ -29,10 +32,8 @@ from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.respond import text_after, without_terminator
 from jaxalign.rollout.rewards.rewards import RewardError, Rewards
 from jaxalign.runs import devices
-from jaxalign.runs.config import GenerateConfig
 from jaxalign.runs.folder import check_writable
 from jaxalign.runs.terminal import sayable, visible
-from jaxalign.runs.values import check
 from jaxalign.runs.vocabulary import check_fits
 from jaxalign.types import PyTree
 
@@ -45,7 +46,7 @@ def run(config: GenerateConfig) -> int:
     """Prints the responses, or writes {"prompt", "response", "finished"} lines to --output."""
     check(config)
     if config.keep == "best" and config.reward is None:
-        raise ValueError("--keep best needs --reward, which says which response is the best")
+        raise Mistake("`keep` best needs `reward`, which says which response is the best")
     if config.output is not None:
         _check_output(config.output)
     devices.start()
@@ -134,7 +135,7 @@ def _shown(prompt: Prompt) -> str:
 
 def _check_output(path: Path) -> None:
     if path.is_dir():
-        raise ValueError(f"--output {path} is a folder; name a .jsonl file")
+        raise Mistake(f"`output` {path} is a folder; name a .jsonl file")
     check_writable(path.parent)
 
 
@@ -152,7 +153,7 @@ def read_rows(text: str) -> tuple[list[Prompt], dict[str, list[Any]]]:
         rows = _rows(source)
         column = next((name for name in ("prompt", "messages") if name in rows[0]), None)
         if column is None:
-            raise ValueError(f"{source.name}: rows have {', '.join(rows[0])}; prompts are in `prompt` or `messages`")
+            raise Mistake(f"{source.name}: rows have {', '.join(rows[0])}; prompts are in `prompt` or `messages`")
         for number, row in enumerate(rows, 1):
             found.append(prompting.checked(row.get(column), f"{source.name}, row {number}", column))
             others.append({name: value for name, value in row.items() if name != column})
@@ -197,12 +198,12 @@ def respond(
     With the address of an engine its server answers, with what it serves; of the model only the tokenizer is used.
     """
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
-        raise ValueError(
+        raise Mistake(
             f"temperature={temperature} must be at least 0, top_p={top_p} in (0, 1], top_k={top_k} at least 0 and "
             f"max_new_tokens={max_new_tokens} at least 1"
         )
     if huggingface.is_random(model):
-        raise ValueError(f"--model {model} has random weights, which answer nothing; name a folder with *.safetensors")
+        raise Mistake(f"`model` {model} has random weights, which answer nothing; name a folder with *.safetensors")
     config = huggingface.read_config(model)
     tokenizer = huggingface.load_tokenizer(model)
     check_fits(tokenizer, config, model)
@@ -223,7 +224,7 @@ def respond(
         graphdef, params = load_model(model, config, adapter, precision)
         draws = LocalEngine(graphdef, slots=batch_size, cache_dtype=cache_dtype, decode_text=in_context)
     elif adapter is not None:
-        raise ValueError(f"--adapter {adapter} would be loaded here, and --engine answers elsewhere: serve it there")
+        raise Mistake(f"`adapter` {adapter} would be loaded here, and `engine` answers elsewhere: serve it there")
     else:
         draws, params = HttpEngine(engine, kind=engine_kind, concurrency=batch_size), None
     requests = [Request(tuple(prompt), n * row + sample) for row, prompt in enumerate(ids) for sample in range(n)]
@@ -246,12 +247,12 @@ def load_model(model: str, config: ModelConfig, adapter: Path | None, precision:
 
 
 def _check_lengths(ids: list[list[int]], max_new_tokens: int, config: ModelConfig, model: str) -> None:
-    """Raises ValueError on an empty prompt, or one that leaves no room in learned positions; warns beyond others."""
+    """Raises Mistake on an empty prompt, or one that leaves no room in learned positions; warns beyond others."""
     if [] in ids:
-        raise ValueError(f"prompt {ids.index([]) + 1} has no tokens, so there is nothing to continue")
+        raise Mistake(f"prompt {ids.index([]) + 1} has no tokens, so there is nothing to continue")
     longest = max(map(len, ids))
-    said = f"the longest prompt has {longest} tokens, which with --max-new-tokens {max_new_tokens} is more than the"
+    said = f"the longest prompt has {longest} tokens, which with `max_new_tokens` {max_new_tokens} is more than the"
     if config.learned_positions and longest + max_new_tokens > config.learned_positions:
-        raise ValueError(f"{said} {config.learned_positions} positions of {model}; shorten the one or lower the other")
+        raise Mistake(f"{said} {config.learned_positions} positions of {model}; shorten the one or lower the other")
     if longest + max_new_tokens > config.max_length:
         log.warning("%s %d that %s was made for", said, config.max_length, model)

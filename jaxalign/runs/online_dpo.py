@@ -16,14 +16,15 @@ import numpy as np
 
 from jaxalign.algorithms.base import Algorithm
 from jaxalign.algorithms.pairwise import dpo
+from jaxalign.config.on_policy import OnlineDPOConfig
 from jaxalign.data.batches.groups import GroupPlan, Layout
 from jaxalign.losses import contract
 from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
 from jaxalign.losses.sums import select_loss
+from jaxalign.mistake import Mistake
 from jaxalign.rollout.batches import best_and_worst, pairs_of
 from jaxalign.runs import rollouts, train
 from jaxalign.runs.program import Method, implementation
-from jaxalign.runs.rl_config import OnlineDPOConfig
 from jaxalign.runs.rollouts import Judged
 from jaxalign.types import ResponseBatch
 
@@ -57,14 +58,14 @@ def _gather(config: OnlineDPOConfig, starts: bool) -> train.Task:
 def _check(config: OnlineDPOConfig, loss: Callable) -> None:
     contract.check_inputs(loss, contract.PAIR_INPUTS)
     if config.offload_reference and not contract.needs_reference(loss):
-        raise ValueError(f"--offload-reference: the loss {config.algorithm.loss!r} uses no reference")
+        raise Mistake(f"`offload_reference`: the loss {config.algorithm.loss!r} uses no reference")
     if config.kl_budget is not None:
-        raise ValueError(f"--kl-budget {config.kl_budget:g}: the KL of pairs is not measured; grpo and ppo do")
+        raise Mistake(f"`kl_budget` {config.kl_budget:g}: the KL of pairs is not measured; grpo and ppo do")
     if config.n < 2:
-        raise ValueError("--n 1: a pair is two responses to a prompt; draw 2 or more")
+        raise Mistake("`n` 1: a pair is two responses to a prompt; draw 2 or more")
     if contract.needs_whole_batch(loss):
-        raise ValueError(
-            f"--algorithm.loss {config.algorithm.loss!r} compares the pairs of whole batches with each other, and "
+        raise Mistake(
+            f"`algorithm.loss` {config.algorithm.loss!r} compares the pairs of whole batches with each other, and "
             "these have a number that changes: prompts whose responses are worth the same give none"
         )
 

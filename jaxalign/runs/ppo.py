@@ -10,13 +10,14 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms.follow import follow
 from jaxalign.algorithms.ppo import check, ppo
+from jaxalign.config.on_policy import PPOAlgorithm, PPOConfig
 from jaxalign.data.batches.rows import Plan, TrainBatches
 from jaxalign.data.sets import supervised
 from jaxalign.losses.policy import POLICY_LOSSES
+from jaxalign.mistake import Mistake
 from jaxalign.rollout.batches import rollout_batch
 from jaxalign.runs import critics, rollouts, train
 from jaxalign.runs.program import Method, implementation
-from jaxalign.runs.rl_config import PPOAlgorithm, PPOConfig
 from jaxalign.runs.rollouts import Judged
 from jaxalign.runs.sft import data_options
 from jaxalign.select import select
@@ -80,12 +81,12 @@ def _check(config: PPOConfig) -> None:
     select(algorithm.loss, POLICY_LOSSES)
     check(**_settings(algorithm))
     if config.ref_update.every and config.lora.rank:
-        raise ValueError("--ref-update.every with --lora.rank: the base that adapters are on cannot follow the policy")
+        raise Mistake("`ref_update.every` with `lora.rank`: the base that adapters are on cannot follow the policy")
     if config.ref_update.every and config.offload_reference:
-        raise ValueError("--ref-update.every with --offload-reference: a reference that moves is a part of the state")
+        raise Mistake("`ref_update.every` with `offload_reference`: a reference that moves is a part of the state")
     if bool(algorithm.pretraining_coef) != bool(config.pretraining_data):
-        raise ValueError(
-            f"--algorithm.pretraining-coef {algorithm.pretraining_coef:g} and --pretraining-data "
+        raise Mistake(
+            f"`algorithm.pretraining_coef` {algorithm.pretraining_coef:g} and `pretraining_data` "
             f"{config.pretraining_data}: text to keep likely and its weight belong together"
         )
 

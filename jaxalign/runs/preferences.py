@@ -14,6 +14,7 @@ from jaxalign.algorithms.base import FollowFn
 from jaxalign.algorithms.follow import follow
 from jaxalign.algorithms.pairwise import dpo
 from jaxalign.algorithms.unpaired import kto
+from jaxalign.config.offline import DPOConfig, FeedbackConfig, KTOConfig
 from jaxalign.data.batches import groups
 from jaxalign.data.batches.groups import GroupBatches, GroupPlan, Responses, UnpairedBatches
 from jaxalign.data.sets import preferences
@@ -21,10 +22,10 @@ from jaxalign.losses import contract, unpaired
 from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
 from jaxalign.losses.sums import select_loss
 from jaxalign.losses.unpaired import UNPAIRED_LOSSES
+from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files import huggingface
 from jaxalign.runs import program, reference, train
-from jaxalign.runs.config import DPOConfig, FeedbackConfig, KTOConfig
 from jaxalign.runs.program import Method, Program, implementation
 from jaxalign.runs.sft import data_options
 
@@ -45,8 +46,8 @@ def _gather_dpo(config: DPOConfig, starts: bool) -> train.Task:
     loss = select_loss(config.algorithm.loss, PREFERENCE_LOSSES)
     contract.check_inputs(loss, contract.PAIR_INPUTS)
     if config.share_prompt and (not config.packing or config.attention == "splash"):
-        raise ValueError(
-            "--share-prompt puts both responses behind one prompt in a row: it needs --packing, and --attention xla or "
+        raise Mistake(
+            "`share_prompt` puts both responses behind one prompt in a row: it needs `packing`, and `attention` xla or "
             "cudnn, for the splash kernel cannot keep the two apart"
         )
     base = _load_base(config, loss, starts)
@@ -68,7 +69,7 @@ def _gather_kto(config: KTOConfig, starts: bool) -> train.Task:
     loss = select_loss(config.algorithm.loss, UNPAIRED_LOSSES)
     contract.check_inputs(loss, contract.UNPAIRED_INPUTS)
     if config.batch_size < 2:
-        raise ValueError("--batch-size 1: KTO's KL is a mean over the batch; give 2 or more")
+        raise Mistake("`batch_size` 1: KTO's KL is a mean over the batch; give 2 or more")
     base = _load_base(config, loss, starts)
     data = _load_data(config, base, preferences.RATED)
     _report_balance(data.responses.columns["label"])
@@ -106,20 +107,16 @@ def _method(config: FeedbackConfig, loss: Callable) -> Method:
 def _load_base(config: FeedbackConfig, loss: Callable, starts: bool) -> train.Base:
     _follow(config, loss)  # refuses, before anything is read
     if huggingface.is_random(config.model):
-        raise ValueError(f"--model {config.model}: random weights have nothing to prefer; train them with jaxalign sft")
+        raise Mistake(f"`model` {config.model}: random weights have nothing to prefer; train them with jaxalign sft")
     base = train.load_base(config, starts=starts)
     if config.ref_model is None:
         return base
     if not contract.needs_reference(loss):
-        raise ValueError(f"--ref-model {config.ref_model}: the loss {config.algorithm.loss!r} uses no reference")
+        raise Mistake(f"`ref_model` {config.ref_model}: the loss {config.algorithm.loss!r} uses no reference")
     if base.lora is not None and config.ref_model != config.model:
-        raise ValueError(
-            "--ref-model: with LoRA the reference is the base, --model, which is held anyway; leave it out"
-        )
+        raise Mistake("`ref_model`: with LoRA the reference is the base, `model`, which is held anyway; leave it out")
     if huggingface.read_config(config.ref_model) != base.model:
-        raise ValueError(
-            f"--ref-model {config.ref_model} must have the architecture and sizes of --model {config.model}"
-        )
+        raise Mistake(f"`ref_model` {config.ref_model} must have the architecture and sizes of `model` {config.model}")
     return base
 
 
@@ -128,15 +125,15 @@ def _follow(config: FeedbackConfig, loss: Callable) -> FollowFn | None:
     update = config.ref_update
     if update.every == 0:
         return None
-    flag = f"--ref-update.every {update.every}"
+    flag = f"`ref_update.every` {update.every}"
     if update.alpha > 1:
-        raise ValueError(f"--ref-update.alpha {update.alpha}: it must be at most 1, which copies the policy")
+        raise Mistake(f"`ref_update.alpha` {update.alpha}: it must be at most 1, which copies the policy")
     if not contract.needs_reference(loss):
-        raise ValueError(f"{flag}: the loss {config.algorithm.loss!r} uses no reference")
+        raise Mistake(f"{flag}: the loss {config.algorithm.loss!r} uses no reference")
     if config.precompute_reference:
-        raise ValueError(f"{flag}: log-probabilities precomputed once are of a reference that stays; leave one out")
+        raise Mistake(f"{flag}: log-probabilities precomputed once are of a reference that stays; leave one out")
     if config.lora.rank:
-        raise ValueError(
+        raise Mistake(
             f"{flag}: with LoRA the reference is the base, which adapters share and nothing may change; train all "
             "parameters, or merge the adapter (jaxalign export) and start again from that model"
         )

@@ -9,12 +9,12 @@ import jax
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.base import Algorithm, AssembleFn, FollowFn
+from jaxalign.config.shared import TrainConfig
 from jaxalign.models.adapters.lora import Lora, join
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.places import Layout
 from jaxalign.runs import adapters, devices, members
-from jaxalign.runs.config import TrainConfig
 from jaxalign.training import optimizer, sharding
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
@@ -121,7 +121,7 @@ def implementation(config: TrainConfig) -> str | None:
 
 
 def learning_rate(config: TrainConfig, steps: int) -> Callable:
-    """The schedule of a config. Raises ValueError when it cannot be."""
+    """The schedule of a config. Raises Mistake when it cannot be."""
     return optimizer.learning_rate_schedule(
         config.optimizer.learning_rate,
         schedule=config.optimizer.schedule,

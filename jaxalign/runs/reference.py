@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxalign import hosts
 from jaxalign.algorithms.responses import LOGPS, REF, response_logps
+from jaxalign.config.offline import FeedbackConfig
 from jaxalign.data.batches.groups import GroupPlan, Layout, Responses
 from jaxalign.models import places
 from jaxalign.models.decoder.decoder import make_decoder
@@ -24,7 +25,6 @@ from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
 from jaxalign.models.places import Layout as MeshLayout
 from jaxalign.runs import devices
-from jaxalign.runs.config import FeedbackConfig
 from jaxalign.runs.program import implementation
 from jaxalign.runs.train import Base
 from jaxalign.training import sharding

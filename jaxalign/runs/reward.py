@@ -12,19 +12,21 @@ import numpy as np
 from jaxalign.algorithms import process
 from jaxalign.algorithms.process import process_reward
 from jaxalign.algorithms.reward import check_loss, laid_over, response_scores, reward
+from jaxalign.config.offline import RewardConfig
+from jaxalign.config.shared import MeshConfig
 from jaxalign.data.batches import groups
 from jaxalign.data.batches.groups import GroupBatches, GroupPlan
 from jaxalign.data.sets import preferences, solutions
 from jaxalign.losses.contract import input_names
 from jaxalign.losses.ranking import RANKING_LOSSES
 from jaxalign.losses.sums import select_loss
+from jaxalign.mistake import Mistake
 from jaxalign.models import heads
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.save import gather
 from jaxalign.models.places import Layout
 from jaxalign.runs import devices, finish, scorer, train
-from jaxalign.runs.config import MeshConfig, RewardConfig
 from jaxalign.runs.program import Method, make_program
 from jaxalign.runs.sft import data_options
 from jaxalign.runs.vocabulary import Vocabulary
@@ -96,13 +98,11 @@ def _gather(config: RewardConfig, starts: bool) -> train.Task:
 def _check_asked(config: RewardConfig, names: set[str], data: preferences.PreferenceData) -> None:
     sets = {"data": data.responses}
     if len(data.held_out):
-        sets["held-out data" if config.eval_data is None else f"--eval-data {config.eval_data}"] = data.held_out
+        sets["held-out data" if config.eval_data is None else f"`eval_data` {config.eval_data}"] = data.held_out
     for name, (column, instead) in ASKED.items():
         for which, responses in sets.items():
             if name in names and column not in responses.columns:
-                raise ValueError(
-                    f"--algorithm.loss {config.algorithm.loss}: the {which} have no {name}; take {instead}"
-                )
+                raise Mistake(f"`algorithm.loss` {config.algorithm.loss}: the {which} have no {name}; take {instead}")
 
 
 def of_steps(config: RewardConfig) -> bool:
@@ -135,11 +135,11 @@ def feedback(config: RewardConfig, vocabulary: Vocabulary) -> preferences.Prefer
 
 def _check_trained(config: RewardConfig) -> None:
     if config.freeze_trunk and config.lora.rank:
-        raise ValueError("--freeze-trunk trains the heads alone, and --lora.rank adapters besides; give one of them")
+        raise Mistake("`freeze_trunk` trains the heads alone, and `lora.rank` adapters besides; give one of them")
     if config.members > 1 and config.lora.rank and huggingface.is_random(config.model):
-        raise ValueError(
-            f"--members {config.members} are adapters of --model {config.model}, whose random weights nobody could "
-            "load again; train them first, or leave out --lora.rank"
+        raise Mistake(
+            f"`members` {config.members} are adapters of `model` {config.model}, whose random weights nobody could "
+            "load again; train them first, or leave out `lora.rank`"
         )
 
 

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.algorithms.policy_gradient import policy_gradient
+from jaxalign.config.on_policy import GRPOConfig
 from jaxalign.losses.policy import POLICY_LOSSES
+from jaxalign.mistake import Mistake
 from jaxalign.ops.advantages import decoupled_advantages, group_advantages, leave_one_out
 from jaxalign.rollout.batches import rollout_batch
 from jaxalign.rollout.scored import differ
 from jaxalign.runs import rollouts, train
 from jaxalign.runs.program import Method, implementation
-from jaxalign.runs.rl_config import PolicyConfig
 from jaxalign.runs.rollouts import Judged
 from jaxalign.select import select
 from jaxalign.types import RolloutBatch
@@ -33,26 +34,26 @@ ADVANTAGES: dict[str, Callable] = {
 }
 
 
-def run_grpo(config: PolicyConfig) -> int:
+def run_grpo(config: GRPOConfig) -> int:
     """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
     return train.run(config, "grpo", _gather)
 
 
-def run_rloo(config: PolicyConfig) -> int:
+def run_rloo(config: GRPOConfig) -> int:
     """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
     return train.run(config, "rloo", _gather)
 
 
-def _gather(config: PolicyConfig, starts: bool) -> train.Task:
+def _gather(config: GRPOConfig, starts: bool) -> train.Task:
     algorithm, loss = config.algorithm, select(config.algorithm.loss, POLICY_LOSSES)
     _check(config)
     base, asked = rollouts.gather(config, starts, own_tokens=False)
     corrected = rollouts.sampling_of(config).truncates or config.engine is not None
     if corrected:
-        cut = "--top-p, --top-k and --min-p cut tokens off, from which nothing can be learned"
+        cut = "`top_p`, `top_k` and `min_p` cut tokens off, from which nothing can be learned"
         log.info(
             "%s: each token is weighted by the ratio of the policy to what drew it, at most %g",
-            "--engine has numerics of its own" if config.engine else cut,
+            "`engine` has numerics of its own" if config.engine else cut,
             algorithm.importance_cap,
         )
 
@@ -84,25 +85,25 @@ def _gather(config: PolicyConfig, starts: bool) -> train.Task:
     return rollouts.task_of(config, base, asked, method, batch_of, rounds=config.dynamic_sampling)
 
 
-def _check(config: PolicyConfig) -> None:
+def _check(config: GRPOConfig) -> None:
     algorithm = config.algorithm
     if config.n < 2:
-        raise ValueError("--n 1: a response is judged beside others to its prompt; draw 2 or more")
+        raise Mistake("`n` 1: a response is judged beside others to its prompt; draw 2 or more")
     if algorithm.kl_coef and not algorithm.reference:
-        raise ValueError(f"--algorithm.kl-coef {algorithm.kl_coef} needs the reference; leave --algorithm.reference on")
+        raise Mistake(f"`algorithm.kl_coef` {algorithm.kl_coef} needs the reference; leave `algorithm.reference` on")
     if config.offload_reference and not algorithm.reference:
-        raise ValueError("--offload-reference with --algorithm.no-reference: there is none to keep")
+        raise Mistake("`offload_reference` needs a reference, and `algorithm.reference` is off: there is none to keep")
     if config.kl_budget is not None and not algorithm.reference:
-        raise ValueError(f"--kl-budget {config.kl_budget} needs the reference; leave --algorithm.reference on")
+        raise Mistake(f"`kl_budget` {config.kl_budget} needs the reference; leave `algorithm.reference` on")
     changed = config.reward_clip is not None or config.missing_end_penalty or config.length_penalty
     if algorithm.advantages == DECOUPLED and changed:
-        raise ValueError(
-            "--algorithm.advantages decoupled compares the reward functions one by one, not their sum, which "
-            "--reward-clip, --missing-end-penalty and --length-penalty are about; write penalties as functions"
+        raise Mistake(
+            "`algorithm.advantages` decoupled compares the reward functions one by one, not their sum, which "
+            "`reward_clip`, `missing_end_penalty` and `length_penalty` are about; write penalties as functions"
         )
 
 
-def _batch(config: PolicyConfig, weights: dict[str, float], judged: Judged) -> tuple[RolloutBatch, dict[str, float]]:
+def _batch(config: GRPOConfig, weights: dict[str, float], judged: Judged) -> tuple[RolloutBatch, dict[str, float]]:
     """Responses with their advantages over those to the same prompt."""
     groups = judged.scores.reshape(-1, config.n)
     if config.algorithm.advantages == DECOUPLED:

@@ -14,9 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign import hosts
+from jaxalign.config.on_policy import RolloutConfig
 from jaxalign.data.batches.rows import bucket_widths
 from jaxalign.data.sets import prompts as prompting
 from jaxalign.data.sets.prompts import PromptBatches, Prompts
+from jaxalign.mistake import Mistake
 from jaxalign.models.files import huggingface
 from jaxalign.rollout import scored
 from jaxalign.rollout.engine.engine import Request, Response, Stats
@@ -27,7 +29,6 @@ from jaxalign.rollout.rewards.rewards import Rewards
 from jaxalign.rollout.scored import Drawn
 from jaxalign.runs import engines, train
 from jaxalign.runs.program import Method, Program
-from jaxalign.runs.rl_config import RolloutConfig
 from jaxalign.runs.terminal import visible
 from jaxalign.training import loop
 from jaxalign.training.metrics import JsonLines
@@ -89,8 +90,8 @@ def gather(config: RolloutConfig, starts: bool, *, own_tokens: bool = True) -> t
     rewards = Rewards(config.reward, seconds=config.reward_seconds)
     _check(config)
     if own_tokens and sampling_of(config).truncates:
-        raise ValueError(
-            "--top-p, --top-k and --min-p draw tokens from another distribution than the policy's, and the loss of "
+        raise Mistake(
+            "`top_p`, `top_k` and `min_p` draw tokens from another distribution than the policy's, and the loss of "
             "this command takes them for the policy's own; leave them out, or use jaxalign grpo, which weighs tokens"
         )
     base = train.load_base(config, starts=starts)
@@ -112,40 +113,38 @@ def gather(config: RolloutConfig, starts: bool, *, own_tokens: bool = True) -> t
 def _check(config: RolloutConfig) -> None:
     rows, algorithm = config.batch_size * config.n, config.algorithm
     if huggingface.is_random(config.model):
-        raise ValueError(f"--model {config.model}: random weights say nothing to be rewarded; train them first")
+        raise Mistake(f"`model` {config.model}: random weights say nothing to be rewarded; train them first")
     if config.max_new_tokens >= config.max_length:
-        raise ValueError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in --max-length {config.max_length}"
+        raise Mistake(
+            f"`max_new_tokens` {config.max_new_tokens} leaves no room for a prompt in `max_length` {config.max_length}"
         )
     if config.temperature == 0:
-        raise ValueError("--temperature 0: greedy responses are all alike, so there is nothing to learn from them")
+        raise Mistake("`temperature` 0: greedy responses are all alike, so there is nothing to learn from them")
     parts = algorithm.minibatches * config.microbatches
     if rows % parts:
-        raise ValueError(
+        raise Mistake(
             f"{config.batch_size} prompts x {config.n} responses = {rows} rows cannot be cut into "
-            f"--algorithm.minibatches {algorithm.minibatches} x --microbatches {config.microbatches}"
+            f"`algorithm.minibatches` {algorithm.minibatches} x `microbatches` {config.microbatches}"
         )
     if config.offload_reference and config.lora.rank:
-        raise ValueError(
-            f"--offload-reference with --lora.rank {config.lora.rank}: the reference is the base that the adapters are "
-            "on, which every update needs; --lora.quantise makes it small"
+        raise Mistake(
+            f"`offload_reference` with `lora.rank` {config.lora.rank}: the reference is the base that the adapters are "
+            "on, which every update needs; `lora.quantise` makes it small"
         )
     if config.check_kernels:
-        raise ValueError("--check-kernels compares on the first batch, which is not made yet; check with jaxalign sft")
+        raise Mistake("`check_kernels` compares on the first batch, which is not made yet; check with jaxalign sft")
     if jax.process_count() > 1 and config.engine is not None:
-        raise ValueError(f"--engine serves a run on one host so far, not on {jax.process_count()}")
+        raise Mistake(f"`engine` serves a run on one host so far, not on {jax.process_count()}")
     if config.eval_data is not None:
-        raise ValueError(
-            "--eval-data: rewards of the training prompts are new at every step; there is no held-out loss"
-        )
+        raise Mistake("`eval_data`: rewards of the training prompts are new at every step; there is no held-out loss")
     if config.eval_share not in (0, type(config).eval_share):
-        raise ValueError(
-            f"--eval-share {config.eval_share}: no prompts are held out, as rewards are new at every step; leave it out"
+        raise Mistake(
+            f"`eval_share` {config.eval_share}: no prompts are held out, as rewards are new at every step; leave it out"
         )
     if config.checkpoint.keep_best:
-        raise ValueError(
-            f"--checkpoint.keep-best {config.checkpoint.keep_best}: there is no held-out loss to be the best by; "
-            "--checkpoint.keep says how many of the newest checkpoints stay"
+        raise Mistake(
+            f"`checkpoint.keep_best` {config.checkpoint.keep_best}: there is no held-out loss to be the best by; "
+            "`checkpoint.keep` says how many of the newest checkpoints stay"
         )
 
 
@@ -161,7 +160,7 @@ def kl_budget(config: RolloutConfig) -> Callable[[loop.Row], str | None]:
     def enough(row: loop.Row) -> str | None:
         if config.kl_budget is None or row["kl"] <= config.kl_budget:
             return None
-        return f"its responses are {row['kl']:.3g} nats from the reference, beyond --kl-budget {config.kl_budget:g}"
+        return f"its responses are {row['kl']:.3g} nats from the reference, beyond `kl_budget` {config.kl_budget:g}"
 
     return enough
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign.config.offline import RewardConfig
 from jaxalign.models.adapters.lora import join
 from jaxalign.models.adapters.merge import merge_by_layer
 from jaxalign.models.files import huggingface
@@ -16,7 +17,6 @@ from jaxalign.models.files.peft import save_adapter
 from jaxalign.models.files.reward import DESCRIPTION, HEADS, MEMBERS, classifier_name
 from jaxalign.models.files.save import gather, save_pretrained
 from jaxalign.runs import finish
-from jaxalign.runs.config import RewardConfig
 from jaxalign.runs.train import Base
 from jaxalign.runs.vocabulary import Vocabulary
 from jaxalign.types import PyTree

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.supervised import check_loss, sft
+from jaxalign.config.offline import SFTConfig
+from jaxalign.config.shared import TrainConfig
 from jaxalign.data.batches import rows as batching
 from jaxalign.data.sets import supervised
 from jaxalign.losses.language import LANGUAGE_LOSSES
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.runs import program, train
-from jaxalign.runs.config import SFTConfig, TrainConfig
 from jaxalign.select import select
 from jaxalign.training.sharding import check_batch_size
 
@@ -23,8 +24,8 @@ def run(config: SFTConfig) -> int:
 
 
 def _gather(config: SFTConfig, starts: bool) -> train.Task:
-    loss = select(config.loss, LANGUAGE_LOSSES)
-    check_loss(loss, config.loss)
+    loss = select(config.algorithm.loss, LANGUAGE_LOSSES)
+    check_loss(loss, config.algorithm.loss)
     base = train.load_base(config, starts=starts)
     check_batch_size(config.batch_size, config.microbatches, base.mesh)
     options = data_options(config, base.vocabulary.terminators, turns=config.turns, long_text=config.long_text)

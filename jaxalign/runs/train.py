@@ -16,7 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign import hosts
+from jaxalign.config.limits import check, to_json
+from jaxalign.config.shared import TrainConfig
 from jaxalign.data.batches import rows as batching
+from jaxalign.mistake import Mistake
 from jaxalign.models import places
 from jaxalign.models.adapters.lora import Lora
 from jaxalign.models.decoder.config import ModelConfig, train_flops_per_token
@@ -26,10 +29,8 @@ from jaxalign.models.files.load import check_files, load_params
 from jaxalign.models.places import offloaded
 from jaxalign.runs import adapters, devices, finish, members, samples
 from jaxalign.runs.check import check_kernels
-from jaxalign.runs.config import TrainConfig
 from jaxalign.runs.folder import open_run
 from jaxalign.runs.program import Method, Program, learning_rate, make_program
-from jaxalign.runs.values import check, to_json
 from jaxalign.runs.vocabulary import Vocabulary, load_vocabulary
 from jaxalign.training import loop, metrics
 from jaxalign.training.checkpoint import Checkpoints
@@ -103,12 +104,12 @@ def load_base(config: TrainConfig, *, starts: bool) -> Base:
     mesh = places.make_mesh(**dataclasses.asdict(config.mesh))
     model = huggingface.read_config(config.model)
     if model.learned_positions and config.max_length > model.learned_positions:
-        raise ValueError(
-            f"--max-length {config.max_length}: {config.model} has {model.learned_positions} learned positions, and no "
+        raise Mistake(
+            f"`max_length` {config.max_length}: {config.model} has {model.learned_positions} learned positions, and no "
             "more can be used"
         )
     if config.max_length > model.max_length:
-        log.warning("--max-length %d is more than the %d the model was made for", config.max_length, model.max_length)
+        log.warning("`max_length` %d is more than the %d the model was made for", config.max_length, model.max_length)
     lora = adapters.lora_of(config.lora, model)
     vocabulary = load_vocabulary(config, model)
     if starts and not huggingface.is_random(config.model):
@@ -130,9 +131,9 @@ def host() -> dict[str, int]:
 
 
 def check_held_out(config: TrainConfig, held_out: list[Any]) -> None:
-    """Raises ValueError when the best checkpoint is to be kept and nothing says which that is."""
+    """Raises Mistake when the best checkpoint is to be kept and nothing says which that is."""
     if config.checkpoint.keep_best and not held_out:
-        raise ValueError(f"--checkpoint.keep-best {config.checkpoint.keep_best} needs held-out data; give --eval-data")
+        raise Mistake(f"`checkpoint.keep_best` {config.checkpoint.keep_best} needs held-out data; give `eval_data`")
 
 
 def export_language_model(task: Task, state: TrainState, frozen: Any) -> None:
@@ -191,9 +192,9 @@ def _train(task: Task) -> tuple[TrainState, int | None]:
 def _check_not_beyond(task: Task, checkpoints: Checkpoints) -> None:
     done = max(checkpoints.steps(), default=0)
     if done > task.batches.steps:
-        raise ValueError(
+        raise Mistake(
             f"{task.config.output} has trained {done} steps already, more than the {task.batches.steps} asked for; "
-            "raise --steps, or export an earlier checkpoint with `jaxalign export --step`"
+            "raise `steps`, or export an earlier checkpoint with `jaxalign export `step``"
         )
 
 
@@ -226,14 +227,14 @@ def _start_or_resume(
         return _new_state(task, program, frozen), loop.Progress(), iterator
     state, extras = restored
     if extras["data"] != task.fingerprint:
-        raise ValueError(
-            f"the data of --data {task.config.data} have changed since {task.config.output} was started, so the run "
-            "cannot continue bit for bit; restore them, or name a new --output"
+        raise Mistake(
+            f"the data of `data` {task.config.data} have changed since {task.config.output} was started, so the run "
+            "cannot continue bit for bit; restore them, or name a new `output`"
         )
     if extras.get("held_out") not in (None, task.held_out_fingerprint):  # checkpoints of older versions have none
-        raise ValueError(
+        raise Mistake(
             f"the held-out data of {task.config.eval_data or task.config.data} have changed since {task.config.output} "
-            "was started, so its evaluations would not compare; restore them, or name a new --output"
+            "was started, so its evaluations would not compare; restore them, or name a new `output`"
         )
     progress = loop.Progress(**extras["progress"])
     iterator.set_state({"next_index": progress.step})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from jaxalign.data.read import chat
+from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files import huggingface
 
@@ -17,9 +18,9 @@ class Vocabulary(NamedTuple):
 
 
 def check_fits(tokenizer: Any, model: ModelConfig, source: str) -> None:
-    """Raises ValueError when the tokenizer may give ids that the model has no embedding for."""
+    """Raises Mistake when the tokenizer may give ids that the model has no embedding for."""
     if len(tokenizer) > model.vocab_size:
-        raise ValueError(
+        raise Mistake(
             f"the tokenizer of {source} has {len(tokenizer)} tokens and the model's vocabulary is {model.vocab_size}; "
             "use the tokenizer that the model was made with"
         )
@@ -29,7 +30,7 @@ def load_vocabulary(config: Any, model: ModelConfig) -> Vocabulary:
     """From `config.tokenizer`, else `config.model`, with `config.chat_template`.
 
     Raises:
-      ValueError: more tokens than the model has, a template that does not fit, or nothing that could end a response.
+      Mistake: more tokens than the model has, a template that does not fit, or nothing that could end a response.
     """
     source = config.tokenizer or config.model
     tokenizer = huggingface.load_tokenizer(source)
@@ -39,5 +40,5 @@ def load_vocabulary(config: Any, model: ModelConfig) -> Vocabulary:
     if ending is not None:
         terminators = tuple(dict.fromkeys([tokenizer.convert_tokens_to_ids(ending), *terminators]))
     if not terminators:
-        raise ValueError(f"{source} names no eos token, so nothing can end a response; set eos_token_id in its config")
+        raise Mistake(f"{source} names no eos token, so nothing can end a response; set eos_token_id in its config")
     return Vocabulary(tokenizer, terminators)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from jaxalign.mistake import Mistake
 from jaxalign.types import PyTree, leaf_names
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # of the writing thread, whatever it met
-            raise OSError(
+            raise Mistake(
                 f"a checkpoint could not be written to {self.directory} ({error}); {self._last_good()}. Make room and "
                 "run the same command again"
             ) from error
@@ -108,7 +109,7 @@ class Checkpoints:
           step: that one, or an error.
 
         Raises:
-          ValueError: the checkpoint is of another model or optimizer, `step` does not exist or is damaged, or all are.
+          Mistake: the checkpoint is of another model or optimizer, `step` does not exist or is damaged, or all are.
         """
         steps = self.steps()
         self._check_exists(step)
@@ -122,7 +123,7 @@ class Checkpoints:
             log.warning("checkpoint of step %d is damaged (%s); taking the one before", candidate, problem)
             damaged.append(candidate)
         if steps:
-            raise ValueError(
+            raise Mistake(
                 f"every checkpoint in {self.directory} is damaged; delete the folder to start again from the beginning"
             )
         return None
@@ -141,7 +142,7 @@ class Checkpoints:
         whole = [s for s in self.steps() if step in (None, s) and self._damage(s) is None]
         if not whole:
             which = "every checkpoint" if step is None else f"the checkpoint of step {step}"
-            raise ValueError(f"{which} in {self.directory} is damaged")
+            raise Mistake(f"{which} in {self.directory} is damaged")
         names = jax.tree.map(lambda name: f"{prefix}.{name.replace('/', '.')}", leaf_names(like))
         item = dict(zip(jax.tree.leaves(names), jax.tree.leaves(like), strict=True))
         args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), item)
@@ -156,7 +157,7 @@ class Checkpoints:
         steps = self.steps()
         if step is not None and step not in steps:
             kept = ", ".join(map(str, steps)) or "none"
-            raise ValueError(f"{self.directory} has no checkpoint of step {step}; those kept are {kept}")
+            raise Mistake(f"{self.directory} has no checkpoint of step {step}; those kept are {kept}")
 
     def _put_aside(self, damaged: list[int]) -> None:
         """Damaged steps move to `damaged/` beside the checkpoints, since training will save them again."""
@@ -187,11 +188,11 @@ class Checkpoints:
         return _with_keys(restored["state"], like), restored["extras"]
 
     def _check_structure(self, step: int, like: PyTree) -> None:
-        """Raises ValueError naming the first leaf that differs from what is on disk."""
+        """Raises Mistake naming the first leaf that differs from what is on disk."""
         saved, asked = self._extras(step)[LEAVES], _shapes(like)
         for name in [*asked, *saved]:
             if saved.get(name) != asked.get(name):
-                raise ValueError(
+                raise Mistake(
                     f"the checkpoint of step {step} in {self.directory} is of another model or optimizer: {name} is "
                     f"{saved.get(name, 'absent')} there and {asked.get(name, 'absent')} here"
                 )
@@ -231,7 +232,7 @@ class Checkpoints:
         needed = int(SPARE * sum(_local_bytes(x) for x in jax.tree.leaves(state)))
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            raise OSError(
+            raise Mistake(
                 f"a checkpoint needs {needed / 2**20:,.1f} MiB and {self.directory} has {free / 2**20:,.1f} MiB left; "
                 f"free some space and run the same command again. {self._last_good()}"
             )

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxalign.mistake import Mistake
 from jaxalign.training.sharding import put_batch
 from jaxalign.training.signals import StopRequest
 from jaxalign.training.state import TrainState
@@ -28,7 +29,7 @@ Row = dict[str, Any]
 SourceFn = Callable[[TrainState], tuple[Any, Row]]
 
 
-class NotFiniteError(RuntimeError):
+class NotFiniteError(Mistake):
     """Several steps in a row had a loss or gradient that is not finite."""
 
 
@@ -168,7 +169,7 @@ def _finish(pending: tuple[int, Any, Row], progress: Progress, hooks: Hooks, clo
         hooks.record(row)
         raise NotFiniteError(
             f"steps {step - MAX_SKIPPED_IN_A_ROW + 1} to {step} had a loss or gradient that is not finite; stopped. "
-            "The last checkpoint is good: lower --optimizer.learning-rate, or look at the rows of those steps"
+            "The last checkpoint is good: lower `optimizer.learning_rate`, or look at the rows of those steps"
         )
     return row
 

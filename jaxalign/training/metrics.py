@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from jaxalign.mistake import Mistake
+
 Row = dict[str, Any]
 CLOCK_FIELDS = ("step_seconds", "tokens_per_second", "mfu")
 CLOCK_FIELDS += ("generation_seconds", "generated_tokens_per_second", "reward_seconds")
@@ -121,7 +123,7 @@ def _wandb(folder: Path, project: str) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ValueError("--log.wandb needs the package wandb: pip install 'jaxalign[wandb]'") from None
+        raise Mistake("`log.wandb` needs the package wandb: pip install 'jaxalign[wandb]'") from None
     path = folder / "wandb_run_id"
     if not path.exists():
         path.write_text(wandb.util.generate_id())

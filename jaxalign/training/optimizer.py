@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign.mistake import Mistake
 from jaxalign.types import PyTree, leaf_names
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -27,9 +28,9 @@ def learning_rate_schedule(
     final_share · learning_rate after the last of `steps` updates.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
+        raise Mistake(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
     if warmup_steps >= max(steps, 1):
-        raise ValueError(f"warmup_steps={warmup_steps} leaves nothing of steps={steps}; it must be smaller")
+        raise Mistake(f"warmup_steps={warmup_steps} leaves nothing of steps={steps}; it must be smaller")
     after = max(steps - warmup_steps, 1)
     fall = {
         "constant": lambda: optax.constant_schedule(learning_rate),

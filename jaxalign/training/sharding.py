@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.places import fetched, on_host, shardings
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import TrainStep
@@ -29,13 +30,13 @@ def _places(tree: PyTree, mesh: Mesh, offload: bool) -> PyTree:
 
 
 def check_batch_size(batch_size: int, microbatches: int, mesh: Mesh) -> None:
-    """Raises ValueError unless every device owns an equal, whole number of rows of every microbatch."""
+    """Raises Mistake unless every device owns an equal, whole number of rows of every microbatch."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     unit = devices * microbatches
     if batch_size < 1 or batch_size % unit:
         below, above = batch_size - batch_size % unit, batch_size + (-batch_size) % unit
         nearest = f"{below} or {above}" if below > 0 else f"{max(above, unit)}"
-        raise ValueError(
+        raise Mistake(
             f"batch_size={batch_size} is not a multiple of data ({mesh.shape['data']}) x fsdp ({mesh.shape['fsdp']}) x "
             f"microbatches ({microbatches}) = {unit}; the nearest that is: {nearest}"
         )

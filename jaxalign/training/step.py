@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign.algorithms.base import Algorithm, as_is
+from jaxalign.mistake import Mistake
 from jaxalign.training.optimizer import skipping
 from jaxalign.training.state import TrainState
 from jaxalign.types import Average, PyTree, TokenBatch
@@ -171,7 +172,7 @@ def cut(batch: Any, parts: int) -> Any:
 
     def cut_leaf(x: jax.Array) -> jax.Array:
         if x.shape[0] % parts:
-            raise ValueError(
+            raise Mistake(
                 f"batch_size={x.shape[0]} cannot be cut into {parts} equal parts; "
                 f"the largest batch that can is {x.shape[0] - x.shape[0] % parts}"
             )

@@ -12,8 +12,8 @@ import jax
 import pytest
 
 from jaxalign.cli.main import main
-from jaxalign.runs.config import SFTConfig
-from jaxalign.runs.values import to_json
+from jaxalign.config.limits import to_json
+from jaxalign.config.offline import SFTConfig
 
 ROW = {"prompt": "the cat ?", "completion": "the dog ."}
 LOSSES = """
@@ -170,7 +170,7 @@ OTHERS = {
     "generate --model W/model --prompts W/messages.jsonl": ["the tokenizer has no chat template"],
     "generate --model W/model --prompts ": ["prompt 1 has no tokens"],
     "generate --model W/model --prompts x --top-p 0": ["--top-p 0.0: it must be above 0 and at most 1"],
-    "generate --model W/model --prompts x --stop . ": ["--stop is empty; give it a value, or leave the flag out"],
+    "generate --model W/model --prompts x --stop . ": ["--stop is empty; give it a value, or leave it out"],
     "generate --model W/model --prompts x --output W/folder": ["W/folder is a folder; name a .jsonl file"],
     "generate --model W/gpt2 --prompts W/long.jsonl": ["has 100 tokens", "more than the 32 positions of W/gpt2"],
     "generate --model W/few_words --prompts x": ["has 23 tokens and the model's vocabulary is 20"],
@@ -233,7 +233,7 @@ def started(world, tmp_path, monkeypatch):
     from jaxalign.models import places
 
     whole = places.make_mesh
-    monkeypatch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+    monkeypatch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
     arguments = ["sft", "--model", str(world / "model"), "--data", str(world / "rows.jsonl"), "--max-length", "32"]
     return [*arguments, "--output", str(tmp_path / "run"), "--steps", "2", "--eval-share", "0", "--remat", "none"]
 
@@ -245,7 +245,7 @@ def test_a_finished_run_refuses_other_settings_fewer_steps_and_checkpoints_that_
     assert main(started) == 0
     assert "holds another run: seed was 0, now 1" in told([*started, "--seed", "1"], capsys)
     assert f"{run} has trained 2 steps already, more than the 1 asked for" in told([*started, "--steps", "1"], capsys)
-    assert "--no-resume was given; name another folder" in told([*started, "--no-resume"], capsys)
+    assert "--resume is off; name another folder" in told([*started, "--no-resume"], capsys)
     assert "no checkpoint of step 0; those kept are 2" in told([*export, "--step", "0"], capsys)
     assert "kept no checkpoint with a held-out loss" in told([*export, "--best"], capsys)
     shutil.rmtree(tmp_path / "run" / "checkpoints")

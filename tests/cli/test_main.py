@@ -7,21 +7,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 import jaxalign
 from jaxalign.cli.main import COMMANDS, main, parse
-from jaxalign.runs import config
-from jaxalign.runs.config import SFTConfig
-from jaxalign.runs.values import from_json, to_json
+from jaxalign.config import shared
+from jaxalign.config.limits import from_json, to_json
+from jaxalign.config.offline import SFTConfig
 
 
 def fields(kind, prefix="--"):
     """Every flag of a config, dotted where configs are nested, with the class and field that it stands for."""
     for field in dataclasses.fields(kind):
         flag = prefix + field.name.replace("_", "-")
-        inner = getattr(sys.modules[kind.__module__], str(field.type), getattr(config, str(field.type), None))
+        inner = get_type_hints(kind)[field.name]
         if dataclasses.is_dataclass(inner):
             yield from fields(inner, f"{flag}.")
         else:
@@ -35,7 +36,8 @@ def help_line(kind, name):
         1
     ].splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith(f"    {name}: "))
-    return lines[at + 1].strip().strip('"')
+    text = " ".join(lines[at + 1 :]).split('"""')[1]
+    return " ".join(text.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -44,7 +46,7 @@ def test_help_lists_every_field_with_its_line(command, capsys):
         main([command, "--help"])
     assert end.value.code == 0
     shown = "".join(capsys.readouterr().out.replace("│", " ").split())
-    found = list(fields(COMMANDS[command][0]))
+    found = list(fields(COMMANDS[command].config))
     assert found
     for flag, kind, name in found:
         told = help_line(kind, name)
@@ -58,7 +60,7 @@ def test_the_overview_names_every_command_with_its_first_line(capsys):
             main(arguments)
         shown = capsys.readouterr().out
         assert end.value.code == 0
-        for command, (kind, _) in COMMANDS.items():
+        for command, (kind, *_) in COMMANDS.items():
             assert f"  {command}" in shown and kind.__doc__.splitlines()[0] in shown
 
 
@@ -84,7 +86,7 @@ def test_help_and_a_wrong_flag_load_nothing_heavy():
 
 
 def test_a_config_survives_json_and_every_command_has_one_that_is_complete(tmp_path):
-    changed = SFTConfig(model="m", data="d", output=tmp_path, steps=3, mesh=config.MeshConfig(data=2))
+    changed = SFTConfig(model="m", data="d", output=tmp_path, steps=3, mesh=shared.MeshConfig(data=2))
     again = from_json(SFTConfig, json.loads(json.dumps(to_json(changed))))
     assert again == changed and isinstance(again.output, Path)
     with pytest.raises(ValueError, match="has no data, output, which SFTConfig needs"):
@@ -95,7 +97,7 @@ def test_a_config_survives_json_and_every_command_has_one_that_is_complete(tmp_p
 
 @pytest.mark.parametrize("form", ["--from-config {run}/config.json", "--from-config={run}/config.json"])
 def test_other_flags_override_what_from_config_gives(form, tmp_path):
-    held = SFTConfig(model="m", data="d", output=tmp_path / "run", steps=3, optimizer=config.OptimizerConfig(b2=0.5))
+    held = SFTConfig(model="m", data="d", output=tmp_path / "run", steps=3, optimizer=shared.OptimizerConfig(b2=0.5))
     (tmp_path / "config.json").write_text(json.dumps({"command": "sft", "config": to_json(held)}))
     given = form.format(run=tmp_path).split(" ")
     assert parse(["sft", *given]) == ("sft", held)
@@ -110,7 +112,7 @@ def test_from_config_repeats_a_run_bit_for_bit(tiny_model, tiny_data, tmp_path, 
     from jaxalign.models import places
 
     whole = places.make_mesh
-    monkeypatch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+    monkeypatch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
     flags = ["--steps", "2", "--max-length", "48", "--remat", "none", "--samples", "0"]
     first, again = tmp_path / "first", tmp_path / "again"
     assert main(["sft", "--model", str(tiny_model), "--data", str(tiny_data), "--output", str(first), *flags]) == 0

@@ -95,7 +95,7 @@ def test_a_conversation_without_an_answer_is_refused():
 
 
 def test_templates_come_by_name_or_file(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"no chat template; choose one with --chat-template \(plain, alpaca, chatml"):
+    with pytest.raises(ValueError, match=r"no chat template; choose one with `chat_template` \(plain, alpaca, chatml"):
         require_template(tokenizer)
     choose_template(tokenizer, "plain")
     assert tokenizer.chat_template == TEMPLATES["plain"]

@@ -45,5 +45,5 @@ def test_that_no_prompt_is_short_enough_is_told_even_where_all_may_be_dropped(to
         load(tokenizer, tmp_path, rows, max_length=1, max_dropped=1.0)
     rows.append({"prompt": "a"})
     assert load(tokenizer, tmp_path, rows, max_length=1, max_dropped=1.0).ids == [(5,)]
-    with pytest.raises(ValueError, match=r"2 of 3 prompts have .*, or allow it with --max-dropped"):
+    with pytest.raises(ValueError, match=r"2 of 3 prompts have .*, or allow it with `max_dropped`"):
         load(tokenizer, tmp_path, rows, max_length=1)

@@ -7,6 +7,7 @@ import pytest
 
 from jaxalign.data.read import sources
 from jaxalign.data.read.sources import Source, load, parse
+from jaxalign.mistake import Mistake
 
 ROWS = [{"text": f"row {i}"} for i in range(3)]
 
@@ -152,16 +153,16 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
 
 def test_an_absent_file_names_those_that_are_alike(tmp_path):
     write(tmp_path / "stories.jsonl", ROWS)
-    with pytest.raises(FileNotFoundError, match=r"storys.jsonl does not exist; .* has stories.jsonl"):
+    with pytest.raises(Mistake, match=r"storys.jsonl does not exist; .* has stories.jsonl"):
         load(Source(str(tmp_path / "storys.jsonl")))
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*elsewhere"):
+    with pytest.raises(Mistake, match=r"there is no folder .*elsewhere"):
         load(Source(str(tmp_path / "elsewhere" / "rows.jsonl")))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(FileNotFoundError, match="not a dataset saved with save_to_disk"):
+    with pytest.raises(Mistake, match="not a dataset saved with save_to_disk"):
         load(Source(str(tmp_path / "folder")))
 
 
 def test_a_hub_name_that_cannot_be_reached_says_so(monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="'org/nothing' is no local file and could not be fetched"):
+    with pytest.raises(Mistake, match="'org/nothing' is no local file and could not be fetched"):
         sources.load(Source("org/nothing"))

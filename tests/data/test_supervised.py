@@ -83,13 +83,13 @@ def test_losing_many_rows_stops_the_run_unless_allowed(tokenizer, tmp_path):
         read(path, tokenizer)
     assert len(read(path, tokenizer, max_dropped=0.25).train.examples) == 3
     path = write(tmp_path / "long.jsonl", [{"prompt": "the cat " * 20, "completion": "sees"}])
-    with pytest.raises(ValueError, match=r"1 x the prompt fills the window .*raise --max-length \(16\)"):
+    with pytest.raises(ValueError, match=r"1 x the prompt fills the window .*raise `max_length` \(16\)"):
         read(path, tokenizer, max_dropped=1.0)
 
 
 def test_conversations_need_a_template_and_the_error_says_how_to_get_one(tokenizer, tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "a"}]}])
-    with pytest.raises(ValueError, match=r"rows.jsonl: the data are conversations, .*--chat-template"):
+    with pytest.raises(ValueError, match=r"rows.jsonl: the data are conversations, .*`chat_template`"):
         read(path, tokenizer)
 
 

@@ -23,6 +23,8 @@ from jaxalign.types import leaf_names
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import TINY, save_random
 
+from jaxalign.mistake import Mistake
+
 LLAMA = {"architectures": ["LlamaForCausalLM"], **TINY["llama"]}
 
 
@@ -153,14 +155,14 @@ def test_a_shard_that_is_listed_but_absent_is_named(tmp_path):
     config, _ = write(tmp_path / "model", max_shard_bytes=30_000)
     shard = sorted((tmp_path / "model").glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=f"lists {shard.name}, which is not there"):
+    with pytest.raises(Mistake, match=f"lists {shard.name}, which is not there"):
         load_params(str(tmp_path / "model"), config)
 
 
 def test_files_that_could_run_code_are_refused_with_the_way_out(tmp_path):
     config, _ = write(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"pytorch_model.bin but no .*can run code.*save_pretrained"):
+    with pytest.raises(Mistake, match=r"pytorch_model.bin but no .*can run code.*save_pretrained"):
         load_params(str(tmp_path / "model"), config)
 
 
@@ -173,12 +175,12 @@ def test_files_that_could_run_code_are_refused_with_the_way_out(tmp_path):
     ],
 )
 def test_a_missing_model_is_named(source, message):
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(Mistake, match=message):
         folder(source)
 
 
 def test_a_folder_without_config_or_with_a_damaged_one_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
+    with pytest.raises(Mistake, match=r"has no config.json"):
         read_config(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not JSON"):

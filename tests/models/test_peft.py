@@ -22,6 +22,8 @@ from jaxalign.models.files.peft import load_adapter, save_adapter
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import TINY, save_random
 
+from jaxalign.mistake import Mistake
+
 # PEFT asks transformers for an attribute that it has renamed.
 RENAMED = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 GOLDEN = Path(__file__).parent / "golden_peft"
@@ -252,5 +254,5 @@ def test_magnitudes_of_half_a_fused_kernel_are_refused_and_a_folder_without_file
     lora = Lora(2, 4.0, ("attention/query",), dora=True)
     with pytest.raises(ValueError, match=r"target attention/key, attention/value as well"):
         save_adapter(tmp_path / "a", {}, lora, config)
-    with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json"):
+    with pytest.raises(Mistake, match=r"has no adapter_config.json"):
         load_adapter(tmp_path, config)

@@ -6,10 +6,10 @@ import json
 import jax
 import pytest
 
+from jaxalign.config.inference import QuickstartConfig
 from jaxalign.quickstart import judge, pipeline, stages, tokenizer, world
 from jaxalign.report.curves import SMOOTHING
 from jaxalign.rollout.rewards.functions import reward_model
-from jaxalign.runs.config import QuickstartConfig
 from jaxalign.training.metrics import read_rows
 
 STEPS, SMALL = 2, {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -46,7 +46,7 @@ def output(tmp_path_factory):
     folder, whole = tmp_path_factory.mktemp("quickstart"), places.make_mesh
     write_random_model(folder / "base")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         patch.setattr(pipeline, "plan", plan)
         patch.setattr(pipeline, "PRETRAINING_TEXTS", 1)
         patch.setattr(pipeline, "INSTRUCTIONS", 70)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.config.offline import SFTConfig
+from jaxalign.config.shared import MeshConfig
 from jaxalign.ops.logprobs_check import differences, refuse
 from jaxalign.runs import sft
-from jaxalign.runs.config import MeshConfig, SFTConfig
 from jaxalign.training.metrics import read_rows
 from jaxalign.types import Unembedding
 

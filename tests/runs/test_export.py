@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxalign.config.inference import ExportConfig
+from jaxalign.config.offline import SFTConfig
+from jaxalign.config.shared import CheckpointConfig, MeshConfig, OptimizerConfig
 from jaxalign.models import places
 from jaxalign.runs import export, finish, sft
-from jaxalign.runs.config import CheckpointConfig, ExportConfig, MeshConfig, OptimizerConfig, SFTConfig
 from jaxalign.training.metrics import read_rows
 
 
@@ -36,7 +38,7 @@ def run(tiny_model, tiny_data, tmp_path_factory):
         checkpoint=CheckpointConfig(every=2, keep=2, keep_best=1),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         assert sft.run(config) == 0
     return config
 

@@ -11,13 +11,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.cli.main import main
+from jaxalign.config.inference import GenerateConfig
 from jaxalign.data.sets.prompts import encode
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
 from jaxalign.rollout.rewards.rewards import RewardError, Rewards
 from jaxalign.runs import generate
-from jaxalign.runs.config import GenerateConfig
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant : {{ m.content }} {{ eos_token }}\n"

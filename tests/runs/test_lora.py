@@ -13,6 +13,9 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import parse
+from jaxalign.config.inference import ExportConfig
+from jaxalign.config.offline import SFTConfig
+from jaxalign.config.shared import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
 from jaxalign.models import places
 from jaxalign.models.adapters.lora import Lora, join, resolve_targets, split
 from jaxalign.models.adapters.merge import merge
@@ -22,7 +25,6 @@ from jaxalign.models.files.load import load_params
 from jaxalign.models.files.peft import load_adapter, save_adapter
 from jaxalign.models.files.save import save_pretrained
 from jaxalign.runs import adapters, export, generate, sft
-from jaxalign.runs.config import CheckpointConfig, ExportConfig, LoraConfig, MeshConfig, OptimizerConfig, SFTConfig
 from jaxalign.training.metrics import deterministic, read_rows
 
 EVERY_DEVICE = places.make_mesh
@@ -33,7 +35,7 @@ TOKENS = np.arange(24).reshape(2, 12)
 def one_device():
     """The runs' mesh is made of the first device only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "make_mesh", lambda **sizes: EVERY_DEVICE(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(places, "make_mesh", lambda **sizes: EVERY_DEVICE(**sizes, devices=jax.devices()[:1]))
         yield
 
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from jaxalign.cli.main import main
+from jaxalign.config.inference import ExportConfig
+from jaxalign.config.offline import RewardConfig
+from jaxalign.config.on_policy import CriticConfig, PPOAlgorithm, PPOConfig
+from jaxalign.config.shared import LoraConfig, MeshConfig, OptimizerConfig, RefUpdateConfig
 from jaxalign.runs import ppo, reward
-from jaxalign.runs.config import ExportConfig, LoraConfig, MeshConfig, OptimizerConfig, RefUpdateConfig, RewardConfig
-from jaxalign.runs.rl_config import CriticConfig, PPOAlgorithm, PPOConfig
 from tests.runs.test_preferences import final, rows
 from tests.runs.test_rl import SHARED, prompts  # noqa: F401  a fixture
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
@@ -44,7 +46,7 @@ def trained(tiny_model, prompts, tmp_path_factory):  # noqa: F811
     prompts.with_name("text.jsonl").write_text('{"text": "the cat sees the dog . the dog runs to the cat ."}\n' * 8)
     whole = places.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         config = config_of(tiny_model, prompts, tmp_path_factory.mktemp("ppo") / "run")
         assert ppo.run(config) == 0
     return config

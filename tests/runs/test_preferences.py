@@ -10,17 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
+from jaxalign.config.offline import DPOAlgorithm, DPOConfig, KTOConfig
+from jaxalign.config.shared import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig, RefUpdateConfig
 from jaxalign.runs import preferences, reference
-from jaxalign.runs.config import (
-    CheckpointConfig,
-    DPOAlgorithm,
-    DPOConfig,
-    KTOConfig,
-    LoraConfig,
-    MeshConfig,
-    OptimizerConfig,
-    RefUpdateConfig,
-)
 from jaxalign.training.metrics import deterministic, read_rows
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 
@@ -64,7 +56,7 @@ def trained(tiny_model, pairs, tmp_path_factory):
 
     whole, runs = places.make_mesh, {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         for name, kind, run in (("dpo", DPOConfig, preferences.run_dpo), ("kto", KTOConfig, preferences.run_kto)):
             output = tmp_path_factory.mktemp(name) / "run"
             config = kind(model=str(tiny_model), data=str(pairs), output=output, **SHARED)

@@ -10,12 +10,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
+from jaxalign.config.inference import ExportConfig
+from jaxalign.config.offline import RewardAlgorithm, RewardConfig
+from jaxalign.config.shared import LoraConfig, OptimizerConfig
 from jaxalign.models.files.huggingface import load_tokenizer
 from jaxalign.rollout.rewards import functions
 from jaxalign.rollout.rewards.rewards import Rewards
 from jaxalign.rollout.rewards.scorer import load_reward_model
 from jaxalign.runs import export, reward
-from jaxalign.runs.config import ExportConfig, LoraConfig, OptimizerConfig, RewardAlgorithm, RewardConfig
 from jaxalign.runs.scorer import padded
 from jaxalign.runs.vocabulary import Vocabulary
 from tests.runs.test_preferences import SHARED, pairs, rows  # noqa: F401  a fixture
@@ -32,7 +34,7 @@ def trained(tiny_model, pairs, tmp_path_factory):  # noqa: F811
     output = tmp_path_factory.mktemp("reward") / "run"
     config = RewardConfig(model=str(tiny_model), data=str(pairs), output=output, members=2, **SHARED)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         assert reward.run(config) == 0
     return config
 
@@ -138,7 +140,7 @@ def test_a_prompt_that_a_reward_model_cannot_read_is_named_before_anything_is_dr
 def test_a_reward_model_is_held_once_by_those_who_check_it_and_those_who_ask_it(trained, monkeypatch):
     loads = []
     load = lambda *a, **k: loads.append(a) or load_reward_model(*a, **k)  # noqa: E731
-    monkeypatch.setattr(reward_functions, "load_reward_model", load)
+    monkeypatch.setattr(functions, "load_reward_model", load)
     functions._loaded.cache_clear()
     Rewards(f"reward_model(path={str(trained.output / 'final')!r})")(["one ?"], ["cat"], {"finished": [True]})
     assert len(loads) == 1

@@ -9,11 +9,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
+from jaxalign.config.on_policy import GRPOAlgorithm, GRPOConfig, OnlineDPOAlgorithm, OnlineDPOConfig, RLOOConfig
+from jaxalign.config.shared import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
 from jaxalign.rollout.rewards.rewards import RewardError
 from jaxalign.runs import online_dpo, rl, rollouts
-from jaxalign.runs.config import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
 from jaxalign.runs.folder import open_run
-from jaxalign.runs.rl_config import OnlineDPOAlgorithm, OnlineDPOConfig, PolicyAlgorithm, PolicyConfig, RLOOConfig
 from tests.runs.test_preferences import final, rows
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 
@@ -35,11 +35,11 @@ SHARED = {
 
 
 COMMANDS = {  # by a name of the run
-    "grpo": (rl.run_grpo, PolicyConfig, {}),
+    "grpo": (rl.run_grpo, GRPOConfig, {}),
     "rloo": (rl.run_rloo, RLOOConfig, {}),
     "dapo": (
         rl.run_grpo,
-        PolicyConfig,
+        GRPOConfig,
         {
             "reward": "tests.runs.rewards:names_dog + 0.1*overlong(max_length=8, buffer=2)",
             "dynamic_sampling": 3,
@@ -47,7 +47,7 @@ COMMANDS = {  # by a name of the run
             "n": 4,
             # slow enough that some prompts still tell responses apart at the last step
             "optimizer": OptimizerConfig(learning_rate=5e-3, schedule="constant"),
-            "algorithm": PolicyAlgorithm("ppo_clip(clip_epsilon_high=0.28)"),
+            "algorithm": GRPOAlgorithm("ppo_clip(clip_epsilon_high=0.28)"),
         },
     ),
     "online-dpo": (
@@ -75,7 +75,7 @@ def trained(tiny_model, prompts, tmp_path_factory):
 
     whole, runs = places.make_mesh, {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         for name, (run, kind, options) in COMMANDS.items():
             output = tmp_path_factory.mktemp(name) / "run"
             config = kind(model=str(tiny_model), data=str(prompts), output=output, **{**SHARED, **options})
@@ -140,7 +140,7 @@ def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(tra
 
 
 def test_a_run_whose_reward_took_too_long_goes_on_with_more_time_for_it(tmp_path):
-    config = PolicyConfig(model="m", data="d", output=tmp_path / "run", reward_seconds=1.0)
+    config = GRPOConfig(model="m", data="d", output=tmp_path / "run", reward_seconds=1.0)
     assert not open_run(config, command="grpo", resume=True, write=True)
     assert open_run(dataclasses.replace(config, reward_seconds=10.0), command="grpo", resume=True, write=True)
     with pytest.raises(ValueError, match="holds another run: reward was 'numeric_match', now 'exact_match'"):

@@ -13,6 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.cli.main import main
+from jaxalign.config.inference import GenerateConfig
+from jaxalign.config.on_policy import GRPOConfig
+from jaxalign.config.shared import LoraConfig
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
@@ -21,8 +24,6 @@ from jaxalign.rollout.engine.http import EngineError
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.runs import generate, rl
 from jaxalign.runs.agreement import Agreement
-from jaxalign.runs.config import GenerateConfig, LoraConfig
-from jaxalign.runs.rl_config import PolicyConfig
 from tests.rollout.server import Server
 from tests.runs.test_hosts import free_port
 from tests.runs.test_rl import SHARED
@@ -50,7 +51,7 @@ def prompts(tmp_path_factory):
 
 
 def config_of(model, prompts, output, **changes):
-    return PolicyConfig(model=str(model), data=str(prompts), output=output, **SHARED | {"steps": STEPS} | changes)
+    return GRPOConfig(model=str(model), data=str(prompts), output=output, **SHARED | {"steps": STEPS} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def local(tiny_model, prompts, tmp_path_factory):
 
     whole, output = places.make_mesh, tmp_path_factory.mktemp("local") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         assert rl.run_grpo(config_of(tiny_model, prompts, output)) == 0
     return output
 

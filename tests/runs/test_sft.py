@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxalign.config.offline import SFTConfig
+from jaxalign.config.shared import CheckpointConfig, MeshConfig, OptimizerConfig
 from jaxalign.runs import sft
-from jaxalign.runs.config import CheckpointConfig, MeshConfig, OptimizerConfig, SFTConfig
 from jaxalign.training.metrics import deterministic, read_rows
 
 STEPS = 60
@@ -45,7 +46,7 @@ def one_device(monkeypatch):
     from jaxalign.models import places
 
     whole = places.make_mesh
-    monkeypatch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+    monkeypatch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
 
 
 def final(output):
@@ -209,7 +210,7 @@ def one_microbatch_on_one_device(tiny_model, tiny_data, tmp_path_factory):
     whole = places.make_mesh
     output = tmp_path_factory.mktemp("reference") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
         sft.run(config_of(tiny_model, tiny_data, output, steps=5, batch_size=32, packing=False))
     return final(output)
 
@@ -223,7 +224,7 @@ def test_microbatches_and_meshes_give_the_same_parameters(
 
     if mesh is None:
         whole = places.make_mesh
-        monkeypatch.setattr(placement, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+        monkeypatch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
     config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=5, batch_size=32, packing=False)
     sizes = MeshConfig(**{"data": 1, "fsdp": 1, **(mesh or {})})
     sft.run(dataclasses.replace(config, mesh=sizes, microbatches=microbatches))

@@ -17,6 +17,7 @@ from jaxalign.data.batches import packing
 from jaxalign.data.batches.packing import Planes
 from jaxalign.data.batches.rows import Mixture, bucket_widths
 from jaxalign.data.read.tokens import Examples
+from jaxalign.mistake import Mistake
 from jaxalign.types import ResponseBatch, UnpairedBatch
 
 ROW_BUCKETS = 8
@@ -109,7 +110,7 @@ def pack_groups(lengths: np.ndarray, *, planes: int, width: int, most: int) -> l
       most: groups in a row.
     """
     if lengths.size and lengths.max() > width:
-        raise ValueError(f"a sequence of {lengths.max()} tokens does not fit in a plane of {width}")
+        raise Mistake(f"a sequence of {lengths.max()} tokens does not fit in a plane of {width}")
     rows: list[_Row] = []
     for group in np.argsort(-lengths.sum(axis=1), kind="stable").tolist():
         need = lengths[group]
@@ -133,7 +134,7 @@ class GroupBatches:
         self, mixture: Mixture, plan: GroupPlan, *, steps: int, process_index: int = 0, process_count: int = 1
     ) -> None:
         if plan.unit % process_count:
-            raise ValueError(f"rows in multiples of {plan.unit} cannot be shared by {process_count} hosts")
+            raise Mistake(f"rows in multiples of {plan.unit} cannot be shared by {process_count} hosts")
         self.mixture, self.plan, self.steps = mixture, plan, steps
         self.layout = Layout.of(mixture.examples, plan)
         self._host, self._hosts = process_index, process_count

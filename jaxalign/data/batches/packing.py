@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxalign.data.read.tokens import Examples
+from jaxalign.mistake import Mistake
 from jaxalign.types import TokenBatch
 
 
@@ -27,7 +28,7 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
     """
     lengths = np.asarray(lengths)
     if len(lengths) and lengths.max() > width:
-        raise ValueError(f"a sequence of {lengths.max()} tokens does not fit in a row of {width}")
+        raise Mistake(f"a sequence of {lengths.max()} tokens does not fit in a row of {width}")
     rows: list[list[int]] = []
     with_space: dict[int, list[int]] = {}  # free tokens -> rows
     spaces: list[int] = []  # the keys of with_space, sorted

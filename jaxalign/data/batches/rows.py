@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxalign.data.batches.packing import pack
 from jaxalign.data.read.tokens import Examples
+from jaxalign.mistake import Mistake
 from jaxalign.types import TokenBatch
 
 PACKED_AT_ONCE = 8192  # examples; more pack a little tighter, fewer keep an epoch's order more random
@@ -74,7 +75,7 @@ class TrainBatches:
         self, mixture: Mixture, plan: Plan, *, steps: int, process_index: int = 0, process_count: int = 1
     ) -> None:
         if plan.batch_size % process_count:
-            raise ValueError(f"batch_size={plan.batch_size} is not a multiple of the {process_count} hosts")
+            raise Mistake(f"batch_size={plan.batch_size} is not a multiple of the {process_count} hosts")
         self.mixture, self.plan, self.steps = mixture, plan, steps
         share = plan.batch_size // process_count
         self._local = slice(process_index * share, (process_index + 1) * share)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxalign.mistake import Mistake
+
 Message = dict[str, str]
 
 # Small templates for tokenizers without one. Each ends a turn of the assistant with the tokenizer's own eos token.
@@ -57,7 +59,7 @@ def choose_template(tokenizer: Any, choice: str | None) -> str | None:
     Returns the token that ends an assistant's turn, if a named template has one of its own.
 
     Raises:
-      ValueError: no such template, or one whose markers the tokenizer does not know as tokens.
+      Mistake: no such template, or one whose markers the tokenizer does not know as tokens.
     """
     if choice is None:
         return None
@@ -68,23 +70,23 @@ def choose_template(tokenizer: Any, choice: str | None) -> str | None:
     if Path(choice).is_file():
         tokenizer.chat_template = Path(choice).read_text()
         return None
-    raise ValueError(f"chat template {choice!r} is neither a file nor one of {', '.join(TEMPLATES)}")
+    raise Mistake(f"chat template {choice!r} is neither a file nor one of {', '.join(TEMPLATES)}")
 
 
 def _check_markers(tokenizer: Any, choice: str) -> None:
     unknown = sorted(set(re.findall(r"<\|[a-z_]+\|>", TEMPLATES[choice])) - set(tokenizer.get_vocab()))
     if unknown:
-        raise ValueError(
+        raise Mistake(
             f"chat template {choice!r} needs the tokens {', '.join(unknown)}, which this tokenizer does not have; "
             "'plain' and 'alpaca' need none"
         )
 
 
 def require_template(tokenizer: Any) -> None:
-    """Raises ValueError, with the way out, when the tokenizer has no chat template."""
+    """Raises Mistake, with the way out, when the tokenizer has no chat template."""
     if not tokenizer.chat_template:
-        raise ValueError(
-            "the data are conversations, but the tokenizer has no chat template; choose one with --chat-template "
+        raise Mistake(
+            "the data are conversations, but the tokenizer has no chat template; choose one with `chat_template` "
             f"({', '.join(TEMPLATES)}, or a Jinja file)"
         )
 
@@ -100,19 +102,19 @@ def spans(tokenizer: Any, messages: Sequence[Message], *, terminators: Sequence[
         teach to say nothing.
 
     Raises:
-      ValueError: no assistant turn, or the template changes earlier turns when later ones are added.
+      Mistake: no assistant turn, or the template changes earlier turns when later ones are added.
     """
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not answers:
-        raise ValueError("a conversation without a turn of the assistant")
+        raise Mistake("a conversation without a turn of the assistant")
     found, done = [], ""
     for i in answers:
         before = render(tokenizer, messages[:i], True)
         after = render(tokenizer, messages[: i + 1], False)
         if not before.startswith(done) or not after.startswith(before):
-            raise ValueError(
+            raise Mistake(
                 f"the chat template renders turn {i + 1} in a way that changes what stands before it, so the response "
-                "cannot be told from its context; use another with --chat-template"
+                "cannot be told from its context; use another with `chat_template`"
             )
         response = _until_terminator(after[len(before) :], terminators)
         found.append(Span(before[len(done) :], False))
@@ -123,16 +125,16 @@ def spans(tokenizer: Any, messages: Sequence[Message], *, terminators: Sequence[
 
 
 def render(tokenizer: Any, messages: Sequence[Message], generation: bool) -> str:
-    """The conversation as text, `generation` with what begins a turn of the assistant. Raises ValueError."""
+    """The conversation as text, `generation` with what begins a turn of the assistant. Raises Mistake."""
     import jinja2
 
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template is not Jinja, line {error.lineno}: {error.message}") from None
+        raise Mistake(f"the chat template is not Jinja, line {error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:
         roles = ", ".join(m["role"] for m in messages)
-        raise ValueError(f"the chat template refuses a conversation of {roles}: {error}") from None
+        raise Mistake(f"the chat template refuses a conversation of {roles}: {error}") from None
 
 
 def _until_terminator(text: str, terminators: Sequence[str]) -> str:

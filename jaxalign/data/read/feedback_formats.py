@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxalign.data.read import formats
 from jaxalign.data.read.formats import Conversation, Normal, PromptCompletion, Row
+from jaxalign.mistake import Mistake
 
 PAIRS, RANKED, RATED = "pairs", "ranked", "rated"
 # Columns of a pair: by how much the first is better, the probability that it is, whether the two are equally good.
@@ -88,7 +89,7 @@ def _context_and_response(prompt: Any, response: Any) -> tuple[Any, Any]:
         return prompt, response[-1:]
     if turns[0]["role"] == "assistant":
         return asked, response
-    raise ValueError(
+    raise Mistake(
         f"a response of {len(turns)} turns begins with {turns[0]['role']} and does not repeat the prompt; repeat all "
         "of it, or begin with the assistant's turn behind it"
     )
@@ -103,7 +104,7 @@ def _within(few: Sequence[Row], many: Sequence[Row]) -> bool:
 def _check_finite(name: str, *values: float) -> None:
     for value in values:
         if not math.isfinite(value):
-            raise ValueError(f"{name} is {value!r}, not a finite number; give one, or leave it out")
+            raise Mistake(f"{name} is {value!r}, not a finite number; give one, or leave it out")
 
 
 def _opinions(row: Row) -> dict[str, float]:
@@ -112,7 +113,7 @@ def _opinions(row: Row) -> dict[str, float]:
             _check_finite(name, row[name])
     found = {name: float(row[name]) for name in OPINIONS if isinstance(row.get(name), int | float)}
     if not 0 <= found.get("preference", 1) <= 1:
-        raise ValueError(f"preference is {row['preference']!r}, not a probability")
+        raise Mistake(f"preference is {row['preference']!r}, not a probability")
     scores = row.get("score_chosen"), row.get("score_rejected")
     if "margin" not in found and all(isinstance(s, int | float) for s in scores):
         found["margin"] = float(scores[0] - scores[1])
@@ -136,7 +137,7 @@ def _dialogue(text: Any) -> Conversation:
         return _conversation(list(text))
     parts = re.split(r"\n\n(Human|Assistant):", text)
     if parts[0].strip() or len(parts) < 3:
-        raise ValueError(r"a dialogue must begin with '\n\nHuman:' or '\n\nAssistant:'")
+        raise Mistake(r"a dialogue must begin with '\n\nHuman:' or '\n\nAssistant:'")
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [{"role": roles[r], "content": said.strip()} for r, said in zip(parts[1::2], parts[2::2], strict=True)]
     return formats.messages(turns)
@@ -167,7 +168,7 @@ def _ranking(row: Row, as_chat: bool) -> list[Group]:
     else:
         keys = [-s for s in row["scores"]] if row.get("scores") is not None else list(range(len(responses)))
     if len(keys) != len(responses):
-        raise ValueError(f"{len(responses)} responses, but {len(keys)} ranks or scores")
+        raise Mistake(f"{len(responses)} responses, but {len(keys)} ranks or scores")
     _check_finite("a rank or score", *keys)
     order = sorted(range(len(responses)), key=lambda i: keys[i])
     levels = sorted(set(keys))
@@ -180,7 +181,7 @@ def _rated(label: str) -> Callable[[Row, bool], list[Group]]:
     def convert(row: Row, as_chat: bool) -> list[Group]:
         value = row[label]
         if not isinstance(value, bool) and value not in (0, 1):
-            raise ValueError(f"column {label} holds {value!r}, not true or false")
+            raise Mistake(f"column {label} holds {value!r}, not true or false")
         if "messages" in row:
             return [Group((_conversation(row["messages"]),), label=bool(value))]
         return [Group((sequence(row["prompt"], row["completion"], as_chat),), label=bool(value))]
@@ -203,13 +204,13 @@ FEEDBACK_FORMATS: tuple[FeedbackFormat, ...] = (
 
 
 def recognise(columns: Iterable[str], *, where: str) -> FeedbackFormat:
-    """The format of rows with these columns. Raises ValueError that tells the columns and what would be known."""
+    """The format of rows with these columns. Raises Mistake that tells the columns and what would be known."""
     columns = set(columns)
     for form in FEEDBACK_FORMATS:
         if columns.issuperset(form.columns):
             return form
     known = "; ".join(f"{'+'.join(form.columns)} ({form.name})" for form in FEEDBACK_FORMATS)
-    raise ValueError(f"{where}: columns {', '.join(sorted(columns))} hold no feedback; known are {known}")
+    raise Mistake(f"{where}: columns {', '.join(sorted(columns))} hold no feedback; known are {known}")
 
 
 def as_kind(groups: list[Group], kind: str, *, ties: bool = False) -> list[Group]:
@@ -232,7 +233,7 @@ def compares(ranks: Sequence[int]) -> bool:
 def _levels(group: Group) -> tuple[int, ...]:
     """The rank of each response, 0 the best."""
     if group.label is not None:
-        raise ValueError(
+        raise Mistake(
             "responses with a label each are no pairs; `jaxalign kto` learns from them, or give chosen and rejected"
         )
     count = len(group.sequences)

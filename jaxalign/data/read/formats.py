@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from jaxalign.mistake import Mistake
+
 Row = dict[str, Any]
 
 
@@ -62,7 +64,7 @@ CALLS = "tool_calls", "function_call"  # of a turn, beside its text
 
 def _role(name: str) -> str:
     if name not in ROLES:
-        raise ValueError(f"role {name!r} is not one of {', '.join(ROLES)}")
+        raise Mistake(f"role {name!r} is not one of {', '.join(ROLES)}")
     return ROLES[name]
 
 
@@ -72,15 +74,15 @@ def _text(row: Row, column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"column {column} holds {value!r}, not text")
+        raise Mistake(f"column {column} holds {value!r}, not text")
     return value
 
 
 def messages(turns: Sequence[Row], role: str = "role", content: str = "content") -> Conversation:
     if isinstance(turns, str) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{repr(turns)[:60]} is not a list of turns, each with `{role}` and `{content}`")
+        raise Mistake(f"{repr(turns)[:60]} is not a list of turns, each with `{role}` and `{content}`")
     if any(turn.get(call) for turn in turns for call in CALLS):
-        raise ValueError(
+        raise Mistake(
             f"a turn calls a tool in `{'` or `'.join(CALLS)}`, which no template is given; write the call into its "
             f"`{content}`, as the model should write it, or leave the row out"
         )
@@ -154,22 +156,22 @@ FORMATS: tuple[Format, ...] = (
 
 
 def recognise(columns: Iterable[str], *, where: str) -> Format:
-    """The format of rows with these columns. Raises ValueError that tells the columns and what would be known."""
+    """The format of rows with these columns. Raises Mistake that tells the columns and what would be known."""
     columns = set(columns)
     for form in FORMATS:
         if columns.issuperset(form.columns):
             return form
     known = "; ".join(f"{'+'.join(form.columns)} ({form.name})" for form in FORMATS)
-    raise ValueError(f"{where}: columns {', '.join(sorted(columns))} are no known format; known are {known}")
+    raise Mistake(f"{where}: columns {', '.join(sorted(columns))} are no known format; known are {known}")
 
 
 def normalise(form: Format, row: Row, *, where: str) -> Normal:
-    """The row in its normal form. Raises ValueError, with the place, when a column holds something else."""
+    """The row in its normal form. Raises Mistake, with the place, when a column holds something else."""
     try:
         return form.convert(row)
     except KeyError as error:
-        raise ValueError(f"{where}: {error} is missing, which the format {form.name} of the first row needs") from None
+        raise Mistake(f"{where}: {error} is missing, which the format {form.name} of the first row needs") from None
     except (TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{where}: not a row of format {form.name} ({type(error).__name__}: {error})") from None
+        raise Mistake(f"{where}: not a row of format {form.name} ({type(error).__name__}: {error})") from None
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise Mistake(f"{where}: {error}") from None

@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxalign.mistake import Mistake
+
 Row = dict[str, Any]
 TRAIN_NAMES = ("train", "training")
 HELD_NAMES = ("test", "validation", "valid", "val", "held", "heldout", "dev", "eval")
@@ -52,15 +54,15 @@ class Loaded:
 
 
 def parse(spec: str) -> list[Source]:
-    """The sources of a spec. Raises ValueError on a weight that is not a positive number, or given to some only."""
+    """The sources of a spec. Raises Mistake on a weight that is not a positive number, or given to some only."""
     if _exists(spec):  # a name may hold a comma, a star or a colon
         return [Source(spec)]
     sources = [_parse_one(part.strip()) for part in spec.split(",") if part.strip()]
     if not sources:
-        raise ValueError(f"data {spec!r} names nothing")
+        raise Mistake(f"data {spec!r} names nothing")
     weighted = [source for source in sources if source.weight is not None]
     if weighted and len(weighted) != len(sources):
-        raise ValueError(f"data {spec!r}: give every source a weight (name*0.5), or none")
+        raise Mistake(f"data {spec!r}: give every source a weight (name*0.5), or none")
     return sources
 
 
@@ -79,14 +81,14 @@ def _parse_one(text: str) -> Source:
         try:
             value = float(weight)
         except ValueError:
-            raise ValueError(f"data {text!r}: {weight!r} is not a weight; write name*0.5") from None
+            raise Mistake(f"data {text!r}: {weight!r} is not a weight; write name*0.5") from None
         if not 0 < value < math.inf:
-            raise ValueError(f"data {text!r}: weight {value} must be positive and finite")
+            raise Mistake(f"data {text!r}: weight {value} must be positive and finite")
     if _exists(name):
         return Source(name, weight=value)
     parts = name.split(":")
     if len(parts) > 3:
-        raise ValueError(f"data {text!r}: at most name:config:split")
+        raise Mistake(f"data {text!r}: at most name:config:split")
     config = parts[1] if len(parts) == 3 else None
     return Source(parts[0], split=parts[-1] if len(parts) > 1 else None, config=config, weight=value)
 
@@ -95,8 +97,8 @@ def load(source: Source, *, held_out: bool = False) -> Loaded:
     """The rows of a source. Without a split, a set that has several gives its training (or held-out) part.
 
     Raises:
-      FileNotFoundError: no such file, folder or reachable hub name.
-      ValueError: an empty or malformed file (with the line), or no such split.
+      Mistake: no such file, folder or reachable hub name.
+      Mistake: an empty or malformed file (with the line), or no such split.
     """
     check_exists(source)
     path = Path(source.name).expanduser()
@@ -120,7 +122,7 @@ def check_exists(source: Source) -> None:
     path = Path(source.name).expanduser()
     local = path.name.endswith(SUFFIXES) or source.name.startswith((".", "/", "~")) or source.name.count("/") > 1
     if local and not path.exists():
-        raise FileNotFoundError(f"data file {source.name} does not exist{_nearby(path)}")
+        raise Mistake(f"data file {source.name} does not exist{_nearby(path)}")
 
 
 def _nearby(path: Path) -> str:
@@ -135,7 +137,7 @@ def _pick(source: Source, splits: dict[str | None, Sequence[Row]], held_out: boo
     names = tuple(name for name in splits if name is not None)
     if source.split is not None:
         if source.split not in splits:
-            raise ValueError(f"{source.name} has no split {source.split!r}; it has {', '.join(names) or 'no splits'}")
+            raise Mistake(f"{source.name} has no split {source.split!r}; it has {', '.join(names) or 'no splits'}")
         return Loaded(splits[source.split], source.split, names)
     if not names:
         return Loaded([] if held_out else splits[None], None, ())
@@ -144,7 +146,7 @@ def _pick(source: Source, splits: dict[str | None, Sequence[Row]], held_out: boo
     if found is None and held_out:
         return Loaded([], None, names)
     if found is None and len(names) > 1:
-        raise ValueError(f"{source.name} has splits {', '.join(names)}; choose one: {source.name}:{names[0]}")
+        raise Mistake(f"{source.name} has splits {', '.join(names)}; choose one: {source.name}:{names[0]}")
     found = found or names[0]
     return Loaded(splits[found], found, names)
 
@@ -161,7 +163,7 @@ def _by_split_column(rows: Sequence[Row], path: Path) -> dict[str | None, Sequen
     for number, row in enumerate(rows, start=1):
         name = row.get("split") or None
         if not isinstance(name, str | None):
-            raise ValueError(f"data file {path}, row {number}: `split` is {name!r}; it must be a text, as in row 1")
+            raise Mistake(f"data file {path}, row {number}: `split` is {name!r}; it must be a text, as in row 1")
         splits.setdefault(name, []).append(row)
     return splits if len(splits) > 1 else {None: rows}
 
@@ -169,7 +171,7 @@ def _by_split_column(rows: Sequence[Row], path: Path) -> dict[str | None, Sequen
 def _read_file(path: Path) -> Sequence[Row]:
     rows = _read_rows(path)
     if not rows:
-        raise ValueError(f"data file {path} is empty")
+        raise Mistake(f"data file {path} is empty")
     return rows
 
 
@@ -194,8 +196,8 @@ def _read_rows(path: Path) -> Sequence[Row]:
         except Exception as error:  # whatever arrow raises, under many names
             causes = [error, error.__cause__ or error]  # `datasets` says "an error occurred", and why in the cause
             reason = (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
-            raise ValueError(f"data file {path} cannot be read as {path.suffix}: {reason}") from None
-    raise ValueError(f"data file {path}: unknown kind {path.suffix!r}; known are {', '.join(SUFFIXES)}")
+            raise Mistake(f"data file {path} cannot be read as {path.suffix}: {reason}") from None
+    raise Mistake(f"data file {path}: unknown kind {path.suffix!r}; known are {', '.join(SUFFIXES)}")
 
 
 def _text(path: Path) -> str:
@@ -203,9 +205,9 @@ def _text(path: Path) -> str:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return raw.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"data file {path} is not readable: {error}; is it whole, and of the kind it says?") from None
+        raise Mistake(f"data file {path} is not readable: {error}; is it whole, and of the kind it says?") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"data file {path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise Mistake(f"data file {path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
 def _parse_json(text: str) -> Any:
@@ -224,9 +226,9 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         try:
             row = _parse_json(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"data file {path}, line {number}: not JSON ({error.msg}): {line[:60]!r}") from None
+            raise Mistake(f"data file {path}, line {number}: not JSON ({error.msg}): {line[:60]!r}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"data file {path}, line {number}: a {type(row).__name__}, not an object of columns")
+            raise Mistake(f"data file {path}, line {number}: a {type(row).__name__}, not an object of columns")
         yield row
 
 
@@ -234,11 +236,11 @@ def _read_json(path: Path) -> list[Row]:
     try:
         rows = _parse_json(_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"data file {path}, line {error.lineno}: not JSON ({error.msg})") from None
+        raise Mistake(f"data file {path}, line {error.lineno}: not JSON ({error.msg})") from None
     if isinstance(rows, dict):
         rows = next((v for v in rows.values() if isinstance(v, list)), None)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"data file {path} is not a list of objects")
+        raise Mistake(f"data file {path} is not a list of objects")
     return rows
 
 
@@ -249,11 +251,11 @@ def _read_csv(path: Path) -> list[Row]:
     try:
         cells = pandas.read_csv(io.StringIO(_text(path)), header=None, dtype=str, keep_default_na=False).to_numpy()
     except (pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
-        raise ValueError(f"data file {path} cannot be read as .csv: {str(error).strip()}") from None
+        raise Mistake(f"data file {path} cannot be read as .csv: {str(error).strip()}") from None
     names = cells[0].tolist()
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
-        raise ValueError(f"data file {path} has several columns {', '.join(twice)}; rename all but one of each")
+        raise Mistake(f"data file {path} has several columns {', '.join(twice)}; rename all but one of each")
     reads = [_number if name in NUMBERS else str for name in names]
     return [
         {name: read(cell) for name, read, cell in zip(names, reads, row, strict=True)} for row in cells[1:].tolist()
@@ -277,7 +279,7 @@ def _load_folder(path: Path) -> dict[str | None, Sequence[Row]]:
     try:
         found = load_from_disk(str(path))
     except FileNotFoundError:
-        raise FileNotFoundError(f"data folder {path} is not a dataset saved with save_to_disk") from None
+        raise Mistake(f"data folder {path} is not a dataset saved with save_to_disk") from None
     return dict(found) if isinstance(found, DatasetDict) else {None: found}
 
 
@@ -289,7 +291,7 @@ def _load_hub(source: Source) -> dict[str | None, Sequence[Row]]:
         return dict(load_dataset(source.name, source.config))
     except Exception as error:  # the hub client raises under many names
         first = unreachable or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        raise FileNotFoundError(
+        raise Mistake(
             f"data {source.name!r} is no local file and could not be fetched from the hub ({first}). Check the "
             "spelling and the network"
         ) from None

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxalign.data.read import chat
 from jaxalign.data.read.formats import Conversation, Normal, PromptCompletion, Text
+from jaxalign.mistake import Mistake
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Encoder:
         try:
             found = chat.spans(self.tokenizer, row.messages, terminators=self._terminator_texts, turns=self.turns)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise Mistake(f"{where}: {error}") from None
         parts = []
         for i, span in enumerate(found):
             ids = self.continuation(span.text) if i else self.opening(span.text)

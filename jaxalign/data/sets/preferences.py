@@ -17,6 +17,7 @@ from jaxalign.data.read.formats import Conversation
 from jaxalign.data.read.tokens import Encoder, Examples, show
 from jaxalign.data.sets import split
 from jaxalign.data.sets.supervised import Options, check_template, openings
+from jaxalign.mistake import Mistake
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def load(
       ties: PAIRS keep those of which neither is better, for a loss that asks for the column `tie`.
 
     Raises:
-      ValueError: as for supervised data; or the data hold no feedback of the kind.
+      Mistake: as for supervised data; or the data hold no feedback of the kind.
     """
     reader = _Reader(tokenizer, options, kind, as_chat, {PAIRS: 2, RATED: 1}.get(kind, most_responses), ties)
     train, weights, held = split.load_sets(
@@ -108,17 +109,17 @@ class _Reader:
         try:
             return form.convert(row, self.as_chat)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{place}: not a row of format {form.name} ({type(error).__name__}: {error})") from None
+            raise Mistake(f"{place}: not a row of format {form.name} ({type(error).__name__}: {error})") from None
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise Mistake(f"{place}: {error}") from None
 
     def _report(self, where: str, form: FeedbackFormat, found: Responses, dropped: Counter, encoder: Encoder) -> None:
         lost, reasons = sum(dropped.values()), "; ".join(f"{n} x {reason}" for reason, n in dropped.items())
         if not len(found) or lost > self.options.max_dropped * (len(found) + lost):
-            raise ValueError(
+            raise Mistake(
                 f"{where}: {lost} of {len(found) + lost} groups of responses cannot be compared: {reasons or 'none'}. "
-                f"That is more than {self.options.max_dropped:.0%}; mend them, raise --max-length "
-                f"({self.options.max_length}), or allow it with --max-dropped"
+                f"That is more than {self.options.max_dropped:.0%}; mend them, raise `max_length` "
+                f"({self.options.max_length}), or allow it with `max_dropped`"
             )
         log.info("%s: format %s as %s, %d groups, %s tokens", where, form.name, self.kind, len(found),
                  f"{int(found.lengths.sum()):,}")  # fmt: skip
@@ -156,7 +157,7 @@ class _Builder:
         if len(encoded) > 1 and not _same_prompts(encoded):
             return "the responses answer different prompts"
         if len(encoded) > 1 and all(np.array_equal(ids, encoded[0][0]) for ids, _ in encoded[1:]):
-            return "the responses are the same, once cut to --max-length"
+            return "the responses are the same, once cut to `max_length`"
         if group.ranks and not feedback_formats.compares(group.ranks[: len(encoded)]):
             return f"{NOTHING_BETTER} among the first {len(encoded)}"
         self._groups.append([*range(len(self._parts), len(self._parts) + len(encoded))])
@@ -270,10 +271,10 @@ def mismatched(responses: Responses, *, seed: int) -> Responses:
     reference, and for every batch size.
 
     Raises:
-      ValueError: fewer than two examples.
+      Mistake: fewer than two examples.
     """
     if len(responses) < 2:
-        raise ValueError(f"KTO's KL needs the response to another prompt, and there is only {len(responses)} example")
+        raise Mistake(f"KTO's KL needs the response to another prompt, and there is only {len(responses)} example")
     order = np.random.default_rng((seed, 7)).permutation(len(responses))
     partner = np.empty(len(order), np.int64)
     partner[order] = order[_next_other(prompt_numbers(responses)[order])]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data.read import chat, formats, sources
+from jaxalign.mistake import Mistake
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +48,16 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
       as_chat: texts are turns of the user.
 
     Raises:
-      ValueError: no rows, no such column, a row without a prompt, an empty one, or too many that are too long.
+      Mistake: no rows, no such column, a row without a prompt, an empty one, or too many that are too long.
     """
     known, given, others, dropped = [], [], [], 0
     for source in sources.parse(spec):
         rows = sources.load(source).rows
         if not len(rows):
-            raise ValueError(f"data {source.name} has no rows")
+            raise Mistake(f"data {source.name} has no rows")
         column = next((name for name in COLUMNS if name in rows[0]), None)
         if column is None:
-            raise ValueError(f"data {source.name}: rows have {', '.join(rows[0])}; prompts are in {', '.join(COLUMNS)}")
+            raise Mistake(f"data {source.name}: rows have {', '.join(rows[0])}; prompts are in {', '.join(COLUMNS)}")
         for number, row in enumerate(rows, 1):
             where = f"{source.name}, row {number}"
             prompt = checked(row.get(column), where, column)
@@ -64,7 +65,7 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
                 prompt = [{"role": "user", "content": prompt}]
             ids = tuple(encode(prompt, tokenizer, where))
             if not ids:
-                raise ValueError(f"{where}: `{column}` is empty, so there is nothing to answer")
+                raise Mistake(f"{where}: `{column}` is empty, so there is nothing to answer")
             if len(ids) > max_length:
                 dropped += 1
                 continue
@@ -75,10 +76,10 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
     if dropped:
         log.warning("%d of %d prompts have more than %d tokens and were dropped", dropped, total, max_length)
     if dropped == total or dropped > max_dropped * total:
-        allow = "" if dropped == total else ", or allow it with --max-dropped"
-        raise ValueError(
-            f"{dropped} of {total} prompts have more than {max_length} tokens, which is --max-length less "
-            f"--max-new-tokens; raise the one or lower the other{allow}"
+        allow = "" if dropped == total else ", or allow it with `max_dropped`"
+        raise Mistake(
+            f"{dropped} of {total} prompts have more than {max_length} tokens, which is `max_length` less "
+            f"`max_new_tokens`; raise the one or lower the other{allow}"
         )
     return Prompts(known, given, by_column(others))
 
@@ -90,24 +91,24 @@ def by_column(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def checked(value: Any, where: str, column: str) -> Prompt:
-    """What a row holds in the column of its prompt. Raises ValueError, with the place, where that is no prompt."""
+    """What a row holds in the column of its prompt. Raises Mistake, with the place, where that is no prompt."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value:
         return formats.normalise(formats.MESSAGES, {"messages": value}, where=where).messages
-    raise ValueError(f"{where}: `{column}` holds {value!r}; it must be a text, or a list of messages")
+    raise Mistake(f"{where}: `{column}` holds {value!r}; it must be a text, or a list of messages")
 
 
 def encode(prompt: Prompt, tokenizer: Any, where: str) -> list[int]:
-    """Ids of a text, or of messages up to where the answer begins. Raises ValueError, with the place."""
+    """Ids of a text, or of messages up to where the answer begins. Raises Mistake, with the place."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     if not tokenizer.chat_template:
-        raise ValueError(f"{where}: the prompt is a conversation, but the tokenizer has no chat template; give texts")
+        raise Mistake(f"{where}: the prompt is a conversation, but the tokenizer has no chat template; give texts")
     try:
         text = chat.render(tokenizer, prompt, True)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise Mistake(f"{where}: {error}") from None
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

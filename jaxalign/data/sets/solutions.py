@@ -20,6 +20,7 @@ from jaxalign.data.read.tokens import Encoder, Examples, show
 from jaxalign.data.sets import split
 from jaxalign.data.sets.preferences import PreferenceData, joined
 from jaxalign.data.sets.supervised import Options
+from jaxalign.mistake import Mistake
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def load(
       eval_spec: held-out data of their own.
 
     Raises:
-      ValueError: rows of another form, or too many without a labelled step in the window.
+      Mistake: rows of another form, or too many without a labelled step in the window.
     """
     encoder = Encoder(tokenizer, options.terminators, options.max_length)
 
@@ -67,16 +68,14 @@ def encode(encoder: Encoder, prompt: str, steps: Sequence[str], separator: str) 
 
 def _read(rows: Sequence[dict], where: str, encoder: Encoder, separator: str, options: Options) -> Responses:
     if not set(COLUMNS) <= set(rows[0]):
-        raise ValueError(
-            f"{where}: columns {', '.join(sorted(rows[0]))} hold no steps; needed are {', '.join(COLUMNS)}"
-        )
+        raise Mistake(f"{where}: columns {', '.join(sorted(rows[0]))} hold no steps; needed are {', '.join(COLUMNS)}")
     parts, ends, labels, dropped = [], [], [], Counter()
     for number, row in enumerate(rows, start=1):
         judged = _labels(row, f"{where}, row {number}")
         ids, at = encode(encoder, row["prompt"], row["completions"], separator)
         judged[at[:MOST_STEPS] >= options.max_length] = -1
         if not (judged >= 0).any():
-            dropped["no labelled step within --max-length"] += 1
+            dropped["no labelled step within `max_length`"] += 1
             continue
         ids, at = ids[: options.max_length], np.minimum(at[:MOST_STEPS], options.max_length - 1)
         fill = MOST_STEPS - len(at)
@@ -85,7 +84,7 @@ def _read(rows: Sequence[dict], where: str, encoder: Encoder, separator: str, op
         labels.append(np.pad(judged, (0, fill), constant_values=-1))
     lost = sum(dropped.values())
     if not parts or lost > options.max_dropped * len(rows):
-        raise ValueError(f"{where}: {lost} of {len(rows)} solutions have no labelled step within --max-length")
+        raise Mistake(f"{where}: {lost} of {len(rows)} solutions have no labelled step within `max_length`")
     log.info("%s: %d solutions, %d labelled steps, %d dropped", where, len(parts), np.sum(np.array(labels) >= 0), lost)
     columns = {"step_ends": np.array(ends, np.int32), "step_labels": np.array(labels, np.float32)}
     return Responses(Examples.of(parts), np.arange(len(parts))[:, None], columns)
@@ -96,12 +95,12 @@ def _labels(row: dict, place: str) -> np.ndarray:
     prompt, solution, given = (row.get(name) for name in COLUMNS)
     for name, value in (("completions", solution), ("labels", given)):
         if not isinstance(value, list):
-            raise ValueError(f"{place}: `{name}` is {value!r}; it must be a list, of one entry for each step")
+            raise Mistake(f"{place}: `{name}` is {value!r}; it must be a list, of one entry for each step")
     if not isinstance(prompt, str) or not all(isinstance(step, str) for step in solution):
-        raise ValueError(f"{place}: prompt and completions must be texts")
+        raise Mistake(f"{place}: prompt and completions must be texts")
     if len(given) != len(solution):
-        raise ValueError(f"{place}: {len(solution)} completions, but {len(given)} labels")
+        raise Mistake(f"{place}: {len(solution)} completions, but {len(given)} labels")
     wrong = [x for x in given if x is not None and not (isinstance(x, int | float) and 0 <= x <= 1)]
     if wrong:
-        raise ValueError(f"{place}: a label is {wrong[0]!r}; it must be true, false, a probability or null")
+        raise Mistake(f"{place}: a label is {wrong[0]!r}; it must be true, false, a probability or null")
     return np.array([-1.0 if x is None else float(x) for x in given[:MOST_STEPS]], np.float32)

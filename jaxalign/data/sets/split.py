@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from jaxalign.data.read import sources
+from jaxalign.mistake import Mistake
 
 MAX_DEFAULT_EVAL = 512  # examples held out by share
 
@@ -58,7 +59,7 @@ def load_sets(
 def _given(source: sources.Source, read: ReadFn) -> S:
     loaded = sources.load(source)
     if not len(loaded.rows):
-        raise ValueError(f"data {source.name} has no rows")
+        raise Mistake(f"data {source.name} has no rows")
     return read(source, loaded, _where(source, loaded))
 
 

@@ -13,6 +13,7 @@ from jaxalign.data.batches.rows import Mixture
 from jaxalign.data.read import chat, formats, sources
 from jaxalign.data.read.tokens import Encoder, Examples, joined, show
 from jaxalign.data.sets import split
+from jaxalign.mistake import Mistake
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def load(spec: str, tokenizer: Any, options: Options, *, eval_spec: str | None =
     themselves; a seeded share of the examples.
 
     Raises:
-      ValueError: a source is malformed, empty, of unknown columns, or loses more than `max_dropped` of its rows.
+      Mistake: a source is malformed, empty, of unknown columns, or loses more than `max_dropped` of its rows.
     """
 
     def read(source: sources.Source, loaded: sources.Loaded, where: str) -> Examples:
@@ -83,11 +84,11 @@ def _is_plain_text_file(source: sources.Source) -> bool:
 
 
 def check_template(tokenizer: Any, where: str) -> None:
-    """Raises ValueError, naming the data, when messages cannot be rendered."""
+    """Raises Mistake, naming the data, when messages cannot be rendered."""
     try:
         chat.require_template(tokenizer)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise Mistake(f"{where}: {error}") from None
 
 
 def _report(where: str, form: formats.Format, encoder: Encoder, parts: list, rows: int, options: Options) -> None:
@@ -95,10 +96,10 @@ def _report(where: str, form: formats.Format, encoder: Encoder, parts: list, row
     reasons = "; ".join(f"{n} x {r} (first: {encoder.first_dropped[r]})" for r, n in encoder.dropped.items())
     if dropped > options.max_dropped * rows or not parts:
         allowed = f"more than {options.max_dropped:.0%}" if parts else "all of them"
-        or_allow = ", or allow it with --max-dropped" if parts else ""
-        raise ValueError(
+        or_allow = ", or allow it with `max_dropped`" if parts else ""
+        raise Mistake(
             f"{where}: {dropped} of {rows} rows have nothing to learn: {reasons}. That is {allowed}; "
-            f"mend them, or raise --max-length ({options.max_length}){or_allow}"
+            f"mend them, or raise `max_length` ({options.max_length}){or_allow}"
         )
     tokens, learned = sum(len(ids) for ids, _ in parts), sum(int(mask[1:].sum()) for _, mask in parts)
     log.info("%s: format %s, %d rows, %d examples", where, form.name, rows, len(parts))

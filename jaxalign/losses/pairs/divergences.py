@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxalign.losses.contract import input_names, needs_whole_batch
 from jaxalign.losses.ranking import bradley_terry
+from jaxalign.mistake import Mistake
 
 PerPair = Float[Array, "B"]
 
@@ -47,7 +48,7 @@ def alpha(log_ratios: PerPair, *, alpha: float = 0.5) -> PerPair:
       alpha: in (0, 1].
     """
     if alpha <= 0:
-        raise ValueError(f"alpha={alpha} must be positive; its limit at 0 is the reverse KL")
+        raise Mistake(f"alpha={alpha} must be positive; its limit at 0 is the reverse KL")
     small = jnp.abs(alpha * log_ratios) < 1
     # expm1 keeps small exponents exact; where that is not the branch taken, it must not overflow
     near = -jnp.expm1(jnp.where(small, -alpha * log_ratios, 0.0))

@@ -18,6 +18,7 @@ from jaxalign.losses.pairs.divergences import dpo_alpha, dpo_forward_kl, dpo_js
 from jaxalign.losses.pairs.lengths import ld_dpo, rdpo, sigmoid_norm
 from jaxalign.losses.pairs.reference_free import cpo, orpo, sft, sft_norm, simpo, slic
 from jaxalign.losses.pairs.transport import aot, aot_unpaired
+from jaxalign.mistake import Mistake
 
 PerPair = Float[Array, "B"]
 
@@ -81,7 +82,7 @@ def robust(
     Reference: Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409, section 3.1.
     """
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 0.5): at one half labels say nothing")
+        raise Mistake(f"label_smoothing={label_smoothing} must be in [0, 0.5): at one half labels say nothing")
     margin = beta * (policy_chosen_logps - ref_chosen_logps - policy_rejected_logps + ref_rejected_logps)
     right, wrong = -jax.nn.log_sigmoid(margin), -jax.nn.log_sigmoid(-margin)
     return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
@@ -172,7 +173,7 @@ def exo_pair(
     Reference: Ji et al. 2024, https://arxiv.org/abs/2402.00856, eq. 16.
     """
     if not 0 < label_smoothing < 1:
-        raise ValueError(
+        raise Mistake(
             f"label_smoothing={label_smoothing} must be in (0, 1): the divergence from a hard label is infinite"
         )
     margin = beta * (policy_chosen_logps - ref_chosen_logps - policy_rejected_logps + ref_rejected_logps)
@@ -207,7 +208,7 @@ def discopop(
     Reference: Lu et al. 2024, https://arxiv.org/abs/2406.08414, eq. 5, the log-ratio modulated loss (LRML).
     """
     if not 0 < temperature < 1:
-        raise ValueError(f"temperature={temperature} must be in (0, 1): beyond, lost pairs cost exponentially much")
+        raise Mistake(f"temperature={temperature} must be in (0, 1): beyond, lost pairs cost exponentially much")
     margin = beta * (policy_chosen_logps - ref_chosen_logps - policy_rejected_logps + ref_rejected_logps)
     logistic = jax.nn.sigmoid(-margin / temperature) * -jax.nn.log_sigmoid(margin)
     # w exp(-m) in log space: its factors are 0 and infinity for a pair that is badly lost

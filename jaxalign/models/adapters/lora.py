@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.quantise import kernel_shape, plain_kernel
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files.families import tensor_maps
@@ -68,7 +69,7 @@ def resolve_targets(text: str, config: ModelConfig) -> tuple[str, ...]:
         (`attention/query`), Hugging Face's (`self_attn.q_proj`), or the last part of either (`query`, `q_proj`).
 
     Raises:
-      ValueError: a name that no layer has, or not a regular expression; the message lists what exists.
+      Mistake: a name that no layer has, or not a regular expression; the message lists what exists.
     """
     layers = linear_layers(config)
     patterns = [part.strip() for part in text.split(",") if part.strip()]
@@ -76,10 +77,10 @@ def resolve_targets(text: str, config: ModelConfig) -> tuple[str, ...]:
     for pattern in patterns:
         matched = set(layers) if pattern == ALL else {ours for ours in layers if _matches(pattern, ours, layers[ours])}
         if not matched:
-            raise ValueError(f"target {pattern!r} names no linear layer; {_listed(layers, config)}")
+            raise Mistake(f"target {pattern!r} names no linear layer; {_listed(layers, config)}")
         found |= matched
     if not found:
-        raise ValueError(f"targets={text!r} names nothing; {_listed(layers, config)}")
+        raise Mistake(f"targets={text!r} names nothing; {_listed(layers, config)}")
     return tuple(name for name in layers if name in found)
 
 
@@ -88,7 +89,7 @@ def _matches(pattern: str, ours: str, theirs: str) -> bool:
     try:
         return any(re.fullmatch(pattern, name) for name in names)
     except re.error as error:
-        raise ValueError(f"target {pattern!r} is not a regular expression: {error}") from None
+        raise Mistake(f"target {pattern!r} is not a regular expression: {error}") from None
 
 
 def _listed(layers: dict[str, str], config: ModelConfig) -> str:

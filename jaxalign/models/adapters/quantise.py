@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxalign.mistake import Mistake
 from jaxalign.types import PyTree
 
 BLOCK = 64  # inputs that share a scale
@@ -52,12 +53,12 @@ def quantise_kernel(kernel: jax.Array, kind: str) -> Quantised:
       kind: "int8" or "nf4".
 
     Raises:
-      ValueError: nf4 of an odd number of inputs.
+      Mistake: nf4 of an odd number of inputs.
     """
     inputs, outputs = kernel.shape[-2:]
     block = math.gcd(inputs, BLOCK)
     if kind == "nf4" and block % 2:
-        raise ValueError(f"nf4 keeps two inputs in a byte, and a kernel {list(kernel.shape)} has {inputs}; take int8")
+        raise Mistake(f"nf4 keeps two inputs in a byte, and a kernel {list(kernel.shape)} has {inputs}; take int8")
     blocks = kernel.astype(jnp.float32).reshape(*kernel.shape[:-2], inputs // block, block, outputs)
     largest = jnp.max(jnp.abs(blocks), axis=-2, keepdims=True)
     scales = (largest / 127 if kind == "int8" else largest).astype(jnp.bfloat16)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.places import Layout
 
 IMPLEMENTATIONS = ("xla", "splash", "cudnn")
@@ -57,7 +58,7 @@ def attention(
       [B T H K].
     """
     if implementation == "splash" and prefix_ids is not None:
-        raise ValueError("splash attention cannot share a prompt: its mask knows equal segments only; use xla or cudnn")
+        raise Mistake("splash attention cannot share a prompt: its mask knows equal segments only; use xla or cudnn")
     implementation = implementation or choose(query, key, softcap, platform=jax.default_backend())
     if implementation == "splash" and prefix_ids is None:
         return _splash(query, key, value, segment_ids, window, softcap, scale, layout)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import Lora, attach
 from jaxalign.models.adapters.quantise import quantise_layers
 from jaxalign.models.decoder.attention import IMPLEMENTATIONS
@@ -115,7 +116,7 @@ class Decoder(nnx.Module):
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         if positions is None:
             if cache is not None:
-                raise ValueError("with a cache the positions of the new tokens must be given")
+                raise Mistake("with a cache the positions of the new tokens must be given")
             positions = positions_in(segment_ids)
         x = self.embed(tokens)
         if self.config.embedding_scale != 1.0:
@@ -212,9 +213,9 @@ def make_decoder(
       quantise: of the blocks' kernels: "none", "int8" or "nf4".
     """
     if remat not in REMAT:
-        raise ValueError(f"remat={remat!r} is not one of {', '.join(REMAT)}")
+        raise Mistake(f"remat={remat!r} is not one of {', '.join(REMAT)}")
     if attention not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"attention={attention!r} is not one of {', '.join(IMPLEMENTATIONS)}, or None for the best")
+        raise Mistake(f"attention={attention!r} is not one of {', '.join(IMPLEMENTATIONS)}, or None for the best")
     compute = Compute(jnp.dtype(compute_dtype), jnp.dtype(param_dtype), remat, attention, layout)
     decoder = nnx.eval_shape(lambda: Decoder(config, compute=compute, rngs=nnx.Rngs(0)))
     if quantise != "none":

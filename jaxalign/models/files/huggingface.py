@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files.families import model_config
 
@@ -26,21 +27,21 @@ def folder(source: str, *, revision: str | None = None) -> Path:
     """The local folder of a source; a hub name is downloaded into the hub's cache first.
 
     Raises:
-      FileNotFoundError: neither a local folder nor a name that the hub knows or that can be reached.
+      Mistake: neither a local folder nor a name that the hub knows or that can be reached.
     """
     if not source.removeprefix(RANDOM):
-        raise ValueError(f"model {source!r} names nothing; give a folder, a hub name (owner/name) or config:PATH")
+        raise Mistake(f"model {source!r} names nothing; give a folder, a hub name (owner/name) or config:PATH")
     path = Path(source.removeprefix(RANDOM)).expanduser()
     if is_random(source):
         if not path.exists():
-            raise FileNotFoundError(f"{source}: there is no {path}; config: takes a config.json or its folder")
+            raise Mistake(f"{source}: there is no {path}; config: takes a config.json or its folder")
         return path if path.is_dir() else path.parent
     if path.is_dir():
         return path
     if path.exists():
-        raise FileNotFoundError(f"{source} is a file; name the folder that holds config.json and *.safetensors")
+        raise Mistake(f"{source} is a file; name the folder that holds config.json and *.safetensors")
     if source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(
+        raise Mistake(
             f"{source}: no such folder; a model is a Hugging Face folder, a hub name (owner/name) or config:PATH"
         )
     return _download(source, revision)
@@ -59,7 +60,7 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
+        raise Mistake(
             f"{name!r} is no local folder and could not be fetched from the hub ({type(error).__name__}: {first}). "
             "Check the spelling and the network; gated models need `hf auth login`"
         ) from None
@@ -71,7 +72,7 @@ def read_hf_config(source: str, *, revision: str | None = None) -> dict[str, Any
     if not (is_random(source) and path.is_file()):
         path = folder(source, revision=revision) / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path.parent} has no config.json; is it a Hugging Face model folder?")
+        raise Mistake(f"{path.parent} has no config.json; is it a Hugging Face model folder?")
     return _read_json(path)
 
 
@@ -79,9 +80,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         held = json.loads(path.read_text())
     except ValueError as error:  # of JSON, or of UTF-8
-        raise ValueError(f"{path} is not JSON: {error}; fetch it again") from None
+        raise Mistake(f"{path} is not JSON: {error}; fetch it again") from None
     if not isinstance(held, dict):
-        raise ValueError(f"{path} holds a {type(held).__name__}, not the config of a model")
+        raise Mistake(f"{path} holds a {type(held).__name__}, not the config of a model")
     return held
 
 
@@ -92,12 +93,12 @@ def read_generation_config(source: str) -> dict[str, Any]:
 
 
 def read_config(source: str, *, revision: str | None = None) -> ModelConfig:
-    """The neutral config of a source. Raises ValueError, naming the source, when the architecture is not supported."""
+    """The neutral config of a source. Raises Mistake, naming the source, when the architecture is not supported."""
     held = read_hf_config(source, revision=revision)
     try:
         return model_config(held)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise Mistake(f"{source}: {error}") from None
 
 
 def load_tokenizer(source: str) -> Any:
@@ -106,14 +107,14 @@ def load_tokenizer(source: str) -> Any:
 
     path = folder(source)
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise FileNotFoundError(f"{path} has no tokenizer (tokenizer.json); name one with --tokenizer")
+        raise Mistake(f"{path} has no tokenizer (tokenizer.json); name one with `tokenizer`")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and its parts raise under many names
         first = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(
+        raise Mistake(
             f"the tokenizer in {path} cannot be read ({type(error).__name__}: {first}); fetch it again, or name "
-            "another with --tokenizer"
+            "another with `tokenizer`"
         ) from error
 
 

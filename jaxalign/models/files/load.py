@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.quantise import Quantised, quantise_kernel
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import make_decoder
@@ -49,8 +50,8 @@ def load_params(
       besides: patterns of tensors that the files hold for others to read, such as a score head.
 
     Raises:
-      FileNotFoundError: no safetensors, or a listed file is absent.
-      ValueError: a tensor is missing, too many or of the wrong shape, or a file is truncated; the message names it.
+      Mistake: no safetensors, or a listed file is absent.
+      Mistake: a tensor is missing, too many or of the wrong shape, or a file is truncated; the message names it.
     """
     path = folder(source)
     _, plain = make_decoder(config, param_dtype=param_dtype)
@@ -83,7 +84,7 @@ def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
             handle = stack.enter_context(safetensors.safe_open(file, framework="np"))
         except safetensors.SafetensorError as error:
             size = file.stat().st_size
-            raise ValueError(f"{file} ({size:,} bytes) is truncated or damaged: {error}; fetch it again") from None
+            raise Mistake(f"{file} ({size:,} bytes) is truncated or damaged: {error}; fetch it again") from None
         files |= dict.fromkeys(handle.keys(), handle)
     return files
 
@@ -93,34 +94,34 @@ def _files(path: Path) -> list[Path]:
         names = _listed(path / INDEX)
         absent = [name for name in names if not (path / name).exists()]
         if absent:
-            raise FileNotFoundError(f"{path / INDEX} lists {', '.join(absent)}, which is not there; fetch it again")
+            raise Mistake(f"{path / INDEX} lists {', '.join(absent)}, which is not there; fetch it again")
         return [path / name for name in names]
     found = sorted(path.glob("*.safetensors"))
     if found:
         return found
     old = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
     if old:
-        raise FileNotFoundError(
+        raise Mistake(
             f"{path} holds {', '.join(old)} but no *.safetensors. Such files can run code when opened; convert "
             "them once in transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
-    raise FileNotFoundError(f"{path} has no *.safetensors; start from random weights with config:{path}")
+    raise Mistake(f"{path} has no *.safetensors; start from random weights with config:{path}")
 
 
 def _listed(index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from None
+        raise Mistake(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from None
 
 
 def read_tensor(source: str, name: str) -> np.ndarray:
-    """One tensor by its name in the files. Raises ValueError when it is not there."""
+    """One tensor by its name in the files. Raises Mistake when it is not there."""
     path = folder(source)
     with contextlib.ExitStack() as stack:
         files = _open(path, stack)
         if name not in files:
-            raise ValueError(f"{path} has no tensor {name}")
+            raise Mistake(f"{path} has no tensor {name}")
         return files[name].get_tensor(name)
 
 
@@ -134,7 +135,7 @@ def _plan(
         for layer in _layers(tensor, config):
             name = _found_as(_named(tensor, layer), files)
             if name is None:
-                raise ValueError(f"{path}: tensor {_named(tensor, layer)} of {config.architecture} is missing")
+                raise Mistake(f"{path}: tensor {_named(tensor, layer)} of {config.architecture} is missing")
             _check_shape(path, name, files[name].get_slice(name).get_shape(), tensor, layer, shapes)
             plan.append((files[name], name, tensor, layer))
             used.add(name)
@@ -142,7 +143,7 @@ def _plan(
     extra = sorted(n for n in files if n not in used and not any(re.search(p, n) for p in ignored))
     if extra:
         more = f" and {len(extra) - 5} more" if len(extra) > 5 else ""
-        raise ValueError(f"{path}: {config.architecture} has no place for {', '.join(extra[:5])}{more}")
+        raise Mistake(f"{path}: {config.architecture} has no place for {', '.join(extra[:5])}{more}")
     return plan
 
 
@@ -165,7 +166,7 @@ def _check_shape(
     wanted = [shapes[leaf] if layer is None else shapes[leaf][1:] for leaf in tensor.leaves]
     expected = tensor.to_hf(tuple(np.broadcast_to(np.int8(0), shape) for shape in wanted)).shape
     if tuple(found) != expected:
-        raise ValueError(f"{path}: tensor {name} has shape {list(found)}, config.json implies {list(expected)}")
+        raise Mistake(f"{path}: tensor {name} has shape {list(found)}, config.json implies {list(expected)}")
 
 
 def _fill(

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import Lora, linear_layers
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import make_decoder
@@ -69,13 +70,13 @@ def save_adapter(
       extra: more JSON files, by name.
 
     Raises:
-      ValueError: DoRA, where some but not all of the kernels that the family fuses have an adapter.
+      Mistake: DoRA, where some but not all of the kernels that the family fuses have an adapter.
     """
     from safetensors.numpy import save_file
 
     directory = Path(directory)
     if directory.is_dir() and any(directory.iterdir()):
-        raise ValueError(f"{directory} is not empty; name a new folder")
+        raise Mistake(f"{directory} is not empty; name a new folder")
     check_exportable(lora, config)
     held = {name: jax.tree.map(gather, _at(adapter, name)) for name in lora.targets}
     if jax.process_index() != 0:
@@ -104,15 +105,15 @@ def load_adapter(directory: str | Path, config: ModelConfig) -> tuple[Lora, PyTr
     Dropout is not applied: a policy and its reference must agree.
 
     Raises:
-      FileNotFoundError: one of the two files is absent.
-      ValueError: it holds what `Lora` cannot say, such as ranks that differ, or does not fit the model; it is named.
+      Mistake: one of the two files is absent.
+      Mistake: it holds what `Lora` cannot say, such as ranks that differ, or does not fit the model; it is named.
     """
     from safetensors.numpy import load_file
 
     path = Path(directory)
     for name in (CONFIG, WEIGHTS):
         if not (path / name).exists():
-            raise FileNotFoundError(f"{path} has no {name}; is it an adapter in PEFT's format?")
+            raise Mistake(f"{path} has no {name}; is it an adapter in PEFT's format?")
     settings = json.loads((path / CONFIG).read_text())
     _check_supported(path, settings)
     tensors = load_file(path / WEIGHTS)
@@ -127,17 +128,17 @@ def load_adapter(directory: str | Path, config: ModelConfig) -> tuple[Lora, PyTr
                     layers.setdefault(name, []).extend([] if part is None else [part])
     if tensors or not layers:
         names = ", ".join(sorted(tensors)[:5]) or "an adapter without tensors"
-        raise ValueError(f"{path}: {config.architecture} has no place for {names}")
+        raise Mistake(f"{path}: {config.architecture} has no place for {names}")
     held = {name: _stack(path, name, parts, config) for name, parts in layers.items() if parts}
     return _lora(path, settings, held, config), _nested(held)
 
 
 def check_exportable(lora: Lora, config: ModelConfig) -> None:
-    """Raises ValueError where DoRA would need magnitudes of kernels that have no adapter."""
+    """Raises Mistake where DoRA would need magnitudes of kernels that have no adapter."""
     for tensor in _targeted(lora, config) if lora.dora else ():
         absent = [name for name in _names(tensor) if name not in lora.targets]
         if absent:
-            raise ValueError(
+            raise Mistake(
                 f"{_module(tensor)} of {config.architecture} is one kernel, and PEFT has DoRA's magnitudes for all of "
                 f"it or none: target {', '.join(absent)} as well"
             )
@@ -221,7 +222,7 @@ def _unfuse(
         if count > 1 and a.shape[1] == count * rank:
             block = slice(i * rank, (i + 1) * rank)
             if np.delete(b[i], np.r_[block], axis=0).any():
-                raise ValueError(f"{path}: {module} has rank {a.shape[1]} over fused kernels, and elsewhere {rank}")
+                raise Mistake(f"{path}: {module} has rank {a.shape[1]} over fused kernels, and elsewhere {rank}")
             part = {"a": a[:, block], "b": b[i][block]}
         if magnitudes:
             part["magnitude"] = magnitudes[i]
@@ -232,28 +233,26 @@ def _unfuse(
 def _check_shapes(path: Path, module: str, tensor: TensorMap, found: Parts, config: ModelConfig) -> None:
     if not {"a", "b"} <= set(found):
         have, lack = ("lora_A", "lora_B") if "a" in found else ("lora_B", "lora_A")
-        raise ValueError(f"{path}: {module} has {have} without {lack}")
+        raise Mistake(f"{path}: {module} has {have} without {lack}")
     inputs, outputs = zip(*(_sizes(config)[name] for name in _names(tensor)), strict=True)
     rank = len(found["a"])
     for name, part, shape in (("lora_A", "a", (rank, inputs[0])), ("lora_B", "b", (sum(outputs), rank))):
         if found[part].shape != shape:
-            raise ValueError(f"{path}: {module} has {name} {list(found[part].shape)}, not {list(shape)}")
+            raise Mistake(f"{path}: {module} has {name} {list(found[part].shape)}, not {list(shape)}")
 
 
 def _stack(path: Path, name: str, layers: list[Parts], config: ModelConfig) -> Parts:
     if len(layers) != config.num_layers:
-        raise ValueError(
-            f"{path}: {name} has an adapter in {len(layers)} of {config.num_layers} layers; all or none can"
-        )
+        raise Mistake(f"{path}: {name} has an adapter in {len(layers)} of {config.num_layers} layers; all or none can")
     return {k: np.stack([part[k] for part in layers]) for k in layers[0]}
 
 
 def _check_supported(path: Path, settings: dict[str, Any]) -> None:
     if settings.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type {settings.get('peft_type')!r} is not supported; only LORA is")
+        raise Mistake(f"{path}: peft_type {settings.get('peft_type')!r} is not supported; only LORA is")
     for name, nothing in UNSUPPORTED.items():
         if settings.get(name, nothing[0]) not in nothing:
-            raise ValueError(f"{path}: {name}={settings[name]!r} is not supported")
+            raise Mistake(f"{path}: {name}={settings[name]!r} is not supported")
 
 
 def _peft_config(lora: Lora, config: ModelConfig, base_model: str) -> dict[str, Any]:
@@ -289,10 +288,10 @@ def _short(tensor: TensorMap, lora: Lora, config: ModelConfig) -> str:
 
 
 def _lora(path: Path, settings: dict[str, Any], held: dict[str, Parts], config: ModelConfig) -> Lora:
-    """Raises ValueError unless one rank and one scale hold for all layers."""
+    """Raises Mistake unless one rank and one scale hold for all layers."""
     ranks = {name: parts["a"].shape[-1] for name, parts in held.items()}
     if len(set(ranks.values())) > 1:
-        raise ValueError(f"{path}: ranks differ ({ranks}), and one rank must hold for all layers")
+        raise Mistake(f"{path}: ranks differ ({ranks}), and one rank must hold for all layers")
     targets = tuple(name for name in linear_layers(config) if name in held)
     lora = Lora(
         next(iter(ranks.values())),
@@ -305,7 +304,5 @@ def _lora(path: Path, settings: dict[str, Any], held: dict[str, Parts], config: 
         rank = (settings.get("rank_pattern") or {}).get(pattern, settings["r"])
         scale = alpha / (rank**0.5 if lora.rslora else rank)
         if not math.isclose(scale, lora.scale):
-            raise ValueError(
-                f"{path}: {pattern} is scaled by {scale:g} and others by {lora.scale:g}; one scale must hold"
-            )
+            raise Mistake(f"{path}: {pattern} is scaled by {scale:g} and others by {lora.scale:g}; one scale must hold")
     return lora

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.mistake import Mistake
 from jaxalign.models import heads
 from jaxalign.models.adapters.lora import split
 from jaxalign.models.adapters.quantise import KINDS
@@ -82,10 +83,10 @@ def read_reward_model(
       quantise: the trunk's kernels: "none", "int8" or "nf4"; None: as the base of its adapters was in training.
 
     Raises:
-      ValueError: not a sequence classifier, or one with several labels; or no way to quantise.
+      Mistake: not a sequence classifier, or one with several labels; or no way to quantise.
     """
     if quantise not in (None, "none", *KINDS):
-        raise ValueError(f"quantise={quantise!r} is not one of none, {', '.join(KINDS)}")
+        raise Mistake(f"quantise={quantise!r} is not one of none, {', '.join(KINDS)}")
     path, held = huggingface.folder(source), huggingface.read_hf_config(source)
     config = heads.trunk_config(_causal_config(source, held))
     described = _described(path)
@@ -123,17 +124,17 @@ def read_reward_model(
 def _causal_config(source: str, held: dict[str, Any]) -> ModelConfig:
     names = held.get("architectures") or ["unknown"]
     if names[0] not in CLASSIFIERS:
-        raise ValueError(
+        raise Mistake(
             f"{source} is a {names[0]}, not a reward model; those are {', '.join(CLASSIFIERS)}, and `jaxalign reward` "
             "trains one"
         )
     labels = len(held["id2label"]) if held.get("id2label") else held.get("num_labels", 2)
     if labels != 1:
-        raise ValueError(f"{source} has {labels} labels; a reward model has one, its score")
+        raise Mistake(f"{source} has {labels} labels; a reward model has one, its score")
     try:
         return model_config({**held, "architectures": [CLASSIFIERS[names[0]]]})
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise Mistake(f"{source}: {error}") from None
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _described(path: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise Mistake(f"{file} is not JSON: {error}") from None
 
 
 def load_reward_params(model: RewardModel, *, shardings: PyTree | None = None) -> PyTree:

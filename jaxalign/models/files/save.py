@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files.families import TensorMap, tensor_maps
 from jaxalign.types import PyTree, leaf_names
@@ -52,10 +53,10 @@ def save_pretrained(
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file; name a new folder")
+        raise Mistake(f"{directory} is a file; name a new folder")
     writes = jax.process_index() == 0
     if writes and directory.is_dir() and any(directory.iterdir()):
-        raise ValueError(f"{directory} is not empty; name a new folder")
+        raise Mistake(f"{directory} is not empty; name a new folder")
     partial = directory.with_name(directory.name + ".partial")
     if writes:
         shutil.rmtree(partial, ignore_errors=True)

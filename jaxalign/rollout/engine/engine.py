@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.files.save import gather
 from jaxalign.rollout.engine import slots as device
 from jaxalign.rollout.engine.params import LAYOUTS, Weights, weights_of
@@ -96,9 +97,9 @@ class LocalEngine:
           decode_text: (ids of a prompt, ids of its response) to the response's text, for stop strings.
         """
         if slots < 1:
-            raise ValueError(f"slots={slots} must be at least 1")
+            raise Mistake(f"slots={slots} must be at least 1")
         if layout not in LAYOUTS:
-            raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
+            raise Mistake(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
         self._graphdef, self._slots, self._refill, self._prompt_room = graphdef, slots, refill, prompt_room
         self._cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
         self._layout, self._decode_text = layout, decode_text
@@ -117,7 +118,7 @@ class LocalEngine:
         """A response to each request, in their order; `watch` is shown those that are not yet finished.
 
         Raises:
-          ValueError: an empty prompt, a limit that cannot be, or stop strings without `decode_text`.
+          Mistake: an empty prompt, a limit that cannot be, or stop strings without `decode_text`.
         """
         self._check(requests, sampling)
         if not requests:
@@ -151,14 +152,14 @@ class LocalEngine:
     def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
         for number, request in enumerate(requests):
             if not request.prompt:
-                raise ValueError(f"request {number} has an empty prompt, so there is nothing to continue")
+                raise Mistake(f"request {number} has an empty prompt, so there is nothing to continue")
             if not 1 <= _limit(request, sampling) <= sampling.max_new_tokens:
-                raise ValueError(
+                raise Mistake(
                     f"request {number} asks for {_limit(request, sampling)} tokens; it must be 1 to max_new_tokens="
                     f"{sampling.max_new_tokens}"
                 )
         if sampling.stop and self._decode_text is None:
-            raise ValueError(f"stop strings {sampling.stop} need decode_text, which makes text of ids")
+            raise Mistake(f"stop strings {sampling.stop} need decode_text, which makes text of ids")
 
     def _admit(self, weights: Weights, slots: Slots, table: _Table, key: jax.Array) -> Slots:
         numbers, places = table.take()

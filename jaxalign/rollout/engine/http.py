@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign.mistake import Mistake
 from jaxalign.rollout.engine.engine import Request, Response, Stats, request_keys
 from jaxalign.rollout.engine.servers import SERVERS, Post
 from jaxalign.rollout.engine.slots import Sampling
@@ -42,7 +43,7 @@ PublishFn = Callable[[PyTree], Path]
 CheckFn = Callable[[PyTree, Sequence[Request], Sequence[Response], Sampling], None]
 
 
-class EngineError(RuntimeError):
+class EngineError(Mistake):
     """A server did not answer, or not as agreed; the message names the address, what it said, and the way out."""
 
 
@@ -75,13 +76,13 @@ class HttpEngine:
           pause: seconds before the second attempt; it doubles with each.
 
         Raises:
-          ValueError: no http address, or no such kind.
+          Mistake: no http address, or no such kind.
         """
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"engine {url!r} is no address of a server; give one like http://localhost:8000")
+            raise Mistake(f"engine {url!r} is no address of a server; give one like http://localhost:8000")
         if kind not in SERVERS:
-            raise ValueError(f"engine kind {kind!r} is not one of {', '.join(SERVERS)}")
+            raise Mistake(f"engine kind {kind!r} is not one of {', '.join(SERVERS)}")
         self._url, self._server = url.rstrip("/").removesuffix("/v1"), SERVERS[kind]
         self._publish, self._reload = publish, self._server.reload if reload is None else reload
         self._agrees, self._concurrency, self._seconds = check, concurrency, seconds
@@ -107,13 +108,13 @@ class HttpEngine:
         `model_logps` are NaN where a server's log-probs do not tell them: at a temperature other than 1, or truncated.
 
         Raises:
-          ValueError: bad words, which servers know as texts only; or params, and nothing to publish them with.
+          Mistake: bad words, which servers know as texts only; or params, and nothing to publish them with.
           EngineError: the server failed in spite of several attempts, or its log-probs are not the policy's.
         """
         if sampling.bad_words:
-            raise ValueError("bad_words are sequences of ids, which servers cannot be told; generate locally")
+            raise Mistake("bad_words are sequences of ids, which servers cannot be told; generate locally")
         if params is not None and self._publish is None:
-            raise ValueError(f"{self._url} was not told how to load params; give HttpEngine publish")
+            raise Mistake(f"{self._url} was not told how to load params; give HttpEngine publish")
         began = time.perf_counter()
         if self._model is None:
             self.served()
@@ -163,7 +164,7 @@ class HttpEngine:
         if finished and not sampling.stop and tokens[-1] not in sampling.terminators:
             raise EngineError(
                 f"{where} ended a response with token {tokens[-1]}, which is none of the terminators "
-                f"{list(sampling.terminators)}; its model's eos_token_id must be among those of --model"
+                f"{list(sampling.terminators)}; its model's eos_token_id must be among those of `model`"
             )
         drawn = np.array(logps, np.float32)
         known = not sampling.truncates and sampling.temperature == 1

@@ -28,6 +28,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jaxalign.mistake import Mistake
 from jaxalign.rollout.engine.engine import Request
 from jaxalign.rollout.engine.slots import Sampling
 
@@ -137,22 +138,22 @@ def parse_reload(text: str) -> tuple[Post, ...]:
     """Requests that load a policy, as text: '/load {"path": "{folder}"} /reset_cache'.
 
     Raises:
-      ValueError: no path, or what follows one is no JSON object; the message shows the form.
+      Mistake: no path, or what follows one is no JSON object; the message shows the form.
     """
     form = f"""{text!r} is not of the form '/load {{"path": "{{folder}}"}} /reset_cache'"""
     posts, rest = [], text.strip()
     while rest:
         path, _, rest = rest.partition(" ")
         if not path.startswith("/"):
-            raise ValueError(f"{form}: {path!r} is no path")
+            raise Mistake(f"{form}: {path!r} is no path")
         body, rest = {}, rest.lstrip()
         if rest.startswith("{"):
             try:
                 body, end = json.JSONDecoder().raw_decode(rest)
             except ValueError as error:
-                raise ValueError(f"{form}: behind {path} is no JSON ({error})") from None
+                raise Mistake(f"{form}: behind {path} is no JSON ({error})") from None
             rest = rest[end:].lstrip()
         posts.append(Post(path, body))
     if not posts:
-        raise ValueError(f"{form}: it names no path")
+        raise Mistake(f"{form}: it names no path")
     return tuple(posts)

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from jaxalign.mistake import Mistake
+
 Texts = Sequence[str]
 # (prompts, responses, **columns) -> scores, or (prompt, response, **columns) -> score
 RewardFn = Callable[..., Any]
@@ -76,7 +78,7 @@ def wanted(function: RewardFn, columns: Collection[str]) -> list[str]:
     """The data's columns that a function names; all of them where it takes any.
 
     Raises:
-      ValueError: it asks for one that the data do not have.
+      Mistake: it asks for one that the data do not have.
     """
     parameters = inspect.signature(function).parameters
     own = list(parameters)[:2]  # prompts and responses, whatever the data call theirs
@@ -90,7 +92,7 @@ def wanted(function: RewardFn, columns: Collection[str]) -> list[str]:
     ]
     if missing:
         name = name_of(function)
-        raise ValueError(
+        raise Mistake(
             f"the data have no column {missing[0]!r}; they have {', '.join(columns) or 'none'}. {name} takes it as "
             f"an argument too: {name}({missing[0]}=...)"
         )

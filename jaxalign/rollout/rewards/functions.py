@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxalign.mistake import Mistake
 from jaxalign.rollout.rewards.calls import RewardFn
 from jaxalign.rollout.rewards.scorer import Scorer, load_reward_model
 
@@ -37,9 +38,9 @@ def numeric_match(prompts: Texts, responses: Texts, *, answer: Sequence[str | fl
 
 
 def checked_answer(value: Any) -> str | float:
-    """A row's answer. Raises ValueError where it is neither a text nor a number."""
+    """A row's answer. Raises Mistake where it is neither a text nor a number."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"`answer` holds {value!r}; it must be a text or a number")
+        raise Mistake(f"`answer` holds {value!r}; it must be a text or a number")
     return value
 
 
@@ -76,7 +77,7 @@ def _is_object(text: str, required: Sequence[str]) -> bool:
 def length(prompts: Texts, responses: Texts, *, target: int) -> list[float]:
     """-|words - target| / target: 0 at the target."""
     if target <= 0:
-        raise ValueError(f"target={target} must be above 0")
+        raise Mistake(f"target={target} must be above 0")
     return [-abs(len(said.split()) - target) / target for said in responses]
 
 
@@ -93,7 +94,7 @@ def overlong(prompts: Texts, responses: Texts, *, tokens: Sequence[int], max_len
     Reference: Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476, eq. 13.
     """
     if not 0 < buffer <= max_length:
-        raise ValueError(f"buffer={buffer} must be above 0 and at most max_length={max_length}")
+        raise Mistake(f"buffer={buffer} must be above 0 and at most max_length={max_length}")
     return [-min(max((count - max_length + buffer) / buffer, 0.0), 1.0) for count in tokens]
 
 
@@ -135,14 +136,14 @@ def reward_model(
 
 
 def scorer(path: str, quantise: str | None = None, offload: bool = False, dtype: str = "float32") -> Scorer:
-    """The model of `reward_model`, loaded once. Raises ValueError where it cannot be."""
+    """The model of `reward_model`, loaded once. Raises Mistake where it cannot be."""
     return _loaded(path, quantise, offload, dtype)  # by place, for the cache tells f(x) from f(path=x)
 
 
 @functools.lru_cache
 def _loaded(path: str, quantise: str | None, offload: bool, dtype: str) -> Scorer:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+        raise Mistake(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     return load_reward_model(path, quantise=quantise, offload=offload, dtype=dtype, devices=jax.local_devices())
 
 

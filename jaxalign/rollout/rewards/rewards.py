@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.mistake import Mistake
 from jaxalign.rollout.rewards.calls import RewardFn, RowError, call, name_of, started, wanted
 from jaxalign.rollout.rewards.functions import (
     FROM_DATA,
@@ -37,7 +38,7 @@ from jaxalign.select import select_sum
 LARGEST = float(np.finfo(np.float32).max)  # of a score
 
 
-class RewardError(RuntimeError):
+class RewardError(Mistake):
     """A reward function failed; the message names it, and the row where one is to blame."""
 
 
@@ -51,7 +52,7 @@ class Rewards:
           seconds: that the functions, which run side by side, may take for the responses of one call.
 
         Raises:
-          ValueError: a function or keyword does not exist, and the message lists what does; or a function of REWARDS
+          Mistake: a function or keyword does not exist, and the message lists what does; or a function of REWARDS
             cannot be called with its keywords: it lacks one, or a file or reward model cannot be read.
         """
         terms, self._seconds = select_sum(text, REWARDS), seconds
@@ -76,7 +77,7 @@ class Rewards:
           later: names of columns that come with the responses.
 
         Raises:
-          ValueError: a function asks for a column that is neither here nor comes later, an answer is none, or a prompt
+          Mistake: a function asks for a column that is neither here nor comes later, an answer is none, or a prompt
             fills all that a reward model reads.
         """
         for name, function in self._functions.items():
@@ -125,7 +126,7 @@ class Rewards:
         except Exception as error:  # a function of the user's may raise anything, a TimeoutError of its own too
             if not future.done():
                 raise RewardError(
-                    f"{name} took longer than {self._seconds:g} s for {count} responses; --reward-seconds allows more"
+                    f"{name} took longer than {self._seconds:g} s for {count} responses; `reward_seconds` allows more"
                 ) from None
             raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
         if len(scores) != count:
@@ -151,7 +152,7 @@ def _kind(function: RewardFn) -> RewardFn:
 
 
 def _check_arguments(function: RewardFn) -> None:
-    """Raises ValueError on keywords that a function of REWARDS cannot be called with: it is called for no responses."""
+    """Raises Mistake on keywords that a function of REWARDS cannot be called with: it is called for no responses."""
     kind, given = _kind(function), getattr(function, "keywords", {})
     if kind not in REWARDS.values():
         return
@@ -159,7 +160,7 @@ def _check_arguments(function: RewardFn) -> None:
     needed = [name for name in told.kwonlyargs if name not in (told.kwonlydefaults or {})]
     missing = [name for name in needed if name not in given and name not in FROM_DATA]
     if missing:
-        raise ValueError(f"{kind.__name__} needs {missing[0]}; give it as {kind.__name__}({missing[0]}=...)")
+        raise Mistake(f"{kind.__name__} needs {missing[0]}; give it as {kind.__name__}({missing[0]}=...)")
     if kind is reward_model:
         scorer(**given)
         return
@@ -167,7 +168,7 @@ def _check_arguments(function: RewardFn) -> None:
         kind([], [], **{name: () for name in needed} | given)
     except Exception as error:
         said = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        raise ValueError(f"{kind.__name__}({said}) cannot be used: {error}") from error
+        raise Mistake(f"{kind.__name__}({said}) cannot be used: {error}") from error
 
 
 def _check_answers(name: str, prompts: Sequence[Any], answers: Sequence[Any]) -> None:
@@ -175,7 +176,7 @@ def _check_answers(name: str, prompts: Sequence[Any], answers: Sequence[Any]) ->
         try:
             checked_answer(answer)
         except ValueError as error:
-            raise ValueError(f"the reward {name}: prompt {number}, {str(prompt)[:60]!r}: {error}") from None
+            raise Mistake(f"the reward {name}: prompt {number}, {str(prompt)[:60]!r}: {error}") from None
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

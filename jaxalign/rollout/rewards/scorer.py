@@ -19,6 +19,7 @@ import numpy as np
 from jaxalign.data.read.feedback_formats import sequence
 from jaxalign.data.read.tokens import Encoder
 from jaxalign.data.sets.solutions import MOST_STEPS, encode
+from jaxalign.mistake import Mistake
 from jaxalign.models import heads
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.reward import RewardModel, load_reward_params, member_scores, read_reward_model, scores_at
@@ -48,7 +49,7 @@ def load_reward_model(
       devices: of this host, which hold equal shares of the parameters and score equally many rows; None: its first.
 
     Raises:
-      ValueError: not a reward model, or its tokenizer has nothing that ends a response.
+      Mistake: not a reward model, or its tokenizer has nothing that ends a response.
     """
     spread = devices is not None and len(devices) > 1
     mesh = make_mesh(devices=list(devices)) if spread else None
@@ -62,7 +63,7 @@ def load_reward_model(
     tokenizer = huggingface.load_tokenizer(source)
     terminators = huggingface.terminators(source, tokenizer)
     if not terminators:
-        raise ValueError(f"{source} names no eos token, so nothing can end a response; set eos_token_id in its config")
+        raise Mistake(f"{source} names no eos token, so nothing can end a response; set eos_token_id in its config")
     params = load_reward_params(model, shardings=None if mesh is None else shardings(model.like, mesh))
     if mesh is not None:
         batch_size = -(-batch_size // mesh.size) * mesh.size
@@ -95,22 +96,22 @@ class Scorer:
           finished: False where a response was cut off: it is read without a terminator. By default all have ended.
 
         Raises:
-          ValueError: a prompt that leaves no room for a response.
+          Mistake: a prompt that leaves no room for a response.
         """
         ended = [True] * len(responses) if finished is None else finished
         return self.rows([self.ids(*one) for one in zip(prompts, responses, ended, strict=True)])
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raises ValueError, with their number and the first of them, on prompts that leave no room for a response."""
+        """Raises Mistake, with their number and the first of them, on prompts that leave no room for a response."""
         full = [prompt for prompt in prompts if not self._encoded(prompt, "a")]  # whatever the response is
         if full:
-            raise ValueError(f"{len(full)} of {len(prompts)} prompts are too long: {self._fills(full[0])}")
+            raise Mistake(f"{len(full)} of {len(prompts)} prompts are too long: {self._fills(full[0])}")
 
     def ids(self, prompt: Prompt, response: str, ended: bool = True) -> np.ndarray:
         """Int32[T]: prompt and response as the model was trained on them, cut at its `max_length`."""
         found = self._encoded(prompt, response)
         if not found:
-            raise ValueError(self._fills(prompt))
+            raise Mistake(self._fills(prompt))
         ids = found[0][0]
         return ids if ended or ids[-1] not in self.terminators else ids[:-1]
 
@@ -120,7 +121,7 @@ class Scorer:
     def _fills(self, prompt: Prompt) -> str:
         return (
             f"a prompt fills all {self.model.max_length} tokens that the reward model reads: {str(prompt)[:80]!r}; "
-            "leave it out of the data, or train the reward model with a greater --max-length"
+            "leave it out of the data, or train the reward model with a greater `max_length`"
         )
 
     def rows(self, rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -140,14 +141,14 @@ class Scorer:
         """Float32[S M]: of a process reward model, the logit that each step of a solution is right.
 
         Raises:
-          ValueError: the model is of whole responses, or the solution is longer than it reads.
+          Mistake: the model is of whole responses, or the solution is longer than it reads.
         """
         if self.model.separator is None:
-            raise ValueError(f"{self.model.folder} scores whole responses; `jaxalign reward` with the loss process "
+            raise Mistake(f"{self.model.folder} scores whole responses; `jaxalign reward` with the loss process "
                              "trains a model of steps")  # fmt: skip
         ids, ends = encode(self._encoder, prompt, steps, self.model.separator)
         if len(ids) > self.model.max_length:
-            raise ValueError(f"a solution of {len(ids)} tokens, and the model reads {self.model.max_length}")
+            raise Mistake(f"a solution of {len(ids)} tokens, and the model reads {self.model.max_length}")
         tokens = np.zeros((1, self._width(len(ids))), np.int32)
         tokens[0, : len(ids)] = ids
         places = np.zeros((1, MOST_STEPS * -(-len(ends) // MOST_STEPS)), np.int32)  # of few shapes

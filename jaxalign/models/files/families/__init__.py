@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files.families import gpt, llama
 from jaxalign.models.files.families.base import HfConfig, TensorMap
@@ -33,23 +34,23 @@ FAMILIES: dict[str, Family] = {
 
 
 def model_config(hf: HfConfig) -> ModelConfig:
-    """The neutral config of a Hugging Face config.json. Raises ValueError on what is not supported, by name."""
+    """The neutral config of a Hugging Face config.json. Raises Mistake on what is not supported, by name."""
     names = hf.get("architectures") or []
     names = [names] if isinstance(names, str) else names
     if len(names) != 1 or names[0] not in FAMILIES:
-        raise ValueError(
+        raise Mistake(
             f"architecture {', '.join(names) or 'unknown (config.json has no `architectures`)'} is not supported; "
             f"supported are {', '.join(FAMILIES)}"
         )
     missing = [name for name in ("vocab_size",) if name not in hf]
     if missing:
-        raise ValueError(f"config.json has no {', '.join(missing)}")
+        raise Mistake(f"config.json has no {', '.join(missing)}")
     try:
         config = FAMILIES[names[0]].config({**hf, "architectures": names})
     except KeyError as error:
-        raise ValueError(f"config.json of a {names[0]} has no field {error.args[0]!r}") from None
+        raise Mistake(f"config.json of a {names[0]} has no field {error.args[0]!r}") from None
     except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"config.json of a {names[0]} has a field of the wrong type or zero ({error})") from None
+        raise Mistake(f"config.json of a {names[0]} has a field of the wrong type or zero ({error})") from None
     _check_sizes(config)
     return config
 
@@ -66,9 +67,9 @@ def _check_sizes(config: ModelConfig) -> None:
     ):
         size = getattr(config, name)
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"config.json implies {name}={size!r}; it must be a whole number above 0")
+            raise Mistake(f"config.json implies {name}={size!r}; it must be a whole number above 0")
     if config.num_heads % config.num_kv_heads:
-        raise ValueError(
+        raise Mistake(
             f"config.json has {config.num_heads} attention heads for {config.num_kv_heads} key heads; the one must be "
             "a multiple of the other"
         )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import LayerKind, Rope
 
 HfConfig = Mapping[str, Any]
@@ -66,15 +67,15 @@ ACTIVATIONS = {
 
 def activation(name: str) -> str:
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} is not supported; known are {', '.join(ACTIVATIONS)}")
+        raise Mistake(f"activation {name!r} is not supported; known are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
 def require(hf: HfConfig, **expected: Any) -> None:
-    """Raises ValueError where the config asks for a variant that changes the numbers and is not built."""
+    """Raises Mistake where the config asks for a variant that changes the numbers and is not built."""
     for name, value in expected.items():
         if hf.get(name, value) not in (value, None):
-            raise ValueError(f"{name}={hf[name]!r} is not supported; only {value!r} is")
+            raise Mistake(f"{name}={hf[name]!r} is not supported; only {value!r} is")
 
 
 def rope(hf: HfConfig, head_dim: int, *, layer_type: str | None = None, theta: float = 10000.0) -> Rope:
@@ -103,7 +104,7 @@ def rope(hf: HfConfig, head_dim: int, *, layer_type: str | None = None, theta: f
             high_freq_factor=float(settings["high_freq_factor"]),
             original_length=int(settings["original_max_position_embeddings"]),
         )
-    raise ValueError(f"rope_type={kind!r} is not supported; known are default, linear, llama3")
+    raise Mistake(f"rope_type={kind!r} is not supported; known are default, linear, llama3")
 
 
 def kinds(layers: list[LayerKind]) -> dict[str, tuple]:
@@ -117,7 +118,5 @@ def layer_types(hf: HfConfig, default: list[str]) -> list[str]:
     types = list(hf.get("layer_types") or default)
     unknown = set(types) - {"sliding_attention", "full_attention"}
     if unknown:
-        raise ValueError(
-            f"layer_types {sorted(unknown)} are not supported; known are sliding_attention, full_attention"
-        )
+        raise Mistake(f"layer_types {sorted(unknown)} are not supported; known are sliding_attention, full_attention")
     return types

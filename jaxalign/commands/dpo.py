@@ -1,0 +1,3 @@
+"""Command."""
+
+from jaxalign.runs.preferences import run_dpo as main  # noqa: F401

@@ -1,0 +1,3 @@
+"""Command."""
+
+from jaxalign.runs.export import run as main  # noqa: F401

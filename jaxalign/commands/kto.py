@@ -1,0 +1,3 @@
+"""Command."""
+
+from jaxalign.runs.preferences import run_kto as main  # noqa: F401

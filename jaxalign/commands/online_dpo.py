@@ -1,0 +1,3 @@
+"""Command."""
+
+from jaxalign.runs.online_dpo import run as main  # noqa: F401

@@ -1,0 +1,3 @@
+"""Command."""
+
+from jaxalign.runs.sft import run as main  # noqa: F401

@@ -1,0 +1,104 @@
+"""Settings of the commands that train nothing: generate, chat, export, quickstart."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from jaxalign.config.limits import EMPTY_IS_MEANT, above, at_least
+from jaxalign.config.shared import TruncationSettings
+
+
+@dataclass(frozen=True)
+class InferenceConfig(TruncationSettings):
+    """A model that responds, and how its tokens are sampled."""
+
+    model: str
+    """Hugging Face folder (the final/ of a run is one) or hub name."""
+    _: KW_ONLY
+    adapter: Path | None = None
+    """Folder of LoRA adapters of --model in PEFT's format; the adapter/ of a run is one. Default: none."""
+    repetition_penalty: Annotated[float, above(0)] = 1.0
+    """Factor that makes tokens of the prompt and of the response so far less likely; 1 is no penalty."""
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Dtype of cached keys and values. 'auto' is that of computation."""
+    seed: Annotated[int, at_least(0, below=2**32)] = 0
+    """Seed of sampling."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of computation. 'auto' is bfloat16 on TPU and GPU and float32 on CPU."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig(InferenceConfig):
+    """Responses of a model to prompts."""
+
+    prompts: Annotated[str, EMPTY_IS_MEANT]
+    """Prompts: a file (.jsonl with `prompt` or `messages`, .txt with one a line), FILE:SPLIT, or the text of a
+    prompt."""
+    output: Path | None = None
+    """File (.jsonl) to write prompts and responses to. Default: they are printed."""
+    max_new_tokens: Annotated[int, at_least(1)] = 128
+    """Length limit of a response, in tokens."""
+    temperature: Annotated[float, at_least(0)] = 1.0
+    """Sampling temperature; 0 always takes the most likely token."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response; it includes them."""
+    n: Annotated[int, at_least(1)] = 1
+    """Number of responses to each prompt."""
+    reward: str | None = None
+    """Reward that scores the responses, as for jaxalign grpo: 'reward_model(path=...)', 'my.module:function'. Default:
+    no scores."""
+    reward_seconds: Annotated[float, above(0)] = 300.0
+    """Time limit, in seconds, for scoring 64 responses, which are scored together. Reward functions run in parallel."""
+    keep: Literal["all", "best"] = "all"
+    """Responses that are kept: 'all', or each prompt's 'best' by --reward (best-of-n)."""
+    batch_size: Annotated[int, at_least(1)] = 16
+    """Number of responses generated at once; one that ends makes room for the next prompt."""
+    engine: str | None = None
+    """Address of a server that generates, http://host:port; --model then gives the tokenizer only. Default: the devices
+    of this machine do."""
+    engine_kind: Literal["vllm", "sglang"] = "vllm"
+    """Software of that server; rollout/engine/servers.py says how it must be started."""
+
+
+@dataclass(frozen=True)
+class ChatConfig(InferenceConfig):
+    """A conversation with a model in the terminal."""
+
+    system: str | None = None
+    """System message at the start of the conversation. Default: none."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer. Default: the model's own."""
+    chat_template: str | None = None
+    """Chat template: a name (chatml, llama3, ...) or a Jinja file. Default: the tokenizer's own."""
+    max_new_tokens: Annotated[int, at_least(1)] = 512
+    """Length limit of a response, in tokens; the rest of the model's window holds the conversation so far."""
+    temperature: Annotated[float, at_least(0)] = 0.7
+    """Sampling temperature; 0 always takes the most likely token."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A finished or interrupted run as a Hugging Face folder."""
+
+    run: Path
+    """Run folder."""
+    output: Path
+    """Folder to write; it must be empty or not exist."""
+    step: int | None = None
+    """Step whose checkpoint is exported. Default: the newest."""
+    best: bool = False
+    """Export the kept checkpoint with the lowest held-out loss."""
+    adapter: bool = False
+    """Export only the adapters of a LoRA run, in PEFT's format; otherwise they are merged into the base."""
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """The whole pipeline on an embedded tiny world: no network, no data, minutes on a laptop."""
+
+    output: Path = Path("quickstart")
+    """Folder for the runs and the page of results."""
+    seed: Annotated[int, at_least(0, below=2**32)] = 0
+    """Seed of the world, the weights and the samples."""

@@ -1,0 +1,164 @@
+"""Limits of settings, which stand in the fields, and a config as JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from jaxalign.mistake import Mistake
+
+
+class Limit(NamedTuple):
+    """The range of a number."""
+
+    least: float
+    most: float
+    above_least: bool  # the least itself is too little
+    below_most: bool  # the most itself is too much
+
+    def __contains__(self, value: float) -> bool:
+        too_little = value <= self.least if self.above_least else value < self.least
+        too_much = value >= self.most if self.below_most else value > self.most
+        return not (too_little or too_much or math.isnan(value))
+
+    def __str__(self) -> str:
+        text = f"{'above' if self.above_least else 'at least'} {self.least:g}"
+        if self.most == math.inf:
+            return text
+        return f"{text} and {'below' if self.below_most else 'at most'} {self.most:g}"
+
+
+def at_least(least: float, *, below: float = math.inf) -> Limit:
+    """least <= value < below."""
+    return Limit(least, below, False, True)
+
+
+def above(least: float) -> Limit:
+    """least < value < infinity."""
+    return Limit(least, math.inf, True, True)
+
+
+def share() -> Limit:
+    """0 <= value <= 1."""
+    return Limit(0, 1, False, False)
+
+
+def positive_share() -> Limit:
+    """0 < value <= 1."""
+    return Limit(0, 1, True, False)
+
+
+EMPTY_IS_MEANT = object()  # marks a text that may be empty
+
+
+def check(config: Any, *, prefix: str = "") -> None:
+    """Raises Mistake on a number outside its limits, a word that is none of its choices, or an empty text."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        plain, marks = _unpacked(hints[field.name])
+        if dataclasses.is_dataclass(value):
+            check(value, prefix=f"{name}.")
+            continue
+        if value is None:
+            continue
+        for limit in (mark for mark in marks if isinstance(mark, Limit)):
+            if isinstance(value, int | float) and value not in limit:
+                raise Mistake(f"`{name}` {value}: it must be {limit}", setting=name)
+        choices = _choices(plain)
+        if choices and value not in choices:
+            raise Mistake(f"`{name}` {value!r} is not one of {', '.join(map(repr, choices))}", setting=name)
+        if "" in (value if isinstance(value, tuple) else (value,)) and EMPTY_IS_MEANT not in marks:
+            raise Mistake(f"`{name}` is empty; give it a value, or leave it out", setting=name)
+
+
+def settings(kind: type, *, prefix: str = "") -> dict[str, Any]:
+    """The dotted name of each setting of a config class, with the type that its field is annotated with."""
+    result: dict[str, Any] = {}
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        name = prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            result |= settings(hints[field.name], prefix=f"{name}.")
+        else:
+            result[name] = hints[field.name]
+    return result
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """The config as plain JSON values; `from_json` is its inverse."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def upgraded(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """`to_json`'s values of an older version as this version names them.
+
+    A class lists in `renamed` the settings that moved, {old name: dotted new name}, and in `retired` those that its
+    command never obeyed, by dotted name.
+    """
+    values = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+    for old, new in getattr(kind, "renamed", {}).items():
+        if old in values:
+            group, _, name = new.partition(".")
+            values.setdefault(group, {})[name] = values.pop(old)
+    for retired in getattr(kind, "retired", ()):
+        group, dot, name = retired.partition(".")
+        (values.get(group, {}) if dot else values).pop(name if dot else group, None)
+    return values
+
+
+def from_json(kind: type, values: dict[str, Any], *, where: str = "config.json") -> Any:
+    """A config of `kind` from `to_json`'s values, of this version or an older one.
+
+    Raises:
+      Mistake: a name that `kind` does not have, a value of another type, or a required one that is absent.
+    """
+    values = upgraded(kind, values)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise Mistake(f"{where}: {kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
+    absent = [n for n, f in fields.items() if n not in values and f.default is f.default_factory is dataclasses.MISSING]
+    if absent:
+        raise Mistake(f"{where} has no {', '.join(absent)}, which {kind.__name__} needs")
+    hints, arguments = get_type_hints(kind), {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
+            arguments[name] = from_json(hints[name], value, where=f"{where}: {name}")
+            continue
+        if not _fits(value, hints[name]):
+            raise Mistake(f"{where}: {name} is {value!r}, and must be {_described(hints[name])}")
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+        if hints[name] in (Path, Path | None) and value is not None:
+            arguments[name] = Path(value)
+    return kind(**arguments)
+
+
+def _unpacked(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """(the type, the marks that Annotated puts on it)."""
+    return (get_args(hint)[0], hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _described(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is one of the field's type."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, {Path: str, float: (int, float)}.get(hint, hint))

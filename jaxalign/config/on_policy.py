@@ -1,0 +1,245 @@
+"""Settings of the commands that learn from a model's own responses: ppo, grpo, rloo, online-dpo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from jaxalign.config.limits import above, at_least, share
+from jaxalign.config.shared import (
+    ChatRowSettings,
+    LogpSettings,
+    RefUpdateConfig,
+    TrainConfig,
+    TruncationSettings,
+)
+
+NEVER_OBEYED = ("eval_data", "eval_share", "packing", "check_kernels", "checkpoint.keep_best")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(ChatRowSettings, LogpSettings, TrainConfig):
+    """Settings of generation and rewards."""
+
+    retired: ClassVar[tuple[str, ...]] = NEVER_OBEYED
+
+    steps: Annotated[int | None, at_least(1)] = None
+    """Number of training steps. Each draws one batch of responses and takes algorithm.epochs x algorithm.minibatches
+    optimizer updates on it. Default: as many as --epochs needs."""
+    epochs: Annotated[float, above(0)] = 1.0
+    """Number of passes over the prompts, when --steps is not given."""
+    batch_size: Annotated[int, at_least(1)] = 8
+    """Number of prompts per step, over all devices."""
+    reward: str = "numeric_match"
+    """Reward of a response: functions of rollout/rewards/functions.py, as in 'numeric_match + 0.1*length(target=60)', a
+    reward model 'reward_model(path="rm/final")', or your own 'my.module:function(x=1)'."""
+    reward_seconds: Annotated[float, above(0)] = 60.0
+    """Time limit, in seconds, for scoring one step's responses. Reward functions run in parallel."""
+    reward_clip: Annotated[float | None, above(0)] = None
+    """Largest absolute score: the sum of --reward is clipped to plus or minus this, before penalties. Default: no
+    clipping."""
+    n: Annotated[int, at_least(1)] = 8
+    """Number of responses to each prompt."""
+    max_new_tokens: Annotated[int, at_least(1)] = 256
+    """Length limit of a response, in tokens; --max-length limits prompt and response together."""
+    temperature: Annotated[float, at_least(0)] = 1.0
+    """Sampling temperature, above 0. Losses use log-probabilities at the same temperature."""
+    missing_end_penalty: Annotated[float, at_least(0)] = 0.0
+    """Amount subtracted from the score of a response that did not end by itself."""
+    length_penalty: float = 0.0
+    """Amount subtracted from a response's score for each of its tokens."""
+    samples: Annotated[int, at_least(0)] = 4
+    """Number of prompts per step whose first response is written to samples.jsonl, with its score."""
+    eval_every: Annotated[int, at_least(0)] = 0
+    """Number of steps between written samples; 0 writes those of the first step only."""
+    slots: Annotated[int, at_least(1)] = 64
+    """Number of responses generated at once; one that ends makes room for the next prompt."""
+    engine: str | None = None
+    """Address of a server that generates the responses, http://host:port. Default: the training devices do."""
+    engine_kind: Literal["vllm", "sglang"] = "vllm"
+    """Software of that server; rollout/engine/servers.py says how it must be started."""
+    engine_reload: str | None = None
+    """Requests that make the server load a new policy, as in '/load {"path": "{folder}"} /reset_cache'. Default: those
+    of its kind."""
+    decode_layout: Literal["tensor", "training"] = "tensor"
+    """Weight sharding during generation. 'tensor': gathered once per step, split over mesh.tensor only (faster).
+    'training': as in training, gathered for every token (less memory)."""
+    offload_reference: bool = False
+    """Keep the reference in the host's memory, and on the devices only while it scores responses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLBudgetSettings:
+    """Settings of commands that measure the KL to the reference."""
+
+    kl_budget: Annotated[float | None, above(0)] = None
+    """End the run once KL(policy || reference) exceeds this many nats per response, keeping the current model. Default:
+    no limit."""
+
+
+@dataclass(frozen=True)
+class GRPOAlgorithm:
+    """The update of a policy without a critic; algorithms/policy_gradient.py names the papers' choices."""
+
+    loss: str = "ppo_clip"
+    """Loss per token, from losses/policy.py: 'ppo_clip(clip_epsilon_high=0.28)', 'reinforce', 'cispo', a sum, or your
+    own 'my.module:function(x=1)'."""
+    advantages: Literal["group", "batch", "none", "leave_one_out", "decoupled"] = "group"
+    """Advantage of a response: its score minus the prompt's mean, divided by the prompt's std ('group', GRPO), the
+    batch's std ('batch'), or nothing ('none', Dr. GRPO); 'leave_one_out' (RLOO); 'decoupled' normalises each reward
+    function by itself (GDPO)."""
+    aggregate: Literal["token", "sequence", "fixed"] = "token"
+    """Mean of the loss: over all tokens ('token', DAPO), over responses of their token means ('sequence', GRPO), or
+    sums over a fixed length ('fixed', Dr. GRPO)."""
+    level: Literal["token", "sequence"] = "token"
+    """Unit of the probability ratio: each 'token', or the whole 'sequence' (GSPO)."""
+    kl_coef: Annotated[float, at_least(0)] = 0.0
+    """Weight of KL(policy || reference) in the loss, per nat."""
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    """Estimator of that KL from the sampled tokens."""
+    importance_cap: Annotated[float, above(0)] = 2.0
+    """Largest importance weight of a token, where it was not sampled from the policy itself (--top-p, --engine)."""
+    reference: bool = True
+    """Hold the starting model beside the policy, to log the KL between the two."""
+    epochs: Annotated[int, at_least(1)] = 1
+    """Number of passes over the responses of a step."""
+    minibatches: Annotated[int, at_least(1)] = 1
+    """Number of optimizer updates in each pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupConfig(TruncationSettings, RolloutConfig):
+    """Settings of commands that compare responses to one prompt."""
+
+    dynamic_sampling: Annotated[int, at_least(0)] = 0
+    """Largest number of generation rounds per step in which prompts with equal scores are replaced by others (DAPO); 0
+    keeps them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(KLBudgetSettings, GroupConfig):
+    """Group-relative policy optimisation (GRPO, DAPO, Dr. GRPO, GSPO, CISPO) on a model's own responses."""
+
+    algorithm: GRPOAlgorithm = field(default_factory=GRPOAlgorithm)
+
+
+@dataclass(frozen=True)
+class RLOOAlgorithm(GRPOAlgorithm):
+    """The update of a policy without a critic; algorithms/policy_gradient.py names the papers' choices."""
+
+    loss: str = "reinforce"
+    """Loss per token, from losses/policy.py: 'reinforce', 'ppo_clip', 'cispo', a sum, or your own
+    'my.module:function(x=1)'."""
+    advantages: Literal["group", "batch", "none", "leave_one_out", "decoupled"] = "leave_one_out"
+    """Advantage of a response: 'leave_one_out' subtracts the mean score of the prompt's other responses; for the others
+    see jaxalign grpo --help."""
+    aggregate: Literal["token", "sequence", "fixed"] = "fixed"
+    """Mean of the loss: sums over a fixed length ('fixed', so length has no influence), over all tokens ('token'), or
+    over responses of their token means ('sequence')."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOConfig(GRPOConfig):
+    """REINFORCE with leave-one-out baselines (RLOO) on a model's own responses, without clipping."""
+
+    algorithm: RLOOAlgorithm = field(default_factory=RLOOAlgorithm)
+
+
+@dataclass(frozen=True)
+class OnlineDPOAlgorithm:
+    """The loss of a pair of the policy's own responses."""
+
+    loss: str = "dpo"
+    """Loss per pair, from losses/pairs: 'ipo(beta=0.05)', a sum 'dpo(beta=0.1) + 0.2*sft', or your own
+    'my.module:function(x=1)'."""
+    epochs: Annotated[int, at_least(1)] = 1
+    """Number of passes over the pairs of a step."""
+    minibatches: Annotated[int, at_least(1)] = 1
+    """Number of optimizer updates in each pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineDPOConfig(GroupConfig):
+    """Online DPO: the best and the worst of a model's own responses to a prompt are a pair."""
+
+    retired: ClassVar[tuple[str, ...]] = (*NEVER_OBEYED, "kl_budget")
+
+    n: Annotated[int, at_least(1)] = 2
+    """Number of responses to each prompt, at least 2; the best and the worst by the reward are a pair."""
+    temperature: Annotated[float, at_least(0)] = 1.0
+    """Sampling temperature, above 0. The loss uses log-probabilities at temperature 1."""
+    algorithm: OnlineDPOAlgorithm = field(default_factory=OnlineDPOAlgorithm)
+
+
+@dataclass(frozen=True)
+class PPOAlgorithm:
+    """The update of policy and critic; algorithms/ppo.py says where each choice comes from."""
+
+    loss: str = "ppo_clip"
+    """Loss per token, from losses/policy.py: 'ppo_clip(clip_epsilon=0.2, dual_clip=3.0)', a sum, or your own
+    'my.module:function(x=1)'."""
+    kl_coef: Annotated[float, at_least(0)] = 0.05
+    """Weight of KL(policy || reference), in reward per nat."""
+    kl_target: Annotated[float | None, above(0)] = None
+    """KL(policy || reference), in nats per response, that the KL coefficient is adapted to reach. Default: a fixed
+    coefficient."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the KL from the sampled tokens."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Place of the KL penalty: token by token in the 'reward', or in the 'loss'."""
+    gamma: Annotated[float, share()] = 1.0
+    """Discount per token."""
+    gae_lambda: Annotated[float, share()] = 0.95
+    """Lambda of GAE: 1 uses returns only, 0 only the critic's next value."""
+    value_coef: Annotated[float, at_least(0)] = 0.1
+    """Weight of the value loss."""
+    value_clip_epsilon: Annotated[float | None, above(0)] = 0.2
+    """Largest change of a value per step before its loss is clipped, in units of reward. None: no clipping."""
+    entropy_coef: Annotated[float, at_least(0)] = 0.0
+    """Weight of the entropy bonus, per nat."""
+    whiten_advantages: bool = True
+    """Shift and scale advantages to mean 0 and variance 1 over the tokens of a step."""
+    whiten_rewards: bool = False
+    """Scale rewards to variance 1 over the tokens of a step; their mean stays."""
+    normalise_scores: bool = False
+    """Subtract the mean of all scores so far, and divide by their standard deviation."""
+    clip_scores: Annotated[float | None, above(0)] = None
+    """Largest absolute score: scores are clipped to plus or minus this, after normalisation. Default: no clipping."""
+    pretraining_coef: Annotated[float, at_least(0)] = 0.0
+    """Weight of the cross-entropy of --pretraining-data (PPO-ptx)."""
+    halt_kl: Annotated[float | None, above(0)] = None
+    """Skip the rest of a step's updates once the KL from the sampling policy exceeds 1.5 times this, in nats per token.
+    Default: no limit."""
+    epochs: Annotated[int, at_least(1)] = 4
+    """Number of passes over the responses of a step."""
+    minibatches: Annotated[int, at_least(1)] = 1
+    """Number of optimizer updates in each pass."""
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """The critic: a model that predicts the reward still to come."""
+
+    model: str | None = None
+    """Folder or hub name that the critic starts from: a reward model or a language model. Default: the reward model of
+    --reward, else --model."""
+    shared: bool = False
+    """Use a head on the policy's own hidden states as critic, in place of a separate model."""
+    learning_rate: Annotated[float | None, at_least(0)] = None
+    """Peak learning rate of the critic. Default: the policy's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(KLBudgetSettings, RolloutConfig):
+    """Proximal policy optimisation (PPO) with a critic, on a model's own responses."""
+
+    retired: ClassVar[tuple[str, ...]] = (*NEVER_OBEYED, "top_p", "top_k", "min_p")
+
+    n: Annotated[int, at_least(1)] = 1
+    """Number of responses to each prompt."""
+    pretraining_data: str | None = None
+    """Text whose likelihood is kept up while rewards rise, as --data of jaxalign sft; needs
+    --algorithm.pretraining-coef. Default: none."""
+    ref_update: RefUpdateConfig = field(default_factory=RefUpdateConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    algorithm: PPOAlgorithm = field(default_factory=PPOAlgorithm)

@@ -1,0 +1,216 @@
+"""Settings that several commands share, as mixins and groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from jaxalign.config.limits import above, at_least, positive_share, share
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule and clipping."""
+
+    learning_rate: Annotated[float, at_least(0)] = 2e-5
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the learning rate after warm-up. 'linear' and 'cosine' fall to 0 at the last step."""
+    warmup_steps: Annotated[int, at_least(0)] = 0
+    """Number of optimizer updates during which the learning rate rises linearly to its peak."""
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    """Decoupled weight decay, applied to matrices only."""
+    max_grad_norm: Annotated[float, at_least(0)] = 1.0
+    """Largest global norm of the gradients; larger ones are scaled down to it. 0 turns clipping off."""
+    b1: Annotated[float, at_least(0, below=1)] = 0.9
+    """Decay of Adam's first moment, per update."""
+    b2: Annotated[float, at_least(0, below=1)] = 0.999
+    """Decay of Adam's second moment, per update."""
+    accumulator_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of Adam's first moment; 'bfloat16' halves its memory."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Number of parts that each mesh axis cuts arrays into; at most one may be -1, for all remaining devices."""
+
+    data: int = 1
+    """Number of model replicas; each reads a share of the rows."""
+    fsdp: int = -1
+    """Number of shares of parameters, gradients, optimizer state and rows."""
+    tensor: int = 1
+    """Number of shares of attention heads, hidden units and vocabulary."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints: when they are written, and how many stay."""
+
+    every: Annotated[int, at_least(0)] = 200
+    """Number of steps between checkpoints. The last step is always saved; 0 saves only the last."""
+    keep: Annotated[int, at_least(1)] = 2
+    """Number of newest checkpoints that stay on disk."""
+
+
+@dataclass(frozen=True)
+class BestCheckpointConfig(CheckpointConfig):
+    """Checkpoints: when they are written, and how many stay."""
+
+    keep_best: Annotated[int, at_least(0)] = 0
+    """Number of checkpoints with the lowest held-out loss that stay besides the newest."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Metrics trackers, besides metrics.jsonl and the terminal."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder."""
+    wandb: str | None = None
+    """Name of a Weights & Biases project to log to (needs pip install 'jaxalign[wandb]'). Default: none."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on a frozen base, in place of training all parameters."""
+
+    rank: Annotated[int, at_least(0)] = 0
+    """Rank of the adapters; 0 trains all parameters instead."""
+    alpha: Annotated[float, above(0)] = 16.0
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
+    targets: str = "all-linear"
+    """Layers that get adapters: 'all-linear', or names and regular expressions, as in 'q_proj,v_proj' or
+    'attention/.*'."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rsLoRA)."""
+    dora: bool = False
+    """Train the magnitude of each output as well (DoRA)."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """Format of the frozen base's kernels: 'int8' is 8 bits, 'nf4' 4 bits (QLoRA), 'none' full precision."""
+
+
+@dataclass(frozen=True)
+class RefUpdateConfig:
+    """Updates of the reference towards the policy (TR-DPO)."""
+
+    every: Annotated[int, at_least(0)] = 0
+    """Number of steps between updates of the reference; 0 keeps it frozen."""
+    alpha: Annotated[float, above(0)] = 0.6
+    """Weight of the policy in an update of the reference, above 0 and at most 1; 1 copies the policy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings that every command that trains obeys."""
+
+    model: str
+    """Hugging Face folder or hub name of the model to start from, or config:PATH for random weights of that
+    config.json."""
+    data: str
+    """Training data: a file, folder or hub name. Several with weights: 'a.jsonl*0.7,b.jsonl*0.3'; one split:
+    'a.jsonl:train'."""
+    output: Path
+    """Run folder. If it holds the same run already, that run continues."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer. Default: the model's own."""
+    chat_template: str | None = None
+    """Chat template: a name (chatml, llama3, ...) or a Jinja file. Default: the tokenizer's own."""
+    steps: Annotated[int | None, at_least(1)] = None
+    """Number of training steps, each one optimizer update. Default: as many as --epochs needs."""
+    epochs: Annotated[float, above(0)] = 1.0
+    """Number of passes over the data, when --steps is not given."""
+    batch_size: Annotated[int, at_least(1)] = 8
+    """Number of rows per step, over all devices."""
+    microbatches: Annotated[int, at_least(1)] = 1
+    """Number of parts that a batch is computed in. More parts need less memory and give the same result."""
+    max_length: Annotated[int, at_least(2)] = 1024  # the first token is never learned
+    """Length limit of a row, in tokens; a prompt together with its response must fit."""
+    max_dropped: Annotated[float, share()] = 0.1
+    """Largest share of data rows that may be unusable; beyond it the run refuses to start."""
+    shuffle: bool = True
+    """Draw rows in a seeded random order, a new one each epoch."""
+    seed: Annotated[int, at_least(0, below=2**32)] = 0
+    """Seed of initial weights, data order and sampling."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of computation. 'auto' is bfloat16 on TPU and GPU and float32 on CPU."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the parameters. With LoRA, dtype of the frozen base; adapters are always float32."""
+    remat: Literal["none", "dots", "blocks"] = "blocks"
+    """Activations that the backward pass computes again: 'none', 'dots' (all but matrix products), or whole 'blocks'
+    (least memory)."""
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """Attention implementation. 'auto' is the fastest that runs on the platform and fits the shapes."""
+    resume: bool = True
+    """Continue the run that --output holds; with --no-resume a folder that holds a run is refused."""
+    profile: bool = False
+    """Write a profiler trace of a few steps into the run folder."""
+    distributed: bool = False
+    """Join the other hosts before starting: those of a TPU pod or a Slurm job, or of JAX_COORDINATOR_ADDRESS."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogpSettings:
+    """Settings of commands that read log-probabilities of tokens."""
+
+    implementation: Literal["auto", "chunked", "pallas"] = "auto"
+    """Implementation of token log-probabilities: 'chunked' (XLA, one part of the vocabulary at a time) or the 'pallas'
+    kernel. 'auto' is 'chunked' for now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelCheckSettings(LogpSettings):
+    """Settings of commands whose first batch is known before training."""
+
+    check_kernels: bool = False
+    """Compare the Pallas kernels with XLA on the first batch, values and gradients, and refuse to train beyond a
+    tolerance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineConfig(TrainConfig):
+    """Settings of commands that learn from a fixed data set."""
+
+    eval_data: str | None = None
+    """Held-out data, as for --data. Default: the held-out split of --data, if it has one."""
+    eval_share: Annotated[float, at_least(0, below=1)] = 0.05
+    """Share of the rows to hold out when no held-out data exist, at most 512 rows; 0 holds out none."""
+    eval_every: Annotated[int, at_least(0)] = 0
+    """Number of steps between evaluations on held-out data; 0 evaluates at the start and the end only."""
+    packing: bool = True
+    """Put several sequences into one row, kept apart by segment ids."""
+    checkpoint: BestCheckpointConfig = field(default_factory=BestCheckpointConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Settings of commands that show responses of the model while it learns."""
+
+    samples: Annotated[int, at_least(0)] = 4
+    """Number of held-out prompts to which the model responds at each evaluation; written to samples.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRowSettings:
+    """Settings of commands whose prompts may be plain text."""
+
+    as_chat: bool = False
+    """Treat text prompts as turns of the user and responses as turns of the assistant, and render them with the chat
+    template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncationSettings:
+    """Settings of sampling that never draws unlikely tokens."""
+
+    top_p: Annotated[float, positive_share()] = 1.0
+    """Share of probability that is sampled from: the smallest set of tokens that holds it. 1 samples from all."""
+    top_k: Annotated[int, at_least(0)] = 0
+    """Number of most likely tokens that are sampled from; 0 samples from all."""
+    min_p: Annotated[float, at_least(0, below=1)] = 0.0
+    """Smallest probability that is sampled, as a share of the most likely token's; 0 samples from all."""
