@@ -25,7 +25,7 @@ from jaxalign.config.inference import ExportConfig
 from jaxalign.config.offline import FeedbackConfig
 from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
 from jaxalign.ops.logprobs import next_token_logps
-from jaxalign.runs import devices, export
+from jaxalign.run import devices, export
 
 log = logging.getLogger("jaxalign.experiments")
 

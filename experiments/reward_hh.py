@@ -58,7 +58,7 @@ def report(config: RewardConfig) -> dict[str, float]:
     from jaxalign.models.files.huggingface import read_config
     from jaxalign.rollout.rewards.scorer import load_reward_model
     from jaxalign.runs.reward import feedback
-    from jaxalign.runs.vocabulary import load_vocabulary
+    from jaxalign.run.vocabulary import load_vocabulary
 
     held = feedback(config, load_vocabulary(config, read_config(config.model))).held_out
     scorer = load_reward_model(str(config.output / "final"))

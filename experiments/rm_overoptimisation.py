@@ -64,7 +64,7 @@ from overoptimisation_proxies import (
 
 from jaxalign.config.on_policy import RLOOConfig
 from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
-from jaxalign.runs import devices, rl
+from jaxalign.run import devices, rl
 from jaxalign.training.metrics import read_rows
 
 log = logging.getLogger("jaxalign.experiments")

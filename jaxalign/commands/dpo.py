@@ -1,3 +1,102 @@
-"""Command."""
+"""`jaxalign dpo`: a model and pairs of responses in, a model that people prefer out."""
 
-from jaxalign.runs.preferences import run_dpo as main  # noqa: F401
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+
+from jax.sharding import Mesh
+
+from jaxalign.algorithms.pairwise import dpo
+from jaxalign.commands import feedback
+from jaxalign.config.offline import DPOConfig
+from jaxalign.data.batches.groups import GroupBatches, GroupPlan, Responses, eval_batches
+from jaxalign.data.sets import preferences
+from jaxalign.losses import contract
+from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
+from jaxalign.losses.sums import select_loss
+from jaxalign.mistake import Mistake
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.run import final, reference_logps
+from jaxalign.run.run import Data, Run
+from jaxalign.training.program import Recipe, implementation
+
+log = logging.getLogger(__name__)
+
+
+def main(config: DPOConfig) -> int:
+    """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
+    loss = check(config)
+    run = Run.open(config, "dpo")
+    feedback.check_reference(config, run)
+    sets, plan = feedback.load_groups(config, run, preferences.PAIRS)
+    held_out = _full_batches(sets.held_out, plan) if contract.needs_whole_batch(loss) else sets.held_out
+    data = batches(run, plan, sets, [sets.responses, held_out])
+    if not run.claim(data):
+        return 0
+    if config.precompute_reference:
+        parts = reference_logps.precompute(run, plan, [sets.responses, held_out])
+        data = batches(run, plan, sets, parts, data.batches.steps)
+    outcome = run.fit(recipe(config, run.model, run.mesh), data)
+    if outcome.is_new:
+        final.language_model(run, outcome.state.params, outcome.frozen, outcome.step)
+    return run.end(outcome)
+
+
+def recipe(config: DPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
+    """The policy, whole or as adapters, its reference if the loss needs one, and the mean loss over pairs."""
+    loss = _loss(config)
+    policy, reference, follow = feedback.parts(config, model, mesh, loss)
+    algorithm = dpo(
+        policy.graphdef,
+        loss=loss,
+        ref_graphdef=None if reference is None else reference.graphdef,
+        groups=config.batch_size if contract.needs_whole_batch(loss) else None,
+        implementation=implementation(config),
+    )
+    return Recipe(policy, algorithm._replace(follow=follow), reference, forwards=int(reference is not None))
+
+
+def check(config: DPOConfig) -> Callable:
+    """The loss. Raises Mistake on one that cannot be used, or on settings that exclude each other."""
+    loss = _loss(config)
+    feedback.check(config, loss)
+    if config.share_prompt and (not config.packing or config.attention == "splash"):
+        raise Mistake(
+            "`share_prompt` puts both responses behind one prompt in a row: it needs `packing`, and `attention` xla or "
+            "cudnn, for the splash kernel cannot keep the two apart"
+        )
+    return loss
+
+
+def batches(
+    run: Run, plan: GroupPlan, sets: preferences.PreferenceData, parts: Sequence[Responses], steps: int | None = None
+) -> Data:
+    """Batches of pairs; `parts` are those for training and held out, with the reference's log-probabilities or not."""
+    train, held_out = parts
+    mixture = dataclasses.replace(sets.train, examples=train)
+    batches = GroupBatches(mixture, plan, steps=1, **run.host)
+    batches.steps = steps or run.count_steps(batches.groups_per_epoch() / plan.batch_size)
+    return Data(
+        batches,
+        shapes=batches.layout.shapes,
+        fingerprint=sets.responses.fingerprint(),
+        held_out=eval_batches(held_out, plan, **run.host),
+        held_out_fingerprint=sets.held_out.fingerprint(),
+        prompts=sets.prompts,
+    )
+
+
+def _loss(config: DPOConfig) -> Callable:
+    loss = select_loss(config.algorithm.loss, PREFERENCE_LOSSES)
+    contract.check_inputs(loss, contract.PAIR_INPUTS)
+    return loss
+
+
+def _full_batches(responses: Responses, plan: GroupPlan) -> Responses:
+    """Without the last groups that fill no batch: a loss that sorts means another thing on a smaller one."""
+    whole = len(responses) // plan.batch_size * plan.batch_size
+    if whole < len(responses):
+        log.info("held out: %d of %d groups, which fill batches of %d", whole, len(responses), plan.batch_size)
+    return responses.take(range(whole))

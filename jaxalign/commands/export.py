@@ -1,3 +1,103 @@
-"""Command."""
+"""`jaxalign export`: a checkpoint of a run as a Hugging Face folder."""
 
-from jaxalign.runs.export import run as main  # noqa: F401
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from jaxalign.commands import COMMANDS, reward
+from jaxalign.config.inference import ExportConfig
+from jaxalign.config.limits import check, from_json
+from jaxalign.config.offline import RewardConfig
+from jaxalign.config.shared import MeshConfig, TrainConfig
+from jaxalign.mistake import Mistake
+from jaxalign.models.adapters.lora import join
+from jaxalign.models.adapters.merge import merge_by_layer
+from jaxalign.run import devices, final
+from jaxalign.run.folder import check_writable, read_run
+from jaxalign.run.run import Run
+from jaxalign.training import part
+from jaxalign.training.checkpoint import Checkpoints
+from jaxalign.types import PyTree
+
+log = logging.getLogger(__name__)
+
+NOTHING_YET = "has no checkpoint yet; run its command again, which continues it"
+
+
+def main(config: ExportConfig) -> int:
+    """Writes --output from the newest whole checkpoint, the best, or the one of --step."""
+    check(config)
+    if config.best and config.step is not None:
+        raise Mistake(f"`best` and `step` {config.step} name two checkpoints; give one of them")
+    devices.start()
+    devices.start_log()
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise Mistake(f"`output` {output} is a file; name a new folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise Mistake(f"`output` {output} is not empty; name a new folder")
+    check_writable(output)
+    described = read_run(config.run)
+    command = described["command"]
+    if command not in COMMANDS or not COMMANDS[command].trains:
+        raise Mistake(f"{config.run} is a run of {command!r}, which leaves no model")
+    trained = from_json(COMMANDS[command].config, described["config"], where=str(config.run / "config.json"))
+    folder = Path(config.run) / "checkpoints"
+    if not folder.is_dir():
+        raise Mistake(f"{config.run} {NOTHING_YET}")
+    checkpoints = Checkpoints(folder)
+    step = checkpoints.best_step() if config.best else config.step
+    if config.best and step is None:
+        raise Mistake(
+            f"{config.run} kept no checkpoint with a held-out loss, so none is best; leave out `best` for the newest, "
+            f"or name one with `step` ({', '.join(map(str, checkpoints.steps()))})"
+        )
+    step = (_reward_model if command == "reward" else _language_model)(config, trained, command, checkpoints, step)
+    checkpoints.close()
+    if step is None:
+        raise Mistake(f"{config.run} {NOTHING_YET}")
+    log.info("step %d of %s is in %s", step, config.run, config.output)
+    return 0
+
+
+def _reward_model(
+    config: ExportConfig, trained: RewardConfig, command: str, checkpoints: Checkpoints, step: int | None
+) -> int | None:
+    """Writes the folder, and returns its step; None where there is no checkpoint."""
+    if config.adapter:
+        raise Mistake(f"{config.run} is of `jaxalign reward`, whose adapters go with its heads; leave out `adapter`")
+    return reward.export(trained, Path(config.output), checkpoints, step)
+
+
+def _language_model(
+    config: ExportConfig, trained: TrainConfig, command: str, checkpoints: Checkpoints, step: int | None
+) -> int | None:
+    """The same for a run that leaves a language model."""
+    run = Run.read(dataclasses.replace(trained, mesh=MeshConfig()), command)
+    if config.adapter and run.lora is None:
+        raise Mistake(f"{config.run} trained all parameters, so it has no adapter; export it without `adapter`")
+    policy = part.language_model(run.config, run.model, run.mesh)
+    prefix = ".".join(filter(None, ("params", COMMANDS[command].policy)))  # beside it may be a critic
+    restored = checkpoints.restore_part(prefix, _on_host(policy.trained), step=step)
+    if restored is None:
+        return None
+    params, step = restored
+    output = Path(config.output)
+    if config.adapter:
+        final.save_lora(output, run, params, step)
+        return step
+    if run.lora is not None:
+        params = merge_by_layer(join(params, policy.load(_on_host(policy.frozen))), run.lora)
+    final.save_model(output, run, params, step)
+    return step
+
+
+def _on_host(abstract: PyTree) -> PyTree:
+    place = SingleDeviceSharding(jax.devices("cpu")[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype), sharding=place), abstract)

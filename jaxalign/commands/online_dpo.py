@@ -1,3 +1,110 @@
-"""Command."""
+"""`jaxalign online-dpo`: at each step the policy responds, the reward ranks, and a preference loss learns from pairs.
 
-from jaxalign.runs.online_dpo import run as main  # noqa: F401
+Guo et al. 2024 (OAIF), https://arxiv.org/abs/2402.04792, with any reward in the place of the annotator. The reference
+is the model that training starts from; with LoRA, the base. Log-probabilities are at temperature 1, whatever the
+responses were drawn at: a preference loss makes no ratio to what drew them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.algorithms.pairwise import dpo
+from jaxalign.commands import on_policy
+from jaxalign.config.on_policy import OnlineDPOConfig
+from jaxalign.data.batches.groups import GroupPlan, Layout
+from jaxalign.losses import contract
+from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
+from jaxalign.losses.sums import select_loss
+from jaxalign.mistake import Mistake
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.rollout.batches import best_and_worst, pairs_of
+from jaxalign.rollout.scored import Drawn
+from jaxalign.run import final
+from jaxalign.run.run import Run
+from jaxalign.training import part
+from jaxalign.training.program import Recipe, implementation
+from jaxalign.types import ResponseBatch
+
+
+def main(config: OnlineDPOConfig) -> int:
+    """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
+    check(config)
+    run = Run.open(config, "online-dpo")
+    plan = recipe(config, run.model, run.mesh)
+    prompting = on_policy.load_prompts(config, run, updates=plan.updates)
+    data = on_policy.run_data(config, prompting)
+    if not run.claim(data):
+        return 0
+    rows = on_policy.count_rows(config, run.mesh, responses=1)  # of a pair each
+    responses = on_policy.rollouts(config, run, plan, prompting, functools.partial(to_batch, config, rows))
+    outcome = run.fit(plan, data, source=responses)
+    if outcome.is_new:
+        final.language_model(run, outcome.state.params, outcome.frozen, outcome.step)
+    return run.end(outcome)
+
+
+def recipe(config: OnlineDPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
+    """The policy, whole or as adapters, its reference if the loss needs one, and the mean loss over pairs."""
+    loss, policy = _loss(config), part.language_model(config, model, mesh)
+    reference = part.frozen_copy(config, model, mesh, policy) if contract.needs_reference(loss) else None
+    algorithm = dpo(
+        policy.graphdef,
+        loss=loss,
+        ref_graphdef=None if reference is None else reference.graphdef,
+        implementation=implementation(config),
+    )
+    algorithm = algorithm._replace(epochs=config.algorithm.epochs, minibatches=config.algorithm.minibatches)
+    forwards = int(reference is not None)
+    return Recipe(policy, algorithm, reference, forwards=forwards, offload=config.offload_reference)
+
+
+def check(config: OnlineDPOConfig) -> None:
+    """Raises Mistake on a loss that cannot be used, or on settings that exclude each other."""
+    on_policy.check(config)
+    loss = _loss(config)
+    if config.offload_reference and not contract.needs_reference(loss):
+        raise Mistake(f"`offload_reference`: the loss {config.algorithm.loss!r} uses no reference")
+    if config.n < 2:
+        raise Mistake("`n` 1: a pair is two responses to a prompt; draw 2 or more")
+    if contract.needs_whole_batch(loss):
+        raise Mistake(
+            f"`algorithm.loss` {config.algorithm.loss!r} compares the pairs of whole batches with each other, and "
+            "these have a number that changes: prompts whose responses are worth the same give none"
+        )
+
+
+def to_batch(
+    config: OnlineDPOConfig,
+    rows: int,
+    responses: Drawn,
+    prompts: Sequence[tuple[int, ...]],
+    width: int,
+    step: int,
+) -> tuple[ResponseBatch, dict[str, float]]:
+    """A pair a row; a prompt whose responses are all worth the same has none, and its row is empty."""
+    groups = responses.scores.reshape(-1, config.n)
+    chosen = best_and_worst(groups)
+    pairs = pairs_of(prompts, responses.responses, chosen)
+    plan = GroupPlan(rows, config.max_length, packing=False)
+    batch = Layout(plan, responses=2, most=1, row_counts=(rows,)).batch(pairs)
+    best, worst = (responses.scores[side] for side in chosen.T)
+    return batch, {
+        "score": float(responses.scores.mean()),
+        "score_chosen": float(best.mean()) if len(best) else 0.0,
+        "score_rejected": float(worst.mean()) if len(worst) else 0.0,
+        "score_std": float(groups.std(axis=1).mean()),
+        "ties": len(groups) - len(chosen),
+        "length": float(np.mean([len(response.tokens) for response in responses.responses])),
+        "ended": float(np.mean([response.finished for response in responses.responses])),
+    }
+
+
+def _loss(config: OnlineDPOConfig) -> Callable:
+    loss = select_loss(config.algorithm.loss, PREFERENCE_LOSSES)
+    contract.check_inputs(loss, contract.PAIR_INPUTS)
+    return loss

@@ -1,3 +1,196 @@
-"""Command."""
+"""`jaxalign reward`: a model and compared responses in, a model that scores responses out."""
 
-from jaxalign.runs.reward import run as main  # noqa: F401
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.algorithms import process
+from jaxalign.algorithms.process import process_reward
+from jaxalign.algorithms.reward import check_loss, response_scores, reward
+from jaxalign.config import limits
+from jaxalign.config.offline import RewardConfig
+from jaxalign.config.shared import MeshConfig
+from jaxalign.data.batches.groups import GroupBatches, GroupPlan, eval_batches
+from jaxalign.data.sets import preferences, solutions, supervised
+from jaxalign.losses.contract import input_names
+from jaxalign.losses.ranking import RANKING_LOSSES
+from jaxalign.losses.sums import select_loss
+from jaxalign.mistake import Mistake
+from jaxalign.models import heads
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.models.decoder.decoder import decoder_for
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.save import gather
+from jaxalign.run import final
+from jaxalign.run.run import Data, Run
+from jaxalign.run.vocabulary import Vocabulary
+from jaxalign.training import part
+from jaxalign.training.checkpoint import Checkpoints
+from jaxalign.training.program import Recipe, compile_step, load_frozen
+from jaxalign.training.sharding import put_batch
+from jaxalign.types import PyTree, ResponseBatch
+
+PAIRWISE = {"chosen_scores", "rejected_scores"}
+# Inputs of a loss that are columns of the data: (the column, a loss that does without it)
+OPTIONAL_COLUMNS = {
+    "margins": ("margin", "bradley_terry"),
+    "preferences": ("preference", "bradley_terry(label_smoothing=0.1)"),
+    "ties": ("tie", "bradley_terry"),
+}
+# Scores are normalised on the held-out groups; on REFERENCE_GROUPS of training if none are held out, and topped up to
+# FEWEST_GROUPS with groups of training if fewer are.
+REFERENCE_GROUPS, FEWEST_GROUPS = 512, 64
+
+
+def main(config: RewardConfig) -> int:
+    """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
+    check(config)
+    run = _with_trunk(Run.open(config, "reward"))
+    data = load_data(config, run)
+    if not run.claim(data):
+        return 0
+    outcome = run.fit(recipe(config, run.model, run.mesh), data)
+    if outcome.is_new:
+        params = part.laid_over(outcome.state.params, outcome.frozen)
+        _write(final.final_folder(run), run, data, params, outcome.step)
+    return run.end(outcome)
+
+
+def recipe(config: RewardConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
+    """Heads, and the trunk or adapters, and the mean loss over groups and members."""
+    loss, trained = _loss(config), part.scorer(config, model, mesh)
+    return Recipe(trained, (process_reward if scores_steps(config) else reward)(trained.graphdef, loss=loss))
+
+
+def export(config: RewardConfig, output: Path, checkpoints: Checkpoints, step: int | None) -> int | None:
+    """Writes a checkpoint of a run as a folder like `final/`, on the devices that are here; its step, None without one.
+
+    The run's data are read again: scores are normalised on what was held out, and on more where that is little.
+    """
+    config = dataclasses.replace(config, mesh=MeshConfig())
+    run = _with_trunk(Run.read(config, "reward"))
+    data = load_data(config, run)
+    program = compile_step(config, recipe(config, run.model, run.mesh), run.mesh, steps=data.batches.steps)
+    restored = checkpoints.restore_part("params", program.like.params, step=step)
+    if restored is None:
+        return None
+    params, step = restored
+    _write(output, run, data, part.laid_over(params, load_frozen(program)), step)
+    return step
+
+
+def check(config: RewardConfig) -> None:
+    """Raises Mistake on a loss that cannot be used, or on settings that exclude each other."""
+    limits.check(config)
+    _loss(config)
+    heads.combine(np.zeros((1, config.members), np.float32), config.combine)
+    if config.freeze_trunk and config.lora.rank:
+        raise Mistake("`freeze_trunk` trains the heads alone, and `lora.rank` adapters besides; give one of them")
+    if config.members > 1 and config.lora.rank and huggingface.is_random(config.model):
+        raise Mistake(
+            f"`members` {config.members} are adapters of `model` {config.model}, whose random weights nobody could "
+            "load again; train them first, or leave out `lora.rank`"
+        )
+
+
+def load_data(config: RewardConfig, run: Run) -> Data:
+    """Groups of responses for training, and those held out."""
+    sets = load_feedback(config, run.vocabulary)
+    _check_columns(config, sets)
+    plan = GroupPlan(config.batch_size, config.max_length, run.unit, config.packing, config.shuffle, config.seed)
+    batches = GroupBatches(sets.train, plan, steps=1, **run.host)
+    batches.steps = run.count_steps(batches.groups_per_epoch() / config.batch_size)
+    return Data(
+        batches,
+        shapes=batches.layout.shapes,
+        fingerprint=sets.responses.fingerprint(),
+        held_out=eval_batches(sets.held_out, plan, **run.host),
+        held_out_fingerprint=sets.held_out.fingerprint(),
+    )
+
+
+def load_feedback(config: RewardConfig, vocabulary: Vocabulary) -> preferences.PreferenceData:
+    """The responses, in groups, that the run learns from and those that it holds out."""
+    options = supervised.Options.of(config, vocabulary.terminators)
+    if scores_steps(config):
+        return solutions.load(
+            config.data,
+            vocabulary.tokenizer,
+            options,
+            separator=config.step_separator,
+            eval_spec=config.eval_data,
+        )
+    names = input_names(_loss(config))
+    return preferences.load(
+        config.data,
+        vocabulary.tokenizer,
+        options,
+        kind=preferences.PAIRS if PAIRWISE & set(names) else preferences.RANKED,
+        eval_spec=config.eval_data,
+        as_chat=config.as_chat,
+        ties="ties" in names,
+    )
+
+
+def scores_steps(config: RewardConfig) -> bool:
+    """Whether the loss is of steps, not of whole responses."""
+    return "step_scores" in input_names(select_loss(config.algorithm.loss, RANKING_LOSSES))
+
+
+def _loss(config: RewardConfig) -> Callable:
+    loss = select_loss(config.algorithm.loss, RANKING_LOSSES)
+    (process.check_loss if scores_steps(config) else check_loss)(loss)
+    return loss
+
+
+def _with_trunk(run: Run) -> Run:
+    """The run of a model whose output matrix is the heads."""
+    return dataclasses.replace(run, model=heads.trunk_config(run.model))
+
+
+def _check_columns(config: RewardConfig, sets: preferences.PreferenceData) -> None:
+    names = input_names(_loss(config))
+    groups = {f"`data` {config.data}": sets.responses}
+    if len(sets.held_out):
+        groups["the held-out data" if config.eval_data is None else f"`eval_data` {config.eval_data}"] = sets.held_out
+    for name, (column, other_loss) in OPTIONAL_COLUMNS.items():
+        for source, responses in groups.items():
+            if name in names and column not in responses.columns:
+                raise Mistake(
+                    f"loss {config.algorithm.loss} needs a column `{column}` in every pair, and {source} has none; add "
+                    f"it, or use `algorithm.loss` {other_loss}"
+                )
+
+
+def _write(folder: Path, run: Run, data: Data, params: PyTree, step: int) -> None:
+    config = run.config
+    if scores_steps(config):  # logits, whose zero and unit mean something
+        scores, separator = np.array([[-1.0], [1.0]]).repeat(config.members, axis=1), config.step_separator
+    else:
+        scores, separator = _reference_scores(run, data, params), None
+    final.reward_model(folder, run, params, scores.mean(axis=0), scores.std(axis=0), step, separator)
+
+
+def _reference_scores(run: Run, data: Data, params: PyTree) -> np.ndarray:
+    """Float32[N M] of every held-out response; of some that were trained on where too few are held out."""
+    graphdef, _ = decoder_for(run.config, run.model, run.mesh, run.lora)
+    scores = jax.jit(lambda params, batch: response_scores(graphdef, params, batch))
+
+    def read(batch: ResponseBatch) -> tuple[np.ndarray, np.ndarray]:
+        batch = put_batch(batch, run.mesh)
+        return gather(scores(params, batch)), gather(batch.present)
+
+    parts = [read(batch) for batch in data.held_out]
+    wanted = FEWEST_GROUPS if parts else REFERENCE_GROUPS
+    epoch = -(-data.batches.groups_per_epoch() // run.config.batch_size)
+    for i in range(min(data.batches.steps, epoch)):
+        if sum(present.any(axis=-1).sum() for _, present in parts) >= wanted:
+            break
+        parts.append(read(data.batches[i]))
+    return np.concatenate([values[present] for values, present in parts])

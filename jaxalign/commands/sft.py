@@ -1,3 +1,67 @@
-"""Command."""
+"""`jaxalign sft`: a checkpoint and a dataset in, a better checkpoint out."""
 
-from jaxalign.runs.sft import run as main  # noqa: F401
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from jaxalign.algorithms.supervised import check_loss, sft
+from jaxalign.config import limits
+from jaxalign.config.offline import SFTConfig
+from jaxalign.data.batches import rows
+from jaxalign.data.sets import supervised
+from jaxalign.losses.language import LANGUAGE_LOSSES
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.run import final
+from jaxalign.run.run import Data, Run
+from jaxalign.select import select
+from jaxalign.training import part
+from jaxalign.training.program import Recipe, implementation
+from jaxalign.training.sharding import check_batch_size
+
+
+def main(config: SFTConfig) -> int:
+    """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
+    limits.check(config)
+    select_loss(config)
+    run = Run.open(config, "sft")
+    check_batch_size(config.batch_size, config.microbatches, run.mesh)
+    data = load_data(config, run)
+    if not run.claim(data):
+        return 0
+    outcome = run.fit(recipe(config, run.model, run.mesh), data)
+    if outcome.is_new:
+        final.language_model(run, outcome.state.params, outcome.frozen, outcome.step)
+    return run.end(outcome)
+
+
+def recipe(config: SFTConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
+    """All parameters or adapters, and the mean loss over tokens."""
+    policy = part.language_model(config, model, mesh)
+    algorithm = sft(policy.graphdef, loss=select_loss(config), implementation=implementation(config))
+    return Recipe(policy, algorithm)
+
+
+def select_loss(config: SFTConfig) -> Callable:
+    """The loss of a token. Raises Mistake where it cannot be used."""
+    loss = select(config.algorithm.loss, LANGUAGE_LOSSES)
+    check_loss(loss, config.algorithm.loss)
+    return loss
+
+
+def load_data(config: SFTConfig, run: Run) -> Data:
+    """Rows of tokens for training, and those held out."""
+    options = supervised.Options.of(config, run.vocabulary.terminators, turns=config.turns, long_text=config.long_text)
+    sets = supervised.load(config.data, run.vocabulary.tokenizer, options, eval_spec=config.eval_data)
+    plan = rows.Plan(config.batch_size, config.max_length, config.packing, config.shuffle, config.seed)
+    batches = rows.TrainBatches(sets.train, plan, steps=1, **run.host)
+    batches.steps = run.count_steps(batches.rows_per_epoch() / config.batch_size)
+    return Data(
+        batches,
+        shapes=1 if config.packing else len(rows.bucket_widths(config.max_length)),
+        fingerprint=sets.train.examples.fingerprint(),
+        held_out=rows.eval_batches(sets.held_out, plan, **run.host),
+        held_out_fingerprint=sets.held_out.fingerprint(),
+        prompts=sets.prompts,
+    )

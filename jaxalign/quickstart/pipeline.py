@@ -15,8 +15,8 @@ from jaxalign.mistake import Mistake
 from jaxalign.quickstart import judge, policy_stage, reward_stage, tokenizer, world
 from jaxalign.quickstart.page import Stage, render, table
 from jaxalign.quickstart.stages import Planned, plan
-from jaxalign.runs import devices, generate, ppo, preferences, reward, rl, sft
-from jaxalign.runs.folder import check_writable
+from jaxalign.run import devices, generate, ppo, preferences, reward, rl, sft
+from jaxalign.run.folder import check_writable
 
 log = logging.getLogger(__name__)
 

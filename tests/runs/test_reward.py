@@ -19,7 +19,7 @@ from jaxalign.rollout.rewards.rewards import Rewards
 from jaxalign.rollout.rewards.scorer import load_reward_model
 from jaxalign.runs import export, reward
 from jaxalign.runs.scorer import padded
-from jaxalign.runs.vocabulary import Vocabulary
+from jaxalign.run.vocabulary import Vocabulary
 from tests.runs.test_preferences import SHARED, pairs, rows  # noqa: F401  a fixture
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 

@@ -13,7 +13,7 @@ from jaxalign.config.on_policy import GRPOAlgorithm, GRPOConfig, OnlineDPOAlgori
 from jaxalign.config.shared import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
 from jaxalign.rollout.rewards.rewards import RewardError
 from jaxalign.runs import online_dpo, rl, rollouts
-from jaxalign.runs.folder import open_run
+from jaxalign.run.folder import open_run
 from tests.runs.test_preferences import final, rows
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 

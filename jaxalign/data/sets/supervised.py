@@ -37,6 +37,14 @@ class Options:
     eval_share: float = 0.0
     seed: int = 0
 
+    @classmethod
+    def of(cls, config: Any, terminators: tuple[int, ...], **more: str) -> Options:
+        """The options of a command's settings."""
+        share = getattr(config, "eval_share", 0.0)
+        return cls(
+            config.max_length, terminators, max_dropped=config.max_dropped, eval_share=share, seed=config.seed, **more
+        )
+
 
 def load(spec: str, tokenizer: Any, options: Options, *, eval_spec: str | None = None) -> SupervisedData:
     """Training and held-out examples.

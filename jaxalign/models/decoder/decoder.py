@@ -21,7 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from jaxalign.config.shared import TrainConfig
 from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import Lora, attach
 from jaxalign.models.adapters.quantise import quantise_layers
@@ -29,6 +31,7 @@ from jaxalign.models.decoder.attention import IMPLEMENTATIONS
 from jaxalign.models.decoder.cache import Cache, LayerCache
 from jaxalign.models.decoder.config import LayerKind, ModelConfig
 from jaxalign.models.decoder.layers import MLP, Attention, Compute, Embedding, Norm, Where, rotate
+from jaxalign.models.places import Layout
 from jaxalign.types import PyTree, Unembedding
 
 REMAT = ("none", "dots", "blocks")
@@ -224,6 +227,27 @@ def make_decoder(
         attach(decoder.blocks, lora, compute.dtype)
     graphdef, state = nnx.split(decoder)
     return graphdef, nnx.to_pure_dict(state)
+
+
+def decoder_for(config: TrainConfig, model: ModelConfig, mesh: Mesh, lora: Lora | None = None) -> tuple[Any, PyTree]:
+    """`make_decoder` with the settings of a run."""
+    return make_decoder(
+        model,
+        compute_dtype=compute_dtype(config.precision),
+        param_dtype=config.param_dtype,
+        remat=config.remat,
+        attention=None if config.attention == "auto" else config.attention,
+        layout=Layout(mesh) if mesh.size > 1 else None,
+        lora=lora,
+        quantise=config.lora.quantise,
+    )
+
+
+def compute_dtype(precision: str) -> jnp.dtype:
+    """Dtype of computation; "auto" is bfloat16 on TPU and GPU, whose matrix units want it, and float32 on CPU."""
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(precision)
 
 
 def init_params(

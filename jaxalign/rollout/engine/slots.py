@@ -41,6 +41,13 @@ class Sampling(NamedTuple):
     stop: tuple[str, ...] = ()  # texts that end a response, which holds them; the engine looks for them
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of ids that are never completed
 
+    @classmethod
+    def of(cls, config: Any, terminators: tuple[int, ...] = (), stop: tuple[str, ...] = ()) -> Sampling:
+        """The sampling that a command's settings describe; those that it lacks are at their defaults."""
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        settings = {name: getattr(config, name) for name in names if hasattr(config, name)}
+        return cls(**settings, terminators=terminators, stop=stop)
+
     @property
     def truncates(self) -> bool:
         """Tokens are drawn from another distribution than softmax(logits / temperature)."""

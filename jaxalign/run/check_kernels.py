@@ -1,4 +1,4 @@
-"""`--check-kernels`: before the first step, the kernel against the chunked implementation on the first real batch."""
+"""Comparison of the log-probability kernel with the chunked implementation, on the first batch before training."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def check_kernels(graphdef: Any, params: PyTree, batch: Any, mesh: Mesh, *, micr
             hidden, targets, mask = hidden[few], targets[few], mask[few]
         return logprobs_check.differences(hidden, model.unembed(), targets, mask, shards=shards_of(model))
 
-    found = jax.jit(differences, out_shardings=NamedSharding(mesh, P()))(params, put_batch(rows_of(batch), mesh))
-    logprobs_check.refuse(found)
-    log.info("the log-probability kernel agrees with the chunked implementation: %s", logprobs_check.summary(found))
+    measured = jax.jit(differences, out_shardings=NamedSharding(mesh, P()))(params, put_batch(rows_of(batch), mesh))
+    logprobs_check.refuse(measured)
+    log.info("the log-probability kernel agrees with the chunked implementation: %s", logprobs_check.summary(measured))
 
 
 def rows_of(batch: TokenBatch | ResponseBatch | UnpairedBatch) -> TokenBatch:

@@ -20,6 +20,7 @@ FREE_FIELDS = frozenset(
     {"output", "resume", "profile", "check_kernels", "checkpoint", "log", "samples", "distributed", "steps", "epochs"}
     | {"engine", "engine_kind", "engine_reload", "reward_seconds"}
 )
+MARK, MARK_FILE = "trained_steps", "jaxalign.json"  # of an exported folder
 PACKAGES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "datasets", "safetensors"
 
 
@@ -68,13 +69,13 @@ def check_writable(path: Path) -> None:
 
 
 def _check_same(config: Any, command: str, path: Path, resume: bool) -> None:
-    held = read_run(path.parent)
+    described = read_run(path.parent)
     if not resume:
         raise Mistake(f"`output` {path.parent} holds a run already and `resume` is off; name another folder")
-    if held["command"] != command:
-        raise Mistake(f"`output` {path.parent} holds a run of `{held['command']}`, not of `{command}`")
+    if described["command"] != command:
+        raise Mistake(f"`output` {path.parent} holds a run of `{described['command']}`, not of `{command}`")
     before = _defaults(config) | upgraded(
-        type(config), held["config"]
+        type(config), described["config"]
     )  # a setting that an older version did not have was at its default
     changed = [
         f"{name} was {before.get(name)!r}, now {value!r}"
@@ -95,17 +96,35 @@ def _defaults(config: Any) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What config.json says. Raises Mistake when `folder` is not a run folder."""
+    """The contents of config.json. Raises Mistake when `folder` is not a run folder."""
     path = Path(folder) / "config.json"
     try:
-        held = json.loads(path.read_text())
-        if {"command", "config"} <= set(held):
-            return held
+        described = json.loads(path.read_text())
+        if {"command", "config"} <= set(described):
+            return described
     except (FileNotFoundError, NotADirectoryError):
         raise Mistake(f"{folder} is not a run folder: it has no config.json of a run") from None
     except json.JSONDecodeError as error:
         raise Mistake(f"{path} is damaged: {error}") from None
     raise Mistake(f"{path} does not describe a run of jaxalign (it has no `command` and `config`)")
+
+
+def is_finished(output: Path, steps: int) -> bool:
+    """Whether `final/` holds the model after that many steps."""
+    return trained_steps(Path(output) / "final") == steps
+
+
+def trained_steps(folder: Path) -> int | None:
+    """The steps that an exported folder says it was trained for; None where it says nothing."""
+    try:
+        return json.loads((folder / MARK_FILE).read_text())[MARK]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def mark(step: int) -> dict[str, Any]:
+    """The contents of MARK_FILE."""
+    return {MARK: step, "jaxalign": jaxalign.__version__}
 
 
 def describe(config: Any, command: str) -> dict[str, Any]:
@@ -123,9 +142,9 @@ def describe(config: Any, command: str) -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=5
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return described.stdout.strip() or None

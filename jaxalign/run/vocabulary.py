@@ -1,4 +1,4 @@
-"""A run's tokenizer, with the chat template that was asked for, and the tokens that end a text."""
+"""A run's tokenizer, with its chat template, and the tokens that end a text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxalign.models.files import huggingface
 
 
 class Vocabulary(NamedTuple):
-    """What turns text into ids and back in a run."""
+    """The tokenizer of a run, and its terminators."""
 
     tokenizer: Any
     terminators: tuple[int, ...]  # the first is appended in training; all of them stop generation

@@ -1,4 +1,4 @@
-"""What a process does before the first array: join the other hosts, keep compiled programs, choose a precision."""
+"""The start of a process: join the other hosts, keep compiled programs, log in plain lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxalign import hosts
 from jaxalign.mistake import Mistake
@@ -28,13 +27,6 @@ def start(*, distributed: bool = False) -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "jaxalign" / "compiled"))
 
 
-def compute_dtype(precision: str) -> jnp.dtype:
-    """ "auto" is bfloat16 where matrix units are made for it, on TPU and GPU, and float32 on CPU."""
-    if precision == "auto":
-        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(precision)
-
-
 def check_attention(attention: str, max_length: int) -> None:
     """Raises Mistake when a forced implementation does not run on these devices, or not on such rows."""
     needs, here = {"splash": "tpu", "cudnn": "gpu"}.get(attention), jax.default_backend()
@@ -45,7 +37,7 @@ def check_attention(attention: str, max_length: int) -> None:
 
 
 def start_log() -> None:
-    """What jaxalign says goes to stderr, in plain lines, from the first process; warnings of all processes."""
+    """Logs to stderr in plain lines: information from the first process, warnings from all."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Plain())
     root = logging.getLogger("jaxalign")

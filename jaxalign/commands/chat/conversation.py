@@ -1,4 +1,4 @@
-"""What has been said, as the model reads it: turns of a chat template, or one text that grows. The oldest goes."""
+"""A conversation as the model reads it: turns of a chat template, or one text that grows. The oldest part is dropped."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jaxalign.data.read import chat
 from jaxalign.mistake import Mistake
 
 
-class Asked(NamedTuple):
-    """What the model is given."""
+class ModelInput(NamedTuple):
+    """The tokens that the model reads next."""
 
     ids: list[int]
-    dropped: int  # turns, or tokens of the text, that there was no more room for
+    dropped: int  # turns, or tokens of the text, that no longer fit
 
 
 class Conversation:
@@ -32,7 +32,7 @@ class Conversation:
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[dict[str, str]] = []
 
-    def ask(self, text: str) -> Asked:
+    def ask(self, text: str) -> ModelInput:
         """Adds a turn of the user. Raises Mistake, and adds nothing, where it alone is too long."""
         turns = [*self._turns, {"role": "user", "content": text}]
         while len(ids := self._ids(turns)) > self._room:
@@ -41,18 +41,18 @@ class Conversation:
             turns = turns[2:]
         dropped = len(self._turns) + 1 - len(turns)
         self._turns = turns
-        return Asked(ids, dropped)
+        return ModelInput(ids, dropped)
 
     def answer(self, ids: Sequence[int], text: str) -> None:
-        """Adds what the model said."""
+        """Adds the model's response."""
         self._turns.append({"role": "assistant", "content": text})
 
     def forget(self) -> None:
-        """Takes back the last `ask`, but not what was dropped for it."""
+        """Takes back the last `ask`; parts that were dropped for it stay dropped."""
         self._turns.pop()
 
     def reset(self) -> None:
-        """All but the system's message is forgotten."""
+        """Drops all but the system message."""
         self._turns = []
 
     def _ids(self, turns: list[dict[str, str]]) -> list[int]:
@@ -70,26 +70,26 @@ class Continuation:
         self._ids: list[int] = []
         self._before = 0  # ids before the last `ask`
 
-    def ask(self, text: str) -> Asked:
+    def ask(self, text: str) -> ModelInput:
         """Adds a line. Raises Mistake, and adds nothing, where it alone is too long."""
-        said = self._tokenizer(f"\n{text}" if self._ids else text, add_special_tokens=not self._ids)["input_ids"]
-        if len(said) > self._room:
-            raise Mistake(_too_long(len(said), self._room))
-        dropped = max(0, len(self._ids) + len(said) - self._room)
+        added = self._tokenizer(f"\n{text}" if self._ids else text, add_special_tokens=not self._ids)["input_ids"]
+        if len(added) > self._room:
+            raise Mistake(_too_long(len(added), self._room))
+        dropped = max(0, len(self._ids) + len(added) - self._room)
         self._before = len(self._ids) - dropped
-        self._ids = [*self._ids, *said][dropped:]
-        return Asked(list(self._ids), dropped)
+        self._ids = [*self._ids, *added][dropped:]
+        return ModelInput(list(self._ids), dropped)
 
     def answer(self, ids: Sequence[int], text: str) -> None:
-        """Adds what the model said."""
+        """Adds the model's response."""
         self._ids = [*self._ids, *ids]
 
     def forget(self) -> None:
-        """Takes back the last `ask`, but not what was dropped for it."""
+        """Takes back the last `ask`; parts that were dropped for it stay dropped."""
         self._ids = self._ids[: self._before]
 
     def reset(self) -> None:
-        """All is forgotten."""
+        """Drops everything."""
         self._ids = []
 
 

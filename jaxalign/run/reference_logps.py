@@ -17,37 +17,35 @@ from flax import nnx
 
 from jaxalign import hosts
 from jaxalign.algorithms.responses import LOGPS, REF, response_logps
-from jaxalign.config.offline import FeedbackConfig
 from jaxalign.data.batches.groups import GroupPlan, Layout, Responses
 from jaxalign.models import places
-from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.decoder.decoder import compute_dtype, decoder_for
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
-from jaxalign.models.places import Layout as MeshLayout
-from jaxalign.runs import devices
-from jaxalign.runs.program import implementation
-from jaxalign.runs.train import Base
+from jaxalign.run.run import Run
 from jaxalign.training import sharding
+from jaxalign.training.program import implementation
 
 log = logging.getLogger(__name__)
 
 FOLDER, INDEX = "reference", "index"
 
 
-def precompute(config: FeedbackConfig, base: Base, plan: GroupPlan, sets: list[Responses]) -> list[Responses]:
-    """The sets with a column of log π_ref [N K]; from disk where the model and the data are those it was made of.
+def precompute(run: Run, plan: GroupPlan, sets: list[Responses]) -> list[Responses]:
+    """The sets with a column of log π_ref [N K]; read from disk where model and data are those it was made of.
 
     The key is of the weights' files, of every token and mask (and so of tokenizer and template), and of the precision.
     """
-    return [_of_set(config, base, plan, part) if len(part) else part for part in sets]
+    return [_with_logps(run, plan, part) if len(part) else part for part in sets]
 
 
-def _of_set(config: FeedbackConfig, base: Base, plan: GroupPlan, responses: Responses) -> Responses:
+def _with_logps(run: Run, plan: GroupPlan, responses: Responses) -> Responses:
+    config = run.config
     source = config.ref_model or config.model
     key = {
         "model": fingerprint(source),
         "data": responses.fingerprint(),
-        "precision": devices.compute_dtype(config.precision).name,
+        "precision": compute_dtype(config.precision).name,
         "param_dtype": config.param_dtype,
         "quantise": config.lora.quantise,
     }
@@ -56,7 +54,7 @@ def _of_set(config: FeedbackConfig, base: Base, plan: GroupPlan, responses: Resp
         log.info("reference log-probabilities of %d groups: %s", len(responses), path)
         values = _read(path, key)
     else:
-        values = _compute(config, base, plan, responses, source)
+        values = _compute(run, plan, responses, source)
         if jax.process_index() == 0:
             _write(path, key, values)
     return dataclasses.replace(responses, columns={**responses.columns, REF + LOGPS: values})
@@ -76,8 +74,8 @@ def fingerprint(source: str) -> int:
 
 def _read(path: Path, key: dict[str, Any]) -> np.ndarray | None:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
-            return held["logps"] if json.loads(str(held["key"])) == key else None
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return stored["logps"] if json.loads(str(stored["key"])) == key else None
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
@@ -90,26 +88,23 @@ def _write(path: Path, key: dict[str, Any], values: np.ndarray) -> None:
     os.replace(partial, path)
 
 
-def _compute(config: FeedbackConfig, base: Base, plan: GroupPlan, responses: Responses, source: str) -> np.ndarray:
+def _compute(run: Run, plan: GroupPlan, responses: Responses, source: str) -> np.ndarray:
     """Batch by batch over the mesh; a column carries each group's number to its row and back."""
-    graphdef, abstract = make_decoder(
-        base.model,
-        compute_dtype=devices.compute_dtype(config.precision),
-        param_dtype=config.param_dtype,
-        attention=None if config.attention == "auto" else config.attention,
-        layout=MeshLayout(base.mesh) if base.mesh.size > 1 else None,
-        quantise=config.lora.quantise,
-    )
-    placed = places.shardings(abstract, base.mesh)
+    config, mesh = run.config, run.mesh
+    graphdef, abstract = decoder_for(config, run.model, mesh)
     params = load_params(
-        source, base.model, param_dtype=config.param_dtype, shardings=placed, quantise=config.lora.quantise
+        source,
+        run.model,
+        param_dtype=config.param_dtype,
+        shardings=places.shardings(abstract, mesh),
+        quantise=config.lora.quantise,
     )
 
     def read(params: Any, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        found = response_logps(nnx.merge(graphdef, params), batch, implementation=implementation(config))[LOGPS]
-        return found, batch.columns[INDEX], batch.valid
+        stats = response_logps(nnx.merge(graphdef, params), batch, implementation=implementation(config))
+        return stats[LOGPS], batch.columns[INDEX], batch.valid
 
-    everywhere = jax.sharding.NamedSharding(base.mesh, jax.sharding.PartitionSpec())
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     compiled = jax.jit(read, out_shardings=everywhere)
     numbered = dataclasses.replace(responses, columns={INDEX: np.arange(len(responses), dtype=np.int32)})
     layout, size = Layout.of(numbered, plan), plan.batch_size
@@ -117,7 +112,7 @@ def _compute(config: FeedbackConfig, base: Base, plan: GroupPlan, responses: Res
     order = np.argsort(-responses.lengths.sum(axis=1), kind="stable")  # alike lengths together: fewer rows
     for at in range(0, len(order), size):
         batch = layout.batch(numbered.take(order[at : at + size]), host=jax.process_index(), hosts=jax.process_count())
-        logps, index, valid = jax.device_get(compiled(params, sharding.put_batch(batch, base.mesh)))
+        logps, index, valid = jax.device_get(compiled(params, sharding.put_batch(batch, mesh)))
         values[index[valid]] = logps[valid]
     log.info("the reference has read %d groups, %s tokens", len(responses), f"{int(responses.lengths.sum()):,}")
     return values

@@ -1,0 +1,1 @@
+"""One run: opened, claimed, fitted, and the model that it leaves."""

@@ -1,0 +1,195 @@
+"""The end of a run: `final/`, a Hugging Face folder with a model card that says where it came from.
+
+A LoRA run writes the merged model, and the adapter in PEFT's format beside it. A reward model is a sequence classifier
+to transformers, with its members besides.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxalign
+from jaxalign.models.adapters.lora import join
+from jaxalign.models.adapters.merge import merge_by_layer
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.peft import save_adapter
+from jaxalign.models.files.reward import DESCRIPTION, HEADS, MEMBERS, classifier_name
+from jaxalign.models.files.save import gather, save_pretrained
+from jaxalign.run.folder import MARK_FILE, mark, trained_steps
+from jaxalign.run.run import Run
+from jaxalign.run.vocabulary import Vocabulary
+from jaxalign.training.metrics import read_rows
+from jaxalign.types import PyTree
+
+FLAT = 1e-6  # scores whose standard deviation is below it are equal; dividing by it would turn rounding into scores
+
+
+def language_model(run: Run, trained: PyTree, frozen: PyTree | None, step: int) -> None:
+    """Writes `final/`, and `adapter/` of a LoRA run; older ones, of fewer steps, are put aside as `final-<steps>`.
+
+    Args:
+      run: the run (run/run.py).
+      trained: the trained leaves of the model: all of it, or the adapters.
+      frozen: the base under adapters.
+      step: steps that it was trained for.
+    """
+    if run.lora is None:
+        params = trained
+    else:
+        folder = run.folder / "adapter"
+        if trained_steps(folder) != step:  # else a run that was stopped between the two folders has written it
+            _put_aside(folder)
+            save_lora(folder, run, trained, step)
+        params = merge_by_layer(join(trained, frozen), run.lora)
+    final = run.folder / "final"
+    _put_aside(final)
+    save_model(final, run, params, step)
+
+
+def save_model(folder: Path, run: Run, params: PyTree, step: int) -> None:
+    """Writes whole parameters after `step` as a Hugging Face folder."""
+    save_pretrained(
+        folder,
+        params,
+        run.model,
+        huggingface.read_hf_config(run.config.model),
+        tokenizer=run.vocabulary.tokenizer,
+        generation_config=generation_config(run.config.tokenizer or run.config.model, run.vocabulary.terminators),
+        model_card=_model_card(run.config, run.command, step),
+        extra={MARK_FILE: mark(step)},
+    )
+
+
+def save_lora(folder: Path, run: Run, adapter: PyTree, step: int) -> None:
+    """Writes the adapter after `step` in PEFT's format, with the mark that `final/` carries."""
+    base = huggingface.lasting(run.config.model)
+    save_adapter(folder, adapter, run.lora, run.model, base_model=base, extra={MARK_FILE: mark(step)})
+
+
+def reward_model(
+    folder: Path, run: Run, params: PyTree, mean: np.ndarray, std: np.ndarray, step: int, separator: str | None = None
+) -> None:
+    """Writes a folder that `models/files/reward.py` and transformers read.
+
+    transformers sees a single raw score: the mean head for heads on one trunk; the first member, merged, for an
+    ensemble of adapters, whose other members lie in PEFT's format beside it and name their base.
+
+    Args:
+      folder: made anew.
+      run: the run; its model is the trunk.
+      params: whole parameters, as models/heads.py names them.
+      mean: [M], of each member's scores of the reference responses.
+      std: [M], their standard deviations.
+      step: steps that it was trained for.
+      separator: text behind each step, for a model that scores steps.
+    """
+    from safetensors.numpy import save_file
+
+    config, vocabulary = run.config, run.vocabulary
+    is_ensemble_of_adapters = "members" in params and config.members > 1
+    all_heads = gather(params["head"])
+    tokenizer, pad = with_pad_token(vocabulary)
+    description = {
+        "members": len(all_heads),
+        "rule": config.combine,
+        "mean": [float(x) for x in mean],
+        "std": [float(x) if x > FLAT else 1.0 for x in std],
+        "as_chat": config.as_chat,
+        "max_length": config.max_length,
+    }
+    if separator is not None:
+        description["separator"] = separator
+    if is_ensemble_of_adapters:
+        description |= {"base": huggingface.lasting(config.model), "quantise": config.lora.quantise}
+
+    def write_members(partial: Path) -> None:
+        if jax.process_index() == 0:
+            (partial / MEMBERS).mkdir()
+            save_file({"heads": all_heads}, partial / MEMBERS / HEADS)
+        for m in range(len(all_heads) if is_ensemble_of_adapters else 0):
+            member = jax.tree.map(lambda x, m=m: x[m], params["members"])
+            save_adapter(partial / MEMBERS / str(m), member, run.lora, run.model, base_model=description["base"])
+
+    hf_config = huggingface.read_hf_config(config.model)
+    save_pretrained(
+        folder,
+        _first_member(params, run),
+        run.model,
+        hf_config
+        | {"architectures": [classifier_name(hf_config["architectures"][0])], "pad_token_id": pad}
+        | {"id2label": {"0": "reward"}, "label2id": {"reward": 0}},
+        tokenizer=tokenizer,
+        generation_config=generation_config(config.tokenizer or config.model, vocabulary.terminators),
+        model_card=_model_card(config, run.command, step),
+        extra={DESCRIPTION: description, MARK_FILE: mark(step)},
+        head=all_heads[:1] if is_ensemble_of_adapters else all_heads.mean(axis=0, keepdims=True),
+        besides=write_members,
+    )
+
+
+def final_folder(run: Run) -> Path:
+    """`final/` of a run; an older one has been put aside."""
+    final = run.folder / "final"
+    _put_aside(final)
+    return final
+
+
+def with_pad_token(vocabulary: Vocabulary) -> tuple[Any, int]:
+    """The tokenizer with a pad token that ends no text: transformers reads the score at the last other token."""
+    tokenizer = copy.deepcopy(vocabulary.tokenizer)
+    ends = {*vocabulary.terminators, tokenizer.eos_token_id}
+    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
+    usable = [i for i in candidates if i is not None and i not in ends]
+    # a vocabulary with nothing but an eos token: the last word, which texts that were not cut do not end with
+    pad = usable[0] if usable else max(set(tokenizer.get_vocab().values()) - ends)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    return tokenizer, pad
+
+
+def generation_config(source: str, terminators: tuple[int, ...]) -> dict[str, Any]:
+    """The source's, and in it the tokens that ended texts in training."""
+    ids = terminators[0] if len(terminators) == 1 else list(terminators)
+    return huggingface.read_generation_config(source) | {"eos_token_id": ids}
+
+
+def _first_member(params: PyTree, run: Run) -> PyTree:
+    """The trunk, with the first member's adapters merged into it."""
+    if "members" not in params:
+        return params["model"]
+    return merge_by_layer(join(jax.tree.map(lambda x: x[0], params["members"]), params["model"]), run.lora)
+
+
+def _put_aside(folder: Path) -> None:
+    """Renames a folder of fewer steps, if there is one, to `<name>-<steps>`; of several hosts, the first does it."""
+    if jax.process_index() == 0 and folder.exists():
+        steps = trained_steps(folder)
+        folder.rename(folder.with_name(f"{folder.name}-{'unknown' if steps is None else steps}"))
+
+
+def _model_card(config: Any, command: str, step: int) -> str:
+    rows = [row for row in read_rows(Path(config.output) / "metrics.jsonl") if row["step"] <= step]
+    losses = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"tags: [jaxalign, {command}]",
+        "---",
+        "",
+        f"# {Path(config.output).name}",
+        "",
+    ]
+    data = ", ".join(Path(part.strip()).name for part in config.data.split(","))  # of a mixture, with its weights
+    lines += [f"{Path(config.model).name} after {step} steps of `{command}` on {data}"]
+    lines += [
+        f"with jaxalign {jaxalign.__version__}: batches of {config.batch_size}, at most {config.max_length} tokens,"
+    ]
+    lines += [f"AdamW at {config.optimizer.learning_rate:g} ({config.optimizer.schedule}), seed {config.seed}.", ""]
+    if losses:
+        lines += ["| step | held-out loss |", "|---|---|"]
+        lines += [f"| {at} | {loss:.4f} |" for at, loss in losses]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,154 @@
+"""What a run compiles: the train step of a recipe on a mesh, whose devices need not be there."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from jaxalign.algorithms.base import Algorithm
+from jaxalign.config.shared import TrainConfig
+from jaxalign.models.places import offloaded
+from jaxalign.training import optimizer, sharding
+from jaxalign.training.part import Part
+from jaxalign.training.state import TrainState
+from jaxalign.training.step import make_train_step
+from jaxalign.types import PyTree
+
+
+class Recipe(NamedTuple):
+    """What a command trains and how: shapes only, so a plan or a benchmark can compile it anywhere."""
+
+    part: Part
+    algorithm: Algorithm
+    reference: Part | None = None  # a model that `prepare` reads; with adapters it is their base
+    critic_learning_rate: float | None = None  # peak, where "policy" and "critic" have optimizers of their own
+    forwards: int = 0  # passes of a whole model without gradient, for each batch: the reference's, the critic's
+    offload: bool = False  # the reference lies in the hosts' memory, and is on the devices while `prepare` runs
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates in a step."""
+        return self.algorithm.epochs * self.algorithm.minibatches
+
+    @property
+    def flops(self) -> float:
+        """Operations of a step, in forward and backward passes of the model over its tokens; a forward is a third."""
+        return self.part.flops * self.algorithm.epochs + self.forwards / 3
+
+
+class Program(NamedTuple):
+    """A compiled step, and the shapes and places of its arguments."""
+
+    recipe: Recipe
+    algorithm: Algorithm  # the recipe's, with the `assemble` of its part
+    optimizer: Any
+    schedule: optax.Schedule  # learning rate of update n
+    like: TrainState  # ShapeDtypeStructs with shardings
+    frozen: PyTree | None  # the same of what is never trained; None where there is no such thing
+    step: Any  # the jitted train step
+
+
+def compile_step(config: TrainConfig, recipe: Recipe, mesh: Mesh, *, steps: int) -> Program:
+    """The train step of a recipe, not yet lowered; no array is made.
+
+    The step's frozen argument is what lies under the trained leaves; where nothing does, the reference, unless it
+    follows the policy and is a part of the state.
+    """
+    part, reference = recipe.part, recipe.reference
+    algorithm = recipe.algorithm._replace(assemble=part.assemble)
+    moving = reference.frozen if reference is not None and algorithm.follow is not None else ()
+    frozen = part.frozen
+    if frozen is None and reference is not None and algorithm.follow is None:
+        frozen = reference.frozen
+    schedule = learning_rate(config, steps * recipe.updates)
+    adamw = _optimizer(config, schedule, recipe)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def create(params: PyTree, key: jax.Array, reference: PyTree) -> TrainState:
+        return TrainState.create(params, adamw, key, carry=algorithm.carry, reference=reference)
+
+    like = sharding.placed(jax.eval_shape(create, part.trained, key, moving), mesh)
+    frozen = sharding.placed(frozen, mesh, offload=recipe.offload)
+    train_step = make_train_step(algorithm, adamw, microbatches=config.microbatches)
+    step = sharding.jit_step(train_step, like, frozen, mesh, offload=recipe.offload)
+    return Program(recipe, algorithm, adamw, schedule, like, frozen, step)
+
+
+def load_frozen(program: Program) -> PyTree | None:
+    """The frozen leaves: in no checkpoint of the run, so read at every start."""
+    recipe = program.recipe
+    if program.frozen is None:
+        return None
+    if recipe.part.frozen is not None:
+        return recipe.part.load(program.frozen)
+    assert recipe.reference is not None
+    leaves = _load_on_devices(recipe.reference, program.frozen)
+    return offloaded(leaves) if recipe.offload else leaves
+
+
+def new_state(config: TrainConfig, program: Program, frozen: PyTree | None) -> TrainState:
+    """Step 0: the first parameters, the optimizer's accumulators, and a copy of the reference if it will move."""
+    recipe, like = program.recipe, program.like
+    params_key, state_key = jax.random.split(jax.random.key(config.seed))
+    params = recipe.part.init(params_key, like.params, frozen)
+    reference: PyTree = ()
+    if program.algorithm.follow is not None:
+        assert recipe.reference is not None
+        reference = _load_on_devices(recipe.reference, like.reference)
+
+    def create(params: PyTree, key: jax.Array, reference: PyTree) -> TrainState:
+        return TrainState.create(params, program.optimizer, key, carry=program.algorithm.carry, reference=reference)
+
+    places = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(create, out_shardings=places, donate_argnums=(0, 2))(params, state_key, reference)
+
+
+def learning_rate(config: TrainConfig, updates: int) -> optax.Schedule:
+    """The schedule of a config over its optimizer updates. Raises Mistake when it cannot be."""
+    return optimizer.learning_rate_schedule(
+        config.optimizer.learning_rate,
+        schedule=config.optimizer.schedule,
+        steps=updates,
+        warmup_steps=config.optimizer.warmup_steps,
+    )
+
+
+def implementation(config: Any) -> str | None:
+    """The implementation of log-probabilities, as `ops` take it; None picks one."""
+    return None if config.implementation == "auto" else config.implementation
+
+
+def _load_on_devices(reference: Part, like: PyTree) -> PyTree:
+    """Read on the devices, wherever it then lies: nothing else is there yet."""
+    on_device = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("device")), like
+    )
+    return reference.load(on_device)
+
+
+def _optimizer(config: TrainConfig, schedule: optax.Schedule, recipe: Recipe) -> Any:
+    """AdamW; where a critic is beside the policy, one for each, with its own rate, moments and clipping."""
+    if not isinstance(recipe.part.trained, dict) or set(recipe.part.trained) != {"policy", "critic"}:
+        return _adamw(config, schedule)
+    peak, own = config.optimizer.learning_rate, recipe.critic_learning_rate
+
+    def critic_schedule(update: jax.Array) -> jax.Array:
+        return schedule(update) * (own / peak)
+
+    critic = _adamw(config, schedule if own is None else critic_schedule)
+    return optimizer.partition({"policy": _adamw(config, schedule), "critic": critic})
+
+
+def _adamw(config: TrainConfig, schedule: optax.Schedule) -> Any:
+    settings = config.optimizer
+    return optimizer.adamw(
+        schedule,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        b1=settings.b1,
+        b2=settings.b2,
+        accumulator_dtype=settings.accumulator_dtype,
+    )
