@@ -6,10 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 
-from jaxalign.ops.logprobs import Shards
-from jaxalign.types import Average, PyTree, TokenBatch
+from jaxalign.types import Average, PyTree
 
 # (params, batch) -> (the Average that is minimised, Averages to log)
 LossFn = Callable[[PyTree, Any], tuple[Average, dict[str, Average]]]
@@ -45,18 +43,6 @@ def nothing_remembered(carry: PyTree, batch: Any) -> tuple[PyTree, Any]:
 def trained_only(params: PyTree, frozen: PyTree) -> PyTree:
     """The params of methods that train all of them."""
     return params
-
-
-def shards_of(model: Any) -> Shards | None:
-    """A model's layout as `ops` know it: the mesh, the axes that cut tokens, the one that cuts the vocabulary."""
-    layout = model.compute.layout
-    return None if layout is None else Shards(layout.mesh, layout.rows, layout.heads)
-
-
-def hidden_states(graphdef: Any, params: PyTree, rows: TokenBatch) -> tuple[Any, jax.Array]:
-    """(the model, its hidden states [B T D])."""
-    model = nnx.merge(graphdef, params)
-    return model, model(rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
 
 
 class Algorithm(NamedTuple):

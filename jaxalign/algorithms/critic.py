@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign.algorithms.base import hidden_states
 from jaxalign.models import heads
+from jaxalign.models.reading import hidden_states
 from jaxalign.types import PyTree, TokenBatch
 
 

@@ -23,12 +23,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign.algorithms.base import Algorithm, hidden_states, shards_of
+from jaxalign.algorithms.base import Algorithm
 from jaxalign.losses.policy import ppo_clip, sequence_logps, truncated_weights
 from jaxalign.mistake import Mistake
+from jaxalign.models.reading import token_logps
 from jaxalign.ops.kl import KL_ESTIMATORS, k1, k3
-from jaxalign.ops.logprobs import next_token_logps
-from jaxalign.types import Average, PyTree, RolloutBatch, TokenBatch
+from jaxalign.types import Average, PyTree, RolloutBatch
 
 OLD, REF, ADVANTAGES, SCORES, ENDED = "old_logps", "ref_logps", "advantages", "scores", "ended"
 WEIGHTS = "weights"
@@ -91,9 +91,7 @@ def policy_gradient(
     has_reference = ref_graphdef is not None
 
     def logps_of(structure: Any, params: PyTree, batch: RolloutBatch) -> jax.Array:
-        return response_logps(
-            structure, params, batch.sequences, temperature=temperature, implementation=implementation
-        )
+        return token_logps(structure, params, batch.sequences, temperature=temperature, implementation=implementation)
 
     def prepare(params: PyTree, frozen: PyTree, batch: RolloutBatch) -> RolloutBatch:
         found = {}
@@ -115,23 +113,6 @@ def policy_gradient(
         return _aggregated(values, mask, aggregate, longest), rollout_metrics(jax.lax.stop_gradient(logps), batch)
 
     return Algorithm(loss=token_loss, prepare=prepare, epochs=epochs, minibatches=minibatches)
-
-
-def response_logps(
-    graphdef: Any, params: PyTree, rows: TokenBatch, *, temperature: float, implementation: str | None = None
-) -> jax.Array:
-    """log π of the tokens [B T] that the mask has, at a temperature; 0 elsewhere."""
-    model, hidden = hidden_states(graphdef, params, rows)
-    found = next_token_logps(
-        hidden,
-        model.unembed(),
-        rows.tokens,
-        rows.mask,
-        temperature=temperature,
-        implementation=implementation,
-        shards=shards_of(model),
-    )
-    return found.logps
 
 
 def _check(

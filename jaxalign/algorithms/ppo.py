@@ -53,12 +53,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.algorithms.base import Algorithm, hidden_states, shards_of
+from jaxalign.algorithms.base import Algorithm
 from jaxalign.algorithms.critic import critic_values
 from jaxalign.algorithms.memory import Spread, next_kl_coef
 from jaxalign.algorithms.policy_gradient import ADVANTAGES, OLD, REF, SCORES, rollout_metrics
 from jaxalign.losses.policy import ppo_clip, value_clip
 from jaxalign.mistake import Mistake
+from jaxalign.models.reading import hidden_states, shards_of
 from jaxalign.ops import masked
 from jaxalign.ops.advantages import gae, returns, shaped_rewards
 from jaxalign.ops.kl import KL_ESTIMATORS

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign.algorithms.base import shards_of
+from jaxalign.models.reading import shards_of
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.types import ResponseBatch
 

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign.algorithms.base import Algorithm, hidden_states, shards_of
+from jaxalign.algorithms.base import Algorithm
 from jaxalign.losses.language import cross_entropy
 from jaxalign.mistake import Mistake
+from jaxalign.models.reading import hidden_states, shards_of
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.types import Average, PyTree, TokenBatch
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.algorithms.base import shards_of
+from jaxalign.models.reading import shards_of
 from jaxalign.ops import logprobs_check
 from jaxalign.training.sharding import put_batch
 from jaxalign.training.step import cut

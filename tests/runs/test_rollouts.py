@@ -19,11 +19,11 @@ from jaxalign.config.shared import LoraConfig
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
+from jaxalign.rollout.engine.agreement import Agreement
 from jaxalign.rollout.engine.engine import LocalEngine, Request
 from jaxalign.rollout.engine.http import EngineError
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.runs import generate, rl
-from jaxalign.runs.agreement import Agreement
 from tests.rollout.server import Server
 from tests.runs.test_hosts import free_port
 from tests.runs.test_rl import SHARED
