@@ -10,7 +10,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxalign.config import inference, offline, on_policy
+from jaxalign.config.inference import ChatConfig, ExportConfig, GenerateConfig, QuickstartConfig
+from jaxalign.config.offline import DPOConfig, KTOConfig, RewardConfig, SFTConfig
+from jaxalign.config.on_policy import GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig
 
 
 class Command(NamedTuple):
@@ -27,18 +29,18 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
-    "sft": Command(offline.SFTConfig, "jaxalign.commands.sft", trains=True),
-    "dpo": Command(offline.DPOConfig, "jaxalign.commands.dpo", trains=True),
-    "kto": Command(offline.KTOConfig, "jaxalign.commands.kto", trains=True),
-    "reward": Command(offline.RewardConfig, "jaxalign.commands.reward", trains=True),
-    "ppo": Command(on_policy.PPOConfig, "jaxalign.commands.ppo", trains=True, policy="policy"),
-    "grpo": Command(on_policy.GRPOConfig, "jaxalign.commands.grpo", trains=True),
-    "rloo": Command(on_policy.RLOOConfig, "jaxalign.commands.grpo", trains=True),
-    "online-dpo": Command(on_policy.OnlineDPOConfig, "jaxalign.commands.online_dpo", trains=True),
-    "generate": Command(inference.GenerateConfig, "jaxalign.commands.generate"),
-    "chat": Command(inference.ChatConfig, "jaxalign.commands.chat.chat"),
-    "export": Command(inference.ExportConfig, "jaxalign.commands.export"),
-    "quickstart": Command(inference.QuickstartConfig, "jaxalign.quickstart.pipeline"),
+    "sft": Command(SFTConfig, "jaxalign.commands.sft", trains=True),
+    "dpo": Command(DPOConfig, "jaxalign.commands.dpo", trains=True),
+    "kto": Command(KTOConfig, "jaxalign.commands.kto", trains=True),
+    "reward": Command(RewardConfig, "jaxalign.commands.reward", trains=True),
+    "ppo": Command(PPOConfig, "jaxalign.commands.ppo", trains=True, policy="policy"),
+    "grpo": Command(GRPOConfig, "jaxalign.commands.grpo", trains=True),
+    "rloo": Command(RLOOConfig, "jaxalign.commands.grpo", trains=True),
+    "online-dpo": Command(OnlineDPOConfig, "jaxalign.commands.online_dpo", trains=True),
+    "generate": Command(GenerateConfig, "jaxalign.commands.generate"),
+    "chat": Command(ChatConfig, "jaxalign.commands.chat.chat"),
+    "export": Command(ExportConfig, "jaxalign.commands.export"),
+    "quickstart": Command(QuickstartConfig, "jaxalign.quickstart.pipeline"),
 }
 
 
