@@ -33,10 +33,12 @@ import json
 import random
 from pathlib import Path
 
+from jaxalign.runs import devices, rl, sft
+
 from jaxalign.config.offline import SFTConfig
 from jaxalign.config.on_policy import GRPOAlgorithm, GRPOConfig
 from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
-from jaxalign.runs import generate, rl, sft
+from jaxalign.rollout.respond import Sampling, load_model, respond
 
 HELD_OUT, COPIES, SLIPS = 500, 4, 0.6
 
@@ -141,7 +143,8 @@ def grpo_config(folder: Path, seed: int) -> GRPOConfig:
 def accuracy(model: Path, problems: list[dict], *, temperature: float) -> dict[str, float]:
     """Shares of right answers, to all held-out problems and to those with a carry."""
     prompts = [row["prompt"] for row in problems]
-    found = generate.respond(str(model), prompts, max_new_tokens=5, temperature=temperature, batch_size=128)
+    loaded = load_model(str(model), dtype=devices.compute_dtype("auto"))
+    found = respond(loaded, prompts, Sampling(5, temperature), batch_size=128)
     right = [text == row["answer"] for (text, _), row in zip(found, problems, strict=True)]
     carries = [int(prompt[1]) + int(prompt[4]) >= 10 for prompt in prompts]
     hard = [good for good, carry in zip(right, carries, strict=True) if carry]

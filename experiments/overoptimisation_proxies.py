@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxalign.runs import reward
 from overoptimisation_rewards import gold, members
 
 from jaxalign.config.offline import RewardConfig
 from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
 from jaxalign.models import heads
-from jaxalign.runs import reward
-from jaxalign.runs.generate import respond
+from jaxalign.rollout.respond import Sampling, load_model, respond
 
 OPENINGS = ("Once upon a time", "One day,", "There was a", "Lily and Tom")
 RESPONSE, LENGTH = 64, 96  # tokens; LENGTH has room for an opening too
@@ -66,10 +66,8 @@ def sample(task: Task, name: str, count: int) -> list[dict]:
     """`count` responses of the reference to each opening with their gold reward, in turn; made once."""
     path = task.output / f"{name}.jsonl"
     if not path.exists():
-        found = respond(
-            str(task.model), OPENINGS, max_new_tokens=RESPONSE, n=count, batch_size=256, seed=SEEDS[name],
-            precision="float32",
-        )  # fmt: skip
+        model = load_model(str(task.model), dtype="float32")
+        found = respond(model, OPENINGS, Sampling(RESPONSE), n=count, batch_size=256, seed=SEEDS[name])
         prompts, texts = [opening for opening in OPENINGS for _ in range(count)], [text for text, _ in found]
         known = gold(prompts, texts, path=str(task.lexicon))
         rows = zip(prompts, texts, known, strict=True)

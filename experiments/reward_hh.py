@@ -54,10 +54,11 @@ def reward_model(folder: Path, output: Path, name: str) -> RewardConfig:
 
 def report(config: RewardConfig) -> dict[str, float]:
     """Of held-out prompts: the share of pairs ordered rightly, with its standard error over prompts, by each rule."""
+    from jaxalign.runs.reward import feedback
+
     from jaxalign.models import heads
     from jaxalign.models.files.huggingface import read_config
     from jaxalign.rollout.rewards.scorer import load_reward_model
-    from jaxalign.runs.reward import feedback
     from jaxalign.run.vocabulary import load_vocabulary
 
     held = feedback(config, load_vocabulary(config, read_config(config.model))).held_out

@@ -53,9 +53,7 @@ def imports(path: Path) -> set[str]:
 def test_imports_go_down_only(path):
     here = room(path)
     for there in imports(path):
-        assert there == here or FLOORS[there] < FLOORS[here], (
-            f"{here} (floor {FLOORS[here]}) imports {there}"
-        )
+        assert there == here or FLOORS[there] < FLOORS[here], f"{here} (floor {FLOORS[here]}) imports {there}"
 
 
 def test_importing_the_command_line_loads_nothing_heavy():

@@ -15,7 +15,9 @@ from jaxalign.mistake import Mistake
 from jaxalign.quickstart import judge, policy_stage, reward_stage, tokenizer, world
 from jaxalign.quickstart.page import Stage, render, table
 from jaxalign.quickstart.stages import Planned, plan
-from jaxalign.run import devices, generate, ppo, preferences, reward, rl, sft
+from jaxalign.rollout.engine.slots import Sampling
+from jaxalign.rollout.respond import load_model, respond
+from jaxalign.run import devices, ppo, preferences, reward, rl, sft
 from jaxalign.run.folder import check_writable
 
 log = logging.getLogger(__name__)
@@ -81,8 +83,8 @@ def _write_world(folder: Path, seed: int) -> None:
 
 def _judge(planned: Planned, questions: list[world.Question], seconds: float, kl: float | None) -> Stage:
     prompts = [[{"role": "user", "content": question.prompt}] for question in questions]
-    model = str(planned.config.output / "final")
-    found = generate.respond(model, prompts, max_new_tokens=30, temperature=1.0, batch_size=len(prompts))
+    model = load_model(str(planned.config.output / "final"), dtype=devices.compute_dtype("auto"))
+    found = respond(model, prompts, Sampling(max_new_tokens=30), batch_size=len(prompts))
     verdicts = [judge.judge(q, text, finished=ended) for q, (text, ended) in zip(questions, found, strict=True)]
     answers, ended = zip(*found, strict=True)
     return Stage(planned.name, planned.what, list(answers), verdicts, seconds, ended, planned.models, kl)

@@ -1,18 +1,159 @@
-"""Ids in, ids out: the engine for callers that want no more; and the text of a response."""
+"""Prompts in, responses out, as texts or as ids: what generate, evaluation, samples and the quickstart share.
+
+model = load_model("runs/sft/final", dtype=jnp.bfloat16)
+[(text, finished)] = respond(model, ["Once upon a time"], Sampling(max_new_tokens=64))
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxalign.rollout.engine.engine import LocalEngine, Request
+from jaxalign.data.sets import prompts as prompting
+from jaxalign.data.sets.prompts import Prompt
+from jaxalign.mistake import Mistake
+from jaxalign.models.adapters.lora import join
+from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.models.decoder.decoder import make_decoder
+from jaxalign.models.files import huggingface
+from jaxalign.models.files.load import load_params
+from jaxalign.models.files.peft import load_adapter
+from jaxalign.rollout.engine.engine import Engine, LocalEngine, Request
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.types import PyTree
 
-CONTEXT = 8  # tokens of a prompt, which tell how the first of a response is written
+log = logging.getLogger(__name__)
+
+CONTEXT = 8  # last tokens of a prompt that a response is decoded with: they decide how its first token is written
+
+
+class LoadedModel(NamedTuple):
+    """A model that responds to texts."""
+
+    source: str  # folder or hub name, for messages
+    config: ModelConfig
+    tokenizer: Any
+    terminators: tuple[int, ...]  # ids that end a response
+    graphdef: Any = None
+    params: PyTree | None = None  # None: a server has them
+
+
+def load_model(source: str, *, adapter: Path | None = None, dtype: Any) -> LoadedModel:
+    """The model of a Hugging Face folder or hub name, with the adapters of a PEFT folder beside its own leaves.
+
+    Raises:
+      Mistake: what `load_tokenizer_only` raises; or weights or adapters are absent or do not fit.
+    """
+    return with_params(load_tokenizer_only(source), adapter=adapter, dtype=dtype)
+
+
+def load_tokenizer_only(source: str) -> LoadedModel:
+    """The model without its params: enough to check prompts, and for a server that has them.
+
+    Raises:
+      Mistake: random weights, no tokenizer, or one of another model.
+    """
+    if huggingface.is_random(source):
+        raise Mistake(f"`model` {source} has random weights, which answer nothing; name a folder with *.safetensors")
+    config, tokenizer = huggingface.read_config(source), huggingface.load_tokenizer(source)
+    huggingface.check_fits(tokenizer, config, source)
+    return LoadedModel(source, config, tokenizer, huggingface.terminators(source, tokenizer))
+
+
+def with_params(model: LoadedModel, *, adapter: Path | None = None, dtype: Any) -> LoadedModel:
+    """The model with its params, read in `dtype`, which is also that of computation."""
+    lora, adapted = (None, None) if adapter is None else load_adapter(adapter, model.config)
+    graphdef, _ = make_decoder(model.config, compute_dtype=dtype, param_dtype=dtype, lora=lora)
+    params = load_params(model.source, model.config, param_dtype=dtype)
+    whole = params if adapted is None else join(jax.device_put(adapted), params)
+    return model._replace(graphdef=graphdef, params=whole)
+
+
+def respond(
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    n: int = 1,
+    batch_size: int = 16,
+    seed: int = 0,
+    cache_dtype: Any = None,
+    engine: Engine | None = None,
+) -> list[tuple[str, bool]]:
+    """(text, whether it ended by itself) of n responses to each prompt in turn. Texts are continued, messages answered.
+
+    Args:
+      model: from `load_model`, or from `load_tokenizer_only` for an engine that has the params.
+      prompts: texts or messages.
+      sampling: how tokens are drawn; the model's terminators take the place of none.
+      n: responses to each prompt.
+      batch_size: responses that are generated at once.
+      seed: of sampling.
+      cache_dtype: of cached keys and values; None: the dtype of computation.
+      engine: draws in place of this process's devices, at a batch size of its own.
+
+    Raises:
+      Mistake: what `encode_prompts` raises, or the model has no params and there is no engine.
+    """
+    ids = encode_prompts(model, prompts, sampling)
+    longest = max(map(len, ids)) + sampling.max_new_tokens
+    if longest > model.config.max_length:
+        log.warning(
+            "the longest prompt and its response may have %d tokens, more than the %d that %s was made for",
+            longest,
+            model.config.max_length,
+            model.source,
+        )
+    if not sampling.terminators:
+        sampling = sampling._replace(terminators=model.terminators)
+    in_context = functools.partial(text_after, model.tokenizer)
+    if engine is None:
+        if model.params is None:
+            raise Mistake(f"{model.source} was loaded without its weights; use load_model, or give an engine")
+        engine = LocalEngine(model.graphdef, slots=batch_size, cache_dtype=cache_dtype, decode_text=in_context)
+    requests = [Request(tuple(row), n * number + k) for number, row in enumerate(ids) for k in range(n)]
+    responses = engine.generate(model.params, requests, jax.random.key(seed), sampling=sampling)
+    # a response to a text is decoded behind it; one to messages is a text of its own
+    before = [row if isinstance(prompt, str) else () for prompt, row in zip(prompts, ids, strict=True)]
+    return [
+        (in_context(before[number // n], without_terminator(response.tokens, sampling)), response.finished)
+        for number, response in enumerate(responses)
+    ]
+
+
+def encode_prompts(model: LoadedModel, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
+    """The ids of each prompt, with room for a response behind it; needs no params.
+
+    Raises:
+      Mistake: settings of sampling that cannot be, a prompt without tokens, messages without a chat template, or a
+        prompt that leaves no room for a response in the model's learned positions.
+    """
+    if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0 or sampling.max_new_tokens < 1:
+        raise Mistake(
+            f"`temperature` {sampling.temperature} must be at least 0, `top_p` {sampling.top_p} above 0 and at most 1, "
+            f"`top_k` {sampling.top_k} at least 0 and `max_new_tokens` {sampling.max_new_tokens} at least 1"
+        )
+    ids = [prompting.encode(prompt, model.tokenizer, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+    _check_lengths(ids, sampling.max_new_tokens, model.config, model.source)
+    return ids
+
+
+def _check_lengths(ids: list[list[int]], max_new_tokens: int, config: ModelConfig, source: str) -> None:
+    """Raises Mistake on an empty prompt, or one that leaves no room in learned positions."""
+    if [] in ids:
+        raise Mistake(f"prompt {ids.index([]) + 1} has no tokens, so there is nothing to continue")
+    longest = max(map(len, ids))
+    if config.learned_positions and longest + max_new_tokens > config.learned_positions:
+        raise Mistake(
+            f"the longest prompt has {longest} tokens, which with `max_new_tokens` {max_new_tokens} is more than the "
+            f"{config.learned_positions} positions of {source}; shorten the prompt or lower `max_new_tokens`"
+        )
 
 
 def generate_ids(
@@ -24,17 +165,17 @@ def generate_ids(
     sampling: Sampling,
     batch_size: int = 16,
 ) -> list[tuple[list[int], bool]]:
-    """(response ids without the terminator, whether it ended with one) for each prompt, in the order given."""
+    """(response ids without the terminator, whether it ended with one) for each prompt of ids, in their order."""
     requests = [Request(tuple(prompt), seed) for seed, prompt in enumerate(prompts)]
-    found = LocalEngine(graphdef, slots=batch_size).generate(params, requests, key, sampling=sampling)
-    return [(without_terminator(response.tokens, sampling), response.finished) for response in found]
+    responses = LocalEngine(graphdef, slots=batch_size).generate(params, requests, key, sampling=sampling)
+    return [(without_terminator(response.tokens, sampling), response.finished) for response in responses]
 
 
 def text_after(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """What ids add to the text of the prompt that they continue.
+    """The text that ids add to that of the prompt before them.
 
-    Llama's and Mistral's first tokenizers write no blank before the first word of a text, so that ids by themselves,
-    "▁upon ▁a ▁time", would lose theirs, and what judges the text would read "Onceupon a time".
+    Llama's and Mistral's first tokenizers write no blank before the first word of a text, so "▁upon ▁a ▁time", decoded
+    alone, would lose the blank that parts it from the prompt: "Onceupon a time".
     """
     known = list(prompt[-CONTEXT:])
     before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (known, [*known, *ids]))
@@ -43,5 +184,5 @@ def text_after(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str
 
 
 def without_terminator(tokens: np.ndarray, sampling: Sampling) -> list[int]:
-    """The ids of a response that are its text."""
+    """The ids of a response, less a terminator at its end."""
     return tokens[:-1].tolist() if tokens[-1] in sampling.terminators else tokens.tolist()

@@ -17,15 +17,6 @@ class Vocabulary(NamedTuple):
     terminators: tuple[int, ...]  # the first is appended in training; all of them stop generation
 
 
-def check_fits(tokenizer: Any, model: ModelConfig, source: str) -> None:
-    """Raises Mistake when the tokenizer may give ids that the model has no embedding for."""
-    if len(tokenizer) > model.vocab_size:
-        raise Mistake(
-            f"the tokenizer of {source} has {len(tokenizer)} tokens and the model's vocabulary is {model.vocab_size}; "
-            "use the tokenizer that the model was made with"
-        )
-
-
 def load_vocabulary(config: Any, model: ModelConfig) -> Vocabulary:
     """From `config.tokenizer`, else `config.model`, with `config.chat_template`.
 
@@ -34,7 +25,7 @@ def load_vocabulary(config: Any, model: ModelConfig) -> Vocabulary:
     """
     source = config.tokenizer or config.model
     tokenizer = huggingface.load_tokenizer(source)
-    check_fits(tokenizer, model, source)
+    huggingface.check_fits(tokenizer, model, source)
     ending = chat.choose_template(tokenizer, config.chat_template)
     terminators = huggingface.terminators(source, tokenizer)
     if ending is not None:

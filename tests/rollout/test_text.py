@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from jaxalign.rollout.respond import text_after
-from jaxalign.runs.generate import respond
+from jaxalign.rollout.engine.slots import Sampling
+from jaxalign.rollout.respond import load_model, respond, text_after
 
 PIECES = ["<s>", "<unk>", "▁Once", "▁upon", "▁a", "▁time", "ly", *(f"<0x{byte:02X}>" for byte in range(256))]
 
@@ -40,7 +40,8 @@ def test_a_prompt_that_ends_within_a_character_is_left_out_of_account(sentencepi
 
 
 def test_a_real_story_goes_on_with_a_blank_and_stops_at_one(shared_data):
-    story = {"model": str(shared_data / "models" / "stories260K"), "temperature": 0.0, "max_new_tokens": 12}
-    [(text, _)] = respond(prompts=["Once"], **story)
+    model = load_model(str(shared_data / "models" / "stories260K"), dtype="float32")
+    greedy = Sampling(12, temperature=0.0)
+    [(text, _)] = respond(model, ["Once"], greedy)
     assert text.startswith(" upon a time")
-    assert respond(prompts=["Once"], stop=[" upon"], **story) == [(" upon", True)]
+    assert respond(model, ["Once"], greedy._replace(stop=(" upon",))) == [(" upon", True)]

@@ -6,14 +6,14 @@ import shutil
 import signal
 
 import pytest
+from jaxalign.runs.conversation import Continuation, Conversation
+from jaxalign.runs.terminal import Stream, visible
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.cli.main import main
 from jaxalign.models.files import huggingface
-from jaxalign.runs import generate
-from jaxalign.runs.conversation import Continuation, Conversation
-from jaxalign.runs.terminal import Stream, visible
 from tests.conftest import WORDS
+from tests.rollout.answers import answers
 from tests.runs.test_generate import TEMPLATE
 
 FLAGS = ["--max-new-tokens", "6", "--temperature", "0"]
@@ -64,7 +64,7 @@ def say(monkeypatch, capsys):
 
 
 def greedy(model, prompt):
-    return generate.respond(str(model), [prompt], max_new_tokens=6, temperature=0.0, batch_size=1)[0][0]
+    return answers(model, [prompt], max_new_tokens=6, temperature=0.0, batch_size=1)[0][0]
 
 
 def test_a_conversation_is_what_the_model_answers_to_all_turns_before(chat_model, say):

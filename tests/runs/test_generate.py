@@ -1,5 +1,6 @@
 """`jaxalign generate`: prompts from a file or the command line, answers in a file or on the terminal."""
 
+import functools
 import io
 import json
 import shutil
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxalign.runs import generate
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.cli.main import main
@@ -17,7 +19,7 @@ from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
 from jaxalign.rollout.rewards.rewards import RewardError, Rewards
-from jaxalign.runs import generate
+from tests.rollout.answers import answers as rollout_answers
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant : {{ m.content }} {{ eos_token }}\n"
@@ -36,8 +38,7 @@ def chat_model(tiny_model, tmp_path_factory):
     return str(folder)
 
 
-def answers(model, prompts, **options):
-    return generate.respond(str(model), prompts, **{"max_new_tokens": 12, "batch_size": 4, **options})
+answers = functools.partial(rollout_answers, max_new_tokens=12, batch_size=4)
 
 
 def test_a_file_of_prompts_becomes_a_file_of_answers_in_the_same_order(tiny_model, tmp_path):

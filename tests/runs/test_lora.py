@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxalign.runs import adapters, export, sft
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import parse
@@ -24,8 +25,8 @@ from jaxalign.models.files.huggingface import read_config, read_hf_config
 from jaxalign.models.files.load import load_params
 from jaxalign.models.files.peft import load_adapter, save_adapter
 from jaxalign.models.files.save import save_pretrained
-from jaxalign.runs import adapters, export, generate, sft
 from jaxalign.training.metrics import deterministic, read_rows
+from tests.rollout.answers import answers
 
 EVERY_DEVICE = places.make_mesh
 TOKENS = np.arange(24).reshape(2, 12)
@@ -153,9 +154,9 @@ def test_a_base_with_its_adapter_answers_as_the_merged_model(tiny_model, tmp_pat
     save_pretrained(tmp_path / "weights", merged, config, read_hf_config(str(tiny_model)))
     shutil.copy(tmp_path / "weights" / "model.safetensors", tmp_path / "merged")
     prompts, greedy = ["the cat sees", "a dog ?"], {"max_new_tokens": 8, "temperature": 0.0}
-    found = generate.respond(str(tiny_model), prompts, adapter=tmp_path / "adapter", **greedy)
-    assert found == generate.respond(str(tmp_path / "merged"), prompts, **greedy)
-    assert found != generate.respond(str(tiny_model), prompts, **greedy)
+    found = answers(tiny_model, prompts, adapter=tmp_path / "adapter", **greedy)
+    assert found == answers(tmp_path / "merged", prompts, **greedy)
+    assert found != answers(tiny_model, prompts, **greedy)
 
 
 @pytest.mark.parametrize(

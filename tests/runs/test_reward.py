@@ -7,6 +7,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from jaxalign.runs import export, reward
+from jaxalign.runs.scorer import padded
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
@@ -17,8 +19,6 @@ from jaxalign.models.files.huggingface import load_tokenizer
 from jaxalign.rollout.rewards import functions
 from jaxalign.rollout.rewards.rewards import Rewards
 from jaxalign.rollout.rewards.scorer import load_reward_model
-from jaxalign.runs import export, reward
-from jaxalign.runs.scorer import padded
 from jaxalign.run.vocabulary import Vocabulary
 from tests.runs.test_preferences import SHARED, pairs, rows  # noqa: F401  a fixture
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture

@@ -6,14 +6,15 @@ import shutil
 
 import numpy as np
 import pytest
+from jaxalign.runs import online_dpo, rl, rollouts
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
 from jaxalign.config.on_policy import GRPOAlgorithm, GRPOConfig, OnlineDPOAlgorithm, OnlineDPOConfig, RLOOConfig
 from jaxalign.config.shared import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
 from jaxalign.rollout.rewards.rewards import RewardError
-from jaxalign.runs import online_dpo, rl, rollouts
 from jaxalign.run.folder import open_run
+from tests.rollout.answers import answers
 from tests.runs.test_preferences import final, rows
 from tests.runs.test_sft import one_device  # noqa: F401  a fixture
 
@@ -217,10 +218,8 @@ def test_adapters_leave_the_reference_as_it_was(trained, tmp_path, one_device): 
 
 
 def test_the_final_folder_generates(trained):
-    from jaxalign.runs.generate import respond
-
     config, _ = trained["grpo"]
     assert load_file(config.output / "final" / "model.safetensors")
-    texts = [text for text, _ in respond(str(config.output / "final"), ["one cat ?"], max_new_tokens=8, n=16)]
+    texts = [text for text, _ in answers(config.output / "final", ["one cat ?"], max_new_tokens=8, n=16)]
     words = " ".join(texts).split()
     assert words.count("dog") / len(words) > 0.2

@@ -118,6 +118,15 @@ def load_tokenizer(source: str) -> Any:
         ) from error
 
 
+def check_fits(tokenizer: Any, model: ModelConfig, source: str) -> None:
+    """Raises Mistake when the tokenizer may give ids that the model has no embedding for."""
+    if len(tokenizer) > model.vocab_size:
+        raise Mistake(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens and the model's vocabulary is {model.vocab_size}; "
+            "use the tokenizer that the model was made with"
+        )
+
+
 def terminators(source: str, tokenizer: Any) -> tuple[int, ...]:
     """Ids that end a text: generation_config.json's, then config.json's, then the tokenizer's eos token.
 

@@ -15,7 +15,7 @@ from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.save import save_pretrained
 from jaxalign.rollout.engine.agreement import Agreement
-from jaxalign.rollout.engine.engine import LocalEngine
+from jaxalign.rollout.engine.engine import Engine, LocalEngine
 from jaxalign.rollout.engine.http import HttpEngine, PublishFn
 from jaxalign.rollout.engine.servers import parse_reload
 from jaxalign.types import PyTree
@@ -49,7 +49,7 @@ def check_server(config: RolloutConfig) -> None:
 
 def make_engine(
     config: RolloutConfig, graphdef: Any, *, ways: int, prompt_room: int, publish: PublishFn | None
-) -> LocalEngine | HttpEngine:
+) -> Engine:
     """The engine that a config chooses.
 
     Args:
@@ -76,8 +76,8 @@ def publisher(
     output: Path,
     source: str,
     model: ModelConfig,
-    *,
     lora: Lora | None,
+    *,
     tokenizer: Any,
     generation_config: dict[str, Any],
     dtype: Any,

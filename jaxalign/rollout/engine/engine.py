@@ -62,7 +62,9 @@ class Stats(NamedTuple):
 
 
 class Engine(Protocol):
-    """Whatever answers requests; `params` may be None for one that holds its own."""
+    """What draws responses: `LocalEngine`, or `HttpEngine`, whose params may be None if its server has some."""
+
+    stats: Stats
 
     def generate(
         self, params: PyTree | None, requests: Sequence[Request], key: jax.Array, *, sampling: Sampling

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,11 +43,11 @@ class Sampling(NamedTuple):
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of ids that are never completed
 
     @classmethod
-    def of(cls, config: Any, terminators: tuple[int, ...] = (), stop: tuple[str, ...] = ()) -> Sampling:
-        """The sampling that a command's settings describe; those that it lacks are at their defaults."""
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    def of(cls, config: Any, terminators: Sequence[int] = (), stop: Sequence[str] = ()) -> Sampling:
+        """The sampling settings of a command's config; one that the config lacks keeps its default."""
+        names = "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
         settings = {name: getattr(config, name) for name in names if hasattr(config, name)}
-        return cls(**settings, terminators=terminators, stop=stop)
+        return cls(**settings, terminators=tuple(terminators), stop=tuple(stop))
 
     @property
     def truncates(self) -> bool:

@@ -1,0 +1,51 @@
+"""Texts in, texts out: what is refused before weights are read, and which settings a config gives."""
+
+import dataclasses
+
+import pytest
+
+from jaxalign.config.inference import GenerateConfig
+from jaxalign.config.on_policy import PPOConfig
+from jaxalign.rollout.engine.http import HttpEngine
+from jaxalign.rollout.engine.slots import Sampling
+from jaxalign.rollout.respond import encode_prompts, load_model, load_tokenizer_only, respond
+from tests.rollout.server import Server
+
+
+def test_a_config_without_a_setting_samples_with_its_default(tmp_path):
+    config = PPOConfig(model="m", data="d", output=tmp_path, max_new_tokens=8, temperature=0.5)
+    assert not hasattr(config, "top_k")
+    assert Sampling.of(config, [2]) == Sampling(8, 0.5, terminators=(2,))
+    config = GenerateConfig("m", "p", max_new_tokens=8, top_p=0.9, repetition_penalty=1.5, stop=(".",))
+    assert Sampling.of(config, stop=config.stop) == Sampling(8, top_p=0.9, repetition_penalty=1.5, stop=(".",))
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}])
+def test_settings_that_cannot_be_are_refused_by_name(tiny_model, wrong):
+    model = load_tokenizer_only(str(tiny_model))
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=f"`{name}` {value}"):
+        encode_prompts(model, ["the cat"], Sampling()._replace(**wrong))
+
+
+def test_prompts_are_refused_before_weights_are_read(tiny_model):
+    model = load_tokenizer_only(str(tiny_model))
+    with pytest.raises(ValueError, match="prompt 2 has no tokens"):
+        encode_prompts(model, ["the cat", ""], Sampling(4))
+    with pytest.raises(ValueError, match=r"prompt 1: .* no chat template"):
+        encode_prompts(model, [[{"role": "user", "content": "the cat"}]], Sampling(4))
+    short = model._replace(config=dataclasses.replace(model.config, learned_positions=5))
+    with pytest.raises(ValueError, match=r"more than the 5 positions of .*; shorten the prompt or lower"):
+        encode_prompts(short, ["the cat"], Sampling(4))
+    with pytest.raises(ValueError, match="was loaded without its weights"):
+        respond(model, ["the cat"], Sampling(4))
+    with pytest.raises(ValueError, match="has random weights, which answer nothing"):
+        load_model(f"config:{tiny_model}", dtype="float32")
+
+
+def test_a_server_answers_as_the_model_here_with_the_tokenizer_alone(tiny_model):
+    sampling, prompts = Sampling(6, temperature=0.0), ["the cat sees", "a dog"]
+    here = respond(load_model(str(tiny_model), dtype="float32"), prompts, sampling)
+    with Server(tiny_model) as server:
+        model = load_tokenizer_only(str(tiny_model))
+        assert respond(model, prompts, sampling, engine=HttpEngine(server.url)) == here
