@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxalign.data.batches.plan import Plan
+from jaxalign.data.batches.rows import eval_batches
 from jaxalign.data.read import sources
 from jaxalign.data.read.formats import Text
 from jaxalign.data.read.tokens import Encoder, Examples
@@ -56,7 +58,7 @@ def test_held_out_loss_is_the_published_one(real, shared_data):
     rows = sources.load(sources.parse(f"{shared_data / 'tinystories' / 'sample.jsonl.gz'}")[0], held_out=True).rows
     encoder = Encoder(tokenizer, terminators(str(path), tokenizer), config.max_length)
     parts = [part for row in rows[:300] for part in encoder.encode(Text(row["text"]), where="stories")]
-    plan = rows.Plan(batch_size=8, max_length=config.max_length)
+    plan = Plan(batch_size=8, max_length=config.max_length)
 
     @jax.jit
     def loss(batch):
@@ -65,6 +67,6 @@ def test_held_out_loss_is_the_published_one(real, shared_data):
         logps = next_token_logps(hidden, model.unembed(), batch.tokens, batch.mask).logps
         return -jnp.sum(logps), jnp.sum(batch.mask)
 
-    totals = [loss(batch) for batch in rows.eval_batches(Examples.of(parts), plan)]
+    totals = [loss(batch) for batch in eval_batches(Examples.of(parts), plan)]
     mean = sum(float(total) for total, _ in totals) / sum(int(count) for _, count in totals)
     assert abs(mean - HELD_OUT_LOSS[name]) < 0.05, f"{name}: {mean:.4f}"

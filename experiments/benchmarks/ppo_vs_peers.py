@@ -67,7 +67,7 @@ def jaxalign(passes: list, mark, *, remat: str) -> None:
 
     from jaxalign.config.on_policy import PPOAlgorithm, PPOConfig
     from jaxalign.config.shared import MeshConfig, OptimizerConfig
-    from jaxalign.data.batches import rows as batching
+    from jaxalign.data.batches.plan import iterate
     from jaxalign.runs import ppo, train
     from jaxalign.runs.program import make_program
     from jaxalign.training.compiled import CompiledStep
@@ -100,7 +100,7 @@ def jaxalign(passes: list, mark, *, remat: str) -> None:
         program = make_program(config, task.base.model, task.base.mesh, task.method, steps=len(passes))
         frozen = train.load_frozen(task, program)
         state = train._new_state(task, program, frozen)
-        source = task.source(task, program, frozen, batching.iterate(task.batches), 0)
+        source = task.source(task, program, frozen, iterate(task.batches), 0)
         step = CompiledStep(program.step)
         for _ in passes:
             batch, _ = source(state)

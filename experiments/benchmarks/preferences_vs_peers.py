@@ -96,8 +96,8 @@ def jaxalign_preferences(
     from jaxalign.algorithms.unpaired import kto
     from jaxalign.config.offline import DPOConfig
     from jaxalign.config.shared import OptimizerConfig
-    from jaxalign.data.batches import rows as batching
-    from jaxalign.data.batches.groups import GroupBatches, GroupPlan, Responses, UnpairedBatches
+    from jaxalign.data.batches.groups import GroupBatches, Responses, UnpairedBatches
+    from jaxalign.data.batches.plan import Mixture, Plan, iterate
     from jaxalign.data.read.tokens import Examples
     from jaxalign.data.sets.preferences import mismatched
     from jaxalign.models import places
@@ -136,10 +136,10 @@ def jaxalign_preferences(
     examples = Examples.of([example(row, side) for row, wanted in zip(rows, sides, strict=True) for side in wanted])
     columns = {"label": np.array([wanted == ["chosen"] for wanted in sides])} if rated else {}
     responses = Responses(examples, np.arange(len(examples)).reshape(len(rows), -1), columns)
-    mixture = batching.Mixture.of(responses, [len(rows)], [None])
+    mixture = Mixture.of(responses, [len(rows)], [None])
     # of the longest pair, the last token of whose prompt stands before each response
     width = 2 * LENGTH - PROMPT + 1 if share_prompt else LENGTH
-    plan = GroupPlan(size, width, packing=packing or share_prompt, shuffle=False, share_prompt=share_prompt)
+    plan = Plan(size, width, packing=packing or share_prompt, shuffle=False, share_prompt=share_prompt)
     steps = len(rows) // size
     source = (
         UnpairedBatches(mixture, mismatched(responses, seed=0), plan, steps=steps)
@@ -148,7 +148,7 @@ def jaxalign_preferences(
     )
     counts = tokens_of(rows, rated=rated)
     for again in range(2):  # rows come in a few shapes: the first pass compiles for them, the second is measured
-        for number, batch in enumerate(batching.iterate(source)):
+        for number, batch in enumerate(iterate(source)):
             state, metrics = program.step(state, frozen, sharding.put_batch(batch, mesh))
             float(metrics["loss"])
             if again or number == 0:

@@ -60,7 +60,8 @@ def jaxalign_sft(rows: list[list[int]], mark, *, remat: str, packing: bool) -> N
 
     from jaxalign.config.offline import SFTConfig
     from jaxalign.config.shared import OptimizerConfig
-    from jaxalign.data.batches import rows
+    from jaxalign.data.batches.plan import Mixture, Plan, iterate
+    from jaxalign.data.batches.rows import TrainBatches
     from jaxalign.data.read.tokens import Examples
     from jaxalign.losses.language import cross_entropy
     from jaxalign.models import places
@@ -81,12 +82,12 @@ def jaxalign_sft(rows: list[list[int]], mark, *, remat: str, packing: bool) -> N
     state = create(init_params(model, jax.random.key(0)), jax.random.key(1))
 
     examples = Examples.of([(np.array(row), np.ones(len(row), bool)) for row in rows])
-    plan = rows.Plan(BATCH, LENGTH, packing=packing, shuffle=False)
-    mixture = rows.Mixture.of(examples, [len(examples)], [None])
-    source = rows.TrainBatches(mixture, plan, steps=len(rows) // BATCH)
-    source.steps = source.rows_per_epoch() // BATCH
+    plan = Plan(BATCH, LENGTH, packing=packing, shuffle=False)
+    mixture = Mixture.of(examples, [len(examples)], [None])
+    source = TrainBatches(mixture, plan)
+    source = source.with_steps(int(source.steps_per_epoch))
     previous = None
-    for batch in rows.iterate(source):
+    for batch in iterate(source):
         state, metrics = program.step(state, None, sharding.put_batch(batch, mesh))
         if previous is not None:
             float(previous[0]["loss"])

@@ -25,7 +25,8 @@ import numpy as np
 import optax
 
 from jaxalign.algorithms.pairwise import dpo
-from jaxalign.data.batches.groups import GroupPlan, Layout, Responses
+from jaxalign.data.batches.groups import BatchShapes, Responses
+from jaxalign.data.batches.plan import Plan
 from jaxalign.data.read.tokens import Examples
 from jaxalign.models.decoder.decoder import init_params, make_decoder
 from jaxalign.models.files.families import model_config
@@ -71,7 +72,7 @@ def pairs(options: argparse.Namespace) -> Responses:
 
 def prepared(options: argparse.Namespace, data: Responses, share: bool):
     """A function that does one step and waits for it."""
-    layout = Layout.of(data, GroupPlan(options.pairs, options.width, share_prompt=share))
+    layout = BatchShapes.of(data, Plan(options.pairs, options.width, share_prompt=share))
     batch = jax.tree.map(jnp.asarray, layout.batch(data))
     used = int((batch.sequences.segment_ids > 0).sum())
     print(f"share_prompt={share}: {used:,} tokens in {batch.slots.shape[0]} rows of 2 x {options.width}")

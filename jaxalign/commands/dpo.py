@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from jaxalign.algorithms.pairwise import dpo
 from jaxalign.commands import feedback
 from jaxalign.config.offline import DPOConfig
-from jaxalign.data.batches.groups import GroupBatches, GroupPlan, Responses, eval_batches
+from jaxalign.data.batches.groups import GroupBatches, Responses, eval_batches
+from jaxalign.data.batches.plan import Plan
 from jaxalign.data.sets import preferences
 from jaxalign.losses import contract
 from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
@@ -71,16 +72,16 @@ def check(config: DPOConfig) -> Callable:
 
 
 def batches(
-    run: Run, plan: GroupPlan, sets: preferences.PreferenceData, parts: Sequence[Responses], steps: int | None = None
+    run: Run, plan: Plan, sets: preferences.PreferenceData, parts: Sequence[Responses], steps: int | None = None
 ) -> Data:
     """Batches of pairs; `parts` are those for training and held out, with the reference's log-probabilities or not."""
     train, held_out = parts
     mixture = dataclasses.replace(sets.train, examples=train)
-    batches = GroupBatches(mixture, plan, steps=1, **run.host)
-    batches.steps = steps or run.count_steps(batches.groups_per_epoch() / plan.batch_size)
+    batches = GroupBatches(mixture, plan, **run.host)
+    batches = run.counted(batches) if steps is None else batches.with_steps(steps)
     return Data(
         batches,
-        shapes=batches.layout.shapes,
+        shapes=batches.shape_count,
         fingerprint=sets.responses.fingerprint(),
         held_out=eval_batches(held_out, plan, **run.host),
         held_out_fingerprint=sets.held_out.fingerprint(),
@@ -94,7 +95,7 @@ def _loss(config: DPOConfig) -> Callable:
     return loss
 
 
-def _full_batches(responses: Responses, plan: GroupPlan) -> Responses:
+def _full_batches(responses: Responses, plan: Plan) -> Responses:
     """Without the last groups that fill no batch: a loss that sorts means another thing on a smaller one."""
     whole = len(responses) // plan.batch_size * plan.batch_size
     if whole < len(responses):

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from jaxalign.algorithms.base import FollowFn
 from jaxalign.algorithms.follow import follow
 from jaxalign.config import limits
-from jaxalign.config.offline import DPOConfig, FeedbackConfig
-from jaxalign.data.batches.groups import GroupPlan
+from jaxalign.config.offline import FeedbackConfig
+from jaxalign.data.batches.plan import Plan
 from jaxalign.data.sets import preferences, supervised
 from jaxalign.losses import contract
 from jaxalign.mistake import Mistake
@@ -70,7 +70,7 @@ def parts(
     return policy, reference, follow(alpha=update.alpha, every=update.every) if update.every else None
 
 
-def load_groups(config: FeedbackConfig, run: Run, kind: str) -> tuple[preferences.PreferenceData, GroupPlan]:
+def load_groups(config: FeedbackConfig, run: Run, kind: str) -> tuple[preferences.PreferenceData, Plan]:
     """Responses in groups of a kind, and the plan of their batches."""
     sets = preferences.load(
         config.data,
@@ -80,6 +80,4 @@ def load_groups(config: FeedbackConfig, run: Run, kind: str) -> tuple[preference
         eval_spec=config.eval_data,
         as_chat=config.as_chat,
     )
-    share = isinstance(config, DPOConfig) and config.share_prompt
-    plan = GroupPlan(config.batch_size, config.max_length, run.unit, config.packing, config.shuffle, config.seed, share)
-    return sets, plan
+    return sets, Plan.of(config, unit=run.unit)

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from jaxalign.algorithms.unpaired import kto
 from jaxalign.commands import feedback
 from jaxalign.config.offline import KTOConfig
-from jaxalign.data.batches.groups import GroupPlan, Responses, UnpairedBatches, unpaired_eval_batches
+from jaxalign.data.batches.groups import Responses, UnpairedBatches, unpaired_eval_batches
+from jaxalign.data.batches.plan import Plan
 from jaxalign.data.sets import preferences
 from jaxalign.losses import contract, unpaired
 from jaxalign.losses.sums import select_loss
@@ -70,16 +71,16 @@ def check(config: KTOConfig) -> Callable:
 
 
 def batches(
-    run: Run, plan: GroupPlan, sets: preferences.PreferenceData, parts: Sequence[Responses], steps: int | None = None
+    run: Run, plan: Plan, sets: preferences.PreferenceData, parts: Sequence[Responses], steps: int | None = None
 ) -> Data:
     """Batches of rated responses, of `parts`: rated for training and held out, and the mismatched ones of both."""
     train, held_out, train_mismatched, held_out_mismatched = parts
     mixture = dataclasses.replace(sets.train, examples=train)
-    batches = UnpairedBatches(mixture, train_mismatched, plan, steps=1, **run.host)
-    batches.steps = steps or run.count_steps(batches.groups_per_epoch() / plan.batch_size)
+    batches = UnpairedBatches(mixture, train_mismatched, plan, **run.host)
+    batches = run.counted(batches) if steps is None else batches.with_steps(steps)
     return Data(
         batches,
-        shapes=batches.layout.shapes,
+        shapes=batches.shape_count,
         fingerprint=sets.responses.fingerprint(),
         held_out=unpaired_eval_batches(held_out, held_out_mismatched, plan, **run.host),
         held_out_fingerprint=sets.held_out.fingerprint(),

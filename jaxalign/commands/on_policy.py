@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxalign.config import limits
 from jaxalign.config.on_policy import RolloutConfig
-from jaxalign.data.batches.rows import bucket_widths
+from jaxalign.data.batches.plan import Plan, bucket_widths
 from jaxalign.data.sets import prompts as prompt_sets
 from jaxalign.data.sets.prompts import PromptBatches, Prompts
 from jaxalign.mistake import Mistake
@@ -74,8 +74,7 @@ def load_prompts(config: RolloutConfig, run: Run, *, updates: int) -> Prompting:
     rewards.check(prompts.given, prompts.columns, later=["finished", "tokens"])
     if not run.exists:
         check_server(config)
-    batches = PromptBatches(len(prompts), config.batch_size, steps=1, shuffle=config.shuffle, seed=config.seed)
-    batches.steps = run.count_steps(len(prompts) / config.batch_size, updates=updates)
+    batches = run.counted(PromptBatches(len(prompts), Plan.of(config)), updates=updates)
     return Prompting(prompts, batches, rewards)
 
 

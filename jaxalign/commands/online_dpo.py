@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from jaxalign.algorithms.pairwise import dpo
 from jaxalign.commands import on_policy
 from jaxalign.config.on_policy import OnlineDPOConfig
-from jaxalign.data.batches.groups import GroupPlan, Layout
+from jaxalign.data.batches.groups import BatchShapes
+from jaxalign.data.batches.plan import Plan
 from jaxalign.losses import contract
 from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
 from jaxalign.losses.sums import select_loss
@@ -90,8 +91,8 @@ def to_batch(
     groups = responses.scores.reshape(-1, config.n)
     chosen = best_and_worst(groups)
     pairs = pairs_of(prompts, responses.responses, chosen)
-    plan = GroupPlan(rows, config.max_length, packing=False)
-    batch = Layout(plan, responses=2, most=1, row_counts=(rows,)).batch(pairs)
+    plan = Plan(rows, config.max_length, packing=False)
+    batch = BatchShapes(plan, responses=2, max_groups=1, row_counts=(rows,)).batch(pairs)
     best, worst = (responses.scores[side] for side in chosen.T)
     return batch, {
         "score": float(responses.scores.mean()),

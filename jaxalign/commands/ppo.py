@@ -13,7 +13,8 @@ from jaxalign.algorithms.follow import follow
 from jaxalign.algorithms.ppo import ppo
 from jaxalign.commands import on_policy
 from jaxalign.config.on_policy import PPOConfig
-from jaxalign.data.batches.rows import Plan, TrainBatches
+from jaxalign.data.batches.plan import Plan
+from jaxalign.data.batches.rows import TrainBatches
 from jaxalign.data.sets import supervised
 from jaxalign.losses.policy import POLICY_LOSSES
 from jaxalign.mistake import Mistake

@@ -16,7 +16,8 @@ from jaxalign.algorithms.reward import check_loss, response_scores, reward
 from jaxalign.config import limits
 from jaxalign.config.offline import RewardConfig
 from jaxalign.config.shared import MeshConfig
-from jaxalign.data.batches.groups import GroupBatches, GroupPlan, eval_batches
+from jaxalign.data.batches.groups import GroupBatches, eval_batches
+from jaxalign.data.batches.plan import Plan
 from jaxalign.data.sets import preferences, solutions, supervised
 from jaxalign.losses.contract import input_names
 from jaxalign.losses.ranking import RANKING_LOSSES
@@ -103,12 +104,11 @@ def load_data(config: RewardConfig, run: Run) -> Data:
     """Groups of responses for training, and those held out."""
     sets = load_feedback(config, run.vocabulary)
     _check_columns(config, sets)
-    plan = GroupPlan(config.batch_size, config.max_length, run.unit, config.packing, config.shuffle, config.seed)
-    batches = GroupBatches(sets.train, plan, steps=1, **run.host)
-    batches.steps = run.count_steps(batches.groups_per_epoch() / config.batch_size)
+    plan = Plan.of(config, unit=run.unit)
+    batches = run.counted(GroupBatches(sets.train, plan, **run.host))
     return Data(
         batches,
-        shapes=batches.layout.shapes,
+        shapes=batches.shape_count,
         fingerprint=sets.responses.fingerprint(),
         held_out=eval_batches(sets.held_out, plan, **run.host),
         held_out_fingerprint=sets.held_out.fingerprint(),
@@ -188,7 +188,7 @@ def _reference_scores(run: Run, data: Data, params: PyTree) -> np.ndarray:
 
     parts = [read(batch) for batch in data.held_out]
     wanted = FEWEST_GROUPS if parts else REFERENCE_GROUPS
-    epoch = -(-data.batches.groups_per_epoch() // run.config.batch_size)
+    epoch = int(np.ceil(data.batches.steps_per_epoch))
     for i in range(min(data.batches.steps, epoch)):
         if sum(present.any(axis=-1).sum() for _, present in parts) >= wanted:
             break

@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from jaxalign.algorithms.supervised import check_loss, sft
 from jaxalign.config import limits
 from jaxalign.config.offline import SFTConfig
-from jaxalign.data.batches import rows
+from jaxalign.data.batches.plan import Plan
+from jaxalign.data.batches.rows import TrainBatches, eval_batches
 from jaxalign.data.sets import supervised
 from jaxalign.losses.language import LANGUAGE_LOSSES
 from jaxalign.models.decoder.config import ModelConfig
@@ -54,14 +55,13 @@ def load_data(config: SFTConfig, run: Run) -> Data:
     """Rows of tokens for training, and those held out."""
     options = supervised.Options.of(config, run.vocabulary.terminators, turns=config.turns, long_text=config.long_text)
     sets = supervised.load(config.data, run.vocabulary.tokenizer, options, eval_spec=config.eval_data)
-    plan = rows.Plan(config.batch_size, config.max_length, config.packing, config.shuffle, config.seed)
-    batches = rows.TrainBatches(sets.train, plan, steps=1, **run.host)
-    batches.steps = run.count_steps(batches.rows_per_epoch() / config.batch_size)
+    plan = Plan.of(config)
+    batches = run.counted(TrainBatches(sets.train, plan, **run.host))
     return Data(
         batches,
-        shapes=1 if config.packing else len(rows.bucket_widths(config.max_length)),
+        shapes=batches.shape_count,
         fingerprint=sets.train.examples.fingerprint(),
-        held_out=rows.eval_batches(sets.held_out, plan, **run.host),
+        held_out=eval_batches(sets.held_out, plan, **run.host),
         held_out_fingerprint=sets.held_out.fingerprint(),
         prompts=sets.prompts,
     )

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxalign import hosts
 from jaxalign.config.on_policy import RolloutConfig
-from jaxalign.data.batches.rows import bucket_widths
+from jaxalign.data.batches.plan import bucket_widths
 from jaxalign.data.sets.prompts import PromptBatches, Prompts
 from jaxalign.rollout import scored
 from jaxalign.rollout.engine.engine import Request, Response

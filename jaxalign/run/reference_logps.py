@@ -17,7 +17,8 @@ from flax import nnx
 
 from jaxalign import hosts
 from jaxalign.algorithms.responses import LOGPS, REF, response_logps
-from jaxalign.data.batches.groups import GroupPlan, Layout, Responses
+from jaxalign.data.batches.groups import BatchShapes, Responses
+from jaxalign.data.batches.plan import Plan
 from jaxalign.models import places
 from jaxalign.models.decoder.decoder import compute_dtype, decoder_for
 from jaxalign.models.files import huggingface
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 FOLDER, INDEX = "reference", "index"
 
 
-def precompute(run: Run, plan: GroupPlan, sets: list[Responses]) -> list[Responses]:
+def precompute(run: Run, plan: Plan, sets: list[Responses]) -> list[Responses]:
     """The sets with a column of log π_ref [N K]; read from disk where model and data are those it was made of.
 
     The key is of the weights' files, of every token and mask (and so of tokenizer and template), and of the precision.
@@ -39,7 +40,7 @@ def precompute(run: Run, plan: GroupPlan, sets: list[Responses]) -> list[Respons
     return [_with_logps(run, plan, part) if len(part) else part for part in sets]
 
 
-def _with_logps(run: Run, plan: GroupPlan, responses: Responses) -> Responses:
+def _with_logps(run: Run, plan: Plan, responses: Responses) -> Responses:
     config = run.config
     source = config.ref_model or config.model
     key = {
@@ -88,7 +89,7 @@ def _write(path: Path, key: dict[str, Any], values: np.ndarray) -> None:
     os.replace(partial, path)
 
 
-def _compute(run: Run, plan: GroupPlan, responses: Responses, source: str) -> np.ndarray:
+def _compute(run: Run, plan: Plan, responses: Responses, source: str) -> np.ndarray:
     """Batch by batch over the mesh; a column carries each group's number to its row and back."""
     config, mesh = run.config, run.mesh
     graphdef, abstract = decoder_for(config, run.model, mesh)
@@ -107,11 +108,11 @@ def _compute(run: Run, plan: GroupPlan, responses: Responses, source: str) -> np
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     compiled = jax.jit(read, out_shardings=everywhere)
     numbered = dataclasses.replace(responses, columns={INDEX: np.arange(len(responses), dtype=np.int32)})
-    layout, size = Layout.of(numbered, plan), plan.batch_size
+    shapes, size = BatchShapes.of(numbered, plan), plan.batch_size
     values = np.zeros(responses.groups.shape, np.float32)
     order = np.argsort(-responses.lengths.sum(axis=1), kind="stable")  # alike lengths together: fewer rows
     for at in range(0, len(order), size):
-        batch = layout.batch(numbered.take(order[at : at + size]), host=jax.process_index(), hosts=jax.process_count())
+        batch = shapes.batch(numbered.take(order[at : at + size]), host=jax.process_index(), hosts=jax.process_count())
         logps, index, valid = jax.device_get(compiled(params, sharding.put_batch(batch, mesh)))
         values[index[valid]] = logps[valid]
     log.info("the reference has read %d groups, %s tokens", len(responses), f"{int(responses.lengths.sum()):,}")

@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jaxalign import hosts
 from jaxalign.config.limits import to_json
 from jaxalign.config.shared import TrainConfig
-from jaxalign.data.batches import rows as batching
+from jaxalign.data.batches.plan import Batches, iterate
 from jaxalign.mistake import Mistake
 from jaxalign.models import places
 from jaxalign.models.adapters.lora import Lora
@@ -48,6 +48,7 @@ from jaxalign.types import PyTree
 
 log = logging.getLogger(__name__)
 
+BatchesT = TypeVar("BatchesT", bound=Batches)
 # (params as the algorithm sees them, step) -> (this host's rows of a batch, metrics of how it was made)
 SourceFn = Callable[[PyTree, int], tuple[Any, dict[str, float]]]
 
@@ -70,7 +71,7 @@ class Outcome(NamedTuple):
 class Data:
     """What a run learns from and is measured on."""
 
-    batches: Any  # step -> this host's batch; `steps` of them. On-policy: the numbers of the step's prompts
+    batches: Batches  # step -> this host's batch; `steps` of them. On-policy: the numbers of the step's prompts
     shapes: int  # of batches that will occur
     fingerprint: int  # of the rows
     held_out: Sequence[Any] = ()
@@ -132,13 +133,13 @@ class Run:
         """Which of the hosts this is, as batches take it."""
         return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
-    def count_steps(self, per_epoch: float, *, updates: int = 1) -> int:
-        """Steps by `steps`, else by `epochs` of `per_epoch` steps. Logs them, and checks the schedule over them."""
-        config = self.config
+    def counted(self, batches: BatchesT, *, updates: int = 1) -> BatchesT:
+        """The batches, as many as `steps`, else as `epochs` hold. Logs the number, and checks the schedule over it."""
+        config, per_epoch = self.config, batches.steps_per_epoch
         steps = config.steps if config.steps is not None else max(1, int(np.ceil(config.epochs * per_epoch)))
         log.info("%d steps, %.1f of them an epoch", steps, per_epoch)
         learning_rate(config, steps * updates)
-        return steps
+        return batches.with_steps(steps)
 
     def claim(self, data: Data) -> bool:
         """Makes the folder this run's, once all hosts agree on settings and data. False if the run is complete."""
@@ -243,7 +244,7 @@ class Run:
 
     def _from(self, batches: Any, step: int) -> Any:
         """The batches from a step on, read ahead."""
-        iterator = batching.iterate(batches)
+        iterator = iterate(batches)
         if step:
             iterator.set_state({"next_index": step})
         return iterator

@@ -10,7 +10,8 @@ from flax import nnx
 
 from jaxalign.algorithms.pairwise import dpo
 from jaxalign.algorithms.responses import COLLISION, LOGPS, PUBLIC, response_logps
-from jaxalign.data.batches.groups import GroupPlan, Layout
+from jaxalign.data.batches.groups import BatchShapes
+from jaxalign.data.batches.plan import Plan
 from jaxalign.losses import contract
 from jaxalign.losses.pairs import margin
 from jaxalign.losses.sums import select_loss
@@ -25,8 +26,8 @@ LOSSES = ["0.5*dpo + 0.2*sft", "beta_dpo", "ld_dpo", "wpo"]
 
 
 def batch_of(pairs, *, packing=True, unit=1):
-    plan = GroupPlan(COUNT, LENGTH, unit=unit, packing=packing)
-    return jax.tree.map(jnp.asarray, Layout.of(pairs, plan).batch(pairs))
+    plan = Plan(COUNT, LENGTH, unit=unit, packing=packing)
+    return jax.tree.map(jnp.asarray, BatchShapes.of(pairs, plan).batch(pairs))
 
 
 def alone(params, graphdef, pairs):
@@ -169,7 +170,7 @@ def test_log_probs_that_come_with_the_batch_are_taken_and_the_reference_not_run(
 def test_eight_pairs_are_learned_by_heart(tiny, pairs):
     graphdef, policy, _ = tiny
     few = pairs.take(range(8))
-    batch = jax.tree.map(jnp.asarray, Layout.of(few, GroupPlan(8, LENGTH)).batch(few))
+    batch = jax.tree.map(jnp.asarray, BatchShapes.of(few, Plan(8, LENGTH)).batch(few))
     optimizer = optax.adamw(3e-3)
     step = jax.jit(make_train_step(dpo(graphdef, ref_graphdef=graphdef), optimizer))
     state = TrainState.create(policy, optimizer, jax.random.key(0))

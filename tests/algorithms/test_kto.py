@@ -10,8 +10,8 @@ from flax import nnx
 
 from jaxalign.algorithms.responses import LOGPS, response_logps
 from jaxalign.algorithms.unpaired import kto
-from jaxalign.data.batches.groups import GroupPlan, UnpairedBatches
-from jaxalign.data.batches.rows import Mixture
+from jaxalign.data.batches.groups import UnpairedBatches
+from jaxalign.data.batches.plan import Mixture, Plan
 from jaxalign.data.sets.preferences import mismatched
 from jaxalign.losses.sums import select_loss
 from jaxalign.losses.unpaired import UNPAIRED_LOSSES
@@ -30,7 +30,7 @@ def rated():
 
 
 def batch_of(rated, *, unit=1, packing=True):
-    plan = GroupPlan(COUNT, LENGTH, unit=unit, packing=packing, shuffle=False)
+    plan = Plan(COUNT, LENGTH, unit=unit, packing=packing, shuffle=False)
     batches = UnpairedBatches(Mixture.of(rated, [COUNT], [None]), mismatched(rated, seed=0), plan, steps=1)
     return jax.tree.map(jnp.asarray, batches[0])
 

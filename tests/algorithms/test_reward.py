@@ -10,7 +10,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.algorithms.reward import response_scores, reward
-from jaxalign.data.batches.groups import GroupPlan, Layout, Responses
+from jaxalign.data.batches.groups import BatchShapes, Responses
+from jaxalign.data.batches.plan import Plan
 from jaxalign.losses.ranking import bradley_terry, kwise, process, rao_kupper, soft_bradley_terry
 from jaxalign.models import heads, places
 from jaxalign.models.adapters.lora import Lora, resolve_targets
@@ -35,8 +36,8 @@ def loss_of(graphdef, loss, params, batch):
 
 
 def batch_of(responses, *, packing=True, unit=1):
-    plan = GroupPlan(len(responses), LENGTH, unit=unit, packing=packing)
-    return jax.tree.map(jnp.asarray, Layout.of(responses, plan).batch(responses))
+    plan = Plan(len(responses), LENGTH, unit=unit, packing=packing)
+    return jax.tree.map(jnp.asarray, BatchShapes.of(responses, plan).batch(responses))
 
 
 @pytest.fixture(scope="module")

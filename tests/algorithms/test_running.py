@@ -11,7 +11,8 @@ from jaxalign.algorithms import memory
 from jaxalign.algorithms.pairwise import dpo
 from jaxalign.algorithms.responses import LOGPS, response_logps
 from jaxalign.algorithms.unpaired import kto
-from jaxalign.data.batches.groups import GroupPlan, Layout
+from jaxalign.data.batches.groups import BatchShapes
+from jaxalign.data.batches.plan import Plan
 from jaxalign.losses import contract
 from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
 from jaxalign.losses.sums import select_loss
@@ -72,7 +73,7 @@ def steps_without_learning(tiny, algorithm, batches):
 @pytest.fixture(scope="module")
 def batches():
     made = [make_responses(8, k=2, seed=seed) for seed in (1, 2)]
-    return [jax.tree.map(jnp.asarray, Layout.of(x, GroupPlan(8, 20, packing=False)).batch(x)) for x in made]
+    return [jax.tree.map(jnp.asarray, BatchShapes.of(x, Plan(8, 20, packing=False)).batch(x)) for x in made]
 
 
 def test_two_steps_of_bco_pair_and_beta_dpo_are_their_formulas_with_means_of_both_batches(tiny, batches):
@@ -93,8 +94,8 @@ def test_two_steps_of_bco_pair_and_beta_dpo_are_their_formulas_with_means_of_bot
 
 def test_two_steps_of_bco_shift_by_the_middle_of_both_classes_over_both_batches(tiny):
     made = [make_responses(8, k=1, seed=seed) for seed in (1, 2)]
-    plan = GroupPlan(8, 20, packing=False)
-    rated = [jax.tree.map(jnp.asarray, Layout.of(x, plan).batch(x)) for x in made]
+    plan = Plan(8, 20, packing=False)
+    rated = [jax.tree.map(jnp.asarray, BatchShapes.of(x, plan).batch(x)) for x in made]
     ratios = np.concatenate([log_ratios(tiny, batch)[:, 0] for batch in rated])
     labels = np.concatenate([x.columns["label"] for x in made])
     middle = (ratios[labels].mean() + ratios[~labels].mean()) / 2

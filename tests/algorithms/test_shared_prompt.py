@@ -9,7 +9,8 @@ from flax import nnx
 
 from jaxalign.algorithms.pairwise import dpo
 from jaxalign.algorithms.responses import LOGPS, PUBLIC, response_logps
-from jaxalign.data.batches.groups import GroupPlan, Layout
+from jaxalign.data.batches.groups import BatchShapes
+from jaxalign.data.batches.plan import Plan
 from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
 from jaxalign.losses.sums import select_loss
 from jaxalign.models.decoder.attention import attention
@@ -23,8 +24,8 @@ COUNT, LENGTH = 12, 40
 
 def batches(data, **plan):
     """(every response behind its own prompt, prompts shared)"""
-    plans = [GroupPlan(COUNT, LENGTH, share_prompt=share, **plan) for share in (False, True)]
-    return [jax.tree.map(jnp.asarray, Layout.of(data, plan).batch(data)) for plan in plans]
+    plans = [Plan(COUNT, LENGTH, share_prompt=share, **plan) for share in (False, True)]
+    return [jax.tree.map(jnp.asarray, BatchShapes.of(data, plan).batch(data)) for plan in plans]
 
 
 def by_response(batch, values):

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 from jaxalign.algorithms.pairwise import dpo
 from jaxalign.algorithms.reward import reward
 from jaxalign.algorithms.unpaired import kto
-from jaxalign.data.batches.groups import GroupPlan, Layout, Responses
+from jaxalign.data.batches.groups import BatchShapes, Responses
+from jaxalign.data.batches.plan import Plan
 from jaxalign.data.read.tokens import Examples
 from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
 from jaxalign.losses.ranking import RANKING_LOSSES
@@ -96,7 +97,7 @@ def batches(theirs, name):
 
     def packed(part, columns=lambda step: {}):
         sets = [responses(theirs, part, step, columns=columns(step)) for step in range(STEPS)]
-        layout = Layout.of(sets[0], GroupPlan(PAIRS if paired else ROWS, WIDTH, shuffle=False))
+        layout = BatchShapes.of(sets[0], Plan(PAIRS if paired else ROWS, WIDTH, shuffle=False))
         rows = max(len(layout.rows(each)) for each in sets)
         return [jax.tree.map(jnp.asarray, layout.batch(each, rows=rows)) for each in sets]
 

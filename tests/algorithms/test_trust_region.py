@@ -9,7 +9,8 @@ import pytest
 
 from jaxalign.algorithms.follow import follow
 from jaxalign.algorithms.pairwise import dpo
-from jaxalign.data.batches.groups import GroupPlan, Layout
+from jaxalign.data.batches.groups import BatchShapes
+from jaxalign.data.batches.plan import Plan
 from jaxalign.models import places
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
@@ -34,7 +35,7 @@ def trained(tiny, pairs, moves, *, mesh_sizes=None, steps=4):
     algorithm = dpo(graphdef, ref_graphdef=graphdef)._replace(follow=moves)
     optimizer = optax.adamw(1e-3)
     step = make_train_step(algorithm, optimizer)
-    batch = jax.tree.map(jnp.asarray, Layout.of(pairs, GroupPlan(16, 20, unit=16)).batch(pairs))
+    batch = jax.tree.map(jnp.asarray, BatchShapes.of(pairs, Plan(16, 20, unit=16)).batch(pairs))
     copies = [jax.tree.map(jnp.copy, policy) for _ in range(2)]  # the step donates both
     state = TrainState.create(copies[0], optimizer, jax.random.key(0), reference=copies[1])
     if mesh_sizes is None:

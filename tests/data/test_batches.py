@@ -4,7 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign.data.batches.rows import Mixture, Plan, TrainBatches, bucket_widths, eval_batches, iterate
+from jaxalign.config.offline import DPOConfig
+from jaxalign.config.on_policy import GRPOConfig
+from jaxalign.data.batches.plan import Mixture, Plan, bucket_widths, iterate
+from jaxalign.data.batches.rows import TrainBatches, eval_batches
 from jaxalign.data.read.tokens import Examples
 
 RAGGED = np.random.default_rng(1).integers(2, 17, 60).tolist()
@@ -38,7 +41,7 @@ def test_rows_are_side_by_side_with_positions_and_segments_of_their_own():
 def test_an_epoch_holds_every_example_once_and_epochs_follow_without_a_gap(packing):
     made = batches(packing=packing, steps=100)
     rows = [row for step in range(100) for row in made[step].tokens]
-    first, seen = made.rows_per_epoch(), np.zeros(len(RAGGED) + 1, int)
+    first, seen = round(made.steps_per_epoch * 4), np.zeros(len(RAGGED) + 1, int)
     for row in rows[:first]:
         seen += np.bincount(row, minlength=len(seen))
     assert seen[1:].tolist() == RAGGED
@@ -55,8 +58,22 @@ def test_hosts_hold_disjoint_rows_that_together_are_the_whole_batch(packing):
 
 
 def test_a_batch_that_the_hosts_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="batch_size=4 is not a multiple of the 3 hosts"):
+    with pytest.raises(ValueError, match="`batch_size` 4 must be a multiple of the 3 hosts"):
         batches(host=(0, 3))
+
+
+def test_the_number_of_steps_is_set_on_a_copy_that_holds_the_same_batches():
+    source = batches(steps=0)
+    copy = source.with_steps(3)
+    assert (len(source), len(copy)) == (0, 3) and copy.steps_per_epoch == source.steps_per_epoch
+    assert all(equal(copy[step], source[step]) for step in range(3))
+
+
+def test_a_plan_reads_its_command_and_packs_unless_that_says_no(tmp_path):
+    paths = {"model": "m", "data": "d", "output": tmp_path, "batch_size": 3, "max_length": 9, "seed": 5}
+    config = DPOConfig(**paths, packing=False, shuffle=False, share_prompt=True)
+    assert Plan.of(config, unit=2) == Plan(3, 9, 2, packing=False, shuffle=False, seed=5, share_prompt=True)
+    assert Plan.of(GRPOConfig(**paths, reward="length")) == Plan(3, 9, seed=5)
 
 
 def test_a_resumed_iterator_goes_on_with_the_same_batches():

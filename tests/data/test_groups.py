@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign.data.batches.groups import GroupBatches, GroupPlan, Layout, Responses, eval_batches, pack_groups
-from jaxalign.data.batches.rows import Mixture
+from jaxalign.data.batches.groups import BatchShapes, GroupBatches, Responses, eval_batches, pack_groups
+from jaxalign.data.batches.plan import Mixture, Plan
 from jaxalign.data.read.tokens import Examples
 
 
@@ -45,7 +45,7 @@ def read(batch, values=None):
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_a_batch_holds_its_groups_once_and_sums_over_responses_are_theirs(packing, k):
     data = responses(12, k=k, missing=k > 2)
-    plan = GroupPlan(batch_size=6, max_length=20, packing=packing, shuffle=False)
+    plan = Plan(batch_size=6, max_length=20, packing=packing, shuffle=False)
     mixture = Mixture.of(data, [len(data)], [None])
     batches = GroupBatches(mixture, plan, steps=2)
     found = {key: value for step in range(2) for key, value in read(batches[step]).items()}
@@ -54,8 +54,8 @@ def test_a_batch_holds_its_groups_once_and_sums_over_responses_are_theirs(packin
 
 def test_packed_rows_are_fewer_and_no_plane_overflows():
     data = responses(64, longest=12)
-    plan = GroupPlan(batch_size=64, max_length=48)
-    batch = Layout.of(data, plan).batch(data)
+    plan = Plan(batch_size=64, max_length=48)
+    batch = BatchShapes.of(data, plan).batch(data)
     assert batch.sequences.tokens.shape == (batch.slots.shape[0], 2, 48)
     assert len(batch.slots) <= 24  # 64 pairs of 2 x 7 tokens on average fill 9.3 rows of 96
     assert (batch.sequences.segment_ids > 0).sum() == data.lengths.sum()
@@ -64,7 +64,7 @@ def test_packed_rows_are_fewer_and_no_plane_overflows():
 
 def test_whole_groups_go_into_the_fullest_row_that_takes_them():
     lengths = np.array([[8, 2], [6, 6], [2, 2], [4, 0]])
-    rows = pack_groups(lengths, planes=2, width=10, most=4)
+    rows = pack_groups(lengths, planes=2, width=10, max_groups=4)
     # the longest first: 6 | 6 opens a row; 8 does not fit beside and opens another, with 2 behind it, which leaves more
     # room than the first row has, where 4 (6 + 4 = 10) and then 2 and 2 go
     assert [sorted({g for g, _, _ in row}) for row in rows] == [[1, 2, 3], [0]]
@@ -73,41 +73,41 @@ def test_whole_groups_go_into_the_fullest_row_that_takes_them():
         for g, k, q in row:
             used[q] += lengths[g, k]
         assert (used <= 10).all()
-    assert [len(row) for row in pack_groups(lengths[2:], planes=2, width=10, most=1)] == [2, 1]
+    assert [len(row) for row in pack_groups(lengths[2:], planes=2, width=10, max_groups=1)] == [2, 1]
     with pytest.raises(ValueError, match="a sequence of 11 tokens does not fit in a plane of 10"):
-        pack_groups(np.array([[11, 1]]), planes=2, width=10, most=1)
+        pack_groups(np.array([[11, 1]]), planes=2, width=10, max_groups=1)
 
 
 def test_hosts_hold_disjoint_rows_that_make_up_the_batch():
     data = responses(16)
-    mixture, plan = Mixture.of(data, [16], [None]), GroupPlan(batch_size=8, max_length=20, unit=2)
+    mixture, plan = Mixture.of(data, [16], [None]), Plan(batch_size=8, max_length=20, unit=2)
     whole = GroupBatches(mixture, plan, steps=2)[1]
     halves = [GroupBatches(mixture, plan, steps=2, process_index=i, process_count=2)[1] for i in range(2)]
     together = np.concatenate([half.sequences.tokens for half in halves])
     np.testing.assert_array_equal(together, whole.sequences.tokens)
-    with pytest.raises(ValueError, match="rows in multiples of 1 cannot be shared by 2 hosts"):
-        GroupBatches(mixture, GroupPlan(8, 20, unit=1), steps=1, process_count=2)
+    with pytest.raises(ValueError, match=r"`microbatches` = 1 must be a multiple of the 2 hosts"):
+        GroupBatches(mixture, Plan(8, 20, unit=1), steps=1, process_count=2)
 
 
 def test_epochs_shuffle_anew_take_all_and_shapes_are_few():
     data = responses(40)
-    plan = GroupPlan(batch_size=10, max_length=20, seed=3)
+    plan = Plan(batch_size=10, max_length=20, seed=3)
     batches = GroupBatches(Mixture.of(data, [40], [None]), plan, steps=8)
     first, second = (np.concatenate([batches.groups_of(s) for s in steps]) for steps in (range(4), range(4, 8)))
     assert sorted(first) == sorted(second) == list(range(40)) and first.tolist() != second.tolist()
     shapes = {batches[s].sequences.tokens.shape for s in range(8)}
-    assert len(shapes) <= batches.layout.shapes <= 8
+    assert len(shapes) <= batches.shape_count <= 8
 
 
 def test_held_out_groups_come_once_each_and_the_last_batch_is_filled_with_nothing():
     data = responses(7)
-    batches = eval_batches(data, GroupPlan(batch_size=4, max_length=20))
+    batches = eval_batches(data, Plan(batch_size=4, max_length=20))
     assert len(batches) == 2 and sum(len(read(b)) for b in batches) == 7
 
 
 def test_values_spread_to_tokens_are_each_tokens_own():
     data = responses(9, k=3, missing=True)
-    batch = jax.tree.map(jax.numpy.asarray, Layout.of(data, GroupPlan(9, 20)).batch(data))
+    batch = jax.tree.map(jax.numpy.asarray, BatchShapes.of(data, Plan(9, 20)).batch(data))
     lengths = batch.per_response(batch.sequences.segment_ids > 0)
     spread = batch.to_tokens(lengths)
     inside = np.asarray(batch.sequences.segment_ids) > 0

@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 
-from jaxalign.data.batches.groups import GroupPlan, Layout, Responses
+from jaxalign.data.batches.groups import BatchShapes, Responses
 from jaxalign.data.batches.packing import together
+from jaxalign.data.batches.plan import Plan
 from jaxalign.data.read.tokens import Examples
 
 
@@ -36,8 +37,8 @@ def test_a_group_that_fits_only_in_two_planes_and_a_response_without_a_sister_sh
 
 def test_a_row_holds_the_prompt_then_each_response_behind_its_last_token():
     data = group([8, 9], [1, 2, 3])
-    plan = GroupPlan(1, 16, share_prompt=True)
-    sequences = Layout.of(data, plan).batch(data).sequences
+    plan = Plan(1, 16, share_prompt=True)
+    sequences = BatchShapes.of(data, plan).batch(data).sequences
     plane = jax.tree.map(lambda x: x[0, 0, :10].tolist(), sequences)
     assert plane.tokens == [5, 6, 7, 8, 9, 7, 1, 2, 3, 0]
     assert plane.mask == [False, False, False, True, True, False, True, True, True, False]
@@ -59,9 +60,9 @@ def test_groups_of_every_kind_keep_their_responses_and_take_fewer_rows():
     data = Responses(Examples.of(parts), groups, {"number": np.arange(40)})
     read = {}
     for share in (False, True):
-        batch = Layout.of(data, plan := GroupPlan(40, 24, share_prompt=share)).batch(data)
+        batch = BatchShapes.of(data, plan := Plan(40, 24, share_prompt=share)).batch(data)
         learned = batch.per_response(jax.numpy.where(batch.sequences.mask, batch.sequences.tokens, 0))
         order = np.argsort(batch.columns["number"][batch.valid])
-        read[share] = np.asarray(learned)[np.asarray(batch.valid)][order], len(Layout.of(data, plan).rows(data))
+        read[share] = np.asarray(learned)[np.asarray(batch.valid)][order], len(BatchShapes.of(data, plan).rows(data))
     np.testing.assert_array_equal(read[True][0], read[False][0])
     assert read[True][1] < read[False][1]

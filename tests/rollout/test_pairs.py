@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from jaxalign.data.batches.groups import GroupPlan, Layout
+from jaxalign.data.batches.groups import BatchShapes
+from jaxalign.data.batches.plan import Plan
 from jaxalign.rollout.batches import best_and_worst, pairs_of
 from jaxalign.rollout.engine.engine import Response
 
@@ -21,5 +22,5 @@ def test_a_pair_is_the_best_and_the_worst_and_equals_have_none():
 
 def test_a_step_of_ties_alone_is_a_batch_without_pairs():
     none = pairs_of([(5,)] * 4, [], best_and_worst(np.ones((2, 2))))
-    batch = Layout(GroupPlan(2, 16, packing=False), responses=2, most=1, row_counts=(2,)).batch(none)
+    batch = BatchShapes(Plan(2, 16, packing=False), responses=2, max_groups=1, row_counts=(2,)).batch(none)
     assert not np.asarray(batch.valid).any() and not batch.sequences.mask.any()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data.batches.groups import Responses
-from jaxalign.data.batches.rows import Mixture
+from jaxalign.data.batches.plan import Mixture
 from jaxalign.data.read import feedback_formats, sources
 from jaxalign.data.read.feedback_formats import PAIRS, RANKED, RATED, FeedbackFormat, Group
 from jaxalign.data.read.formats import Conversation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import zlib
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.data.batches.plan import Batches, Plan, order
 from jaxalign.data.read import chat, formats, sources
 from jaxalign.mistake import Mistake
 
@@ -112,21 +112,11 @@ def encode(prompt: Prompt, tokenizer: Any, where: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-class PromptBatches:
-    """Step n -> the numbers of its prompts, Int64[N]. Epochs follow each other without a gap, each in its own order."""
+class PromptBatches(Batches):
+    """Step n -> the numbers of its prompts, Int64[N], all of them on every host."""
 
-    def __init__(self, count: int, batch_size: int, *, steps: int, shuffle: bool, seed: int):
-        self._count, self._size, self._shuffle, self._seed, self.steps = count, batch_size, shuffle, seed, steps
-
-    def __len__(self) -> int:
-        return self.steps
+    def __init__(self, count: int, plan: Plan, *, steps: int = 0):
+        super().__init__(plan, lambda epoch: order(count, (plan.seed, epoch), plan.shuffle), steps=steps)
 
     def __getitem__(self, step: int) -> np.ndarray:
-        wanted = np.arange(step * self._size, (step + 1) * self._size)
-        return np.array([self._order(int(n // self._count))[n % self._count] for n in wanted], np.int64)
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019  one instance a run
-    def _order(self, epoch: int) -> np.ndarray:
-        if not self._shuffle:
-            return np.arange(self._count)
-        return np.random.default_rng((self._seed, epoch)).permutation(self._count)
+        return np.array(self._items(step), np.int64)

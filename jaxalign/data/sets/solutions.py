@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data.batches.groups import Responses
-from jaxalign.data.batches.rows import Mixture
+from jaxalign.data.batches.plan import Mixture
 from jaxalign.data.read import sources
 from jaxalign.data.read.tokens import Encoder, Examples, show
 from jaxalign.data.sets import split

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.data.batches.rows import Mixture
+from jaxalign.data.batches.plan import Mixture
 from jaxalign.data.read import chat, formats, sources
 from jaxalign.data.read.tokens import Encoder, Examples, joined, show
 from jaxalign.data.sets import split

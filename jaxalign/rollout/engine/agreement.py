@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign.data.batches.rows import bucket_widths
+from jaxalign.data.batches.plan import bucket_widths
 from jaxalign.models.reading import token_logps
 from jaxalign.rollout.batches import rollout_batch
 from jaxalign.rollout.engine.engine import Request, Response

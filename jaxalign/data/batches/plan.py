@@ -1,0 +1,157 @@
+"""How examples become batches: the plan of a run, the order of an epoch, and what batches of every kind share."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, Self
+
+import numpy as np
+
+from jaxalign.config.shared import TrainConfig
+
+BUCKETS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How rows, or groups of responses, become batches."""
+
+    batch_size: int  # rows of a batch, or groups of responses, over all hosts
+    max_length: int  # tokens of a row, or of each plane of a row of groups
+    unit: int = 1  # rows of groups are a multiple of it: the parts that devices and microbatches cut a batch into
+    packing: bool = (
+        True  # a row holds as many sequences as fit; without, one sequence or group, in rows that are padded
+    )
+    shuffle: bool = True  # every epoch has a random order of its own; without, examples come as they stand in the data
+    seed: int = 0  # of the orders
+    share_prompt: bool = False  # with packing: the prompt of a group stands once, if all of it then fits in one plane
+
+    @classmethod
+    def of(cls, config: TrainConfig, *, unit: int = 1) -> Plan:
+        """The plan of a command's config: on-policy commands have no `packing`, and only DPO has `share_prompt`."""
+        return cls(
+            config.batch_size,
+            config.max_length,
+            unit,
+            packing=getattr(config, "packing", True),
+            shuffle=config.shuffle,
+            seed=config.seed,
+            share_prompt=getattr(config, "share_prompt", False),
+        )
+
+    @property
+    def widths(self) -> list[int]:
+        """The widths that batches can have, in tokens, in ascending order."""
+        return [self.max_length] if self.packing else bucket_widths(self.max_length)
+
+    def width(self, longest: int) -> int:
+        """The smallest width of a batch whose longest row, or plane, has `longest` tokens."""
+        return next(width for width in self.widths if width >= longest)
+
+
+def bucket_widths(max_length: int) -> list[int]:
+    """The few widths of batches that are not packed: quarters of max_length."""
+    return sorted({-(-max_length * quarter // BUCKETS) for quarter in range(1, BUCKETS + 1)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Examples of several sets one after another, and how many of each an epoch takes."""
+
+    examples: Any  # `Examples`, or `Responses` in groups
+    sizes: tuple[int, ...]  # examples in each set
+    per_epoch: tuple[int, ...]  # examples of each set in an epoch
+
+    @classmethod
+    def of(cls, examples: Any, sizes: Sequence[int], weights: Sequence[float | None]) -> Mixture:
+        """Without weights an epoch takes every example once; with them, as many in all, in those shares."""
+        if any(w is None for w in weights):
+            return cls(examples, tuple(sizes), tuple(sizes))
+        total = sum(sizes)
+        shares = [w / sum(weights) for w in weights]
+        return cls(examples, tuple(sizes), tuple(max(1, round(total * share)) for share in shares))
+
+    def epoch(self, number: int, *, seed: int, shuffle: bool) -> np.ndarray:
+        """Indices of the examples of epoch `number`, in order. A set goes on where its last epoch stopped."""
+        parts, start = [], 0
+        for which, (size, count) in enumerate(zip(self.sizes, self.per_epoch, strict=True)):
+            wanted = np.arange(number * count, (number + 1) * count)
+            orders = {p: order(size, (seed, which, p), shuffle) for p in np.unique(wanted // size)}
+            parts.append(np.array([orders[i // size][i % size] for i in wanted], np.int64) + start)
+            start += size
+        indices = np.concatenate(parts)
+        return indices[order(len(indices), (seed, len(self.sizes), number), True)] if shuffle else indices
+
+
+def order(size: int, seed: tuple[int, ...], shuffle: bool) -> np.ndarray:
+    """Int64[size], a permutation of 0, 1, ..., size - 1: a random one if `shuffle`, else the identity."""
+    return np.random.default_rng(seed).permutation(size) if shuffle else np.arange(size)
+
+
+class Batches:
+    """Batches as a function of the step: `batches[n]` is batch n, for n = 0, 1, ..., steps - 1.
+
+    Epochs follow each other without a gap; a batch may span two. The number of steps may depend on `steps_per_epoch`:
+    it is 0 until `with_steps` sets it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        epoch: Callable[[int], Sequence[Any]],
+        *,
+        steps: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        """
+        Args:
+          plan: sizes, order and seed.
+          epoch: number of an epoch -> its items (rows, groups or prompts) in order, whenever it is called.
+          steps: number of batches.
+          process_index: this host's place among the `process_count` hosts, which each make their part of a batch.
+          process_count: number of hosts.
+        """
+        self.plan, self.steps = plan, steps
+        self._host, self._hosts = process_index, process_count
+        self._epoch = lru_cache(maxsize=2)(epoch)
+        self._starts = [0]  # the first item of each epoch that was planned, counted over all epochs
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.steps
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps of the first epoch; rows of later ones may pack into a few more or less."""
+        return len(self._epoch(0)) / self.plan.batch_size
+
+    def with_steps(self, steps: int) -> Self:
+        """The same batches, `steps` of them."""
+        batches = copy.copy(self)  # shares the epochs that are planned already
+        batches.steps = steps
+        return batches
+
+    def _items(self, step: int) -> list[Any]:
+        """The items of batch `step`, those of all hosts."""
+        first = step * self.plan.batch_size
+        with self._lock:
+            return [self._item(first + i) for i in range(self.plan.batch_size)]
+
+    def _item(self, number: int) -> Any:
+        while number >= self._starts[-1]:
+            self._starts.append(self._starts[-1] + len(self._epoch(len(self._starts) - 1)))
+        epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._epoch(epoch)[number - self._starts[epoch]]
+
+
+def iterate(batches: Batches, *, threads: int = 2, ahead: int = 4) -> Iterator[Any]:
+    """A Grain iterator over batches: it reads ahead, and has get_state() and set_state()."""
+    import grain
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
