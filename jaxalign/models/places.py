@@ -1,11 +1,9 @@
-"""Where parameters live: the mesh, and one table from their paths to PartitionSpecs.
+"""Places of arrays: the mesh, the PartitionSpec of every leaf of a train state, activations, and the hosts' memory.
 
-Three mesh axes: `data` (replicas), `fsdp` (parameters, gradients and optimizer state in equal shares, gathered layer by
-layer) and `tensor` (heads, hidden units and vocabulary in equal shares). Rows of a batch go over `data` and `fsdp`.
-
-Where activations live, told to a model by whoever owns the mesh. Without a layout a model runs on one device.
-
-Parameters that wait in the hosts' memory, pinned, and are on the devices only while something computes with them.
+The mesh has three axes: `data` (replicas), `fsdp` (parameters, gradients and optimizer state in equal shares, gathered
+layer by layer) and `tensor` (heads, hidden units and vocabulary in equal shares). Rows of a batch are cut over `data`
+and `fsdp`. `RULES` maps a leaf's path to its PartitionSpec; `Layout` gives activations theirs; `offloaded` and
+`fetched` move frozen parameters to the hosts' pinned memory, and to the devices while something computes with them.
 """
 
 from __future__ import annotations
@@ -27,9 +25,10 @@ from jaxalign.types import PyTree, leaf_names
 log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
+STACKS = ("blocks", "members")  # trees whose leaves are stacked, on an axis of layers or of members in front
 
-# The first pattern found in a leaf's path decides; optimizer state has the parameter's path at its end, so one table
-# serves both. The leading None of a block's leaf is its layer axis. A leaf that no pattern fits is replicated.
+# The first pattern found in a leaf's path decides. Optimizer state has the parameter's path at its end, so one table
+# serves both. The leading None of a block's leaf is its layer axis; P() is a copy on every device.
 # Codes and scales of a quantised kernel lie as the kernel does. An adapter's A [in, r] is cut as the kernel's inputs
 # are and its B [r, out] as its outputs are, so that x A and (x A) B are made where x W is; the small r stays whole.
 RULES: tuple[tuple[str, P], ...] = (
@@ -41,11 +40,18 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(query|key|value|gate|up)/adapter/b$", P(None, None, "tensor")),
     (r"(output|down)/adapter/a$", P(None, "tensor", None)),
     (r"(output|down)/adapter/b$", P(None, None, "fsdp")),
+    (r"(output|down)/(bias|adapter/magnitude)$", P()),
+    (r"norm/(scale|bias)$", P()),
+    (r"(^|/)head$", P()),  # of a reward model [M D] or a critic [1 D]
+    (r"(^|critic/)bias$", P()),  # of a critic [1]
+    (r"^(mean|std)$", P()),  # of a reward model's scores [M]
+    (r"(^|/)(step|count|key)$", P()),  # of the train state and the optimizer
+    (r"^carry/", P()),  # scalars that the algorithm remembers
 )
 
 
 def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """A mesh of all devices; one of the three sizes may be -1, which takes what the others leave."""
+    """A mesh of all devices; one of the three sizes may be -1: the devices that the other two leave."""
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
@@ -60,21 +66,35 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list |
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def shardings(tree: PyTree, mesh: Mesh, rules: tuple[tuple[str, P], ...] = RULES) -> PyTree:
+def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """A NamedSharding for every leaf (arrays or ShapeDtypeStructs) of params, optimizer state or a TrainState.
 
-    A dimension that its mesh axes do not divide is replicated instead, and the log says so once a leaf.
+    A dimension that its mesh axes do not divide is replicated instead, which is logged. A vector or scalar that no rule
+    fits is replicated.
+
+    Raises:
+      Mistake: a matrix that no rule fits.
     """
 
     def place(name: str, leaf: Any) -> NamedSharding:
-        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
-        if "members" in name.split("/") and spec:
-            spec = P(None, *spec)  # an axis of members in front, whole: one step is of all of them
-        if len(spec) > leaf.ndim:
-            spec = P()
-        return NamedSharding(mesh, _divisible(name, leaf.shape, spec, mesh.shape))
+        return NamedSharding(mesh, _divisible(name, leaf.shape, _spec(name, leaf.shape), mesh.shape))
 
     return jax.tree.map(place, leaf_names(tree), tree)
+
+
+def _spec(name: str, shape: tuple[int, ...]) -> P:
+    spec = next((spec for pattern, spec in RULES if re.search(pattern, name)), None)
+    stacks = [stack for stack in STACKS if stack in name.split("/")]
+    if spec and "members" in stacks:
+        spec = P(None, *spec)  # the axis of members is whole: one step is of all of them
+    if spec is not None and len(spec) <= len(shape):
+        return spec
+    if len(shape) - len(stacks) >= 2:
+        raise Mistake(
+            f"no rule says how the matrix {name} {list(shape)} is cut over the mesh; add a line with a pattern of its "
+            "name and a PartitionSpec to `RULES` in jaxalign/models/places.py (P() keeps a copy on every device)"
+        )
+    return P()
 
 
 def _divisible(name: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> P:
@@ -91,7 +111,10 @@ def _divisible(name: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, i
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The mesh, and its axes that cut rows and heads. Hashable, so it can be static."""
+    """Places of activations: the mesh, and its axes that cut rows and heads. Hashable, so it can be static.
+
+    Whoever owns the mesh hands it to the model; a model without one runs on one device.
+    """
 
     mesh: Mesh
     rows: tuple[str, ...] = ("data", "fsdp")
@@ -101,25 +124,20 @@ class Layout:
         """[B T D] with rows cut and width whole: so weights, not activations, travel under fsdp."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(self.rows, None, None)))
 
-    def constrain_heads(self, x: jax.Array) -> jax.Array:
-        """[B T H K] with rows and heads cut, where the mesh divides the heads."""
-        heads = self.heads if x.shape[2] % self.mesh.shape[self.heads] == 0 else None
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(self.rows, None, heads, None)))
-
 
 HOST = "pinned_host"
 
 
 def on_host(sharding: Any) -> Any:
-    """The same shares of an array in the memory of the hosts of its devices."""
+    """The same shares of an array, in the memory of the hosts of its devices."""
     return sharding.with_memory_kind(HOST)
 
 
 def offloaded(tree: PyTree) -> PyTree:
-    """The arrays in the hosts' memory; those on the devices go with the tree that is given."""
+    """Copies of the arrays in the hosts' memory; the device arrays are freed with `tree`."""
     return jax.tree.map(lambda x: jax.device_put(x, on_host(x.sharding)), tree)
 
 
 def fetched(tree: PyTree) -> PyTree:
-    """The arrays on the devices, beside those on the hosts; inside a jitted function until their last use there."""
+    """Copies of the arrays on the devices; a jitted function frees them after their last use."""
     return jax.device_put(tree, jax.memory.Space.Device)

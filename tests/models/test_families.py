@@ -1,7 +1,6 @@
 """Every family against transformers on tiny random checkpoints: unpadded, padded left and right, packed, and cached."""
 
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -15,9 +14,7 @@ from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files.families import model_config
 from jaxalign.models.files.huggingface import read_config
 from jaxalign.models.files.load import load_params
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import TINY, save_random
+from tests.models.tiny import ARCHITECTURES, TINY, save_random
 
 GOLDEN = Path(__file__).parent / "golden"
 LENGTHS = (12, 7)
@@ -152,20 +149,6 @@ def test_a_llama_config_of_before_transformers_five_means_the_same():
     old |= {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
     assert model_config(old) == model_config(new)
     assert json.loads(json.dumps(old)) == old
-
-
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "gpt_neox": "GPTNeoXForCausalLM",
-}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

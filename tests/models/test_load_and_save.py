@@ -1,9 +1,7 @@
 """Files to sharded arrays and back: bit for bit, tensor by tensor, and a name for everything that is wrong."""
 
 import json
-import sys
 import tracemalloc
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.decoder import init_params, make_decoder
 from jaxalign.models.files.families import model_config, tensor_maps
 from jaxalign.models.files.huggingface import folder, load_tokenizer, read_config, read_hf_config, terminators
@@ -19,11 +18,7 @@ from jaxalign.models.files.load import load_params
 from jaxalign.models.files.save import save_pretrained
 from jaxalign.models.places import make_mesh, shardings
 from jaxalign.types import leaf_names
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import TINY, save_random
-
-from jaxalign.mistake import Mistake
+from tests.models.tiny import TINY, save_random
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], **TINY["llama"]}
 

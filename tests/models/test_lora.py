@@ -1,8 +1,6 @@
 """Adapters: what they compute, where their gradient is, and that the base stays one copy of itself."""
 
 import functools
-import sys
-from pathlib import Path
 
 import chex
 import jax
@@ -35,9 +33,7 @@ from jaxalign.training.sharding import jit_step, put_batch
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
 from jaxalign.types import TokenBatch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import TINY
+from tests.models.tiny import TINY
 
 LLAMA = model_config({"architectures": ["LlamaForCausalLM"], **TINY["llama"], "initializer_range": 0.2})
 PHI3 = model_config({"architectures": ["Phi3ForCausalLM"], **TINY["phi3"]})

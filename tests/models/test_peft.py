@@ -2,7 +2,6 @@
 
 import functools
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -12,17 +11,14 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import Lora, join, linear_layers, resolve_targets, split
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files.families import model_config
 from jaxalign.models.files.huggingface import read_config
 from jaxalign.models.files.load import load_params
 from jaxalign.models.files.peft import load_adapter, save_adapter
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import TINY, save_random
-
-from jaxalign.mistake import Mistake
+from tests.models.tiny import TINY, save_random
 
 # PEFT asks transformers for an attribute that it has renamed.
 RENAMED = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

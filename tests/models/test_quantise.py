@@ -1,8 +1,6 @@
 """Kernels in 8 and 4 bits: how far off, how many bytes, and that they compute, shard and load like the floats."""
 
 import functools
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +18,7 @@ from jaxalign.models.files.families import model_config
 from jaxalign.models.files.load import load_params
 from jaxalign.models.files.save import save_pretrained
 from jaxalign.models.places import make_mesh, shardings
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import TINY
+from tests.models.tiny import TINY
 
 HF = {"architectures": ["LlamaForCausalLM"], **TINY["llama"], "hidden_size": 128, "intermediate_size": 192}
 LLAMA = model_config(HF)

@@ -1,8 +1,6 @@
 """Sequence classifiers that transformers made: the same scores here, and the same file when they are written again."""
 
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,9 +13,7 @@ from jaxalign.models.files.save import save_pretrained
 from jaxalign.models.heads import combine
 from jaxalign.models.places import Layout
 from jaxalign.training import sharding
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import TINY
+from tests.models.tiny import TINY
 
 FAMILIES = ["llama", "llama-tied-biased", "mistral", "qwen2", "gemma2", "gemma3", "gpt2", "gpt-neox"]
 LENGTHS = (12, 7, 1)

@@ -93,6 +93,25 @@ TINY: dict[str, dict] = {
 }
 
 
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+}
+
+
+def hf_config(name: str) -> dict:
+    """config.json of a tiny model."""
+    return {"architectures": [ARCHITECTURES[TINY[name]["model_type"]]], **TINY[name]}
+
+
 def save_random(name: str, directory, *, dtype: str = "float32", seed: int = 0, **changes) -> None:
     """A checkpoint made by transformers with every parameter random, norms' scales and biases too."""
     import torch

@@ -19,18 +19,18 @@ OPTIMIZER = optax.adam(0.1)
 
 
 def prepare(params, frozen, batch):
-    return batch | {"y": jnp.tanh(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), batch["x"], frozen["w"])[0])}
+    return batch | {"y": jnp.tanh(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), batch["x"], frozen["head"])[0])}
 
 
 def loss(params, batch):
-    return Average.of((batch["x"] @ params["w"] - batch["y"]) ** 2), {}
+    return Average.of((batch["x"] @ params["head"] - batch["y"]) ** 2), {}
 
 
 def program(mesh, *, offload):
     """(the jitted step, shapes and places of its state, frozen tree and batch)."""
-    start = lambda: TrainState.create({"w": jnp.ones((WIDTH, WIDTH))}, OPTIMIZER, jax.random.key(0))  # noqa: E731
+    start = lambda: TrainState.create({"head": jnp.ones((WIDTH, WIDTH))}, OPTIMIZER, jax.random.key(0))  # noqa: E731
     like = sharding.placed(jax.eval_shape(start), mesh)
-    frozen = {"w": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)}
+    frozen = {"head": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)}
     frozen = sharding.placed(frozen, mesh, offload=offload)
     rows = jax.sharding.NamedSharding(mesh, sharding.ROWS)
     batch = {"x": jax.ShapeDtypeStruct((8, WIDTH), jnp.float32, sharding=rows)}
@@ -57,8 +57,8 @@ def test_steps_with_a_frozen_tree_in_host_memory_are_the_same_to_the_bit():
         held, rows = ({name: made(x, 1) for name, x in tree.items()} for tree in (frozen, batch))
         for _ in range(2):
             state, metrics = step(state, held, rows)
-        assert held["w"].sharding.memory_kind == ("pinned_host" if offload else "device")
-        found.append((state.params["w"], metrics["loss"]))
+        assert held["head"].sharding.memory_kind == ("pinned_host" if offload else "device")
+        found.append((state.params["head"], metrics["loss"]))
     for here, away in zip(*found, strict=True):
         np.testing.assert_array_equal(here, away)
 
