@@ -83,15 +83,6 @@ class ModelConfig:
     initializer_range: float = 0.02
 
 
-def count_params(config: ModelConfig) -> int:
-    """Number of parameters, norms and biases included."""
-    import jax
-
-    from jaxalign.models.decoder.decoder import make_decoder
-
-    return sum(x.size for x in jax.tree.leaves(make_decoder(config)[1]))
-
-
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
     """Forward and backward of one token in a row of `length`: 6 · (weights in matrix products) + attention.
 

@@ -23,7 +23,7 @@ def is_random(source: str) -> bool:
     return source.startswith(RANDOM)
 
 
-def folder(source: str, *, revision: str | None = None) -> Path:
+def folder(source: str) -> Path:
     """The local folder of a source; a hub name is downloaded into the hub's cache first.
 
     Raises:
@@ -44,7 +44,7 @@ def folder(source: str, *, revision: str | None = None) -> Path:
         raise Mistake(
             f"{source}: no such folder; a model is a Hugging Face folder, a hub name (owner/name) or config:PATH"
         )
-    return _download(source, revision)
+    return _download(source)
 
 
 def lasting(source: str) -> str:
@@ -52,12 +52,12 @@ def lasting(source: str) -> str:
     return str(Path(source).expanduser().resolve()) if Path(source).expanduser().is_dir() else source
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise Mistake(
@@ -66,11 +66,11 @@ def _download(name: str, revision: str | None) -> Path:
         ) from None
 
 
-def read_hf_config(source: str, *, revision: str | None = None) -> dict[str, Any]:
+def read_hf_config(source: str) -> dict[str, Any]:
     """config.json as it is."""
     path = Path(source.removeprefix(RANDOM)).expanduser()
     if not (is_random(source) and path.is_file()):
-        path = folder(source, revision=revision) / "config.json"
+        path = folder(source) / "config.json"
     if not path.exists():
         raise Mistake(f"{path.parent} has no config.json; is it a Hugging Face model folder?")
     return _read_json(path)
@@ -92,9 +92,9 @@ def read_generation_config(source: str) -> dict[str, Any]:
     return _read_json(path) if path.exists() else {}
 
 
-def read_config(source: str, *, revision: str | None = None) -> ModelConfig:
+def read_config(source: str) -> ModelConfig:
     """The neutral config of a source. Raises Mistake, naming the source, when the architecture is not supported."""
-    held = read_hf_config(source, revision=revision)
+    held = read_hf_config(source)
     try:
         return model_config(held)
     except ValueError as error:
