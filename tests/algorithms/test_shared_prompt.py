@@ -13,7 +13,7 @@ from jaxalign.data.batches.groups import BatchShapes
 from jaxalign.data.batches.plan import Plan
 from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
 from jaxalign.losses.sums import select_loss
-from jaxalign.models.decoder.attention import attention
+from jaxalign.models.decoder.attention import Coordinates, attention
 from jaxalign.models.decoder.decoder import init_params, make_decoder
 from jaxalign.models.files.families import model_config
 from tests.algorithms.conftest import make_responses
@@ -76,6 +76,6 @@ def test_the_gradient_is_that_of_responses_that_stand_alone(tiny, data):
 
 def test_splash_attention_refuses_to_share_a_prompt():
     heads, ids = jnp.zeros((1, 128, 2, 64)), jnp.ones((1, 128), jnp.int32)
-    places = {"positions": ids, "segment_ids": ids, "key_positions": ids, "key_segment_ids": ids, "prefix_ids": ids}
+    shared = Coordinates(ids, ids, ids, ids, prefix_ids=ids)
     with pytest.raises(ValueError, match="splash attention cannot share a prompt"):
-        attention(heads, heads, heads, **places, window=None, softcap=None, scale=1.0, implementation="splash")
+        attention(heads, heads, heads, shared, window=None, softcap=None, scale=1.0, implementation="splash")

@@ -14,7 +14,10 @@ BATCH, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 150, 4, 2, 8  # blocks of 64, 64 and 
 def row():
     """A left-padded row, and one with a prompt, two responses to it, and another sequence."""
     rng = np.random.default_rng(0)
-    draw = lambda heads: jnp.asarray(rng.normal(size=(BATCH, LENGTH, heads, WIDTH)), jnp.float32)  # noqa: E731
+
+    def draw(heads):
+        return jnp.asarray(rng.normal(size=(BATCH, LENGTH, heads, WIDTH)), jnp.float32)
+
     segments = np.ones((BATCH, LENGTH), np.int32)
     segments[0, :30] = 0
     segments[1] = np.repeat([1, 2, 3, 4], [40, 30, 50, 30])
@@ -28,23 +31,23 @@ def row():
     ("window", "softcap", "shared"), [(None, None, False), (20, None, False), (None, 5.0, False), (70, None, True)]
 )
 def test_values_and_gradients_are_those_of_all_queries_at_once(row, window, softcap, shared, monkeypatch):
-    given, positions, segments, prefixes = row
-    where = {"positions": positions, "segment_ids": segments, "key_positions": positions, "key_segment_ids": segments}
-    where["prefix_ids"] = jnp.asarray(prefixes) if shared else None
+    operands, positions, segments, prefixes = row
+    prefix_ids = jnp.asarray(prefixes) if shared else None
+    coordinates = module.Coordinates(positions, segments, positions, segments, prefix_ids)
 
-    def found(blocks):
+    def values_and_gradients(blocks):
         def total(query, key, value):
             mixed = module.attention(
-                query, key, value, **where, window=window, softcap=softcap, scale=0.3, implementation="xla"
+                query, key, value, coordinates, window=window, softcap=softcap, scale=0.3, implementation="xla"
             )
             mixed = jnp.where((segments > 0)[..., None, None], mixed, 0.0)
             return jnp.sum(mixed**2), mixed
 
-        assert str(jax.make_jaxpr(total)(*given)).count("exp ") == blocks
-        (_, mixed), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(*given)
+        assert str(jax.make_jaxpr(total)(*operands)).count("exp ") == blocks
+        (_, mixed), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(*operands)
         return [mixed, *grads]
 
-    in_blocks = found(3)
+    in_blocks = values_and_gradients(3)
     monkeypatch.setattr(module, "QUERY_BLOCK", LENGTH)
-    for one, other in zip(in_blocks, found(1), strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-5)
+    for blocked, whole in zip(in_blocks, values_and_gradients(1), strict=True):
+        np.testing.assert_allclose(blocked, whole, atol=2e-5)

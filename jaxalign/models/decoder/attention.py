@@ -1,12 +1,14 @@
 """Attention over packed or padded rows, with one meaning and several implementations.
 
 A query attends to the keys of its own segment at its own or an earlier position, at most window - 1 before it. Segment
-0 is padding: it attends to padding, so its rows are finite, and no one looks at them. Where `prefix_ids` are given, a
-query also attends to that segment, by the same rule: several responses then share a prompt that stands once before
-them. The Pallas kernel knows equal segments only, so it is not used for that.
+0 is padding: it attends to padding, so its rows are finite, and nothing reads them. With `prefix_ids` a query also
+attends to that segment, by the same rule: several responses then share a prompt that stands once before them. The
+Pallas kernel compares segments for equality only, so it is not used for that.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +22,40 @@ QUERY_BLOCK, MOST_BLOCKS = 64, 8  # of queries, where XLA computes the products
 SPLASH_BLOCK = 512  # queries and keys of a tile; smaller when the row is
 
 
+class Coordinates(NamedTuple):
+    """Position and segment of every query, int32 [B T], and of every key, int32 [B S]."""
+
+    positions: jax.Array
+    segment_ids: jax.Array
+    key_positions: jax.Array
+    key_segment_ids: jax.Array
+    prefix_ids: jax.Array | None = None  # [B T], the segment that each query sees besides its own; None: no other
+
+    def part(self, queries: slice, keys: slice) -> Coordinates:
+        """The coordinates of some queries and some keys."""
+        prefix_ids = None if self.prefix_ids is None else self.prefix_ids[:, queries]
+        of_keys = self.key_positions[:, keys], self.key_segment_ids[:, keys]
+        return Coordinates(self.positions[:, queries], self.segment_ids[:, queries], *of_keys, prefix_ids)
+
+    def visible(self, window: int | None) -> jax.Array:
+        """Bool[B T S], True on the keys that each query sees."""
+        visible = self.key_segment_ids[:, None, :] == self.segment_ids[:, :, None]
+        if self.prefix_ids is not None:
+            visible |= self.key_segment_ids[:, None, :] == self.prefix_ids[:, :, None]
+        distance = self.positions[:, :, None] - self.key_positions[:, None, :]
+        visible &= distance >= 0
+        return visible if window is None else visible & (distance < window)
+
+
 def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    coordinates: Coordinates,
     *,
-    positions: jax.Array,
-    segment_ids: jax.Array,
-    key_positions: jax.Array,
-    key_segment_ids: jax.Array,
     window: int | None,
     softcap: float | None,
     scale: float,
-    prefix_ids: jax.Array | None = None,
     implementation: str | None = None,
     layout: Layout | None = None,
 ) -> jax.Array:
@@ -42,86 +65,63 @@ def attention(
       query: [B T H K].
       key: [B S Hk K], where Hk divides H: each key head serves H / Hk query heads.
       value: [B S Hk K].
-      positions: Int32[B T].
-      segment_ids: Int32[B T].
-      key_positions: Int32[B S].
-      key_segment_ids: Int32[B S].
-      window: keys further than window - 1 before the query are not seen; None: no limit.
-      softcap: c tanh(logit / c) before the softmax; None: not.
-      scale: of the logits.
-      prefix_ids: Int32[B T], the segment that each query sees besides its own; None: no other.
+      coordinates: positions and segments, which decide the visible keys.
+      window: a query sees keys at most window - 1 positions before it; None: no limit.
+      softcap: c in c tanh(logit / c), applied before the softmax; None: no soft-cap.
+      scale: factor of the logits.
       implementation: "xla" runs anywhere; "splash" (Pallas, TPU) and "cudnn" (GPU, half precision) never hold the
         [T, S] matrix; None picks by `choose`.
-      layout: rows and heads are cut by this mesh; only "splash" needs to know.
+      layout: the mesh that cuts rows and heads; only "splash" reads it.
 
     Returns:
       [B T H K].
     """
-    if implementation == "splash" and prefix_ids is not None:
-        raise Mistake("splash attention cannot share a prompt: its mask knows equal segments only; use xla or cudnn")
+    shared = coordinates.prefix_ids is not None
+    if implementation == "splash" and shared:
+        raise Mistake(
+            "splash attention cannot share a prompt: its mask only compares segments for equality; use xla or cudnn"
+        )
     implementation = implementation or choose(query, key, softcap, platform=jax.default_backend())
-    if implementation == "splash" and prefix_ids is None:
-        return _splash(query, key, value, segment_ids, window, softcap, scale, layout)
+    if implementation == "splash" and not shared:
+        return _splash(query, key, value, coordinates.segment_ids, window, softcap, scale, layout)
 
-    def of_rows(rows: slice, keys: slice) -> jax.Array:
-        ids = positions[:, rows], segment_ids[:, rows], key_positions[:, keys], key_segment_ids[:, keys]
-        visible = _visible(*ids, window, None if prefix_ids is None else prefix_ids[:, rows])[:, None]  # for every head
-        given = query[:, rows], key[:, keys], value[:, keys]
+    def mix(queries: slice, keys: slice) -> jax.Array:
+        visible = coordinates.part(queries, keys).visible(window)[:, None]  # the same for every head
+        operands = query[:, queries], key[:, keys], value[:, keys]
         if softcap is not None:
-            return _capped(*given, visible, softcap, scale)
+            return _capped(*operands, visible, softcap, scale)
         library = "cudnn" if implementation == "cudnn" else "xla"
-        return jax.nn.dot_product_attention(*given, mask=visible, scale=scale, implementation=library)
+        return jax.nn.dot_product_attention(*operands, mask=visible, scale=scale, implementation=library)
 
     length = query.shape[1]
     block = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))
     if implementation == "cudnn" or length != key.shape[1] or length <= block:
-        return of_rows(slice(None), slice(None))
-    # No key stands behind the queries that see it: a block of queries needs the keys up to its own end, half of all.
+        return mix(slice(None), slice(None))
+    # A query sees no key that stands after it: a block of queries needs the keys up to its own end, on average half.
     starts = range(0, length, block)
-    return jnp.concatenate([of_rows(slice(at, at + block), slice(0, at + block)) for at in starts], axis=1)
-
-
-def _visible(
-    positions: jax.Array,
-    segment_ids: jax.Array,
-    key_positions: jax.Array,
-    key_segment_ids: jax.Array,
-    window: int | None,
-    prefix_ids: jax.Array | None,
-) -> jax.Array:
-    """Bool[B T S], which keys each query sees."""
-    visible = key_segment_ids[:, None, :] == segment_ids[:, :, None]
-    if prefix_ids is not None:
-        visible |= key_segment_ids[:, None, :] == prefix_ids[:, :, None]
-    distance = positions[:, :, None] - key_positions[:, None, :]
-    visible &= distance >= 0
-    return visible if window is None else visible & (distance < window)
+    return jnp.concatenate([mix(slice(at, at + block), slice(0, at + block)) for at in starts], axis=1)
 
 
 def attention_of_one(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    coordinates: Coordinates,
     *,
-    positions: jax.Array,
-    segment_ids: jax.Array,
-    key_positions: jax.Array,
-    key_segment_ids: jax.Array,
     window: int | None,
-    prefix_ids: jax.Array | None = None,
     softcap: float | None,
     scale: float,
 ) -> jax.Array:
     """`attention` of one query a row, [B 1 H K], on keys and values [B Hk S K], which are read once, in order."""
     batch, _, heads, width = query.shape
-    # With a query head for each key head there is no matrix in the product, and XLA is told so.
+    # With a query head for each key head the product has no matrix in it: the axis of groups is left out.
     shared = heads > key.shape[1]
     groups = query.reshape((batch, key.shape[1], heads // key.shape[1], width) if shared else (batch, heads, width))
     to_logits, to_values = ("bkgd,bksd->bkgs", "bkgs,bksd->bkgd") if shared else ("bkd,bksd->bks", "bks,bksd->bkd")
     logits = scale * jnp.einsum(to_logits, groups, key, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    visible = _visible(positions, segment_ids, key_positions, key_segment_ids, window, prefix_ids)
+    visible = coordinates.visible(window)
     visible = visible.reshape(batch, *(1,) * (logits.ndim - 2), -1)
     logits = jnp.where(visible, logits, -0.7 * jnp.finfo(jnp.float32).max)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
@@ -143,7 +143,7 @@ def choose(query: jax.Array, key: jax.Array, softcap: float | None, *, platform:
 def _capped(
     query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, softcap: float, scale: float
 ) -> jax.Array:
-    """`jax.nn.dot_product_attention` has no soft-cap, so here it is in full."""
+    """Attention in full, for the soft-cap that `jax.nn.dot_product_attention` does not have."""
     batch, length, heads, width = query.shape
     groups = query.reshape(batch, length, key.shape[2], heads // key.shape[2], width)
     logits = scale * jnp.einsum("btkgd,bskd->bkgts", groups, key, preferred_element_type=jnp.float32)
@@ -163,8 +163,9 @@ def _splash(
     scale: float,
     layout: Layout | None,
 ) -> jax.Array:
-    """The Pallas kernel of jax.experimental. Within a row, index order is position order inside every segment, so a
-    causal or local mask by index, with segment ids, is exact for packed and padded rows alike.
+    """The Pallas kernel of jax.experimental, with a causal or local mask by index.
+
+    Within a segment, index order is position order, so with segment ids it is exact for packed and padded rows alike.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -184,20 +185,23 @@ def _splash(
         block_kv_dq=block,
     )
     shape = (length, length)
-    one = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), offset=0)
+    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), offset=0)
 
     def local(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
         kernel = splash.make_splash_mha(
-            masks.MultiHeadMask([one] * query.shape[2]),
+            masks.MultiHeadMask([mask] * query.shape[2]),
             head_shards=1,
             q_seq_shards=1,
             block_sizes=sizes,
             attn_logits_soft_cap=softcap,
         )
-        heads_first = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
-        run = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(q=ids, kv=ids))  # noqa: E731
+
+        def of_row(query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array) -> jax.Array:
+            return kernel(query, key, value, segment_ids=splash.SegmentIds(q=ids, kv=ids))
+
         scaled = (query * scale).astype(query.dtype)
-        return heads_first(jax.vmap(run)(*map(heads_first, (scaled, key, value)), segment_ids))
+        heads_first = (jnp.swapaxes(x, 1, 2) for x in (scaled, key, value))
+        return jnp.swapaxes(jax.vmap(of_row)(*heads_first, segment_ids), 1, 2)
 
     if layout is None:
         return local(query, key, value, segment_ids)

@@ -1,4 +1,4 @@
-"""A decoder in neutral words; `models/families/` translates each Hugging Face config into it."""
+"""The config of a decoder in neutral words; `models/files/families/` translates each Hugging Face config into it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What distinguishes layers of one stack: how far they look, and their rotary positions."""
+    """Settings in which layers of one stack may differ: attention window and rotary positions."""
 
     window: int | None = None  # a query sees keys at most window - 1 positions before it; None: all
     rope: Rope | None = None
@@ -50,7 +50,7 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything that changes the numbers. Hashable, so it can be static under jit."""
+    """All settings that change what a decoder computes. Hashable, so it can be static under jit."""
 
     architecture: str  # the Hugging Face class name, such as LlamaForCausalLM
     vocab_size: int
@@ -62,31 +62,31 @@ class ModelConfig:
     head_dim: int
     kinds: tuple[LayerKind, ...]  # the distinct kinds of layers
     layer_kinds: tuple[int, ...]  # index into kinds, one a layer
-    max_length: int  # positions that the model was made for
+    max_length: int  # positions that the model was trained for
     tied: bool  # the unembedding is the embedding
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated_mlp: bool = True
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     norm_offset: float = 0.0  # Gemma's scale is 1 + w
-    norm_places: Literal["pre", "post", "both"] = "pre"  # of a sub-layer: its input, its output
+    norm_places: Literal["pre", "post", "both"] = "pre"  # norm on the input of a sub-layer, its output, or both
     parallel: bool = False  # attention and MLP read the same residual stream (GPT-NeoX)
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: Literal["none", "head", "full"] = "none"  # over each head, or over the whole projection
+    qk_norm: Literal["none", "head", "full"] = "none"  # norm over each head, or over the whole projection
     query_scale: float | None = None  # default head_dim^-0.5
     attention_softcap: float | None = None
     final_softcap: float | None = None
     embedding_scale: float = 1.0
-    learned_positions: int = 0  # size of a position embedding; 0: none
+    learned_positions: int = 0  # rows of the position embedding; 0: none
     initializer_range: float = 0.02
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Forward and backward of one token in a row of `length`: 6 · (weights in matrix products) + attention.
+    """FLOPs of a forward and backward pass of one token in a row of `length`: 6 · weights in products + attention.
 
-    Attention adds 6 · L · length · H · Dh for causal rows (12 before halving for the causal mask), windows aside.
+    Attention adds 6 · L · length · H · Dh for causal rows (12 before halving for the causal mask), windows ignored.
     Recomputation is not counted, as in MFU (PaLM, https://arxiv.org/abs/2204.02311, appendix B).
     """
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim

@@ -6,9 +6,8 @@
     hidden = model(tokens, positions=positions, segment_ids=segment_ids)
 
 Training's compile time does not grow with depth; a call with a cache runs the layers one by one, each with a cache of
-its own. Initial weights are normal with the config's initializer_range; what writes to
-the residual stream starts smaller by sqrt(2 L) (GPT-2). Dropout is not applied: this is a model for alignment, whose
-policies and references must agree.
+its own. Initial weights are normal with the config's initializer_range; kernels that write to the residual stream start
+smaller by sqrt(2 L) (GPT-2). Dropout is not applied, because policies and references must agree.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from jaxalign.config.shared import TrainConfig
 from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import Lora, attach
 from jaxalign.models.adapters.quantise import quantise_layers
-from jaxalign.models.decoder.attention import IMPLEMENTATIONS
+from jaxalign.models.decoder.attention import IMPLEMENTATIONS, Coordinates
 from jaxalign.models.decoder.cache import Cache, LayerCache
 from jaxalign.models.decoder.config import LayerKind, ModelConfig
-from jaxalign.models.decoder.layers import MLP, Attention, Compute, Embedding, Norm, Where, rotate
+from jaxalign.models.decoder.layers import MLP, Attention, Compute, Embedding, Norm, rotate
 from jaxalign.models.places import Layout
 from jaxalign.types import PyTree, Unembedding
 
@@ -38,35 +37,44 @@ REMAT = ("none", "dots", "blocks")
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each added to the residual stream, with norms where the family has them."""
+    """Attention and MLP, each added to the residual stream, with the norms of the family."""
 
     def __init__(self, config: ModelConfig, compute: Compute, rngs: nnx.Rngs):
-        before, after = config.norm_places in ("pre", "both"), config.norm_places in ("post", "both")
-        norm = lambda present: Norm(config, config.hidden_size, compute) if present else None  # noqa: E731
+        def norm(*places: str) -> Norm | None:
+            return Norm(config, config.hidden_size, compute) if config.norm_places in places else None
+
         self.config = config
-        self.attention_norm, self.attention_post_norm = norm(before), norm(after)
-        self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
+        self.attention_norm, self.attention_post_norm = norm("pre", "both"), norm("post", "both")
+        self.mlp_norm, self.mlp_post_norm = norm("pre", "both"), norm("post", "both")
         self.attention = Attention(config, compute, rngs)
         self.mlp = MLP(config, compute, rngs)
 
-    def __call__(self, x: jax.Array, where: Where, kind: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, coordinates: Coordinates, kind: jax.Array) -> jax.Array:
         query, key, value = self.attention.project(_maybe(self.attention_norm, x))
-        attend = [functools.partial(self._attend, where=where, kind=each) for each in self.config.kinds]
+        attend = [
+            functools.partial(self._attend, coordinates=coordinates, kind=layer_kind)
+            for layer_kind in self.config.kinds
+        ]
         mixed = attend[0](query, key, value) if len(attend) == 1 else jax.lax.switch(kind, attend, query, key, value)
         return self._add(x, mixed)
 
-    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, where: Where, kind: LayerKind) -> jax.Array:
-        query, key = rotate(query, where.positions, kind.rope), rotate(key, where.positions, kind.rope)
-        return self.attention.attend(query, key, value, where, kind)
+    def _attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, coordinates: Coordinates, kind: LayerKind
+    ) -> jax.Array:
+        positions = coordinates.positions
+        query, key = rotate(query, positions, kind.rope), rotate(key, positions, kind.rope)
+        return self.attention.attend(query, key, value, coordinates, kind)
 
-    def remembering(
-        self, x: jax.Array, where: Where, kind: LayerKind, held: LayerCache, index: jax.Array
+    def with_cache(
+        self, x: jax.Array, coordinates: Coordinates, kind: LayerKind, cache: LayerCache, index: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
-        """The same of tokens that also see what the cache holds, which they join from slot `index` on."""
+        """(output, filled cache) of tokens that also see the cached ones, and fill the slots from `index` on."""
         query, key, value = self.attention.project(_maybe(self.attention_norm, x))
-        query, key = rotate(query, where.positions, kind.rope), rotate(key, where.positions, kind.rope)
-        held = held.write(index, key, value)
-        return self._add(x, self.attention.attend_held(query, *held.read(query.dtype), where, kind)), held
+        positions = coordinates.positions
+        query, key = rotate(query, positions, kind.rope), rotate(key, positions, kind.rope)
+        cache = cache.write(index, key, value)
+        mixed = self.attention.attend_cached(query, *cache.read(query.dtype), coordinates, kind)
+        return self._add(x, mixed), cache
 
     def _add(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
         mixed = _maybe(self.attention_post_norm, mixed)
@@ -86,13 +94,18 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, compute: Compute = Compute(), rngs: nnx.Rngs):  # noqa: B008
         self.config, self.compute = config, compute
         std, width = config.initializer_range, config.hidden_size
-        table = lambda size: Embedding(size, width, std=std, compute=compute, rngs=rngs) if size else None  # noqa: E731
+
+        def table(size: int) -> Embedding | None:
+            return Embedding(size, width, std=std, compute=compute, rngs=rngs) if size else None
+
+        def block(key: jax.Array) -> Block:
+            return Block(config, compute, nnx.Rngs(params=key))
+
         self.embed = table(config.vocab_size)
         self.embed_positions = table(config.learned_positions)
         keys = jax.random.split(rngs.params(), config.num_layers)
-        make = lambda key: Block(config, compute, nnx.Rngs(params=key))  # noqa: E731
-        stacked = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(make(key))))(keys)
-        self.blocks = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: make(keys[0]))), stacked)
+        stacked = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(block(key))))(keys)
+        self.blocks = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: block(keys[0]))), stacked)
         self.norm = Norm(config, width, compute)
         self.unembedding = table(0 if config.tied else config.vocab_size)
 
@@ -111,9 +124,9 @@ class Decoder(nnx.Module):
           tokens: Int32[B T].
           positions: Int32[B T]; by default 0, 1, 2, ... from the start of each run of equal segment ids.
           segment_ids: Int32[B T]; by default all one segment.
-          cache: what was read before; the T tokens are added to it, and their positions must be given.
-          layers: `self.layers()`, with a cache; a loop over tokens takes them before it starts.
-          prefix_ids: Int32[B T], the segment that each token sees besides its own, as a shared prompt.
+          cache: the tokens read before, to which these T are added; it requires `positions`.
+          layers: `self.layers()`, read with a cache only; a loop over tokens takes them once, before it starts.
+          prefix_ids: Int32[B T], the segment that each token sees besides its own, such as a shared prompt.
         """
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
@@ -127,31 +140,31 @@ class Decoder(nnx.Module):
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
         if cache is None:
-            where = Where(positions, segment_ids, positions, segment_ids, prefix_ids)
-            return self.norm(self._run_blocks(x, where))
+            coordinates = Coordinates(positions, segment_ids, positions, segment_ids, prefix_ids)
+            return self.norm(self._run_blocks(x, coordinates))
         cache = cache.place(positions, segment_ids)
-        where = Where(positions, segment_ids, cache.positions, cache.segment_ids, prefix_ids)
-        x, held = self._run_remembering(x, where, cache, self.layers() if layers is None else layers)
-        return self.norm(x), dataclasses.replace(cache, layers=held, index=cache.index + tokens.shape[1])
+        coordinates = Coordinates(positions, segment_ids, cache.positions, cache.segment_ids, prefix_ids)
+        x, filled = self._run_with_cache(x, coordinates, cache, self.layers() if layers is None else layers)
+        return self.norm(x), dataclasses.replace(cache, layers=filled, index=cache.index + tokens.shape[1])
 
     def layers(self, params: Sequence[PyTree] | None = None) -> tuple[Block, ...]:
-        """The blocks one by one, for calls with a cache; of `layer_params`, if they were taken before."""
+        """The blocks one by one, for calls with a cache; `params` are `layer_params`, if they were taken before."""
         graphdef, state = nnx.split(self.blocks)
-        held = layer_params({"blocks": nnx.to_pure_dict(state)}) if params is None else params
-        return tuple(nnx.merge(graphdef, layer) for layer in held)
+        params = layer_params({"blocks": nnx.to_pure_dict(state)}) if params is None else params
+        return tuple(nnx.merge(graphdef, layer) for layer in params)
 
-    def _run_remembering(
-        self, x: jax.Array, where: Where, cache: Cache, layers: Sequence[Block]
+    def _run_with_cache(
+        self, x: jax.Array, coordinates: Coordinates, cache: Cache, layers: Sequence[Block]
     ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        found = []
-        for block, kind, held in zip(layers, self.config.layer_kinds, cache.layers, strict=True):
+        filled = []
+        for block, kind, layer_cache in zip(layers, self.config.layer_kinds, cache.layers, strict=True):
             if self.compute.layout is not None:
                 x = self.compute.layout.constrain_hidden(x)
-            x, held = block.remembering(x, where, self.config.kinds[kind], held, cache.index)
-            found.append(held)
-        return x, tuple(found)
+            x, layer_cache = block.with_cache(x, coordinates, self.config.kinds[kind], layer_cache, cache.index)
+            filled.append(layer_cache)
+        return x, tuple(filled)
 
-    def _run_blocks(self, x: jax.Array, where: Where) -> jax.Array:
+    def _run_blocks(self, x: jax.Array, coordinates: Coordinates) -> jax.Array:
         graphdef, state = nnx.split(self.blocks)
         layout = self.compute.layout
 
@@ -159,7 +172,7 @@ class Decoder(nnx.Module):
             params, kind = layer
             if layout is not None:
                 x = layout.constrain_hidden(x)
-            return nnx.merge(graphdef, params)(x, where, kind), None
+            return nnx.merge(graphdef, params)(x, coordinates, kind), None
 
         layers = nnx.to_pure_dict(state), jnp.asarray(self.config.layer_kinds, jnp.int32)
         return jax.lax.scan(_rematerialised(body, self.compute.remat), x, layers)[0]
@@ -171,14 +184,13 @@ class Decoder(nnx.Module):
 
 
 def layer_params(params: PyTree) -> tuple[PyTree, ...]:
-    """The parameters of each block, taken out of the stack: a copy."""
-    count = len(jax.tree.leaves(params["blocks"])[0])
-    take = lambda number: jax.tree.map(lambda leaf: leaf[number], params["blocks"])  # noqa: E731
-    return tuple(take(number) for number in range(count))
+    """The parameters of each block, copied out of the stack."""
+    leaves, structure = jax.tree.flatten(params["blocks"])
+    return tuple(jax.tree.unflatten(structure, [leaf[number] for leaf in leaves]) for number in range(len(leaves[0])))
 
 
 def positions_in(segment_ids: jax.Array) -> jax.Array:
-    """Int32[B T]: how far each token is from the first of its run of equal segment ids."""
+    """Int32[B T], the distance of each token from the first of its run of equal segment ids."""
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
     starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
@@ -187,7 +199,7 @@ def positions_in(segment_ids: jax.Array) -> jax.Array:
 def _rematerialised(body: Any, policy: str) -> Any:
     if policy == "none":
         return body
-    # prevent_cse guards against undoing the recomputation, which a scan does not need
+    # prevent_cse keeps XLA from undoing the recomputation, which cannot happen inside a scan
     if policy == "dots":
         return jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     return jax.checkpoint(body, prevent_cse=False)
@@ -207,13 +219,14 @@ def make_decoder(
     """(graphdef, abstract params): the structure, and a nested dict of shapes and dtypes. No array is made.
 
     Args:
-      compute_dtype: of activations; parameters are cast to it where they are used.
-      param_dtype: of the parameters.
-      remat: what the backward pass computes again: "none", "dots" (all but matrix products), "blocks" (all).
+      compute_dtype: dtype of activations; parameters are cast to it as they are used.
+      param_dtype: dtype of the parameters.
+      remat: activations that the backward pass computes again: "none", "dots" (all but matrix products), "blocks"
+        (all).
       attention: an implementation of `models/decoder/attention.py`, or None for the best on the platform.
       layout: the mesh that cuts activations, or None for one device.
-      lora: adapters that the blocks carry, or None.
-      quantise: of the blocks' kernels: "none", "int8" or "nf4".
+      lora: adapters of the blocks' layers, or None.
+      quantise: format of the blocks' kernels: "none", "int8" or "nf4".
     """
     if remat not in REMAT:
         raise Mistake(f"remat={remat!r} is not one of {', '.join(REMAT)}")
@@ -253,7 +266,7 @@ def compute_dtype(precision: str) -> jnp.dtype:
 def init_params(
     config: ModelConfig, key: jax.Array, *, param_dtype: Any = jnp.float32, shardings: Any = None
 ) -> PyTree:
-    """Random parameters, made in place on the devices that `shardings` (a tree like params) names."""
+    """Random parameters, made on the devices that `shardings` (a tree like params) names."""
     compute = Compute(param_dtype=jnp.dtype(param_dtype))
 
     def make(key: jax.Array) -> PyTree:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxalign.models.decoder.attention import attention, attention_of_one
+from jaxalign.models.decoder.attention import Coordinates, attention, attention_of_one
 from jaxalign.models.decoder.config import LayerKind, ModelConfig, Rope
 from jaxalign.models.places import Layout
 
@@ -21,7 +21,7 @@ ACTIVATIONS = {
 
 
 class Compute(NamedTuple):
-    """How a model computes, as opposed to what; hashable."""
+    """Settings that change how a model computes, not what; hashable."""
 
     dtype: jnp.dtype = jnp.dtype("float32")
     param_dtype: jnp.dtype = jnp.dtype("float32")
@@ -30,18 +30,8 @@ class Compute(NamedTuple):
     layout: Layout | None = None
 
 
-class Where(NamedTuple):
-    """Places of the queries, and of the keys they may look at: int32 [B T] and [B S]."""
-
-    positions: jax.Array
-    segment_ids: jax.Array
-    key_positions: jax.Array
-    key_segment_ids: jax.Array
-    prefix_ids: jax.Array | None = None  # of the queries: the segment that each sees besides its own
-
-
 class Embedding(nnx.Module):
-    """Rows of a table. Taken before they are cast: the table itself is never copied."""
+    """Rows of a table, cast to the dtype of compute after they are taken, so that the table is never copied."""
 
     def __init__(self, size: int, width: int, *, std: float, compute: Compute, rngs: nnx.Rngs):
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (size, width), compute.param_dtype))
@@ -52,7 +42,7 @@ class Embedding(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """x / rms(x) · (offset + scale), or layer norm with a bias; in float32."""
+    """x / rms(x) · (offset + scale), or layer norm with a bias, computed in float32."""
 
     def __init__(self, config: ModelConfig, width: int, compute: Compute):
         self.config = config
@@ -75,7 +65,7 @@ def _along_last(x: jax.Array, ndim: int) -> jax.Array:
 
 
 def rotate(x: jax.Array, positions: jax.Array, rope: Rope | None) -> jax.Array:
-    """Rotary positions on [B T H K]: dimension i < dims/2 pairs with i + dims/2; the rest pass; in float32."""
+    """Rotary positions on x [B T H K]: dimension i < dims/2 pairs with i + dims/2, those from dims on stay; float32."""
     if rope is None:
         return x
     angles = positions[:, :, None].astype(jnp.float32) * jnp.asarray(rope.frequencies())[None, None]
@@ -87,7 +77,7 @@ def rotate(x: jax.Array, positions: jax.Array, rope: Rope | None) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with its projections; per-head kernels are kept as [D, H K]."""
+    """Grouped-query attention with its projections, whose kernels are [D, H K]."""
 
     def __init__(self, config: ModelConfig, compute: Compute, rngs: nnx.Rngs):
         width, out = config.num_heads * config.head_dim, config.initializer_range / (2 * config.num_layers) ** 0.5
@@ -97,9 +87,9 @@ class Attention(nnx.Module):
         self.key = linear(config.hidden_size, kv_width, config.qkv_bias, config.initializer_range, compute, rngs)
         self.value = linear(config.hidden_size, kv_width, config.qkv_bias, config.initializer_range, compute, rngs)
         self.output = linear(width, config.hidden_size, config.output_bias, out, compute, rngs)
-        present, whole = config.qk_norm != "none", config.qk_norm == "full"
-        self.query_norm = Norm(config, width if whole else config.head_dim, compute) if present else None
-        self.key_norm = Norm(config, kv_width if whole else config.head_dim, compute) if present else None
+        normed, whole = config.qk_norm != "none", config.qk_norm == "full"
+        self.query_norm = Norm(config, width if whole else config.head_dim, compute) if normed else None
+        self.key_norm = Norm(config, kv_width if whole else config.head_dim, compute) if normed else None
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Query [B T H K], key and value [B T Hk K], before rotation."""
@@ -115,13 +105,15 @@ class Attention(nnx.Module):
     def _scale(self) -> float:
         return self.config.head_dim**-0.5 if self.config.query_scale is None else self.config.query_scale
 
-    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, where: Where, kind: LayerKind) -> jax.Array:
-        """The projected mixture of values [B T Hk K]."""
+    def attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, coordinates: Coordinates, kind: LayerKind
+    ) -> jax.Array:
+        """The projected mixture of values, [B T D]; key and value [B S Hk K]."""
         mixed = attention(
             query,
             key,
             value,
-            **where._asdict(),
+            coordinates,
             window=kind.window,
             softcap=self.config.attention_softcap,
             scale=self._scale,
@@ -130,17 +122,17 @@ class Attention(nnx.Module):
         )
         return self.output(mixed.reshape(*mixed.shape[:2], -1))
 
-    def attend_held(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, where: Where, kind: LayerKind
+    def attend_cached(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, coordinates: Coordinates, kind: LayerKind
     ) -> jax.Array:
-        """The same of keys and values as a cache holds them, [B Hk S K]; one query a row has products of its own."""
+        """`attend` to keys and values as a cache stores them, [B Hk S K]; a single query a row is a case of its own."""
         if query.shape[1] > 1:
-            return self.attend(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), where, kind)
+            return self.attend(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), coordinates, kind)
         mixed = attention_of_one(
             query,
             key,
             value,
-            **where._asdict(),
+            coordinates,
             window=kind.window,
             softcap=self.config.attention_softcap,
             scale=self._scale,
@@ -153,7 +145,7 @@ def _heads(x: jax.Array, head_dim: int) -> jax.Array:
 
 
 class MLP(nnx.Module):
-    """down(act(gate x) · up x), or down(act(up x)) where the family has no gate."""
+    """down(act(gate x) · up x), or down(act(up x)) in families without a gate."""
 
     def __init__(self, config: ModelConfig, compute: Compute, rngs: nnx.Rngs):
         width, inner, std = config.hidden_size, config.intermediate_size, config.initializer_range
@@ -169,9 +161,9 @@ class MLP(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x W + b with W [in, out], cast to the dtype of compute where it is used.
+    """x W + b with W [in, out], cast to the dtype of compute as it is used.
 
-    `make_decoder` may put a `quantise.QuantisedKernel` in the kernel's place, and a `lora.Adapter` beside it.
+    `make_decoder` may replace the kernel by a `quantise.QuantisedKernel` and add a `lora.Adapter`.
     """
 
     def __init__(self, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype):
@@ -182,7 +174,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         plain = isinstance(self.kernel, nnx.Param)
-        # Tokens as one axis: the gradient of W then contracts one axis, not two, which XLA does twice as fast on a CPU.
+        # With tokens on one axis the gradient of W contracts one axis, not two: twice as fast with XLA on a CPU.
         tokens = x.reshape(-1, x.shape[-1])
         y = tokens @ self.kernel[...].astype(self.dtype) if plain else self.kernel.product(tokens)
         y = y.reshape(*x.shape[:-1], y.shape[-1])
