@@ -1,7 +1,7 @@
-"""Scalar heads on a decoder: several are an ensemble, whose members disagree where they know little.
+"""Scalar heads on a decoder; several are an ensemble, whose disagreement measures how uncertain a score is.
 
-Parameters that score are {"model": the trunk, "head": [M D]}, and {"members": adapters [M ...]} where each member has
-its own adapters on the one trunk. Axis letters: M members, D model width.
+A scorer's parameters are {"model": the trunk, "head": [M D]}, and {"members": adapters [M ...]} if each member has its
+own adapters on the one trunk. Axis letters: M members, D model width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxalign.types import PyTree
 
 
 def trunk_config(config: ModelConfig) -> ModelConfig:
-    """The decoder without an output matrix of its own: hidden states are all that a head reads."""
+    """The config without an output matrix, since a head reads hidden states only."""
     return dataclasses.replace(config, tied=True)
 
 
@@ -40,18 +40,18 @@ def scores(hidden: jax.Array, head: jax.Array) -> jax.Array:
 
 
 def each_member(graphdef: Any, params: PyTree, score: Callable[[Any, jax.Array], jax.Array]) -> jax.Array:
-    """`score(model, head [M D]) -> [... M]` of all members: of one trunk at once, of adapters by vmap over them."""
+    """`score(model, head [M D])` [... M] of all members: in one call on a shared trunk, or by vmap over adapters."""
     if "members" not in params:
         return score(nnx.merge(graphdef, params["model"]), params["head"])
 
-    def alone(adapter: PyTree, head: jax.Array) -> jax.Array:
+    def of_member(adapter: PyTree, head: jax.Array) -> jax.Array:
         return score(nnx.merge(graphdef, join(adapter, params["model"])), head[None])[..., 0]
 
-    return jax.vmap(alone, out_axes=-1)(params["members"], params["head"])
+    return jax.vmap(of_member, out_axes=-1)(params["members"], params["head"])
 
 
 def mean(scores: jax.Array) -> jax.Array:
-    """The members' mean [...] of [... M]."""
+    """Mean [...] of the members' scores [... M]."""
     return jnp.mean(scores, axis=-1)
 
 
@@ -69,14 +69,14 @@ RULES: dict[str, Callable] = {"mean": mean, "min": least, "mean_minus_std": mean
 
 
 def combine(scores: jax.Array, rule: str = "mean") -> jax.Array:
-    """One score [...] of the members' [... M], by a rule of RULES: "mean", "min" or "mean_minus_std(k=0.5)".
+    """One score [...] from the members' [... M], by a rule of RULES: "mean", "min" or "mean_minus_std(k=0.5)".
 
-    A member's zero is its own, as ranking losses see differences alone: "min" compares members whose scores were
-    normalised. Raises Mistake on an unknown rule.
+    Ranking losses see differences only, so each member's zero is arbitrary: "min" needs normalised scores. Raises
+    Mistake on an unknown rule.
     """
     return select(rule, RULES)(scores)
 
 
 def disagreement(scores: jax.Array) -> jax.Array:
-    """Standard deviation over the members [...]; 0 for one."""
+    """Standard deviation [...] over the members of [... M]; 0 for a single one."""
     return jnp.std(scores, axis=-1)

@@ -3,13 +3,13 @@
     lora = Lora(rank=16, alpha=32.0, targets=resolve_targets("all-linear", config))
     graphdef, abstract = make_decoder(config, lora=lora)
     base, adapter = split(abstract)                   # shapes of the frozen leaves and of the trained ones
-    adapter = init_adapter(adapter, key, base=params) # params: what load_params gave
+    adapter = init_adapter(adapter, key, base=params) # params: the leaves that load_params read
     model = nnx.merge(graphdef, join(adapter, params))
 
 Adapters are leaves beside the kernel that they change (`blocks/attention/query/adapter/a`), stacked on the layer axis
 and scanned with it. In training `state.params` is the adapter, `frozen` the base, and `Algorithm.assemble` is `join`.
 The base alone, with the graphdef of `make_decoder` without `lora`, is the model before training: a reference policy
-is no second copy, and several adapters (policy, critic, members of an ensemble) share one base.
+needs no second copy, and several adapters (policy, critic, members of an ensemble) share one base.
 
 LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3. rsLoRA: Kalajdzievski 2023,
 https://arxiv.org/abs/2312.03732, eq. 4. DoRA: Liu et al. 2024, https://arxiv.org/abs/2402.09353, eq. 5.
@@ -37,11 +37,11 @@ ALL = "all-linear"
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which layers are adapted, and how; hashable."""
+    """The adapted layers, and the rank and scale of their adapters; hashable."""
 
     rank: int
     alpha: float
-    targets: tuple[str, ...]  # names of layers, such as attention/query: what `resolve_targets` gives
+    targets: tuple[str, ...]  # names of layers, such as attention/query, from `resolve_targets`
     rslora: bool = False
     dora: bool = False
 
@@ -52,7 +52,7 @@ class Lora:
 
 
 def linear_layers(config: ModelConfig) -> dict[str, str]:
-    """Our name of every linear layer of a block, and the Hugging Face module that holds its kernel, maybe fused."""
+    """{our name of a linear layer of a block: the Hugging Face module that holds its kernel, alone or fused}."""
     names = {}
     for tensor in tensor_maps(config):
         module = tensor.name.partition("{layer}.")[2].removesuffix(".weight")
@@ -73,15 +73,15 @@ def resolve_targets(text: str, config: ModelConfig) -> tuple[str, ...]:
     """
     layers = linear_layers(config)
     patterns = [part.strip() for part in text.split(",") if part.strip()]
-    found: set[str] = set()
+    targets: set[str] = set()
     for pattern in patterns:
         matched = set(layers) if pattern == ALL else {ours for ours in layers if _matches(pattern, ours, layers[ours])}
         if not matched:
             raise Mistake(f"target {pattern!r} names no linear layer; {_listed(layers, config)}")
-        found |= matched
-    if not found:
+        targets |= matched
+    if not targets:
         raise Mistake(f"targets={text!r} names nothing; {_listed(layers, config)}")
-    return tuple(name for name in layers if name in found)
+    return tuple(name for name in layers if name in targets)
 
 
 def _matches(pattern: str, ours: str, theirs: str) -> bool:
@@ -98,7 +98,7 @@ def _listed(layers: dict[str, str], config: ModelConfig) -> str:
 
 
 class Adapter(nnx.Module):
-    """What a Linear adds to its product; the layer's bias comes after it."""
+    """The update of a Linear's product, applied before the layer's bias."""
 
     def __init__(self, a: jax.Array, b: jax.Array, magnitude: jax.Array | None, *, scale: float, dtype: jnp.dtype):
         self.a, self.b = nnx.Param(a), nnx.Param(b)  # [in r], [r out]
@@ -106,26 +106,26 @@ class Adapter(nnx.Module):
         self.scale, self.dtype = scale, dtype
 
     def __call__(self, x: jax.Array, product: jax.Array, kernel: jax.Array) -> jax.Array:
-        """x W + scale · (x A) B; with magnitudes m, of which each output takes m / ‖W + scale · A B‖.
+        """x W + scale · (x A) B; with magnitudes m, each output times m / ‖W + scale · A B‖.
 
         Args:
           x: [B T in], in the dtype of compute.
           product: x W.
-          kernel: W [in out] as it is stored, of which DoRA takes the norms.
+          kernel: W [in out] as it is stored; DoRA reads its norms.
         """
         a, b = self.a[...], self.b[...]
         adapted = product + self.scale * ((x @ a.astype(self.dtype)) @ b.astype(self.dtype))
         if self.magnitude is None:
             return adapted
-        # The norms are constants to the gradient, as in section 4.3, where that cost next to no accuracy: the backward
-        # pass is spared products as large as the kernel.
+        # The norms are constants to the gradient, which spares the backward pass products as large as the kernel and
+        # cost next to no accuracy in section 4.3.
         norms = jax.lax.stop_gradient(merged_norms(kernel, a, b, scale=self.scale))
         ratio = self.magnitude[...].astype(jnp.float32) / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
         return (adapted * ratio.reshape((1,) * (x.ndim - 1) + ratio.shape)).astype(product.dtype)
 
 
 def merged_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, *, scale: float) -> jax.Array:
-    """‖W + s A B‖ of each output (the columns of [in, out]), in float32, without making the sum.
+    """‖W + s A B‖ of each output (the columns of [in, out]), in float32, without computing the sum itself.
 
     ‖w + s A b‖² = ‖w‖² + 2 s b·(Aᵀ w) + s² b·(AᵀA) b for a column w of W and b of B.
     """
@@ -137,18 +137,18 @@ def merged_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, *, scale: float)
 
 
 def attach(blocks: nnx.Module, lora: Lora, dtype: jnp.dtype) -> None:
-    """Gives the target layers of abstract, stacked blocks their adapters, in float32 whatever the base is."""
+    """Adds adapters to the target layers of abstract, stacked blocks, in float32 whatever the base is."""
+    wide = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     for name in lora.targets:
         layer = functools.reduce(getattr, name.split("/"), blocks)
         layers, inputs, outputs = kernel_shape(nnx.to_pure_dict(nnx.state(layer))["kernel"])
-        shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
-        magnitude = shape(layers, outputs) if lora.dora else None
-        a, b = shape(layers, inputs, lora.rank), shape(layers, lora.rank, outputs)
+        magnitude = wide((layers, outputs)) if lora.dora else None
+        a, b = wide((layers, inputs, lora.rank)), wide((layers, lora.rank, outputs))
         layer.adapter = Adapter(a, b, magnitude, scale=lora.scale, dtype=dtype)
 
 
 def split(params: PyTree) -> tuple[PyTree, PyTree]:
-    """(base, adapter): the tree without its adapters, and the tree of nothing else."""
+    """(base, adapter): the tree without its adapters, and the tree of the adapters alone."""
     base, adapter = {}, {}
     for name, value in params.items():
         if name == "adapter":
@@ -163,33 +163,31 @@ def split(params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def join(adapter: PyTree, base: PyTree) -> PyTree:
-    """The inverse of `split`, with the trained leaves first: what `Algorithm.assemble` asks for. Copies no array."""
-    inside = lambda name, value: join(adapter[name], value) if name in adapter else value  # noqa: E731
-    return {name: inside(name, value) for name, value in base.items()} | {
-        name: value for name, value in adapter.items() if name not in base
-    }
+    """The inverse of `split`, with the trained leaves first, as `Algorithm.assemble` takes them. Copies no array."""
+    joined = {name: join(adapter[name], value) if name in adapter else value for name, value in base.items()}
+    return joined | {name: value for name, value in adapter.items() if name not in base}
 
 
 def init_adapter(abstract: PyTree, key: jax.Array, *, base: PyTree, shardings: PyTree | None = None) -> PyTree:
     """A uniform in ±1/sqrt(in) (Kaiming's with a = sqrt(5), as in PEFT), B zero, DoRA's magnitudes the base's norms.
 
-    B = 0 makes the first policy the base itself. The paper draws A from a normal distribution of unsaid width.
+    B = 0 makes the first policy the base itself. The paper draws A from a normal distribution and omits its width.
 
     Args:
       abstract: the adapter of `split`.
       key: typed key.
-      base: params without adapters, of which DoRA's magnitudes are taken.
+      base: params without adapters; DoRA's magnitudes are the norms of its kernels.
       shardings: a tree like the adapter.
     """
 
     def make(key: jax.Array, base: PyTree) -> PyTree:
         layers = jax.tree.leaves_with_path(abstract, is_leaf=_is_adapter)
         keys = jax.random.split(key, len(layers))
-        made = [
+        adapters = [
             _init_layer(layer, a_key, _below(base, path[:-1]))
             for (path, layer), a_key in zip(layers, keys, strict=True)
         ]
-        return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=_is_adapter), made)
+        return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=_is_adapter), adapters)
 
     return jax.jit(make, out_shardings=shardings)(key, base)
 
@@ -205,7 +203,7 @@ def _below(tree: PyTree, path: tuple) -> PyTree:
 def _init_layer(abstract: PyTree, key: jax.Array, base: PyTree) -> PyTree:
     a, b = abstract["a"], abstract["b"]
     bound = a.shape[-2] ** -0.5
-    made = {"a": jax.random.uniform(key, a.shape, a.dtype, -bound, bound), "b": jnp.zeros(b.shape, b.dtype)}
+    layer = {"a": jax.random.uniform(key, a.shape, a.dtype, -bound, bound), "b": jnp.zeros(b.shape, b.dtype)}
     if "magnitude" in abstract:
-        made["magnitude"] = merged_norms(plain_kernel(base["kernel"]), made["a"], made["b"], scale=0.0)
-    return made
+        layer["magnitude"] = merged_norms(plain_kernel(base["kernel"]), layer["a"], layer["b"], scale=0.0)
+    return layer

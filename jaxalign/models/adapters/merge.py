@@ -1,4 +1,4 @@
-"""Adapters added to their kernels and codes made floats: from what was trained to the params of an ordinary decoder."""
+"""Merging: adapters added to their kernels and codes made floats give the params of an ordinary decoder."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from jaxalign.types import PyTree
 def merge(params: PyTree, lora: Lora | None) -> PyTree:
     """The params of an ordinary decoder that computes the same.
 
-    W + scale · A B, with DoRA m (W + scale · A B) / ‖W + scale · A B‖, is made in float32 and rounded once, to the
-    dtype of the kernel, or of the embedding where the kernel is quantised. Then the update is added to what the codes
-    stand for, which it was trained on, and not to the weights that they were made from.
+    W + scale · A B, with DoRA m (W + scale · A B) / ‖W + scale · A B‖, is computed in float32 and rounded once, to the
+    dtype of the kernel, or of the embedding if the kernel is quantised. The W of a quantised kernel is the dequantised
+    one, on which the update was trained, and not the weights that were quantised.
     """
     return _plain(params, lora, params["embed"]["embedding"].dtype, lambda kernel: kernel[...])
 
 
 def merge_by_layer(params: PyTree, lora: Lora | None) -> PyTree:
-    """`merge` for `save_pretrained`, one layer at a time: a base that fills its device has no room for a second one."""
+    """`merge` for `save_pretrained`, one layer at a time: beside a base that fills its device no second one fits."""
     return _plain(params, lora, params["embed"]["embedding"].dtype, lambda kernel: kernel)
 
 
 class MergedKernel:
-    """A stacked kernel [L in out] that is yet to be made: `kernel[layer]` makes a layer, `kernel[...]` all."""
+    """A stacked kernel [L in out], merged when it is indexed: `kernel[layer]` is one layer, `kernel[...]` all."""
 
     def __init__(self, kernel: PyTree, adapter: PyTree | None, scale: float, dtype: Any):
         self._parts, self._scale, self.dtype = (kernel, adapter), scale, jnp.dtype(dtype)

@@ -1,4 +1,4 @@
-"""Kernels of a frozen base in 8 or 4 bits, made floats again where they are used (QLoRA).
+"""Kernels of a frozen base in 8 or 4 bits, made floats again as they are used (QLoRA).
 
 Why not a library: the kernels are leaves of a scanned stack, sliced by layer and cut by a mesh, and their floats must
 not outlive one matrix product. Qwix 0.1.8 looks NF4 codes up by a gather over the flattened kernel: for one
@@ -43,13 +43,13 @@ class Quantised(NamedTuple):
 
 
 def quantise_kernel(kernel: jax.Array, kind: str) -> Quantised:
-    """The nearest code of each weight in units of its block's scale, which is the largest weight there.
+    """The nearest code of each weight in units of its block's scale, which follows from the block's largest weight.
 
     int8: weight ≈ scale · code, with scale = max |weight| / 127; off by half a scale at most.
     nf4: weight ≈ scale · NF4[code], with scale = max |weight|; off by half the gap between two values at most.
 
     Args:
-      kernel: [..., in, out]; a block is `BLOCK` inputs of one output, or the largest divisor of it that divides in.
+      kernel: [..., in, out]; a block is `BLOCK` inputs of one output, or gcd(in, BLOCK) if BLOCK does not divide in.
       kind: "int8" or "nf4".
 
     Raises:
@@ -62,7 +62,7 @@ def quantise_kernel(kernel: jax.Array, kind: str) -> Quantised:
     blocks = kernel.astype(jnp.float32).reshape(*kernel.shape[:-2], inputs // block, block, outputs)
     largest = jnp.max(jnp.abs(blocks), axis=-2, keepdims=True)
     scales = (largest / 127 if kind == "int8" else largest).astype(jnp.bfloat16)
-    # Codes are chosen for the scale as it is stored, so its own rounding costs nothing but at the very largest weight.
+    # Codes are chosen for the scale as it is stored, so its rounding costs nothing except at the largest weight.
     unit = blocks / jnp.where(scales == 0, 1.0, scales.astype(jnp.float32))
     if kind == "int8":
         codes = jnp.clip(jnp.round(unit), -127, 127).astype(jnp.int8)
@@ -74,7 +74,7 @@ def quantise_kernel(kernel: jax.Array, kind: str) -> Quantised:
 
 
 def dequantise(codes: jax.Array, scales: jax.Array) -> jax.Array:
-    """Float32[..., in, out]; the dtype of the codes tells their kind."""
+    """Float32[..., in, out] from codes and scales; int8 codes are int8, nf4 codes uint8."""
     *stack, blocks, outputs = scales.shape
     blocked = codes.astype(jnp.int32).reshape(*stack, blocks, 1, -1, outputs)
     if codes.dtype == jnp.uint8:
@@ -86,7 +86,7 @@ def dequantise(codes: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def _nf4(codes: jax.Array) -> jax.Array:
-    """The table as four rounds of choices, one a bit: elementwise, so that XLA fuses it as it would not a gather."""
+    """NF4[codes] as four rounds of choices, one a bit: elementwise, so that XLA fuses it, unlike a gather."""
     values: list = list(NF4)
     for bit in range(4):
         odd = (codes >> bit) & 1 == 1
@@ -95,7 +95,7 @@ def _nf4(codes: jax.Array) -> jax.Array:
 
 
 class QuantisedKernel(nnx.Module):
-    """Stands where a Linear has its kernel: `kernel[...]` is Float32[in, out], and `kernel.product(x)` is x W."""
+    """The quantised kernel of a Linear: `kernel[...]` is Float32[in, out], and `kernel.product(x)` is x W."""
 
     def __init__(self, codes: jax.Array, scales: jax.Array):
         self.codes, self.scales = nnx.Param(codes), nnx.Param(scales)
@@ -104,13 +104,16 @@ class QuantisedKernel(nnx.Module):
         return dequantise(self.codes[...], self.scales[...])
 
     def product(self, x: jax.Array) -> jax.Array:
-        """x W in the dtype of x. The backward pass makes W again; kept for it, all layers' floats would be a base."""
-        multiply = lambda x, codes, scales: x @ dequantise(codes, scales).astype(x.dtype)  # noqa: E731
+        """x W in the dtype of x. The backward pass makes W again: all layers' floats would be as large as a base."""
+
+        def multiply(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
+            return x @ dequantise(codes, scales).astype(x.dtype)
+
         return jax.checkpoint(multiply, prevent_cse=False)(x, self.codes[...], self.scales[...])
 
 
 def quantise_layers(blocks: nnx.Module, kind: str) -> None:
-    """Puts quantised kernels in the place of all kernels of abstract, stacked blocks."""
+    """Replaces all kernels of abstract, stacked blocks by quantised ones."""
     for _, module in list(nnx.iter_modules(blocks)):
         if isinstance(getattr(module, "kernel", None), nnx.Param):
             shape = jax.eval_shape(lambda x: quantise_kernel(x, kind), module.kernel.get_value())
@@ -118,7 +121,7 @@ def quantise_layers(blocks: nnx.Module, kind: str) -> None:
 
 
 def quantise_kernels(params: PyTree, kind: str) -> PyTree:
-    """Every `kernel` of the tree as {"codes", "scales"}; embeddings, norms and biases as they are."""
+    """The tree with every `kernel` as {"codes", "scales"}; embeddings, norms and biases as they are."""
     if not isinstance(params, dict):
         return params
     return {
@@ -128,7 +131,7 @@ def quantise_kernels(params: PyTree, kind: str) -> PyTree:
 
 
 def plain_kernel(kernel: PyTree) -> jax.Array:
-    """A kernel's leaves as one float array: itself, or what {"codes", "scales"} stand for."""
+    """A kernel's leaves as one float array: itself, or the dequantised {"codes", "scales"}."""
     return dequantise(**kernel) if isinstance(kernel, dict) else kernel
 
 

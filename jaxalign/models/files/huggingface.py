@@ -1,7 +1,7 @@
-"""Where a model comes from: a Hugging Face folder, a hub name, or config:PATH for random weights. Config and tokenizer.
+"""Sources of models: a Hugging Face folder, a hub name, or config:PATH for random weights. Reads config and tokenizer.
 
-Weights are read by `load.py` and written by `save.py`. Only safetensors are read: the older formats run
-whatever their file says.
+Weights are read by `load.py` and written by `save.py`. Only safetensors are read: files of the older formats can run
+code when they are opened.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja
 
 
 def is_random(source: str) -> bool:
-    """Whether the source asks for random weights."""
+    """True for config:PATH, a model with random weights."""
     return source.startswith(RANDOM)
 
 
@@ -27,7 +27,7 @@ def folder(source: str) -> Path:
     """The local folder of a source; a hub name is downloaded into the hub's cache first.
 
     Raises:
-      Mistake: neither a local folder nor a name that the hub knows or that can be reached.
+      Mistake: neither a local folder nor a name that the hub knows, or the hub cannot be reached.
     """
     if not source.removeprefix(RANDOM):
         raise Mistake(f"model {source!r} names nothing; give a folder, a hub name (owner/name) or config:PATH")
@@ -47,8 +47,8 @@ def folder(source: str) -> Path:
     return _download(source)
 
 
-def lasting(source: str) -> str:
-    """What names the source from any folder: a hub name as it is, a folder by its whole path."""
+def absolute_source(source: str) -> str:
+    """The source with a folder as its absolute path, valid from any working directory; a hub name is unchanged."""
     return str(Path(source).expanduser().resolve()) if Path(source).expanduser().is_dir() else source
 
 
@@ -67,7 +67,7 @@ def _download(name: str) -> Path:
 
 
 def read_hf_config(source: str) -> dict[str, Any]:
-    """config.json as it is."""
+    """The source's config.json, unchanged."""
     path = Path(source.removeprefix(RANDOM)).expanduser()
     if not (is_random(source) and path.is_file()):
         path = folder(source) / "config.json"
@@ -78,25 +78,25 @@ def read_hf_config(source: str) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        held = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:  # of JSON, or of UTF-8
         raise Mistake(f"{path} is not JSON: {error}; fetch it again") from None
-    if not isinstance(held, dict):
-        raise Mistake(f"{path} holds a {type(held).__name__}, not the config of a model")
-    return held
+    if not isinstance(content, dict):
+        raise Mistake(f"{path} contains a {type(content).__name__}, not the config of a model; fetch it again")
+    return content
 
 
 def read_generation_config(source: str) -> dict[str, Any]:
-    """generation_config.json as it is; nothing where there is none."""
+    """The source's generation_config.json, unchanged; {} if it has none."""
     path = folder(source) / "generation_config.json"
     return _read_json(path) if path.exists() else {}
 
 
 def read_config(source: str) -> ModelConfig:
     """The neutral config of a source. Raises Mistake, naming the source, when the architecture is not supported."""
-    held = read_hf_config(source)
+    hf_config = read_hf_config(source)
     try:
-        return model_config(held)
+        return model_config(hf_config)
     except ValueError as error:
         raise Mistake(f"{source}: {error}") from None
 
@@ -110,7 +110,7 @@ def load_tokenizer(source: str) -> Any:
         raise Mistake(f"{path} has no tokenizer (tokenizer.json); name one with `tokenizer`")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers and its parts raise under many names
+    except Exception as error:  # transformers and its dependencies raise errors of many classes
         first = (str(error).strip().splitlines() or [""])[0]
         raise Mistake(
             f"the tokenizer in {path} cannot be read ({type(error).__name__}: {first}); fetch it again, or name "
@@ -130,14 +130,14 @@ def check_fits(tokenizer: Any, model: ModelConfig, source: str) -> None:
 def terminators(source: str, tokenizer: Any) -> tuple[int, ...]:
     """Ids that end a text: generation_config.json's, then config.json's, then the tokenizer's eos token.
 
-    The first one is what training appends. Models may end texts with another token than the tokenizer's eos: a tie is
-    decided by generation_config.json, whose first id comes first.
+    Training appends the first one. Models may end texts with another token than the tokenizer's eos, which is why the
+    ids of generation_config.json come first.
     """
     config = folder(source) / "config.json"
-    found: list[int] = []
-    for held in (read_generation_config(source), _read_json(config) if config.exists() else {}):
-        ids = held.get("eos_token_id")
-        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    ends: list[int] = []
+    for settings in (read_generation_config(source), _read_json(config) if config.exists() else {}):
+        ids = settings.get("eos_token_id")
+        ends += ids if isinstance(ids, list) else [] if ids is None else [ids]
     if tokenizer.eos_token_id is not None:
-        found.append(tokenizer.eos_token_id)
-    return tuple(dict.fromkeys(int(i) for i in found))
+        ends.append(tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(int(i) for i in ends))

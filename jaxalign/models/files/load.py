@@ -1,6 +1,6 @@
-"""Safetensors to sharded arrays, tensor by tensor: the host holds one that is read and one that travels to the devices.
+"""Safetensors to sharded arrays, tensor by tensor: the host holds one being read and one on its way to the devices.
 
-Everything that can be wrong with the files is found from their headers, before an array is made.
+Everything that can be wrong with the files is raised from their headers, before an array is made.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def load_params(
 
     Args:
       source: local folder or hub name with *.safetensors.
-      config: what `read_config` says of it.
-      param_dtype: tensors are cast to it, one by one.
+      config: the source's config, from `read_config`.
+      param_dtype: dtype of the parameters; tensors are cast one by one.
       shardings: a tree like params; by default everything is on the first device.
-      quantise: "int8" or "nf4" kernels of the blocks, quantised layer by layer: no more than one is held as floats.
-      besides: patterns of tensors that the files hold for others to read, such as a score head.
+      quantise: "int8" or "nf4" for the blocks' kernels, quantised layer by layer: one at a time is there as floats.
+      besides: patterns of tensors in the files that this function leaves to others, such as a score head.
 
     Raises:
       Mistake: no safetensors, or a listed file is absent.
@@ -57,8 +57,8 @@ def load_params(
     _, plain = make_decoder(config, param_dtype=param_dtype)
     _, abstract = make_decoder(config, param_dtype=param_dtype, quantise=quantise)
     if shardings is None:
-        one = SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: one, abstract)
+        first = SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: first, abstract)
     with contextlib.ExitStack() as stack:
         files = _open(path, stack)
         plan = _plan(path, files, config, plain, besides)
@@ -67,7 +67,7 @@ def load_params(
 
 
 def check_files(source: str, config: ModelConfig) -> None:
-    """Raises what `load_params` would of these files, from their headers alone; no array is made."""
+    """Raises the errors of `load_params` from the files' headers alone; no array is made."""
     path = folder(source)
     _, abstract = make_decoder(config)
     with contextlib.ExitStack() as stack:
@@ -75,7 +75,7 @@ def check_files(source: str, config: ModelConfig) -> None:
 
 
 def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Every tensor's name and the open file that holds it."""
+    """{tensor's name: the open file that contains it}."""
     import safetensors
 
     files = {}
@@ -96,9 +96,9 @@ def _files(path: Path) -> list[Path]:
         if absent:
             raise Mistake(f"{path / INDEX} lists {', '.join(absent)}, which is not there; fetch it again")
         return [path / name for name in names]
-    found = sorted(path.glob("*.safetensors"))
-    if found:
-        return found
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        return files
     old = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
     if old:
         raise Mistake(
@@ -116,7 +116,7 @@ def _listed(index: Path) -> list[str]:
 
 
 def read_tensor(source: str, name: str) -> np.ndarray:
-    """One tensor by its name in the files. Raises Mistake when it is not there."""
+    """The tensor of this name in the files. Raises Mistake when there is none."""
     path = folder(source)
     with contextlib.ExitStack() as stack:
         files = _open(path, stack)
@@ -128,12 +128,12 @@ def read_tensor(source: str, name: str) -> np.ndarray:
 def _plan(
     path: Path, files: dict[str, Any], config: ModelConfig, abstract: PyTree, besides: tuple[str, ...] = ()
 ) -> list[tuple]:
-    """(tensor's handle and name, its map, its layer) for all tensors; raises on what does not fit."""
+    """(open file, tensor's name, its map, its layer) of all tensors; raises Mistake on one that does not fit."""
     shapes = {name: leaf.shape for name, leaf in _leaves(abstract)}
     plan, used = [], set()
     for tensor in tensor_maps(config):
         for layer in _layers(tensor, config):
-            name = _found_as(_named(tensor, layer), files)
+            name = _name_in(files, _named(tensor, layer))
             if name is None:
                 raise Mistake(f"{path}: tensor {_named(tensor, layer)} of {config.architecture} is missing")
             _check_shape(path, name, files[name].get_slice(name).get_shape(), tensor, layer, shapes)
@@ -142,13 +142,13 @@ def _plan(
     ignored = (*ignored_tensors(config), *besides)
     extra = sorted(n for n in files if n not in used and not any(re.search(p, n) for p in ignored))
     if extra:
-        more = f" and {len(extra) - 5} more" if len(extra) > 5 else ""
-        raise Mistake(f"{path}: {config.architecture} has no place for {', '.join(extra[:5])}{more}")
+        others = f" and {len(extra) - 5} more" if len(extra) > 5 else ""
+        raise Mistake(f"{path}: {config.architecture} has no place for {', '.join(extra[:5])}{others}")
     return plan
 
 
-def _found_as(name: str, files: dict[str, Any]) -> str | None:
-    """Some checkpoints, the hub's gpt2 among them, leave out the base model's prefix."""
+def _name_in(files: dict[str, Any], name: str) -> str | None:
+    """The tensor's name in the files: some, the hub's gpt2 among them, leave out the base model's prefix."""
     return next((n for n in (name, name.partition(".")[2]) if n in files), None)
 
 
@@ -161,18 +161,18 @@ def _named(tensor: TensorMap, layer: int | None) -> str:
 
 
 def _check_shape(
-    path: Path, name: str, found: list[int], tensor: TensorMap, layer: int | None, shapes: dict[str, tuple]
+    path: Path, name: str, shape: list[int], tensor: TensorMap, layer: int | None, shapes: dict[str, tuple]
 ) -> None:
-    wanted = [shapes[leaf] if layer is None else shapes[leaf][1:] for leaf in tensor.leaves]
-    expected = tensor.to_hf(tuple(np.broadcast_to(np.int8(0), shape) for shape in wanted)).shape
-    if tuple(found) != expected:
-        raise Mistake(f"{path}: tensor {name} has shape {list(found)}, config.json implies {list(expected)}")
+    of_leaves = [shapes[leaf] if layer is None else shapes[leaf][1:] for leaf in tensor.leaves]
+    expected = tensor.to_hf(tuple(np.broadcast_to(np.int8(0), of_leaf) for of_leaf in of_leaves)).shape
+    if tuple(shape) != expected:
+        raise Mistake(f"{path}: tensor {name} has shape {list(shape)}, config.json implies {list(expected)}")
 
 
 def _fill(
     plan: list[tuple], abstract: dict[str, Any], shardings: dict[str, Any], quantise: str
 ) -> dict[str, jax.Array]:
-    """Reads a tensor while the one before travels, and waits for that one, lest a slow device let them pile up."""
+    """{leaf's name: its array}. A tensor is read while the one before travels, and sent once that one has arrived."""
     filled: dict[str, jax.Array] = {}
     travelling: list[jax.Array] = []
 
@@ -182,11 +182,11 @@ def _fill(
             if layer is None:
                 filled[leaf] = sent[leaf] = _put(part, abstract[leaf].dtype, shardings[leaf])
                 continue
-            for name, one in _layer_parts(leaf, part, abstract, shardings, quantise).items():
+            for name, x in _layer_parts(leaf, part, abstract, shardings, quantise).items():
                 like, sharding = abstract[name], shardings[name]
                 if name not in filled:
                     filled[name] = _zeros(like.shape, like.dtype, sharding)
-                filled[name] = sent[name] = _write_layer(sharding)(filled[name], one, layer)
+                filled[name] = sent[name] = _write_layer(sharding)(filled[name], x, layer)
         return list(sent.values())
 
     for handle, name, tensor, layer in plan:
@@ -200,12 +200,12 @@ def _fill(
 def _layer_parts(
     leaf: str, part: np.ndarray, abstract: dict[str, Any], shardings: dict[str, Any], quantise: str
 ) -> dict[str, jax.Array]:
-    """One layer on the devices: the leaf as it is, or its codes and scales."""
+    """One layer on the devices: the leaf itself, or its codes and scales."""
     if leaf in abstract:
         return {leaf: _put(part, abstract[leaf].dtype, _without_layer_axis(shardings[leaf]))}
     places = Quantised(*(_without_layer_axis(shardings[f"{leaf}/{name}"]) for name in Quantised._fields))
-    found = _quantiser(quantise, places)(_put(part, np.float32, places.codes))  # codes lie as the kernel does
-    return {f"{leaf}/{name}": x for name, x in found._asdict().items()}
+    quantised = _quantiser(quantise, places)(_put(part, np.float32, places.codes))  # a kernel is cut as its codes are
+    return {f"{leaf}/{name}": x for name, x in quantised._asdict().items()}
 
 
 @functools.lru_cache
@@ -232,8 +232,8 @@ def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
 
 @functools.lru_cache
 def _write_layer(sharding: Any) -> Any:
-    def write(stack: jax.Array, one: jax.Array, layer: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, one, layer, 0)
+    def write(stack: jax.Array, x: jax.Array, layer: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0)
 
     return jax.jit(write, donate_argnums=0, out_shardings=sharding)
 

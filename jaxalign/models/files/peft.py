@@ -1,10 +1,10 @@
-"""Adapters in PEFT's format, out and in: adapter_config.json and adapter_model.safetensors.
+"""Adapters in PEFT's format, written and read: adapter_config.json and adapter_model.safetensors.
 
-PEFT keeps A as [r, in] and B as [out, r] for every layer. Where a family fuses n kernels that we keep apart (Phi-3's
+PEFT stores A as [r, in] and B as [out, r] for every layer. If a family fuses n kernels that we keep apart (Phi-3's
 qkv_proj, GPT-2's c_attn, GPT-NeoX's query_key_value), their adapters of rank r become one of rank n r, which computes
 the same: the A's above each other, the B's on a block diagonal, zeros for a kernel without an adapter. `rank_pattern`
-and `alpha_pattern` say so, and the way back tells the blocks apart again. An adapter of rank r that PEFT itself has
-made on a fused kernel becomes n of ours that begin with the same A.
+and `alpha_pattern` record it, and reading takes the blocks apart again. An adapter of rank r that PEFT itself has made
+on a fused kernel becomes n of ours that begin with the same A.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from jaxalign.types import PyTree
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SUFFIXES = {"a": ".lora_A.weight", "b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
-CONV1D = ("GPT2LMHeadModel",)  # kernels lie as [in, out] there; elsewhere they are torch's Linear, [out, in]
-# What an adapter_config.json may ask for and `Lora` cannot say, with the values that ask for nothing.
+CONV1D = ("GPT2LMHeadModel",)  # kernels [in, out]; those of other families are torch's Linear, [out, in]
+# Settings of adapter_config.json that `Lora` does not have, with the values that turn them off.
 UNSUPPORTED = {
     "bias": ("none",),
     "modules_to_save": (None, []),
@@ -62,15 +62,15 @@ def save_adapter(
     """Writes a folder that `peft.PeftModel.from_pretrained(base, folder)` loads. Every process calls it; one writes.
 
     Args:
-      directory: made anew; it must not exist, or be empty.
+      directory: the new folder; it must not exist, or be empty.
       adapter: the trained tree.
-      lora: what it was made for.
-      config: of the base.
-      base_model: the base's folder or hub name, which PEFT then finds by itself.
-      extra: more JSON files, by name.
+      lora: the adapted layers, rank and scale.
+      config: config of the base.
+      base_model: the base's folder or hub name, from which PEFT loads it.
+      extra: content of further JSON files, by name.
 
     Raises:
-      Mistake: DoRA, where some but not all of the kernels that the family fuses have an adapter.
+      Mistake: DoRA with adapters on some but not all of the kernels that the family fuses.
     """
     from safetensors.numpy import save_file
 
@@ -78,15 +78,15 @@ def save_adapter(
     if directory.is_dir() and any(directory.iterdir()):
         raise Mistake(f"{directory} is not empty; name a new folder")
     check_exportable(lora, config)
-    held = {name: jax.tree.map(gather, _at(adapter, name)) for name in lora.targets}
+    stacks = {name: jax.tree.map(gather, _at(adapter, name)) for name in lora.targets}
     if jax.process_index() != 0:
         return
     tensors: dict[str, np.ndarray] = {}
     for tensor in _targeted(lora, config):
         for layer in range(config.num_layers):
-            found = [{k: x[layer] for k, x in held[n].items()} if n in held else None for n in _names(tensor)]
+            parts = [{k: x[layer] for k, x in stacks[n].items()} if n in stacks else None for n in _names(tensor)]
             module = PREFIX + _module(tensor).format(layer=layer)
-            fused = _fuse(tensor, found, config)
+            fused = _fuse(tensor, parts, config)
             tensors |= {module + SUFFIXES[k]: np.ascontiguousarray(x) for k, x in fused.items()}
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -100,13 +100,13 @@ def save_adapter(
 
 
 def load_adapter(directory: str | Path, config: ModelConfig) -> tuple[Lora, PyTree]:
-    """(what it is for, the adapter as numpy arrays) of a folder in PEFT's format.
+    """(layers, rank and scale; the adapter as numpy arrays) of a folder in PEFT's format.
 
-    Dropout is not applied: a policy and its reference must agree.
+    Dropout is not applied, because a policy and its reference must agree.
 
     Raises:
       Mistake: one of the two files is absent.
-      Mistake: it holds what `Lora` cannot say, such as ranks that differ, or does not fit the model; it is named.
+      Mistake: a setting that `Lora` does not have, such as ranks that differ, or a tensor that does not fit the model.
     """
     from safetensors.numpy import load_file
 
@@ -121,26 +121,26 @@ def load_adapter(directory: str | Path, config: ModelConfig) -> tuple[Lora, PyTr
     for tensor in _kernels(config):
         for layer in range(config.num_layers):
             module = PREFIX + _module(tensor).format(layer=layer)
-            found = {k: tensors.pop(module + end) for k, end in SUFFIXES.items() if module + end in tensors}
-            if found:
-                parts = _unfuse(path, module, tensor, found, settings["r"], config)
+            fused = {k: tensors.pop(module + end) for k, end in SUFFIXES.items() if module + end in tensors}
+            if fused:
+                parts = _unfuse(path, module, tensor, fused, settings["r"], config)
                 for name, part in zip(_names(tensor), parts, strict=True):
                     layers.setdefault(name, []).extend([] if part is None else [part])
     if tensors or not layers:
         names = ", ".join(sorted(tensors)[:5]) or "an adapter without tensors"
         raise Mistake(f"{path}: {config.architecture} has no place for {names}")
-    held = {name: _stack(path, name, parts, config) for name, parts in layers.items() if parts}
-    return _lora(path, settings, held, config), _nested(held)
+    stacks = {name: _stack(path, name, parts, config) for name, parts in layers.items() if parts}
+    return _lora(path, settings, stacks, config), _nested(stacks)
 
 
 def check_exportable(lora: Lora, config: ModelConfig) -> None:
-    """Raises Mistake where DoRA would need magnitudes of kernels that have no adapter."""
+    """Raises Mistake if DoRA would need magnitudes of kernels that have no adapter."""
     for tensor in _targeted(lora, config) if lora.dora else ():
         absent = [name for name in _names(tensor) if name not in lora.targets]
         if absent:
             raise Mistake(
-                f"{_module(tensor)} of {config.architecture} is one kernel, and PEFT has DoRA's magnitudes for all of "
-                f"it or none: target {', '.join(absent)} as well"
+                f"{_module(tensor)} of {config.architecture} is one kernel, and PEFT stores DoRA's magnitudes for all "
+                f"of it or none: target {', '.join(absent)} as well"
             )
 
 
@@ -167,9 +167,9 @@ def _at(adapter: PyTree, name: str) -> PyTree:
     return node
 
 
-def _nested(held: dict[str, Parts]) -> PyTree:
+def _nested(stacks: dict[str, Parts]) -> PyTree:
     tree: dict[str, Any] = {}
-    for name, parts in held.items():
+    for name, parts in stacks.items():
         node = tree
         for part in ("blocks", *name.split("/")):
             node = node.setdefault(part, {})
@@ -180,9 +180,11 @@ def _nested(held: dict[str, Parts]) -> PyTree:
 @functools.lru_cache
 def _sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(in, out) of every linear layer of a block."""
-    blocks = make_decoder(config)[1]["blocks"]
-    layer = lambda name: functools.reduce(lambda node, part: node[part], name.split("/"), blocks)  # noqa: E731
-    return {name: layer(name)["kernel"].shape[1:] for name in linear_layers(config)}
+    sizes, blocks = {}, make_decoder(config)[1]["blocks"]
+    for name in linear_layers(config):
+        kernel = functools.reduce(lambda node, part: node[part], (*name.split("/"), "kernel"), blocks)
+        sizes[name] = kernel.shape[1:]
+    return sizes
 
 
 def _fuse(tensor: TensorMap, parts: list[Parts | None], config: ModelConfig) -> Parts:
@@ -209,20 +211,23 @@ def _zeros(name: str, rank: int, config: ModelConfig) -> Parts:
 
 
 def _unfuse(
-    path: Path, module: str, tensor: TensorMap, found: Parts, rank: int, config: ModelConfig
+    path: Path, module: str, tensor: TensorMap, fused: Parts, rank: int, config: ModelConfig
 ) -> list[Parts | None]:
-    """The inverse of `_fuse`; None for a kernel without an adapter. One A for all kernels, where PEFT made it so."""
-    _check_shapes(path, module, tensor, found, config)
-    count, a = len(tensor.leaves), found["a"].T
-    b = tensor.to_ours(found["b"].T if config.architecture in CONV1D else found["b"])
-    magnitudes = tensor.to_ours(found["magnitude"]) if "magnitude" in found else ()
+    """The inverse of `_fuse`; None for a kernel without an adapter. Kernels that PEFT adapted as one share their A."""
+    _check_shapes(path, module, tensor, fused, config)
+    count, a = len(tensor.leaves), fused["a"].T
+    b = tensor.to_ours(fused["b"].T if config.architecture in CONV1D else fused["b"])
+    magnitudes = tensor.to_ours(fused["magnitude"]) if "magnitude" in fused else ()
     parts: list[Parts | None] = []
     for i in range(count):
         part = {"a": a, "b": b[i]}
         if count > 1 and a.shape[1] == count * rank:
             block = slice(i * rank, (i + 1) * rank)
             if np.delete(b[i], np.r_[block], axis=0).any():
-                raise Mistake(f"{path}: {module} has rank {a.shape[1]} over fused kernels, and elsewhere {rank}")
+                raise Mistake(
+                    f"{path}: {module} has rank {a.shape[1]} over fused kernels, not {rank} for each of them; all "
+                    "layers must have one rank"
+                )
             part = {"a": a[:, block], "b": b[i][block]}
         if magnitudes:
             part["magnitude"] = magnitudes[i]
@@ -230,20 +235,22 @@ def _unfuse(
     return parts
 
 
-def _check_shapes(path: Path, module: str, tensor: TensorMap, found: Parts, config: ModelConfig) -> None:
-    if not {"a", "b"} <= set(found):
-        have, lack = ("lora_A", "lora_B") if "a" in found else ("lora_B", "lora_A")
+def _check_shapes(path: Path, module: str, tensor: TensorMap, fused: Parts, config: ModelConfig) -> None:
+    if not {"a", "b"} <= set(fused):
+        have, lack = ("lora_A", "lora_B") if "a" in fused else ("lora_B", "lora_A")
         raise Mistake(f"{path}: {module} has {have} without {lack}")
     inputs, outputs = zip(*(_sizes(config)[name] for name in _names(tensor)), strict=True)
-    rank = len(found["a"])
+    rank = len(fused["a"])
     for name, part, shape in (("lora_A", "a", (rank, inputs[0])), ("lora_B", "b", (sum(outputs), rank))):
-        if found[part].shape != shape:
-            raise Mistake(f"{path}: {module} has {name} {list(found[part].shape)}, not {list(shape)}")
+        if fused[part].shape != shape:
+            raise Mistake(f"{path}: {module} has {name} {list(fused[part].shape)}, not {list(shape)}")
 
 
 def _stack(path: Path, name: str, layers: list[Parts], config: ModelConfig) -> Parts:
     if len(layers) != config.num_layers:
-        raise Mistake(f"{path}: {name} has an adapter in {len(layers)} of {config.num_layers} layers; all or none can")
+        raise Mistake(
+            f"{path}: {name} has an adapter in {len(layers)} of {config.num_layers} layers; it must be all or none"
+        )
     return {k: np.stack([part[k] for part in layers]) for k in layers[0]}
 
 
@@ -280,19 +287,19 @@ def _peft_config(lora: Lora, config: ModelConfig, base_model: str) -> dict[str, 
 
 
 def _short(tensor: TensorMap, lora: Lora, config: ModelConfig) -> str:
-    """`q_proj`; with its parent in front where a module of that name is not adapted, as GPT-2 has two `c_proj`."""
+    """`q_proj`; with its parent in front if another module of that name is not adapted, as GPT-2 has two `c_proj`."""
     full = _module(tensor).partition("{layer}.")[2]
     short = full.rpartition(".")[2]
     alike = {ours for ours, theirs in linear_layers(config).items() if theirs.rpartition(".")[2] == short}
     return short if alike <= set(lora.targets) or alike <= set(_names(tensor)) else full
 
 
-def _lora(path: Path, settings: dict[str, Any], held: dict[str, Parts], config: ModelConfig) -> Lora:
-    """Raises Mistake unless one rank and one scale hold for all layers."""
-    ranks = {name: parts["a"].shape[-1] for name, parts in held.items()}
+def _lora(path: Path, settings: dict[str, Any], stacks: dict[str, Parts], config: ModelConfig) -> Lora:
+    """Raises Mistake unless all layers have one rank and one scale."""
+    ranks = {name: parts["a"].shape[-1] for name, parts in stacks.items()}
     if len(set(ranks.values())) > 1:
-        raise Mistake(f"{path}: ranks differ ({ranks}), and one rank must hold for all layers")
-    targets = tuple(name for name in linear_layers(config) if name in held)
+        raise Mistake(f"{path}: ranks differ ({ranks}); all layers must have one rank")
+    targets = tuple(name for name in linear_layers(config) if name in stacks)
     lora = Lora(
         next(iter(ranks.values())),
         float(settings["lora_alpha"]),
@@ -304,5 +311,7 @@ def _lora(path: Path, settings: dict[str, Any], held: dict[str, Parts], config: 
         rank = (settings.get("rank_pattern") or {}).get(pattern, settings["r"])
         scale = alpha / (rank**0.5 if lora.rslora else rank)
         if not math.isclose(scale, lora.scale):
-            raise Mistake(f"{path}: {pattern} is scaled by {scale:g} and others by {lora.scale:g}; one scale must hold")
+            raise Mistake(
+                f"{path}: {pattern} is scaled by {scale:g} and others by {lora.scale:g}; all must have one scale"
+            )
     return lora

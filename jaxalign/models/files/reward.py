@@ -3,16 +3,17 @@
     model = read_reward_model(folder)                        # structure and shapes; no array is made
     params = load_reward_params(model)                       # or shardings=..., a tree like model.like
     scores = member_scores(model.graphdef, params, tokens, lengths)      # [B M], a pure function
-    one = combine(scores, model.rule)                        # [B]
+    score = combine(scores, model.rule)                      # [B]
 
-The folder is any Hugging Face sequence classifier with one label: its score is taken as it stands. What
-`jaxalign reward` writes is one, and has besides `reward.json`, by which scores have mean 0 and variance 1 on reference
-responses, and the members of an ensemble. Text is scored by `rollout/rewards`. Axis letters: M members, D model width.
+The folder is any Hugging Face sequence classifier with one label, whose score is not changed. `jaxalign reward` writes
+one, and beside it `reward.json`, which normalises scores to mean 0 and variance 1 on reference responses, and the
+members of an ensemble. Text is scored by `rollout/rewards`. Axis letters: M members, D model width.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,11 @@ from jaxalign.models.files.peft import load_adapter
 from jaxalign.types import PyTree
 
 DESCRIPTION, HEAD = "reward.json", "score.weight"
-MEMBERS, HEADS = "members", "heads.safetensors"  # a folder of its own: loaders read every safetensors file beside them
+MEMBERS, HEADS = "members", "heads.safetensors"  # in a folder of their own: loaders read every safetensors file of one
 
 
 def classifier_name(architecture: str) -> str:
-    """What transformers calls the sequence classifier of an architecture."""
+    """The class name of transformers for the sequence classifier of an architecture."""
     if architecture == "Gemma3ForCausalLM":
         return "Gemma3TextForSequenceClassification"  # the plain name is of the model that sees images
     return architecture.replace("ForCausalLM", "").replace("LMHeadModel", "") + "ForSequenceClassification"
@@ -49,16 +50,16 @@ CLASSIFIERS = {classifier_name(name): name for name in FAMILIES}
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """What a folder holds, and the shapes of its parameters."""
+    """A reward model as its folder describes it, with the shapes of its parameters."""
 
     folder: Path
     config: ModelConfig  # of the trunk
     graphdef: Any
     like: PyTree  # "model", "head" [M D], "mean" and "std" [M], and "members" [M ...] where each has adapters
     rule: str = "mean"  # how members' scores are combined
-    as_chat: bool = False  # texts were turns of a conversation in training
-    max_length: int = 0  # tokens of a row in training, or that the model was made for
-    separator: str | None = None  # of a process reward model: the text behind each step
+    as_chat: bool = False  # trained on texts as turns of a conversation
+    max_length: int = 0  # tokens of a row in training, or else positions of the model
+    separator: str | None = None  # the text behind each step, of a process reward model
     base: str | None = None  # the trunk's own folder, where the members are adapters on it
     quantise: str = "none"
 
@@ -72,26 +73,26 @@ def read_reward_model(
     layout: Any = None,
     quantise: str | None = None,
 ) -> RewardModel:
-    """What a folder or hub name holds.
+    """The reward model of a folder or hub name; no array is made.
 
     Args:
-      source: a sequence classifier with one label: the `final/` of `jaxalign reward`, or another's.
-      compute_dtype: of the trunk's activations; scores are float32.
-      param_dtype: of the trunk.
+      source: a sequence classifier with one label: the `final/` of `jaxalign reward`, or one made elsewhere.
+      compute_dtype: dtype of the trunk's activations; scores are float32.
+      param_dtype: dtype of the trunk's parameters.
       attention: an implementation of `models/decoder/attention.py`.
       layout: the mesh that cuts activations.
-      quantise: the trunk's kernels: "none", "int8" or "nf4"; None: as the base of its adapters was in training.
+      quantise: format of the trunk's kernels: "none", "int8" or "nf4"; None: as the base of its adapters in training.
 
     Raises:
-      Mistake: not a sequence classifier, or one with several labels; or no way to quantise.
+      Mistake: not a sequence classifier, or one with several labels; or an unknown `quantise`.
     """
     if quantise not in (None, "none", *KINDS):
         raise Mistake(f"quantise={quantise!r} is not one of none, {', '.join(KINDS)}")
-    path, held = huggingface.folder(source), huggingface.read_hf_config(source)
-    config = heads.trunk_config(_causal_config(source, held))
-    described = _described(path)
-    count, base = described.get("members", 1), described.get("base")
-    quantise = described.get("quantise", "none") if quantise is None else quantise
+    path, hf_config = huggingface.folder(source), huggingface.read_hf_config(source)
+    config = heads.trunk_config(_causal_config(source, hf_config))
+    description = _description(path)
+    count, base = description.get("members", 1), description.get("base")
+    quantise = description.get("quantise", "none") if quantise is None else quantise
     lora = load_adapter(path / MEMBERS / "0", config)[0] if base else None
     graphdef, abstract = make_decoder(
         config,
@@ -103,41 +104,41 @@ def read_reward_model(
         quantise=quantise,
     )
     trunk, adapter = split(abstract)
-    wide = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-    like = {"model": trunk, "head": wide(count, config.hidden_size), "mean": wide(count), "std": wide(count)}
+    wide = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    like = {"model": trunk, "head": wide((count, config.hidden_size)), "mean": wide((count,)), "std": wide((count,))}
     if base:
-        like["members"] = jax.tree.map(lambda x: wide(count, *x.shape), adapter)
+        like["members"] = jax.tree.map(lambda x: wide((count, *x.shape)), adapter)
     return RewardModel(
         path,
         config,
         graphdef,
         like,
-        rule=described.get("rule", "mean"),
-        as_chat=described.get("as_chat", False),
-        max_length=described.get("max_length", config.max_length),
-        separator=described.get("separator"),
+        rule=description.get("rule", "mean"),
+        as_chat=description.get("as_chat", False),
+        max_length=description.get("max_length", config.max_length),
+        separator=description.get("separator"),
         base=base,
         quantise=quantise,
     )
 
 
-def _causal_config(source: str, held: dict[str, Any]) -> ModelConfig:
-    names = held.get("architectures") or ["unknown"]
+def _causal_config(source: str, hf_config: dict[str, Any]) -> ModelConfig:
+    names = hf_config.get("architectures") or ["unknown"]
     if names[0] not in CLASSIFIERS:
         raise Mistake(
             f"{source} is a {names[0]}, not a reward model; those are {', '.join(CLASSIFIERS)}, and `jaxalign reward` "
             "trains one"
         )
-    labels = len(held["id2label"]) if held.get("id2label") else held.get("num_labels", 2)
+    labels = len(hf_config["id2label"]) if hf_config.get("id2label") else hf_config.get("num_labels", 2)
     if labels != 1:
         raise Mistake(f"{source} has {labels} labels; a reward model has one, its score")
     try:
-        return model_config({**held, "architectures": [CLASSIFIERS[names[0]]]})
+        return model_config({**hf_config, "architectures": [CLASSIFIERS[names[0]]]})
     except ValueError as error:
         raise Mistake(f"{source}: {error}") from None
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _description(path: Path) -> dict[str, Any]:
     file = path / DESCRIPTION
     try:
         return json.loads(file.read_text()) if file.exists() else {}
@@ -146,12 +147,12 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def load_reward_params(model: RewardModel, *, shardings: PyTree | None = None) -> PyTree:
-    """The parameters, in the places of a tree like `model.like`; by default on the first device."""
+    """The parameters, in the places of `shardings`, a tree like `model.like`; by default on the first device."""
     from safetensors.numpy import load_file
 
     if shardings is None:
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: one, model.like)
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: first, model.like)
     trunk = load_params(
         model.base or str(model.folder),
         model.config,
@@ -161,40 +162,43 @@ def load_reward_params(model: RewardModel, *, shardings: PyTree | None = None) -
         besides=(rf"^{HEAD}$",),
     )
     count = model.like["head"].shape[0]
-    described, file = _described(model.folder), model.folder / MEMBERS / HEADS
+    description, file = _description(model.folder), model.folder / MEMBERS / HEADS
     small: dict[str, Any] = {
         "head": load_file(file)["heads"] if file.exists() else read_tensor(str(model.folder), HEAD),
-        "mean": np.asarray(described.get("mean", [0.0]), np.float32),
-        "std": np.asarray(described.get("std", [1.0]), np.float32),
+        "mean": np.asarray(description.get("mean", [0.0]), np.float32),
+        "std": np.asarray(description.get("std", [1.0]), np.float32),
     }
     if "members" in model.like:
-        found = [load_adapter(model.folder / MEMBERS / str(m), model.config)[1] for m in range(count)]
-        small["members"] = jax.tree.map(lambda *members: np.stack(members), *found)
-    put = lambda x, like, place: jax.device_put(np.asarray(x, like.dtype), place)  # noqa: E731
+        adapters = [load_adapter(model.folder / MEMBERS / str(m), model.config)[1] for m in range(count)]
+        small["members"] = jax.tree.map(lambda *members: np.stack(members), *adapters)
+
+    def put(x: np.ndarray, like: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.Array:
+        return jax.device_put(np.asarray(x, like.dtype), place)
+
     placed = {name: jax.tree.map(put, x, model.like[name], shardings[name]) for name, x in small.items()}
     return {"model": trunk, **placed}
 
 
 def member_scores(graphdef: Any, params: PyTree, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Float32[B M]: (r_m - mean_m) / std_m, with r_m read at the last token of each row; 0 where a row is empty.
+    """Float32[B M]: (r_m - mean_m) / std_m, with r_m read at the last token of each row; 0 in an empty row.
 
     Args:
-      graphdef: of the reward model.
+      graphdef: graphdef of the reward model.
       params: a tree like its `like`.
-      tokens: Int32[B T], padded on the right with anything.
+      tokens: Int32[B T], padded on the right with any ids.
       lengths: Int32[B], tokens of each row, the terminator included.
     """
-    found = scores_at(graphdef, params, tokens, lengths, jnp.maximum(lengths - 1, 0)[:, None])[:, 0]
-    return jnp.where(lengths[:, None] > 0, found, 0.0)
+    scores = scores_at(graphdef, params, tokens, lengths, jnp.maximum(lengths - 1, 0)[:, None])[:, 0]
+    return jnp.where(lengths[:, None] > 0, scores, 0.0)
 
 
 def scores_at(graphdef: Any, params: PyTree, tokens: jax.Array, lengths: jax.Array, places: jax.Array) -> jax.Array:
-    """Float32[B S M], the same at the tokens Int32[B S] of each row, such as the ends of a solution's steps."""
+    """Float32[B S M], (r_m - mean_m) / std_m at the places Int32[B S] of each row, such as the ends of steps."""
     segment_ids = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
 
     def read(model: Any, head: jax.Array) -> jax.Array:
         hidden = model(tokens, segment_ids=segment_ids)
         return heads.scores(jnp.take_along_axis(hidden, places[..., None], axis=1), head)
 
-    found = heads.each_member(graphdef, params, read)
-    return (found - params["mean"][None, None]) / params["std"][None, None]
+    scores = heads.each_member(graphdef, params, read)
+    return (scores - params["mean"][None, None]) / params["std"][None, None]

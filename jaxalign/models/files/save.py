@@ -38,18 +38,18 @@ def save_pretrained(
     A checkpoint that was loaded in its own dtype comes out bit for bit, tensor by tensor.
 
     Args:
-      directory: made anew; it must not exist, or be empty.
+      directory: the new folder; it must not exist, or be empty.
       params: the trained tree, on any mesh; one tensor at a time is gathered.
-      config: what it was built from.
+      config: the config of the decoder.
       hf_config: config.json as it was read; only its dtype changes.
-      tokenizer: a transformers tokenizer, its chat template included.
-      generation_config: written as generation_config.json.
-      model_card: the text of README.md.
-      max_shard_bytes: a file holds at most so much, unless one tensor is larger.
-      dtype: cast to it; by default the parameters' own.
-      extra: more JSON files, by name.
-      head: [1 D], written as score.weight: what makes a trunk without an output matrix a sequence classifier.
-      besides: called by every process to write more files into the folder, before it gets its name.
+      tokenizer: a transformers tokenizer, written with its chat template.
+      generation_config: content of generation_config.json.
+      model_card: text of README.md.
+      max_shard_bytes: largest size of a file, unless a single tensor is larger.
+      dtype: dtype of the tensors; by default the parameters' own.
+      extra: content of further JSON files, by name.
+      head: [1 D], written as score.weight, which makes a trunk without an output matrix a sequence classifier.
+      besides: called by every process to write further files into the folder, before the folder gets its name.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -133,15 +133,15 @@ def _tensors(config: ModelConfig) -> Iterator[tuple[str, TensorMap, int | None]]
 
 def _shards(config: ModelConfig, leaves: dict[str, Any], dtype: np.dtype, max_shard_bytes: int) -> list[list[tuple]]:
     shards: list[list[tuple]] = [[]]
-    held = 0
+    filled = 0  # bytes of the last shard
     for name, tensor, layer in _tensors(config):
         sizes = (leaves[leaf].size // (1 if layer is None else config.num_layers) for leaf in tensor.leaves)
         size = sum(sizes) * dtype.itemsize
-        if shards[-1] and held + size > max_shard_bytes:
+        if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
-            held = 0
+            filled = 0
         shards[-1].append((name, tensor, layer))
-        held += size
+        filled += size
     return shards
 
 

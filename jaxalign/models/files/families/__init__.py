@@ -14,7 +14,7 @@ from jaxalign.models.files.families.base import HfConfig, TensorMap
 class Family(NamedTuple):
     config: Callable[[HfConfig], ModelConfig]
     tensors: Callable[[ModelConfig], list[TensorMap]]
-    ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)  # tensors of old files that say nothing new
+    ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)  # tensors of old files that follow from the config
 
 
 FAMILIES: dict[str, Family] = {
@@ -34,7 +34,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def model_config(hf: HfConfig) -> ModelConfig:
-    """The neutral config of a Hugging Face config.json. Raises Mistake on what is not supported, by name."""
+    """The neutral config of a Hugging Face config.json. Raises Mistake that names an unsupported setting."""
     names = hf.get("architectures") or []
     names = [names] if isinstance(names, str) else names
     if len(names) != 1 or names[0] not in FAMILIES:
@@ -70,17 +70,17 @@ def _check_sizes(config: ModelConfig) -> None:
             raise Mistake(f"config.json implies {name}={size!r}; it must be a whole number above 0")
     if config.num_heads % config.num_kv_heads:
         raise Mistake(
-            f"config.json has {config.num_heads} attention heads for {config.num_kv_heads} key heads; the one must be "
-            "a multiple of the other"
+            f"config.json has {config.num_heads} attention heads for {config.num_kv_heads} key heads; "
+            "num_attention_heads must be a multiple of num_key_value_heads"
         )
 
 
 def tensor_maps(config: ModelConfig) -> list[TensorMap]:
-    """Every tensor of a checkpoint of this architecture, with the leaves that it fills."""
+    """All tensors of a checkpoint of this architecture, with the leaves that they fill."""
     return FAMILIES[config.architecture].tensors(config)
 
 
 def ignored_tensors(config: ModelConfig) -> tuple[str, ...]:
-    """Patterns of tensors that a file may hold besides: buffers, and the copy of a tied embedding."""
+    """Patterns of tensors that a file may have and nothing reads: buffers, and the copy of a tied embedding."""
     tied = (r"^(lm_head|embed_out)\.weight$",) if config.tied else ()
     return FAMILIES[config.architecture].ignored + tied

@@ -1,4 +1,4 @@
-"""What a family's table is made of: tensors of the Hugging Face file, leaves of ours, and the way between them."""
+"""Parts of a family's table: tensors of the Hugging Face file, leaves of our trees, and the map between them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class TensorMap(NamedTuple):
 
 
 def same(name: str, leaf: str) -> TensorMap:
-    """The tensor is the leaf."""
+    """A tensor that is the leaf itself."""
     return TensorMap(name, (leaf,), lambda x: (x,), lambda parts: parts[0])
 
 
 def transposed(name: str, leaf: str) -> TensorMap:
-    """torch's Linear keeps [out, in], we keep [in, out]."""
+    """A kernel [out, in] of torch's Linear, which is [in, out] here."""
     return TensorMap(name, (leaf,), lambda x: (x.T,), lambda parts: parts[0].T)
 
 
@@ -72,7 +72,7 @@ def activation(name: str) -> str:
 
 
 def require(hf: HfConfig, **expected: Any) -> None:
-    """Raises Mistake where the config asks for a variant that changes the numbers and is not built."""
+    """Raises Mistake if the config sets a variant that changes the numbers and is not implemented."""
     for name, value in expected.items():
         if hf.get(name, value) not in (value, None):
             raise Mistake(f"{name}={hf[name]!r} is not supported; only {value!r} is")
@@ -114,7 +114,7 @@ def kinds(layers: list[LayerKind]) -> dict[str, tuple]:
 
 
 def layer_types(hf: HfConfig, default: list[str]) -> list[str]:
-    """ "sliding_attention" or "full_attention" for each layer."""
+    """The kind of each layer, "sliding_attention" or "full_attention"."""
     types = list(hf.get("layer_types") or default)
     unknown = set(types) - {"sliding_attention", "full_attention"}
     if unknown:

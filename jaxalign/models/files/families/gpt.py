@@ -120,7 +120,7 @@ def neox_tensors(config: ModelConfig) -> list[TensorMap]:
 
 
 def _interleaved(config: ModelConfig, name: str, prefix: str, leaf: str) -> TensorMap:
-    """Rows ordered head by head: [H, (query, key, value), K, ...]."""
+    """A fused tensor whose rows are ordered head by head: [H, (query, key, value), K, ...]."""
     shape = config.num_heads, 3, config.head_dim
 
     def to_ours(x: np.ndarray) -> tuple[np.ndarray, ...]:

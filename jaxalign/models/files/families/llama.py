@@ -18,7 +18,7 @@ from jaxalign.models.files.families.base import (
     transposed,
 )
 
-# What a field means to transformers where a config leaves it out, and where that is not Llama's value.
+# Values that transformers gives to fields that a config leaves out, where they are not Llama's.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
@@ -118,7 +118,7 @@ def _uniform(hf: HfConfig, window: int | None) -> dict[str, tuple]:
 
 
 def _qwen_layers(hf: HfConfig) -> dict[str, tuple]:
-    """Layers from max_window_layers on slide, if use_sliding_window is set."""
+    """Kinds of layers: with use_sliding_window, those from max_window_layers on have a window."""
     slides = bool(hf.get("use_sliding_window")) and hf.get("sliding_window") is not None
     first = hf.get("max_window_layers", 28)
     default = [
@@ -159,7 +159,7 @@ def _per_type(hf: HfConfig) -> bool:
 
 
 def tensors(config: ModelConfig) -> list[TensorMap]:
-    """The table of all families of this file."""
+    """Tensors of all families of this file."""
     layer, block = "model.layers.{layer}", "blocks"
     table = [same("model.embed_tokens.weight", "embed/embedding"), same("model.norm.weight", "norm/scale")]
     if not config.tied:
@@ -178,7 +178,7 @@ def tensors(config: ModelConfig) -> list[TensorMap]:
 
 
 def _norms(config: ModelConfig) -> list[tuple[str, str]]:
-    """`post_attention_layernorm` is what follows attention where there is such a norm, else what precedes the MLP."""
+    """(tensor, leaf) of the norms: `post_attention_layernorm` follows attention; of "pre" norms it precedes the MLP."""
     return {
         "pre": [("input_layernorm", "attention_norm"), ("post_attention_layernorm", "mlp_norm")],
         "post": [
