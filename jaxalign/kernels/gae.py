@@ -4,8 +4,8 @@ Over the True positions of a row, t₀ < t₁ < ..., with r the rewards, V the c
 
     δ_k = r_k + γ V_{k+1} - V_k        A_k = δ_k + γλ A_{k+1}        V and A after the last are 0
 
-A False position does not exist: its reward and value are not read (they may be NaN), its advantage is 0, and the
-position before it sees the next True position's value and advantage, undiscounted by the gap.
+False positions are skipped: their reward and value are not read (they may be NaN), their advantage is 0, and a
+position before them sees the next True position's value and advantage, undiscounted by the gap.
 
 Backward, with g the cotangent of A, forward in time, from μ = 0 before the first:
 
@@ -68,13 +68,13 @@ def gae(
     gae_lambda: float,
     target: Target,
 ) -> Float[Array, "B T"]:
-    """Advantages in float32, by the kernel; γ and λ in [0, 1]."""
+    """Advantages in float32, computed by the kernel; γ and λ in [0, 1]."""
     options = Options(gamma, gamma * gae_lambda, target)
     return _gae(options, clean(rewards, mask), clean(values, mask), mask.astype(jnp.float32))
 
 
 def clean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """float32, and 0 where the mask is False, so that no NaN from there reaches a sum or a gradient."""
+    """x in float32, and 0 where the mask is False, so that no NaN from there reaches a sum or a gradient."""
     return jnp.where(mask, x.astype(jnp.float32), 0.0)
 
 
@@ -171,7 +171,7 @@ def _tpu_backward_body(options, length, cotangent, mask, d_rewards, d_values, be
 
 # GPU (Triton): a program walks along one row in tiles of 64. Within a tile the recurrence is solved at once: with c the
 # number of True positions so far, position s enters position t with the weight (γλ)^|c_s - c_t|, a 64 x 64 triangle in
-# registers. A step for each position would wait for memory a thousand times.
+# registers. A step a position would wait for memory at every position.
 
 TILE = 64
 
@@ -188,10 +188,10 @@ def _gpu_call(body, options, arrays, *, outputs):
 
 
 class _Tile(NamedTuple):
-    """Of TILE positions of a row; a matrix [t s] says what position s is to position t."""
+    """TILE positions t of a row; matrices [t s] relate position t to position s."""
 
-    at: tuple  # where they are in an array [B T]
-    inside: jax.Array  # not beyond T
+    at: tuple  # their index in an array [B T]
+    inside: jax.Array  # True up to T
     real: jax.Array  # mask
     count: jax.Array  # c_t = Σ_{s <= t} mask_s
     total: jax.Array  # c of the last
@@ -204,9 +204,9 @@ class _Tile(NamedTuple):
     def store(self, ref, x):
         plgpu.store(ref.at[self.at], x, mask=self.inside)
 
-    def pick(self, one, x):
-        """For each t the x of the True position s where `one`, 0 where there is none."""
-        return jnp.sum(jnp.where(one & (self.real > 0)[None, :], x[None, :], 0.0), axis=1)
+    def pick(self, match, x):
+        """For each t the x of the True position s where `match` [t s]; 0 if there is none."""
+        return jnp.sum(jnp.where(match & (self.real > 0)[None, :], x[None, :], 0.0), axis=1)
 
 
 def _tile(mask, row, start) -> _Tile:
@@ -237,8 +237,11 @@ def _gpu_forward_body(options, rewards, values, mask, out):
         advantage += _power(options.decay, tile.total - tile.count + 1.0) * after
         tile.store(out, jnp.where(tile.real > 0, advantage, 0.0))
         first = (tile.real > 0) & (tile.count == 1)
-        keep = lambda x, old: jnp.where(tile.total > 0, jnp.sum(jnp.where(first, x, 0.0)), old)  # noqa: E731
-        return keep(advantage, after), keep(value, value_after)
+
+        def at_first(x, otherwise):
+            return jnp.where(tile.total > 0, jnp.sum(jnp.where(first, x, 0.0)), otherwise)
+
+        return at_first(advantage, after), at_first(value, value_after)
 
     jax.lax.fori_loop(0, tiles, solve, (jnp.float32(0.0), jnp.float32(0.0)))
 

@@ -2,8 +2,8 @@
 
 128 x 128 in float32 by 8 warps is 64 registers a thread for each of z and y; the tiles of hidden and weight, 128 x 64
 of 2 bytes each in 3 stages, are 96 KiB of the 227 KiB of shared memory of an H100. Forward, the vocabulary is cut
-into splits, so that a few thousand tokens still fill every multiprocessor; their Stats join afterwards. Programs of
-one split run side by side over the rows, and so find each other's weights in the L2 cache.
+into splits, so that a few thousand tokens still fill every multiprocessor; their Stats are merged afterwards. Programs
+of one split run side by side over the rows, and so read its weights from the L2 cache.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxalign.kernels.kl_tile import Row, Stats, empty, gradient, join, of_tile, squash, times
+from jaxalign.kernels.kl_tile import Row, Stats, empty, gradient, merge, of_tile, squash, times
 
 WARPS, STAGES, SPLITS = 8, 3, 16
 
 
 def _tile(sides) -> tuple[int, int, int]:
-    """rows, columns and the step along D, each a power of two, as Triton wants."""
+    """Rows, columns and the step along D, each a power of two, as Triton requires."""
     hidden, weight = sides[:2]
-    fit = lambda largest, n: max(16, min(largest, pl.next_power_of_2(n)))  # noqa: E731
-    return fit(128, hidden.shape[0]), fit(128, weight.shape[0]), fit(64 if hidden.dtype.itemsize == 2 else 32, 10**6)
+    rows, columns = (max(16, min(128, pl.next_power_of_2(x.shape[0]))) for x in (hidden, weight))
+    return rows, columns, 64 if hidden.dtype.itemsize == 2 else 32
 
 
 def _raw(h, w, b, row_start, column_start, tile):
-    """hidden @ weightᵀ + bias of one tile; beyond N, V and D zeros are read."""
+    """hidden @ weightᵀ + bias of one tile; beyond N, V and D it reads zeros."""
     rows, columns, depth = tile
     in_rows = (row_start + jnp.arange(rows) < h.shape[0])[:, None]
     in_columns = (column_start + jnp.arange(columns) < w.shape[0])[:, None]
@@ -47,14 +47,14 @@ def _raw(h, w, b, row_start, column_start, tile):
 
 def _call(body, options, sides, extras, out_shape, grid):
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = sides
-    flat = lambda b: jnp.zeros(weight.shape[0], jnp.float32) if b is None else b  # noqa: E731
+    bias, ref_bias = (jnp.zeros(weight.shape[0], jnp.float32) if b is None else b for b in (bias, ref_bias))
     return pl.pallas_call(
         functools.partial(body, options, _tile(sides)),
         out_shape=out_shape,
         grid=grid,
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=options.target.interpret,
-    )(hidden, weight, flat(bias), ref_hidden, ref_weight, flat(ref_bias), *extras)
+    )(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *extras)
 
 
 def stats(options, sides, count):
@@ -64,11 +64,11 @@ def stats(options, sides, count):
     shape = [jax.ShapeDtypeStruct((splits, hidden.shape[0]), jnp.float32)] * len(Stats._fields)
     grid = pl.cdiv(hidden.shape[0], rows), splits
     out = _call(_stats_body, options, sides, [count.astype(jnp.int32)[None]], shape, grid)
-    return functools.reduce(join, [Stats(*(x[k, :, None] for x in out)) for k in range(splits)])
+    return functools.reduce(merge, [Stats(*(x[k, :, None] for x in out)) for k in range(splits)])
 
 
 def _stats_body(options, tile, h, w, b, ref_h, ref_w, ref_b, count, *out):
-    """Program (i, s): rows i, and every columns of split s."""
+    """Program (i, s): rows i, and the column tiles s, s + splits, s + 2 · splits, ..."""
     i, split = pl.program_id(0), pl.program_id(1)
     rows, columns, _ = tile
     tiles, splits = pl.cdiv(w.shape[0], columns), out[0].shape[0]
@@ -78,7 +78,7 @@ def _stats_body(options, tile, h, w, b, ref_h, ref_w, ref_b, count, *out):
         z, _ = squash(_raw(h, w, b, i * rows, start, tile), options.softcap, options.temperature)
         y, _ = squash(_raw(ref_h, ref_w, ref_b, i * rows, start, tile), options.ref_softcap, options.temperature)
         fresh = jnp.broadcast_to((start + jnp.arange(columns) < w.shape[0])[None, :], z.shape)
-        return join(stats, of_tile(z, y, fresh))
+        return merge(stats, of_tile(z, y, fresh))
 
     mine = jnp.where(i * rows < count[0], (tiles - split + splits - 1) // splits, 0)
     stats = jax.lax.fori_loop(0, mine, see, empty(rows))
@@ -86,7 +86,7 @@ def _stats_body(options, tile, h, w, b, ref_h, ref_w, ref_b, count, *out):
 
 
 def logits_stats(options, logits, ref_logits):
-    """Tiles of [16, 256], 16 elements a thread: there is nothing to do but read."""
+    """Stats from tiles of [16, 256], 16 elements a thread, which only have to be read."""
     length, vocabulary = logits.shape
     splits = min(SPLITS, pl.cdiv(vocabulary, 256))
     out = pl.pallas_call(
@@ -96,7 +96,7 @@ def logits_stats(options, logits, ref_logits):
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=STAGES),
         interpret=options.target.interpret,
     )(logits, ref_logits)
-    return functools.reduce(join, [Stats(*(x[k, :, None] for x in out)) for k in range(splits)])
+    return functools.reduce(merge, [Stats(*(x[k, :, None] for x in out)) for k in range(splits)])
 
 
 def _logits_body(logits, ref_logits, *out):
@@ -109,7 +109,7 @@ def _logits_body(logits, ref_logits, *out):
         fresh = inside & (start + jnp.arange(256) < logits.shape[1])[None, :]
         at = pl.ds(i * 16, 16), pl.ds(start, 256)
         z, y = (plgpu.load(x.at[at], mask=fresh, other=0).astype(jnp.float32) for x in (logits, ref_logits))
-        return join(stats, of_tile(z, y, fresh))
+        return merge(stats, of_tile(z, y, fresh))
 
     stats = jax.lax.fori_loop(0, (tiles - split + splits - 1) // splits, see, empty(16))
     _store(out, split, i * 16, stats, logits.shape[0])
@@ -137,10 +137,12 @@ def _dz_body(options, tile, h, w, b, ref_h, ref_w, ref_b, scalars, log_z, ref_lo
     inside = (at < h.shape[0])[:, None] & (ids < w.shape[0])[None, :]
     block = out.at[pl.ds(row_start, rows), pl.ds(column_start, columns)]
 
+    def load(x):
+        return plgpu.load(x.at[pl.ds(row_start, rows)], mask=at < h.shape[0], other=0.0)[:, None]
+
     def make():
         raw = _raw(h, w, b, row_start, column_start, tile)
         ref_raw = _raw(ref_h, ref_w, ref_b, row_start, column_start, tile)
-        load = lambda x: plgpu.load(x.at[pl.ds(row_start, rows)], mask=at < h.shape[0], other=0.0)[:, None]  # noqa: E731
         fresh = jnp.broadcast_to((ids >= scalars[1])[None, :], raw.shape)
         of_row = Row(load(log_z), load(ref_log_z), load(value), load(g))
         return gradient(options, raw, ref_raw, of_row, fresh)

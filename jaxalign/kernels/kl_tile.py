@@ -1,7 +1,8 @@
-"""What one tile of logits says of the KL, and its gradient: shared by `kl.py` and its bodies for TPU and GPU."""
+"""Statistics of the KL from one tile of logits, and its gradient: shared by `kl.py` and its bodies for TPU and GPU."""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,11 +10,11 @@ import jax.numpy as jnp
 
 from jaxalign.kernels.runtime import Target
 
-LOWEST = -1e30  # stands for -inf as the peak of nothing: exp(LOWEST - LOWEST) is 1, not NaN
+LOWEST = -1e30  # the peak before any logit, instead of -inf: exp(LOWEST - LOWEST) is 1, not NaN
 
 
 class Stats(NamedTuple):
-    """Of the logits seen so far, one column a row of tokens. `join` makes them a commutative monoid."""
+    """Statistics [N 1] of the logits seen so far. `merge` is associative and commutative, with `empty` its neutral."""
 
     peak: jax.Array  # max z
     mass: jax.Array  # Σ exp(z - peak)
@@ -23,7 +24,7 @@ class Stats(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What the backward knows of a row of tokens, one column each."""
+    """Values of each token that the backward pass reads, [N 1] each."""
 
     log_z: jax.Array  # log Σ exp z
     ref_log_z: jax.Array
@@ -46,16 +47,17 @@ def empty(rows: int) -> Stats:
 
 
 def of_tile(z: jax.Array, y: jax.Array, fresh: jax.Array) -> Stats:
-    """Stats of the columns where `fresh`; what stands in the others may be NaN."""
+    """Stats of the columns where `fresh`; the others may be NaN."""
     difference = jnp.where(fresh, z - y, 0.0)
     z, y = jnp.where(fresh, z, LOWEST), jnp.where(fresh, y, LOWEST)
     peak, ref_peak = jnp.max(z, axis=1, keepdims=True), jnp.max(y, axis=1, keepdims=True)
     mass = jnp.exp(z - peak)
-    total = lambda x: jnp.sum(x, axis=1, keepdims=True)  # noqa: E731
+    total = functools.partial(jnp.sum, axis=1, keepdims=True)
     return Stats(peak, total(mass), total(mass * difference), ref_peak, total(jnp.exp(y - ref_peak)))
 
 
-def join(a: Stats, b: Stats) -> Stats:
+def merge(a: Stats, b: Stats) -> Stats:
+    """Stats of the logits of a and of b."""
     peak, ref_peak = jnp.maximum(a.peak, b.peak), jnp.maximum(a.ref_peak, b.ref_peak)
     from_a, from_b = jnp.exp(a.peak - peak), jnp.exp(b.peak - peak)
     ref_mass = a.ref_mass * jnp.exp(a.ref_peak - ref_peak) + b.ref_mass * jnp.exp(b.ref_peak - ref_peak)
@@ -71,7 +73,7 @@ def finish(stats: Stats) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def times(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A matrix product in float32; float32 operands are not rounded to bfloat16 or TF32 on their way."""
+    """A matrix product in float32; float32 operands are not rounded to bfloat16 or TF32."""
     exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(axes, a, b, precision=exact, preferred_element_type=jnp.float32)
 
@@ -85,7 +87,7 @@ def squash(raw: jax.Array, softcap: float | None, temperature: float) -> tuple[j
 
 
 def gradient(options, raw, ref_raw, row, fresh):
-    """The gradient with respect to hidden @ weightᵀ + bias."""
+    """The gradient with respect to raw = hidden @ weightᵀ + bias; 0 where not `fresh`."""
     z, slope = squash(raw, options.softcap, options.temperature)
     y, _ = squash(ref_raw, options.ref_softcap, options.temperature)
     log_p, log_q = z - row.log_z, y - row.ref_log_z

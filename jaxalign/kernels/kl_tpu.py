@@ -2,8 +2,9 @@
 
 In VMEM, twice for the pipeline: hidden [rows D], ref_hidden [rows R], weight [columns D], ref_weight [columns R]; and
 once about eight float32 tiles [rows columns]. Llama-3 8B in bfloat16: 1024 x 512 on a v5e or v6e, 2 x 24 + 16 of
-128 MiB, and 512 x 384 on a v5p, 2 x 14 + 6 of 64. Every element of a weight tile that arrives meets `rows` rows: so
-many FLOP a byte, over the 240 of a v5e, the 166 of a v5p and the 560 of a v6e that balance compute and bandwidth.
+128 MiB, and 512 x 384 on a v5p, 2 x 14 + 6 of 64. Every element of a fetched weight tile is multiplied with `rows`
+rows: as many FLOP a byte, more than the 240 of a v5e, the 166 of a v5p and the 560 of a v6e that balance compute and
+bandwidth.
 """
 
 from __future__ import annotations
@@ -15,43 +16,54 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxalign.kernels.kl_tile import Row, Stats, empty, gradient, join, of_tile, squash, times
+from jaxalign.kernels.kl_tile import Row, Stats, empty, gradient, merge, of_tile, squash, times
 from jaxalign.kernels.runtime import Target, up
 
 
 def _tile(target: Target, sides) -> tuple[int, int]:
     """The tallest tile, then the widest, within five eighths of VMEM, which leaves the compiler its own temporaries."""
     hidden, weight, _, ref_hidden, ref_weight, _ = sides
-    bytes_of = lambda *arrays: sum(x.shape[1] * x.dtype.itemsize for x in arrays)  # noqa: E731
-    by_row, by_column = bytes_of(hidden, ref_hidden), bytes_of(weight, ref_weight)
+    by_row, by_column = (
+        sum(x.shape[1] * x.dtype.itemsize for x in pair) for pair in ((hidden, ref_hidden), (weight, ref_weight))
+    )
+
+    def fits(rows: int, columns: int) -> bool:
+        used = 2 * (rows * by_row + columns * by_column) + 8 * rows * columns * 4
+        return used <= target.fast_memory * 5 // 8
+
     sizes = [(rows, columns) for rows in (1024, 512, 256, 128, 64, 32, 16) for columns in (512, 384, 256, 128)]
-    held = lambda rows, columns: 2 * (rows * by_row + columns * by_column) + 8 * rows * columns * 4  # noqa: E731
-    rows, columns = next((size for size in sizes if held(*size) <= target.fast_memory * 5 // 8), sizes[-1])
-    # 16 rows are one register of bfloat16; a small problem takes no larger block than it fills
+    rows, columns = next((size for size in sizes if fits(*size)), sizes[-1])
+    # 16 rows are one register of bfloat16; a small problem gets no larger block than it fills
     return min(rows, up(hidden.shape[0], 16)), min(columns, up(weight.shape[0], 128))
 
 
 def _call(body, options, sides, row, scalars, out_shape, grid, out_spec, arbitrary):
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = sides
     rows, columns = _tile(options.target, sides)
-    # a block of rows that do not count asks for the tile it has, so that nothing is fetched for it
-    column = lambda i, j, s: jnp.where(i * rows < s[0], j, 0)  # noqa: E731
-    by_row = lambda width: pl.BlockSpec((rows, width), lambda i, j, s: (i, 0))  # noqa: E731
-    by_column = lambda width: pl.BlockSpec((columns, width), lambda i, j, s: (column(i, j, s), 0))  # noqa: E731
+
+    def column(i, j, s):
+        # a block of rows that do not count names the tile that was fetched last, so that nothing is fetched for it
+        return jnp.where(i * rows < s[0], j, 0)
+
+    def by_row(x):
+        return pl.BlockSpec((rows, x.shape[1]), lambda i, j, s: (i, 0))
+
+    def by_column(x):
+        return pl.BlockSpec((columns, x.shape[1]), lambda i, j, s: (column(i, j, s), 0))
+
     flat = pl.BlockSpec((1, columns), lambda i, j, s: (0, column(i, j, s)))
-    wide = lambda b: jnp.zeros((1, weight.shape[0]), jnp.float32) if b is None else b[None, :]  # noqa: E731
-    arguments = [hidden, weight, wide(bias), ref_hidden, ref_weight, wide(ref_bias)]
-    specs = [by_row(hidden.shape[1]), by_column(weight.shape[1]), flat]
-    specs += [by_row(ref_hidden.shape[1]), by_column(ref_weight.shape[1]), flat]
+    bias, ref_bias = (
+        jnp.zeros((1, weight.shape[0]), jnp.float32) if b is None else b[None, :] for b in (bias, ref_bias)
+    )
+    arguments = [hidden, weight, bias, ref_hidden, ref_weight, ref_bias]
+    specs = [by_row(hidden), by_column(weight), flat, by_row(ref_hidden), by_column(ref_weight), flat]
     if row is not None:
-        arguments, specs = [*arguments, row], [*specs, by_row(row.shape[1])]
+        arguments, specs = [*arguments, row], [*specs, by_row(row)]
     semantics = ("parallel", "arbitrary" if arbitrary else "parallel")
     return pl.pallas_call(
         functools.partial(body, options, weight.shape[0]),
         out_shape=out_shape,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=grid, in_specs=specs, out_specs=out_spec(rows, columns)
-        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=grid, in_specs=specs, out_specs=out_spec),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=semantics, vmem_limit_bytes=options.target.fast_memory * 15 // 16
         ),
@@ -69,7 +81,7 @@ def stats(options, sides, count):
     rows, columns = _tile(options.target, sides)
     grid = pl.cdiv(hidden.shape[0], rows), pl.cdiv(weight.shape[0], columns)
     shape = jax.ShapeDtypeStruct((hidden.shape[0], len(Stats._fields)), jnp.float32)
-    spec = lambda rows, columns: pl.BlockSpec((rows, len(Stats._fields)), lambda i, j, s: (i, 0))  # noqa: E731
+    spec = pl.BlockSpec((rows, len(Stats._fields)), lambda i, j, s: (i, 0))
     scalars = jnp.stack([count.astype(jnp.int32), jnp.int32(0)])
     out = _call(_stats_body, options, sides, None, scalars, shape, grid, spec, True)
     return Stats(*jnp.split(out, len(Stats._fields), axis=1))
@@ -89,11 +101,11 @@ def _stats_body(options, vocabulary, scalars, h, w, b, ref_h, ref_w, ref_b, out)
         z, _ = squash(_raw(h, w, b), options.softcap, options.temperature)
         y, _ = squash(_raw(ref_h, ref_w, ref_b), options.ref_softcap, options.temperature)
         ids = j * columns + jax.lax.broadcasted_iota(jnp.int32, (rows, columns), 1)
-        _write(out, join(_read(out), of_tile(z, y, ids < vocabulary)))
+        _write(out, merge(_read(out), of_tile(z, y, ids < vocabulary)))
 
 
 def logits_stats(options, logits, ref_logits):
-    """Tiles of [256, 1024]: 2 MiB of float32 for both, twice for the pipeline."""
+    """Stats from tiles of [256, 1024]: 2 MiB of float32 for both, twice for the pipeline."""
     length, vocabulary = logits.shape
     rows, columns = min(256, up(length, 16)), min(1024, up(vocabulary, 128))
     block = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
@@ -118,7 +130,7 @@ def _logits_body(vocabulary, z, y, out):
 
     ids = j * z.shape[1] + jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
     tile = of_tile(z[...].astype(jnp.float32), y[...].astype(jnp.float32), ids < vocabulary)
-    _write(out, join(_read(out), tile))
+    _write(out, merge(_read(out), tile))
 
 
 def _read(ref) -> Stats:
@@ -135,7 +147,7 @@ def dz(options, slab, row, count, first):
     rows, columns = _tile(options.target, slab)
     grid = pl.cdiv(hidden.shape[0], rows), pl.cdiv(weight.shape[0], columns)
     shape = jax.ShapeDtypeStruct((hidden.shape[0], weight.shape[0]), hidden.dtype)
-    spec = lambda rows, columns: pl.BlockSpec((rows, columns), lambda i, j, s: (i, j))  # noqa: E731
+    spec = pl.BlockSpec((rows, columns), lambda i, j, s: (i, j))
     scalars = jnp.stack([count.astype(jnp.int32), first.astype(jnp.int32)])
     return _call(_dz_body, options, slab, jnp.concatenate(row, axis=1), scalars, shape, grid, spec, False)
 

@@ -1,8 +1,8 @@
 """Log-probability of chosen tokens, entropy and more, from hidden states and the unembedding, in one pass over it.
 
-`reference` is the definition. `token_logps` is the kernel: tiles of logits are made in fast memory, folded into an
-online log-sum-exp and forgotten; the backward pass makes them again. No [N, V] array exists. Tokens that the mask
-leaves out are moved behind the others, and the tiles that hold none but them are skipped: prompts cost nothing.
+`reference` is the definition. `token_logps` is the kernel: tiles of logits are computed in fast memory, folded into an
+online log-sum-exp and dropped; the backward pass computes them again. No [N, V] array exists. Tokens where the mask
+is False are moved behind the others, and tiles of such tokens alone are skipped: prompts cost nothing.
 
 With p = softmax(z), H the entropy, and g the gradients with respect to logps, log_normalizer, entropy and mean_logit,
 
@@ -12,8 +12,8 @@ then through temperature and soft-cap to draw, and dhidden = draw W, dweight = d
 
 The bodies are in `logprob_tpu.py` and `logprob_gpu.py`. Online softmax: Milakov and Gimelshein 2018,
 https://arxiv.org/abs/1805.02867, algorithm 3. The loss without logits: Wijmans et al. 2024 (Cut Cross-Entropy),
-https://arxiv.org/abs/2411.09009; unlike them we skip no tile for its small probabilities: that pays where the
-gradient's products are skipped for all tokens of a tile at once, and tiles are tall here.
+https://arxiv.org/abs/2411.09009; unlike them we skip no tile for its small probabilities: a tile can only be skipped
+if they are small for all its tokens, and tiles are tall here.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def token_logps(
     targets: jax.Array,
     mask: jax.Array,
 ) -> dict[str, jax.Array]:
-    """logps, log_normalizer and what `options` asks for, of each token, in float32; 0 where the mask is False.
+    """logps, log_normalizer and the extras that `options` sets, of each token, in float32; 0 where the mask is False.
 
     Args:
       options: static: soft-cap, temperature, extras.
       target: static: the chip; see `runtime.py`.
-      hidden: [N D]; its dtype is that of the products, which are summed in float32.
+      hidden: [N D]; products are computed in its dtype and summed in float32.
       weight: [V D].
       bias: [V] or None.
       targets: Int32[N] in [0, V); outside, the log-probability is NaN.
@@ -82,20 +82,20 @@ def token_logps(
 
 
 def _forward(options, target, hidden, weight, bias, targets, mask):
-    values, kept = forward(options, target, hidden, weight, bias, targets, mask)
-    return values, (hidden, weight, bias, targets, mask, kept)
+    values, saved = forward(options, target, hidden, weight, bias, targets, mask)
+    return values, (hidden, weight, bias, targets, mask, saved)
 
 
 def _backward(options, target, residuals, gradients):
-    *inputs, kept = residuals
-    return *backward(options, target, *inputs, kept, gradients), None, None
+    *inputs, saved = residuals
+    return *backward(options, target, *inputs, saved, gradients), None, None
 
 
 token_logps.defvjp(_forward, _backward)
 
 
 def supports(tokens: int, vocabulary: int, width: int, itemsize: int, target: Target) -> bool:
-    """Whether there are tiles for this shape on this chip, forward and backward."""
+    """True if tiles of this shape fit on this chip, forward and backward."""
     if target.body == "gpu":
         return logprob_gpu.choose_tiles(itemsize, target) is not None
     choose = functools.partial(logprob_tpu.choose_tiles, tokens, vocabulary, up(width, 128), itemsize, target)
@@ -113,8 +113,7 @@ def forward(
     *,
     axis: str | None = None,
 ) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
-    """(values, what `backward` keeps of them). `axis` names the mapped axis, if any, over which V is cut in equal
-    parts.
+    """(values, residuals of `backward`); V may be cut in equal parts over the mapped axis `axis`.
 
     Shards exchange six numbers a token, once.
     """
@@ -153,19 +152,19 @@ def backward(
     bias: jax.Array | None,
     targets: jax.Array,
     mask: jax.Array,
-    kept: tuple[jax.Array, jax.Array],
-    gradients: dict[str, Any],  # of what `forward` gave; what stands under "correct" is not looked at
+    saved: tuple[jax.Array, jax.Array],  # residuals of `forward`
+    gradients: dict[str, Any],  # of the values of `forward`; "correct" is ignored
     *,
     axis: str | None = None,
     weight_dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """(dhidden, dweight, dbias), of a shard of V all that its logits contribute to them.
+    """(dhidden, dweight, dbias); of a shard of V, the contributions of its logits.
 
-    In the dtypes of the arguments; dweight in `weight_dtype` where one is given, float32 if it is still to be summed.
+    They have the dtypes of the arguments, dweight that of `weight_dtype` if it is set: float32 for a later sum.
     """
     weight_dtype = weight.dtype if weight_dtype is None else weight_dtype
     part = _prepare(target, hidden, weight, bias, targets, mask, axis, backward=True)
-    log_normalizer, entropy = kept
+    log_normalizer, entropy = saved
     vocabulary = weight.shape[0] * (1 if axis is None else jax.lax.axis_size(axis))
     none = jnp.zeros_like(log_normalizer)
     g = {name: jnp.where(mask, x, 0.0) for name, x in gradients.items() if name != "correct"}
@@ -188,9 +187,9 @@ def backward(
 
 
 class _Part(NamedTuple):
-    """What a kernel is called with: tokens that count in front, everything padded to whole tiles."""
+    """Arguments of a kernel: tokens that count in front, everything padded to whole tiles."""
 
-    arrays: tuple  # count, hidden, weight, bias, targets
+    arrays: tuple  # number of tokens that count, hidden, weight, bias, targets
     tiles: logprob_tpu.Tiles | logprob_gpu.Tiles
     first: jax.Array | int  # id of the first logit of this shard
     order: jax.Array  # Int[N]: the token at each place
@@ -198,7 +197,7 @@ class _Part(NamedTuple):
     rows: int
 
     def move(self, x: jax.Array) -> jax.Array:
-        """[N] -> [rows], into the order of the kernel; padded with 0."""
+        """[N] -> [rows], in the order of the kernel; padded with 0."""
         return jnp.pad(x[self.order], (0, self.rows - x.shape[0]))
 
 
@@ -216,13 +215,13 @@ def _prepare(target, hidden, weight, bias, targets, mask, axis, *, backward: boo
         wide = tiles.columns
     rows, columns, depth = up(tokens, tiles.rows), up(vocabulary, wide), up(width, deep)
     first = 0 if axis is None else jax.lax.axis_index(axis) * vocabulary
-    here = targets.astype(jnp.int32) - first
-    here = jnp.where((here >= 0) & (here < vocabulary), here, -1)
+    local = targets.astype(jnp.int32) - first
+    local = jnp.where((local >= 0) & (local < vocabulary), local, -1)
     order = jnp.argsort(jnp.logical_not(mask), stable=True)
     narrow = jnp.pad(weight.astype(hidden.dtype), ((0, columns - vocabulary), (0, depth - width)))
     shift = None if bias is None else jnp.pad(bias.astype(jnp.float32), (0, columns - vocabulary))
     part = _Part((), tiles, first, order, jnp.argsort(order), rows)
-    moved, count = part.move(here), jnp.sum(mask, dtype=jnp.int32)[None]
+    moved, count = part.move(local), jnp.sum(mask, dtype=jnp.int32)[None]
     front = jnp.pad(hidden[order], ((0, rows - tokens), (0, depth - width)))
     if target.body == "tpu":
         moved, shift = moved[:, None], None if shift is None else shift[None, :]
@@ -230,7 +229,7 @@ def _prepare(target, hidden, weight, bias, targets, mask, axis, *, backward: boo
 
 
 def _merge(parts: Statistics) -> Statistics:
-    """[parts, N] -> [N]: the statistics of all logits from those of disjoint parts of them."""
+    """[parts, N] -> [N]: statistics of all logits from those of disjoint parts."""
     peak = jnp.max(parts.peak, axis=0)
     lower = parts.peak - peak[None, :]
     scale = jnp.exp(lower)

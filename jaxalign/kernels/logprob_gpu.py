@@ -4,15 +4,15 @@ Forward: a program owns `rows` tokens and a run of vocabulary tiles, whose stati
 are merged outside. Neighbouring programs share a run, so its weights are read from HBM once and from L2 by the
 others.
 
-Backward: the gradient of a chunk of logits, [N, chunk] in the dtype of compute, is made in one kernel (product,
-soft-cap, softmax and slope, without the float32 logits ever leaving the registers); the two products with it are left
-to XLA's cuBLAS, which is hard to beat. The alternative, adding into dhidden and dweight from every tile with atomics,
-gives other sums in every run, and a resumed run must be the same bit for bit.
+Backward: one kernel computes the gradient of a chunk of logits, [N, chunk] in the dtype of compute (product, soft-cap,
+softmax and slope, while the float32 logits stay in registers); XLA's cuBLAS, which is hard to beat, computes the two
+products with it. The alternative, adding into dhidden and dweight from every tile with atomics, sums in another order
+in every run, and a resumed run must be the same bit for bit.
 
 A program of 8 warps holds a [128, 128] float32 tile in 64 registers a thread, and in shared memory, for each stage of
-the pipeline, [128, 64] of both operands: 32 KiB in bfloat16, three stages 96 KiB of the 227 that a block may ask for
-on an H100 (float32 takes [128, 32], so as much). From HBM, tokens / 1 operations a byte of weight as long as L2 (50
-MiB) holds a run; from L2, 64 operations a byte.
+the pipeline, [128, 64] of both operands: 32 KiB in bfloat16, three stages 96 KiB of the 227 that a block may use on an
+H100 (float32 has [128, 32], so as many bytes). From HBM, a byte of weight serves `tokens` operations as long as L2 (50
+MiB) holds a run; from L2, 64 operations.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ CHUNK_LOGITS = 2**26  # 128 MiB in bfloat16
 class Tiles(NamedTuple):
     rows: int
     columns: int
-    depth: int  # of the width at a time
-    run: int  # vocabulary tiles of a program of the forward pass
+    depth: int  # columns of the width D at a time
+    run: int  # vocabulary tiles of a program in the forward pass
 
 
 def shared_bytes(tiles: Tiles, itemsize: int) -> int:
-    """What the pipeline of a program keeps in shared memory."""
+    """Bytes of shared memory of a program's pipeline."""
     return STAGES * (tiles.rows + tiles.columns) * tiles.depth * itemsize
 
 
 def choose_tiles(itemsize: int, target: Target) -> Tiles | None:
-    """The one shape that we have reasons for; None on a GPU with too little shared memory for it."""
+    """The shape that the module's docstring derives; None on a GPU with too little shared memory for it."""
     tiles = Tiles(128, 128, 128 // itemsize, 16)
     return tiles if shared_bytes(tiles, itemsize) <= target.fast_memory or target.interpret else None
 
@@ -57,23 +57,23 @@ def chunk_columns(tokens: int, vocabulary: int, tiles: Tiles) -> int:
 
 
 def forward(
-    count: jax.Array,  # Int32[1]: tokens that count; they are the first
+    count: jax.Array,  # Int32[1]: number of tokens that count, which come first
     hidden: jax.Array,  # [N D], N, V and D multiples of the tile
     weight: jax.Array,  # [V D]
     bias: jax.Array | None,  # [V]
-    targets: jax.Array,  # Int32[N], -1 where another shard has it
+    targets: jax.Array,  # Int32[N], -1 if it is in another shard
     *,
     vocabulary: int,
     tiles: Tiles,
     options: tile.Options,
     target: Target,
 ) -> tile.Statistics:
-    """Statistics [runs, N]; anything in the row tiles that hold no token that counts."""
+    """Statistics [runs, N]; row tiles without a token that counts are not written."""
     n, column_tiles = hidden.shape[0], weight.shape[0] // tiles.columns
     runs = -(-column_tiles // tiles.run)
     out = pl.pallas_call(
         functools.partial(_forward_body, bias is not None, vocabulary, column_tiles, tiles, options),
-        grid=(n // tiles.rows, runs),  # the first is the fastest: neighbours share weights
+        grid=(n // tiles.rows, runs),  # the first axis runs fastest: neighbours share weights
         out_shape=jax.ShapeDtypeStruct((len(tile.Statistics._fields), runs, n), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=target.interpret,
@@ -111,7 +111,7 @@ def backward(
     weight: jax.Array,
     bias: jax.Array | None,
     targets: jax.Array,
-    slopes: tile.Slopes,  # [N], 0 where a token does not count
+    slopes: tile.Slopes,  # [N], 0 at tokens that do not count
     *,
     vocabulary: int,
     tiles: Tiles,
@@ -154,14 +154,14 @@ def _d_raw(
     options: tile.Options,
     target: Target,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """dloss/draw [N chunk] of chunk k in the dtype of hidden, and its float32 sum over tokens where there is a bias."""
+    """dloss/draw [N chunk] of chunk k in the dtype of hidden, and with a bias its float32 sum over tokens."""
     n, chunk = hidden.shape[0], weight.shape[0]
     grid = n // tiles.rows, chunk // tiles.columns
     out = [jax.ShapeDtypeStruct((n, chunk), hidden.dtype)]
     if bias is not None:
         out.append(jax.ShapeDtypeStruct((grid[0], chunk), jnp.float32))
     first = (k * (chunk // tiles.columns)).astype(jnp.int32)[None]
-    found = pl.pallas_call(
+    outputs = pl.pallas_call(
         functools.partial(_backward_body, bias is not None, vocabulary, tiles, options),
         grid=grid,
         out_shape=out,
@@ -169,7 +169,7 @@ def _d_raw(
         interpret=target.interpret,
         name="logprob_backward",
     )(jnp.concatenate([count, first]), hidden, weight, *(() if bias is None else (bias,)), targets, packed)
-    return found[0], None if bias is None else jnp.sum(found[1], axis=0)
+    return outputs[0], None if bias is None else jnp.sum(outputs[1], axis=0)
 
 
 def _backward_body(has_bias: bool, vocabulary: int, tiles: Tiles, options: tile.Options, scalars, *refs) -> None:
@@ -197,7 +197,7 @@ def _backward_body(has_bias: bool, vocabulary: int, tiles: Tiles, options: tile.
 
 
 def _logits(hidden, weight, bias, i, j, position, tiles: Tiles, options: tile.Options) -> tuple:
-    """(z, slope, ids) of row tile i and column tile j, which is tile `position` of the vocabulary."""
+    """(z, slope, ids) of row tile i and column tile j of the chunk, tile `position` of the vocabulary."""
     rows, columns = pl.ds(i * tiles.rows, tiles.rows), pl.ds(j * tiles.columns, tiles.columns)
     exact = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
 

@@ -5,6 +5,7 @@ Plain values in, plain values out: rows [n, 1], columns [1, c], tiles [n, c], ev
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 
 class Options(NamedTuple):
-    """What the kernels are specialised for."""
+    """Static settings of the kernels; the last three are extras to compute."""
 
     softcap: float | None = None
     temperature: float = 1.0
@@ -22,18 +23,18 @@ class Options(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of the logits seen so far, one value per token; what was not asked for stays at its start."""
+    """Statistics of the logits seen so far, one value per token; extras that are not computed keep their start."""
 
     peak: jax.Array  # max z
     mass: jax.Array  # Σ exp(z - peak)
     weighted: jax.Array  # Σ exp(z - peak) (z - peak)
     total: jax.Array  # Σ z
-    chosen: jax.Array  # z of the target, 0 where it was not among them
+    chosen: jax.Array  # z of the target; 0 before it was seen
     best: jax.Array  # id of the largest logit, the lowest such id; exact in float32 below 2**24
 
 
 class Slopes(NamedTuple):
-    """What the backward pass needs of a token: dz = (scale - entropy * log p) p + onehot logps + mean_logit."""
+    """Coefficients of a token in the backward pass: dz = (scale - entropy * log p) p + onehot logps + mean_logit."""
 
     log_normalizer: jax.Array
     scale: jax.Array  # -g_logps + g_log_normalizer - g_entropy H
@@ -42,17 +43,17 @@ class Slopes(NamedTuple):
     mean_logit: jax.Array  # g_mean_logit / V
 
 
-LOWEST = -1e30  # under every logit, and unlike -inf it can be subtracted from itself
+LOWEST = -1e30  # below every logit; unlike -inf it can be subtracted from itself
 
 
 def start(shape: tuple[int, ...]) -> Statistics:
-    """Of no logits at all."""
+    """Statistics before any logit."""
     zeros = jnp.zeros(shape, jnp.float32)
     return Statistics(jnp.full(shape, LOWEST, jnp.float32), zeros, zeros, zeros, zeros, zeros)
 
 
 def logits(raw: jax.Array, bias: jax.Array | None, options: Options) -> tuple[jax.Array, jax.Array | None]:
-    """(z, dz/draw) of h Wᵀ; the slope without a soft-cap is the constant 1 / temperature and is not made: None."""
+    """(z, dz/draw) from raw = h Wᵀ; without a soft-cap the slope is the constant 1 / temperature: None."""
     if bias is not None:
         raw = raw + bias
     if options.softcap is None:
@@ -66,8 +67,8 @@ def see(
 ) -> Statistics:
     """`stats` after one more tile z of the logits `ids` [n, c]; ids from `vocabulary` on are padding.
 
-    `chosen` is one of the values that `peak` is the largest of, and `mass` is at least exp(0), so chosen - peak <= 0
-    and log(mass) >= 0 in float32 too: no log-probability comes out above 0.
+    `peak` is the largest of the values that `chosen` is one of, and `mass` is at least exp(0), so chosen - peak <= 0
+    and log(mass) >= 0 in float32 too: no log-probability is above 0.
     """
     fresh = ids < vocabulary
     seen = jnp.where(fresh, z, LOWEST)
@@ -75,7 +76,7 @@ def see(
     peak = jnp.maximum(stats.peak, top)
     shifted = seen - peak
     mass, old = jnp.where(fresh, jnp.exp(shifted), 0.0), jnp.exp(stats.peak - peak)
-    row = lambda x: jnp.sum(x, axis=1, keepdims=True)  # noqa: E731
+    row = functools.partial(jnp.sum, axis=1, keepdims=True)
     weighted, total, best = stats.weighted, stats.total, stats.best
     if options.entropy:
         # Σ exp(z - new) (z - new) of the old tiles, from what they summed to against the old peak
@@ -84,8 +85,8 @@ def see(
     if options.mean_logit:
         total = total + row(jnp.where(fresh, z, 0.0))
     if options.correct:
-        here = jnp.min(jnp.where(seen == top, ids, 2**24), axis=1, keepdims=True).astype(jnp.float32)
-        best = jnp.where(top > stats.peak, here, best)
+        best_of_tile = jnp.min(jnp.where(seen == top, ids, 2**24), axis=1, keepdims=True).astype(jnp.float32)
+        best = jnp.where(top > stats.peak, best_of_tile, best)
     chosen = stats.chosen + row(jnp.where(ids == targets, z, 0.0))
     return Statistics(peak, stats.mass * old + row(mass), weighted, total, chosen, best)
 

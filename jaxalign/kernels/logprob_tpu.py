@@ -1,17 +1,17 @@
 """The bodies of `logprob.py` for TPUs, in Mosaic.
 
 Rows are tiled by `rows`, the vocabulary by `columns`; the width D stays whole, so that a row tile of hidden states is
-read once while the whole weight passes by. One step of the grid multiplies [rows, D] by [D, columns].
+read once, and then all tiles of the weight. One step of the grid multiplies [rows, D] by [D, columns].
 
 Arithmetic intensity. Forward: 2 rows D columns operations for 2 D columns bytes of bfloat16 weight: `rows` operations
 a byte. Backward: 6 rows D columns for 2 bytes of weight, and 4 read and 4 written of its float32 gradient: 0.6 rows.
 A chip's own ratio (bfloat16 peak / HBM bandwidth, from its data sheet) is 240 on v5e, 166 on v5p and 560 on v6e: rows
 >= 1024 keep the matrix unit of every one of them busy in both directions, rows = 512 that of v5p and v5e.
 
-Backward is one pass, not two: two passes (one for dhidden, one for dweight) would each make the logits again, 8 rows
+Backward is one pass, not two: two passes (one for dhidden, one for dweight) would each compute the logits again, 8 rows
 D columns operations instead of 6. dhidden of a row tile is summed in VMEM; dweight is summed in HBM, tile by tile, by
-copies that this kernel starts itself and that hide behind the products. No atomics, so the sums are the same in every
-run.
+copies that the kernel starts itself and that overlap with the products. There are no atomics, so the sums are the same
+in every run.
 """
 
 from __future__ import annotations
@@ -36,33 +36,32 @@ class Tiles(NamedTuple):
 
 
 def vmem_bytes(tiles: Tiles, width: int, itemsize: int, *, backward: bool) -> int:
-    """What a step holds. Blocks that the pipeline fetches or stores are there twice: the one in use, the one in flight.
+    """VMEM of a step. Blocks that the pipeline fetches or stores count twice: the one in use, the one in flight.
 
-    Float32 products are made of bfloat16 parts of both operands, which the compiler keeps with their transposes; by
-    its own account that doubles what a step holds (Gemma 2 2B in float32, backward, [512, 256]: 36 MiB listed here,
-    71 used).
+    Float32 products are computed from bfloat16 parts of both operands, which the compiler keeps with their transposes;
+    by its own account that doubles the bytes (Gemma 2 2B in float32, backward, [512, 256]: 36 MiB listed, 71 used).
     """
     return (2 if itemsize == 4 else 1) * _listed_bytes(tiles, width, itemsize, backward)
 
 
 def _listed_bytes(tiles: Tiles, width: int, itemsize: int, backward: bool) -> int:
     rows, columns = tiles
-    held = 2 * rows * width * itemsize  # hidden
-    held += 2 * columns * width * itemsize  # weight
-    held += 4 * rows * columns * 4  # logits, and what is made of them
-    held += 2 * (2 if backward else 1) * rows * LANES * 4  # targets and slopes, or targets
+    total = 2 * rows * width * itemsize  # hidden
+    total += 2 * columns * width * itemsize  # weight
+    total += 4 * rows * columns * 4  # logits, and arrays computed from them
+    total += 2 * (2 if backward else 1) * rows * LANES * 4  # targets and slopes, or targets
     if not backward:
-        return held + 8 * rows * LANES * 4  # six statistics, and the block that carries them out
-    held += rows * width * 4 + 2 * rows * width * itemsize  # dhidden: its sum, and the block on its way out
-    return held + 3 * columns * width * 4  # dweight: one tile being added to, one on its way out, one being made
+        return total + 8 * rows * LANES * 4  # six statistics, and their output block
+    total += rows * width * 4 + 2 * rows * width * itemsize  # dhidden: its sum, and its output block
+    return total + 3 * columns * width * 4  # dweight: a tile being added to, one on its way out, one being computed
 
 
 def choose_tiles(
     tokens: int, vocabulary: int, width: int, itemsize: int, target: Target, *, backward: bool
 ) -> Tiles | None:
-    """The tallest tile that fits three quarters of VMEM, then the columns that pad the vocabulary least, then the most.
+    """The tallest tile that fits three quarters of VMEM; its columns pad the vocabulary least, the most of equals.
 
-    None where not even the smallest tile fits.
+    None if not even the smallest tile fits.
     """
     for rows in (1024, 512, 256, 128):
         fits = [
@@ -77,18 +76,18 @@ def choose_tiles(
 
 
 def forward(
-    count: jax.Array,  # Int32[1]: tokens that count; they are the first
+    count: jax.Array,  # Int32[1]: number of tokens that count, which come first
     hidden: jax.Array,  # [N D], N and D multiples of the tile
     weight: jax.Array,  # [V D]
     bias: jax.Array | None,  # [1 V]
-    targets: jax.Array,  # Int32[N 1], -1 where another shard has it
+    targets: jax.Array,  # Int32[N 1], -1 if it is in another shard
     *,
     vocabulary: int,
     tiles: Tiles,
     options: tile.Options,
     target: Target,
 ) -> tile.Statistics:
-    """Statistics [N]; anything in the row tiles that hold no token that counts."""
+    """Statistics [N]; row tiles without a token that counts are not written."""
     rows, columns = tiles
     (n, width), v = hidden.shape, weight.shape[0]
     last = v // columns - 1
@@ -97,7 +96,7 @@ def forward(
         return jnp.minimum(i, _active(count, rows) - 1), 0
 
     def column_tile(i, j, count):
-        # An idle step names the tile that is there already, so nothing is fetched.
+        # An idle step names the tile that was fetched last, so nothing is fetched.
         return jnp.where(i < _active(count, rows), j, last), 0
 
     in_specs = [pl.BlockSpec((rows, width), row_tile), pl.BlockSpec((columns, width), column_tile)]
@@ -158,7 +157,7 @@ def backward(
     weight: jax.Array,
     bias: jax.Array | None,
     targets: jax.Array,
-    slopes: tile.Slopes,  # [N], 0 where a token does not count
+    slopes: tile.Slopes,  # [N], 0 at tokens that do not count
     *,
     vocabulary: int,
     tiles: Tiles,
@@ -238,8 +237,8 @@ def _backward_body(has_bias: bool, vocabulary: int, tiles: Tiles, options: tile.
         there = d_weight.at[pl.ds(j * tiles.columns, tiles.columns)]
         read = pltpu.make_async_copy(there, sum_weight.at[slot], reading.at[slot])
 
-        # A slot is written out before it is filled again: step - 2 was waited for in step - 1. So was the step that
-        # left this tile in HBM, `column_tiles` ago, unless that is step - 1 itself.
+        # A slot is written out before it is filled again: step - 1 waited for step - 2. It also waited for the step
+        # that left this tile in HBM, `column_tiles` ago, unless that is step - 1 itself.
         @pl.when((column_tiles == 1) & (i > 0))
         def _():
             write(step - 1).wait()
@@ -292,8 +291,8 @@ def _backward_body(has_bias: bool, vocabulary: int, tiles: Tiles, options: tile.
 
 
 def _active(count, rows: int):
-    """Row tiles that hold a token that counts; at least one, so that everything is written."""
-    # Not //: the signs are known, and asking for them is not possible on every chip.
+    """Row tiles with a token that counts; at least one, so that everything is written."""
+    # Not //, which compares signs; not every chip can, and here they are known.
     return jnp.maximum(jax.lax.div(count[0] + (rows - 1), rows), 1)
 
 
@@ -310,9 +309,9 @@ def _times(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
 
 def _params(tiles: Tiles, width: int, itemsize: int, target: Target, *, backward: bool) -> pltpu.CompilerParams:
     # Steps depend on each other through the statistics, the sums and the copies, so no axis is parallel. The compiler's
-    # own temporaries come on top of what we count.
-    held = vmem_bytes(tiles, width, itemsize, backward=backward)
+    # own temporaries come on top of the bytes listed above.
+    listed = vmem_bytes(tiles, width, itemsize, backward=backward)
     return pltpu.CompilerParams(
         dimension_semantics=("arbitrary", "arbitrary"),
-        vmem_limit_bytes=min(max(held * 5 // 4 + 4 * MIB, 16 * MIB), target.fast_memory * 15 // 16),
+        vmem_limit_bytes=min(max(listed * 5 // 4 + 4 * MIB, 16 * MIB), target.fast_memory * 15 // 16),
     )

@@ -1,7 +1,7 @@
-"""What a kernel is built for: the kind of chip, its fast memory, and whether it is interpreted instead.
+"""The target of a kernel: the kind of chip, its fast memory, and whether the kernel is interpreted instead.
 
-Everything is decided in Python from the devices of the program, before tracing; nothing looks at what runs this
-process, so a program can be compiled for chips that are not there.
+Everything is decided in Python from the devices of the program, before tracing, and not from the devices of this
+process, so a program can be compiled for absent chips.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ MIB = 2**20
 
 
 class Target(NamedTuple):
-    """A chip to build for. Hashable, so it can be static."""
+    """A chip to build a kernel for. Hashable, so it can be static."""
 
     body: str  # "tpu": Mosaic; "gpu": Triton; "cpu": no kernel of its own
-    fast_memory: int  # bytes of VMEM of a TensorCore, or of shared memory that a block may ask for
-    interpret: bool = False  # evaluated by XLA on any platform: for tests, and slow
+    fast_memory: int  # bytes of VMEM of a TensorCore, or of shared memory that a block may use
+    interpret: bool = False  # evaluated by XLA on any platform: slow, for tests
 
 
 # VMEM of a TensorCore, by jax's name of the chip: the numbers of jax's Pallas guide for TPUs.
@@ -46,7 +46,7 @@ def target_of(devices: Sequence[Any] | None = None) -> Target:
 
 
 def interpreted(body: str = "tpu", *, fast_memory: int = 64 * MIB) -> Target:
-    """The kernel's own program, evaluated by XLA on the CPU: the values of the real one, at a fraction of its speed."""
+    """A target whose programs XLA evaluates on the CPU: the values of the real kernel, at a fraction of its speed."""
     return Target(body, fast_memory, interpret=True)
 
 

@@ -1,7 +1,7 @@
 """From scores and critic values to per-token rewards, advantages and returns.
 
 The time index: values[:, t] is the critic before token t is chosen, and advantages[:, t] multiplies logps[:, t].
-Everywhere the mask is True exactly on the tokens that the policy chose; what stands elsewhere is not read.
+The mask is True exactly on the tokens that the policy chose; other positions are not read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxalign.ops import masked
 from jaxalign.ops.mesh import kernel_target, row_axes
 
 IMPLEMENTATIONS = ("scan", "associative", "matmul", "pallas")
-TILE = 128  # of "matmul": the width of a TPU's matrix unit
+TILE = 128  # positions of a tile of "matmul": the width of a TPU's matrix unit
 
 
 def shaped_rewards(
@@ -30,19 +30,19 @@ def shaped_rewards(
     *,
     kl_coef: float | Float[Array, ""],
 ) -> Float[Array, "B T"]:
-    """-kl_coef · kl on every response token, and the score besides on the last of them.
+    """-kl_coef · kl on every response token, plus the score on the last of them.
 
     Args:
       scores: one for each response, from the reward model.
       kl: an estimate of KL(π‖π_ref) for each token, such as log π - log π_ref, in nats.
-      mask: response tokens. A row without any keeps its score to itself: all its rewards are 0.
-      kl_coef: nats to reward.
+      mask: response tokens. In a row without any all rewards are 0, whatever its score.
+      kl_coef: reward per nat.
 
     Reference: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, eq. 2, spread over the tokens.
     """
     last = masked.last_token_index(mask)
-    here = jnp.arange(mask.shape[1])[None, :] == last[:, None]
-    rewards = -kl_coef * kl.astype(jnp.float32) + jnp.where(here, scores.astype(jnp.float32)[:, None], 0.0)
+    is_last = jnp.arange(mask.shape[1])[None, :] == last[:, None]
+    rewards = -kl_coef * kl.astype(jnp.float32) + jnp.where(is_last, scores.astype(jnp.float32)[:, None], 0.0)
     return jnp.where(mask, rewards, 0.0)
 
 
@@ -59,8 +59,8 @@ def gae(
 ) -> Float[Array, "B T"]:
     """A_t = Σ_k (γλ)^k δ_{t+k}, with δ_t = r_t + γ V_{t+1} - V_t: generalised advantage estimation.
 
-    The sum runs over the True positions alone: t + 1 is the next True one, however far, and V after the last is 0. A
-    hole, such as a tool's answer inside a response, costs no discount; its reward and value are not read.
+    The sum runs over the True positions only: t + 1 is the next True one, however far, and V after the last is 0. A
+    hole, such as a tool's output inside a response, adds no discount; its reward and value are not read.
 
     Args:
       rewards: r_t for choosing token t.
@@ -68,11 +68,11 @@ def gae(
       mask: tokens that the policy chose.
       gamma: discount of a token, in [0, 1]; 1 is usual for text.
       gae_lambda: 0 gives the TD error δ, 1 the discounted return minus the value.
-      implementation: all give the same. "scan" is the definition, T steps one after the other; "associative" log₂ T
-        rounds over whole arrays; "matmul" T/128 products with a triangular matrix of powers of γλ, holes packed away
-        first; "pallas" a kernel, interpreted where there is no accelerator. None is "scan" on a CPU, where it was
-        measured to be the fastest, and on others "associative", until somebody has measured there.
-      mesh: the mesh of the arrays, which "pallas" must be told; the others are partitioned by XLA.
+      implementation: all compute the same. "scan" is the definition, T steps one after the other; "associative" log₂ T
+        rounds over whole arrays; "matmul" T/128 products with a triangular matrix of powers of γλ, after holes are
+        removed; "pallas" a kernel, interpreted on a CPU. None is "scan" on a CPU, where it was measured to be the
+        fastest, and "associative" on other platforms, where nothing has been measured yet.
+      mesh: the mesh of the arrays, which only "pallas" reads; XLA partitions the others.
       rows: the mesh axes that cut B.
 
     Returns:
@@ -97,7 +97,7 @@ def gae(
     if implementation == "pallas":
         run = functools.partial(kernel.gae, target=kernel_target(mesh), **options)
         cut = P(row_axes(mesh, rows, rewards.shape[0]), None) if mesh is not None else None
-        # every row is its own recurrence, so a device needs no other's; a kernel does not say how its outputs vary
+        # rows are independent, so no device needs another's; check_vma is off since a kernel declares no varying axes
         on = jax.shard_map(run, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False) if mesh is not None else run
         return on(rewards, values, mask)
     rewards, values = kernel.clean(rewards, mask), kernel.clean(values, mask)
@@ -109,7 +109,7 @@ def gae(
 def returns(
     advantages: Float[Array, "B T"], values: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """advantages + values, the critic's targets, before any whitening of the advantages; 0 where the mask is False."""
+    """advantages + values, the critic's targets, from advantages before whitening; 0 where the mask is False."""
     return jnp.where(mask, advantages + values.astype(jnp.float32), 0.0)
 
 
@@ -133,10 +133,10 @@ def _associative(delta: jax.Array, mask: jax.Array, decay: float) -> jax.Array:
 
 
 def _matmul(delta: jax.Array, mask: jax.Array, decay: float) -> jax.Array:
-    """Without holes, a tile's advantages are its deltas times the triangle (γλ)^(s - t), and what comes after it."""
+    """After holes are removed, a tile's deltas times the triangle (γλ)^(s - t), plus the discounted next tile."""
     rows, length = delta.shape
     row = jnp.arange(rows)[:, None]
-    place = jnp.cumsum(mask, axis=1) - 1  # of a True position among those of its row
+    place = jnp.cumsum(mask, axis=1) - 1  # index of a True position among those of its row
     width = -(-length // TILE) * TILE
     packed = jnp.zeros((rows, width)).at[row, jnp.where(mask, place, width)].set(delta, mode="drop")
     steps = jnp.arange(TILE)[:, None] - jnp.arange(TILE)[None, :]  # [s t]
@@ -153,12 +153,12 @@ def _matmul(delta: jax.Array, mask: jax.Array, decay: float) -> jax.Array:
 
 
 def group_advantages(scores: Float[Array, "N G"], *, scale: str = "group", eps: float = 1e-4) -> Float[Array, "N G"]:
-    """How much better a response is than those to the same prompt.
+    """Scores relative to those of the other responses to the same prompt.
 
     (s - mean_g s) / (std + eps), with the standard deviation of G - 1 degrees of freedom.
 
     Args:
-      scores: of G responses to each of N prompts.
+      scores: scores of G responses to each of N prompts.
       scale: "group", the std of the prompt's own scores (GRPO); "batch", of all scores (REINFORCE++); "none", no
         division (Dr. GRPO: dividing favours prompts whose scores hardly differ).
       eps: added to the std.
@@ -172,10 +172,10 @@ def group_advantages(scores: Float[Array, "N G"], *, scale: str = "group", eps: 
     if scale not in ("group", "batch", "none"):
         raise Mistake(f"scale={scale!r} is not one of group, batch, none")
     if scores.shape[1] < 2:
-        raise Mistake("a group of one response has nothing to be compared with; draw 2 or more of each prompt")
+        raise Mistake("a group of one response has no baseline; draw 2 or more for each prompt")
     scores = scores.astype(jnp.float32)
-    # Measured from the first of the group: a mean of equal scores may be one rounding off them, and Adam, which knows
-    # no scale, would make a full step of that.
+    # Relative to the first of the group: the mean of equal scores may be off by a rounding, which Adam, whose steps do
+    # not depend on the scale of gradients, would turn into a full step.
     apart = scores - scores[:, :1]
     centred = apart - jnp.mean(apart, axis=1, keepdims=True)
     if scale == "none":
@@ -189,19 +189,19 @@ def decoupled_advantages(
 ) -> Float[Array, "N G"]:
     """Σ_k w_k A_k, divided by its std over the batch, with A_k the group advantages of the k-th reward alone.
 
-    So a response that earns two rewards where its neighbours earn none stands out more than one that earns a single
-    one, which the advantages of the sum, divided by the sum's own std, do not tell apart; and a reward of small
-    scale counts by its weight, not by its scale.
+    A response that earns two rewards while its neighbours earn none has a larger advantage than one that earns a
+    single reward; advantages of the sum, divided by the sum's own std, are the same for both. A reward counts by its
+    weight, not by its scale.
 
     Args:
-      scores: of K rewards, of G responses to each of N prompts.
-      weights: of the rewards.
+      scores: K scores of each of G responses to each of N prompts.
+      weights: weights of the K rewards.
       eps: added to each std.
 
     Reference: Liu et al. 2026 (GDPO), https://arxiv.org/abs/2601.05242.
     """
-    each = jnp.stack([group_advantages(one, eps=eps) for one in scores])
-    total = jnp.tensordot(weights.astype(jnp.float32), each, axes=1)
+    advantages = jnp.stack([group_advantages(of_reward, eps=eps) for of_reward in scores])
+    total = jnp.tensordot(weights.astype(jnp.float32), advantages, axes=1)
     return total / (jnp.std(total, ddof=1) + eps)  # its mean is 0 in every group
 
 

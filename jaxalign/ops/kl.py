@@ -1,4 +1,4 @@
-"""How far the policy is from the reference: the exact KL of each token, and what sampled tokens say of it."""
+"""KL(policy‖reference): exact for each token over the whole vocabulary, or estimated from sampled tokens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ IMPLEMENTATIONS = ("reference", "chunked", "pallas")
 
 
 def k1(log_ratio: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
-    """log π/π_ref: unbiased for KL(π‖π_ref) over tokens drawn from π, with either sign. Its gradient is not.
+    """log π/π_ref: unbiased for KL(π‖π_ref) over tokens drawn from π, of either sign. Its gradient is biased.
 
-    The gradient of E_π[k1] is that of the KL, but k1's own, ∇ log π, has expectation 0: as a loss it does nothing.
+    Its gradient ∇ log π has expectation 0, unlike that of the KL: as a loss it does nothing.
 
     Args:
       log_ratio: log π - log π_ref of tokens that π drew, in nats.
@@ -32,7 +32,7 @@ def k1(log_ratio: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
 
 
 def k2(log_ratio: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
-    """log_ratio² / 2: biased for KL(π‖π_ref), never negative. Its gradient, log_ratio ∇ log π, is not biased.
+    """log_ratio² / 2: biased for KL(π‖π_ref), never negative. Its gradient, log_ratio ∇ log π, is unbiased.
 
     Args:
       log_ratio: log π - log π_ref of tokens that π drew, in nats.
@@ -75,21 +75,21 @@ def token_kl(
 ) -> Float[Array, "*batch"]:
     """KL(π‖π_ref) = Σ_v π(v) log π(v)/π_ref(v) of each position's next token, exact, with its gradient to the policy.
 
-    Nothing has a gradient with respect to the reference. hidden[:, t] speaks of tokens[:, t + 1]; there is no shift.
+    The reference has no gradient. hidden[:, t] predicts tokens[:, t + 1]; there is no shift.
 
     Args:
       hidden: the policy's final hidden states, in the dtype of compute.
       unembedding: the policy's weight [V D], bias, soft-cap.
-      ref_hidden: the reference's; its width may be another.
-      ref_unembedding: the reference's, with the same V.
-      mask: positions that count. Elsewhere the KL is 0, nothing has a gradient, and hidden states may be anything.
-      temperature: both logits are divided by it.
-      implementation: "reference" makes all logits at once; "chunked" holds one tile of each at a time; "pallas" keeps
-        the tiles on the chip and skips masked positions, in its forward and in making dz; None is "chunked".
+      ref_hidden: the reference's hidden states; R may differ from D.
+      ref_unembedding: the reference's unembedding, with the same V.
+      mask: positions that count. Elsewhere the KL and all gradients are 0, and hidden states may be anything.
+      temperature: divisor of both logits.
+      implementation: "reference" computes all logits at once; "chunked" one tile of each at a time; "pallas" keeps the
+        tiles on the chip and skips other positions, forward and for dz; None is "chunked".
       vocabulary_chunk: columns of a tile, or of a slab of the kernel's backward.
-      mesh: the mesh of the arrays, which "pallas" must be told; the others are partitioned by XLA.
+      mesh: the mesh of the arrays, which only "pallas" reads; XLA partitions the others.
       rows: the mesh axes that cut the first axis of hidden.
-      vocabulary: the mesh axis that cuts V, where it divides V. The rest of a weight is gathered.
+      vocabulary: the mesh axis that cuts V, if it divides V. The other axes of a weight are gathered.
 
     Returns:
       Nats, float32, never negative; 0 where both distributions agree.
@@ -101,8 +101,7 @@ def token_kl(
     _check(implementation, temperature, unembedding, ref_unembedding)
     shape = hidden.shape[:-1]
     flat_mask = jnp.ones(shape, bool).reshape(-1) if mask is None else mask.reshape(-1)
-    clean = lambda x: jnp.where(flat_mask[:, None], x.reshape(-1, x.shape[-1]), jnp.zeros((), x.dtype))  # noqa: E731
-    flat, ref_flat = clean(hidden), clean(ref_hidden)
+    flat, ref_flat = _masked_rows(hidden, flat_mask), _masked_rows(ref_hidden, flat_mask)
     if implementation == "reference":
         logits = _logits(flat, unembedding, temperature)
         value = kernel.kl_reference(logits, _logits(ref_flat, ref_unembedding, temperature))
@@ -127,17 +126,22 @@ def token_kl_of_logits(
     mask: Bool[Array, "*batch"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch"]:
-    """`token_kl` of logits that exist already, as in a sampler or a judge. A train step has none."""
+    """`token_kl` of given logits, as a sampler or a judge has them; a train step has none."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise Mistake(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}, None")
     flat_mask = jnp.ones(logits.shape[:-1], bool).reshape(-1) if mask is None else mask.reshape(-1)
-    clean = lambda x: jnp.where(flat_mask[:, None], x.reshape(-1, x.shape[-1]), jnp.zeros((), x.dtype))  # noqa: E731
+    flat, ref_flat = _masked_rows(logits, flat_mask), _masked_rows(ref_logits, flat_mask)
     if implementation == "reference":
-        value = kernel.kl_reference(clean(logits), clean(ref_logits))
+        value = kernel.kl_reference(flat, ref_flat)
     else:
         target = kernel_target(None) if implementation == "pallas" else kernel.XLA
-        value = kernel.kl_of_logits(clean(logits), clean(ref_logits), target=target)
+        value = kernel.kl_of_logits(flat, ref_flat, target=target)
     return jnp.where(flat_mask, value, 0.0).reshape(logits.shape[:-1])
+
+
+def _masked_rows(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """[*batch D] -> [N D], 0 in the rows where the mask [N] is False."""
+    return jnp.where(mask[:, None], x.reshape(-1, x.shape[-1]), jnp.zeros((), x.dtype))
 
 
 def _check(implementation: str | None, temperature: float, unembedding: Unembedding, ref: Unembedding) -> None:
@@ -161,24 +165,27 @@ def _logits(hidden: jax.Array, unembedding: Unembedding, temperature: float) -> 
 
 
 def _kernel(hidden, unembedding, ref_hidden, ref_unembedding, mask, *, axis=None, **options):
-    """Rows that count first, so that the kernel skips whole blocks of the others; then back to their places."""
+    """The kernel on rows in another order: those that count first, so that it skips whole blocks of others."""
     order = jnp.argsort(~mask)  # stable
-    first = lambda x: x.at[order].get(unique_indices=True, mode="promise_in_bounds")  # noqa: E731
     count = jnp.sum(mask, dtype=jnp.int32)
-    value = kernel.kl(first(hidden), unembedding, first(ref_hidden), ref_unembedding, count, axis=axis, **options)
+    hidden, ref_hidden = (x.at[order].get(unique_indices=True, mode="promise_in_bounds") for x in (hidden, ref_hidden))
+    value = kernel.kl(hidden, unembedding, ref_hidden, ref_unembedding, count, axis=axis, **options)
     return jnp.zeros_like(value).at[order].set(value, unique_indices=True, mode="promise_in_bounds")
 
 
 def _on_mesh(run, mesh, rows, vocabulary, unembedding, ref_unembedding, length):
-    """`run` on each device's rows, and on its part of the vocabulary where the mesh divides it."""
+    """`run` on each device's rows, and on its part of the vocabulary if the mesh divides it."""
     rows = row_axes(mesh, rows, length)
     parts = mesh.shape.get(vocabulary, 1)
     axis = vocabulary if parts > 1 and unembedding.weight.shape[0] % parts == 0 else None
-    cut = lambda u: Unembedding(P(axis, None), None if u.bias is None else P(axis), u.softcap)  # noqa: E731
+    of_policy, of_reference = (
+        Unembedding(P(axis, None), None if u.bias is None else P(axis), u.softcap)
+        for u in (unembedding, ref_unembedding)
+    )
     return jax.shard_map(
         functools.partial(run, axis=axis),
         mesh=mesh,
-        in_specs=(P(rows, None), cut(unembedding), P(rows, None), cut(ref_unembedding), P(rows)),
+        in_specs=(P(rows, None), of_policy, P(rows, None), of_reference, P(rows)),
         out_specs=P(rows),
-        check_vma=False,  # a kernel does not say over which axes its outputs vary
+        check_vma=False,  # a kernel declares no axes over which its outputs vary
     )

@@ -1,6 +1,6 @@
-"""Log-probabilities of chosen tokens, and what else the vocabulary's distribution says, from hidden states.
+"""Log-probabilities of chosen tokens, and statistics of their distributions, from hidden states.
 
-The logits are z = softcap(h Wᵀ + b) / temperature. They are made in float32, tile by tile, and never kept.
+The logits are z = softcap(h Wᵀ + b) / temperature, computed in float32, tile by tile, and never stored as a whole.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ IMPLEMENTATIONS = ("reference", "chunked", "pallas")
 
 
 class TokenLogps(NamedTuple):
-    """One value per target, in nats and float32; None where not asked for; 0 (False) where the mask is False."""
+    """One value per target, in nats and float32; None if not requested; 0 (False) where the mask is False."""
 
     logps: jax.Array  # log p(target) = z_target - log Σ exp z
     entropy: jax.Array | None = None  # -Σ p log p
     log_normalizer: jax.Array | None = None  # log Σ exp z
     mean_logit: jax.Array | None = None  # Σ z / V
-    correct: jax.Array | None = None  # the target is the most likely token; an equal one with a lower id comes first
+    correct: jax.Array | None = None  # the target is the most likely token, of equal ones that with the lowest id
 
 
 def token_logps(
@@ -49,25 +49,25 @@ def token_logps(
     vocabulary_chunk: int | None = None,
     shards: Shards | None = None,
 ) -> TokenLogps:
-    """log p(target | hidden) for each position, without a shift, and the extras that are asked for.
+    """log p(target | hidden) for each position, without a shift, and the requested extras.
 
     Args:
       hidden: final hidden states, in the dtype of compute.
       unembedding: weight [V D], bias, soft-cap.
       targets: ids in [0, V).
-      mask: positions that count. Elsewhere everything is 0, nothing has a gradient, and hidden may be anything.
-      temperature: the logits are divided by it.
+      mask: positions that count. Elsewhere values and gradients are 0, and hidden may be anything.
+      temperature: divisor of the logits.
       entropy: also return the entropy.
       log_normalizer: also return log Σ exp z.
       mean_logit: also return the mean of z over the vocabulary.
-      correct: also return whether the target is the argmax.
-      implementation: "reference" makes all logits at once; "chunked" holds one tile of [tokens, vocabulary_chunk] at a
-        time, forward and backward, and without `shards` leaves out most of the masked tokens; "pallas" is one kernel
-        over the vocabulary, which leaves them out as well (on a CPU it is interpreted: for tests); None is "chunked",
-        until the kernel has been measured to beat it on a device.
-      vocabulary_chunk: columns of a tile; by default about 4M logits, 16 MiB, fit a tile.
-      shards: the mesh that the program runs on, for "pallas", which the partitioner cannot cut by itself, and to know
-        the platform; None: one device.
+      correct: also return target == argmax z.
+      implementation: "reference" computes all logits at once; "chunked" one tile of [tokens, vocabulary_chunk] at a
+        time, forward and backward, and without `shards` skips most other tokens; "pallas" is one kernel over
+        the vocabulary, which skips them as well (on a CPU it is interpreted, for tests); None is "chunked", until the
+        kernel has been measured to be faster on a device.
+      vocabulary_chunk: columns of a tile; by default a tile has about 4M logits, 16 MiB.
+      shards: the mesh of the program; "pallas", which XLA cannot partition, reads its axes and its platform. None: one
+        device.
 
     Returns:
       TokenLogps. For zero logits, logps is -log V and the entropy is log V.
@@ -80,7 +80,8 @@ def token_logps(
     flat_mask = jnp.ones(targets.size, bool) if mask is None else mask.reshape(-1)
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
     flat_hidden = jnp.where(flat_mask[:, None], flat_hidden, jnp.zeros((), hidden.dtype))
-    asked = {"entropy": entropy, "log_normalizer": log_normalizer, "mean_logit": mean_logit, "correct": correct}
+    extras = {"entropy": entropy, "log_normalizer": log_normalizer, "mean_logit": mean_logit, "correct": correct}
+    wanted = tuple(name for name, requested in extras.items() if requested)
     weight, bias, softcap = unembedding.weight, unembedding.bias, unembedding.softcap
     target = None
     if implementation == "pallas":
@@ -95,7 +96,6 @@ def token_logps(
             options, target, shards, flat_hidden, weight, bias, targets.reshape(-1), flat_mask
         )
     else:
-        wanted = tuple(name for name, yes in asked.items() if yes)
         values = logprobs_chunked.token_logps(
             flat_hidden,
             unembedding,
@@ -105,9 +105,10 @@ def token_logps(
             wanted=wanted,
             chunk=vocabulary_chunk,
         )
-    kept = {name: values[name] for name, yes in {"logps": True, **asked}.items() if yes}
-    zero = lambda x: jnp.where(flat_mask, x, jnp.zeros((), x.dtype)).reshape(shape)  # noqa: E731
-    return TokenLogps(**{name: zero(value) for name, value in kept.items()})
+    requested = {name: values[name] for name in ("logps", *wanted)}
+    return TokenLogps(
+        **{name: jnp.where(flat_mask, x, jnp.zeros((), x.dtype)).reshape(shape) for name, x in requested.items()}
+    )
 
 
 def next_token_logps(
@@ -123,21 +124,21 @@ def next_token_logps(
     which nothing in the row predicts. Takes the options of `token_logps`.
     """
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-    # The targets move, not the wide hidden states; the last position, which wraps around, is masked.
-    targets, wanted = jnp.roll(tokens, -1, axis=1), jnp.roll(mask, -1, axis=1).at[:, -1].set(False)
-    values = token_logps(hidden, unembedding, targets, mask=wanted, **options)
+    # The targets are shifted, not the wide hidden states; the last position, which wraps around, is masked.
+    targets, mask = jnp.roll(tokens, -1, axis=1), jnp.roll(mask, -1, axis=1).at[:, -1].set(False)
+    values = token_logps(hidden, unembedding, targets, mask=mask, **options)
     return TokenLogps(*(None if x is None else jnp.roll(x, 1, axis=1) for x in values))
 
 
 def _kernel(tokens: int, weight: tuple[int, ...], dtype: jnp.dtype, shards: Shards | None) -> runtime.Target | None:
-    """What to build the kernel for; None where it has no tiles for the shape."""
+    """The target of the kernel; None if it has no tiles for the shape."""
     target = runtime.target_of(None if shards is None else list(shards.mesh.devices.flat))
     if target.body == "cpu":
         target = runtime.interpreted()
     vocabulary, width = weight
     local = (tokens, vocabulary) if shards is None else shards.local(tokens, vocabulary)
     if local is None or not logprob.supports(*local, width, dtype.itemsize, target):
-        _say_once(
+        _warn_once(
             f"no log-probability kernel for {tokens} tokens, {vocabulary} x {width} weights in {dtype}: in chunks"
         )
         return None
@@ -145,5 +146,5 @@ def _kernel(tokens: int, weight: tuple[int, ...], dtype: jnp.dtype, shards: Shar
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     log.warning(message)

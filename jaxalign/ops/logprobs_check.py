@@ -1,7 +1,7 @@
-"""Is the kernel right on this machine? Its values and gradients beside those of the chunked implementation.
+"""A check of the kernel on this machine: its values and gradients against those of the chunked implementation.
 
 A fused kernel has returned log-probabilities of +123 in a published trainer, and the run went on
-(https://github.com/volcengine/verl/issues/2656). Here a run can ask before its first step.
+(https://github.com/volcengine/verl/issues/2656). A run can check before its first step.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from jaxalign.ops.logprobs import Shards, TokenLogps, token_logps
 from jaxalign.types import Unembedding
 
 VALUE_TOLERANCE = 1e-3  # nats: both sum the same products in float32, in another order
-# Of the largest entry of a gradient: both round the gradient of the logits, and the outcome, to bfloat16 (2**-9 each).
+# Share of a gradient's largest entry: both round the gradient of the logits, and the result, to bfloat16 (2**-9 each).
 GRADIENT_TOLERANCE = 1e-2
 WEIGHTS = {"logps": -1.0, "entropy": 0.1, "log_normalizer": 0.1, "mean_logit": 0.1}  # a loss that uses everything
 
 
 class Difference(NamedTuple):
-    """Where an array of the kernel is furthest from the chunked one's."""
+    """The entry at which an array of the kernel differs most from that of the chunked implementation."""
 
     distance: jax.Array
     index: tuple[jax.Array, ...]
@@ -41,7 +41,7 @@ def differences(
     *,
     shards: Shards | None = None,
 ) -> dict[str, Difference]:
-    """Of every value, and of the gradients of a loss that uses all of them: "d_hidden", "d_weight", "d_bias"."""
+    """Differences of every value, and of the gradients of a loss of all: "d_hidden", "d_weight", "d_bias"."""
     kernel, chunked = (
         _everything(implementation, hidden, unembedding, targets, mask, shards)
         for implementation in ("pallas", "chunked")
@@ -49,10 +49,10 @@ def differences(
     return {name: _furthest(kernel[name], chunked[name]) for name in kernel}
 
 
-def refuse(found: dict[str, Difference]) -> None:
-    """Raises Mistake where a difference is past its tolerance, or not a number."""
+def refuse(measured: dict[str, Difference]) -> None:
+    """Raises Mistake if a difference exceeds its tolerance, or is not a number."""
     wrong = []
-    for name, (distance, index, kernel, chunked, largest) in found.items():
+    for name, (distance, index, kernel, chunked, largest) in measured.items():
         gradient = name.startswith("d_")
         limit = GRADIENT_TOLERANCE * float(largest) if gradient else VALUE_TOLERANCE
         if not float(distance) <= limit:
@@ -68,9 +68,9 @@ def refuse(found: dict[str, Difference]) -> None:
         )
 
 
-def summary(found: dict[str, Difference]) -> str:
+def summary(measured: dict[str, Difference]) -> str:
     """The distances in one line."""
-    return ", ".join(f"{name} {float(np.asarray(each.distance)):.1e}" for name, each in found.items())
+    return ", ".join(f"{name} {float(np.asarray(entry.distance)):.1e}" for name, entry in measured.items())
 
 
 def _everything(
@@ -82,8 +82,8 @@ def _everything(
     shards: Shards | None,
 ) -> dict[str, jax.Array]:
     def loss(hidden: jax.Array, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, TokenLogps]:
-        asked = {name: True for name in WEIGHTS if name != "logps"}
-        options = {"mask": mask, "implementation": implementation, "shards": shards, **asked}
+        extras = {name: True for name in WEIGHTS if name != "logps"}
+        options = {"mask": mask, "implementation": implementation, "shards": shards, **extras}
         values = token_logps(hidden, Unembedding(weight, bias, unembedding.softcap), targets, **options)
         return sum(scale * jnp.sum(getattr(values, name)) for name, scale in WEIGHTS.items()), values
 

@@ -1,6 +1,6 @@
 """The memory-bounded implementation of `ops/logprobs.py`: one tile [N, chunk] of logits at a time, on any platform.
 
-Forward: an online log-sum-exp over the tiles. Backward makes each tile again. With p = softmax(z), H the entropy and
+Forward: an online log-sum-exp over the tiles. Backward computes each tile again. With p = softmax(z), H the entropy and
 g the gradients with respect to logps, entropy, log_normalizer and mean_logit,
 
     dz = g_logps (onehot - p) - g_entropy p (log p + H) + g_log_normalizer p + g_mean_logit / V
@@ -9,9 +9,9 @@ then through temperature and soft-cap to the raw logits, dhidden += draw W_tile 
 
 Memory besides inputs and gradients: one tile in float32 with a few elementwise copies of it, and dhidden in float32.
 
-Of tokens that nobody asks about (prompts, padding) there are no logits either, where a device sees all tokens: those
-that count are moved to the front, and the tiles are as tall as a quarter, a half, three quarters or all of the rows,
-whichever holds them. Shapes are static, so each height is a program of its own, and the count picks one.
+Most tokens where the mask is False (prompts, padding) get no logits, if one device sees all tokens: the others move to
+the front, and the tiles are as tall as a quarter, a half, three quarters or all of the rows, the least that holds them.
+Shapes are static, so each height is a program of its own, and the count picks one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxalign.ops.logits import largest
 from jaxalign.types import Unembedding
 
 TILE_LOGITS = 2**22  # 16 MiB in float32
-HEIGHTS, WORTH_A_CHOICE = 4, 2**20  # parts of the tokens; logits below which all are made
+HEIGHTS, WORTH_A_CHOICE = 4, 2**20  # parts of the tokens; number of logits below which all are computed
 
 
 class _Options(NamedTuple):
@@ -34,11 +34,11 @@ class _Options(NamedTuple):
     temperature: float
     wanted: tuple[str, ...]
     chunk: int | None  # None: `default_chunk` of the height
-    heights: tuple[int, ...]  # rows of hidden states that are computed, one of them
+    heights: tuple[int, ...]  # numbers of rows, one of which is computed
 
 
 class _Stats(NamedTuple):
-    """Of the tiles seen so far, [N] each."""
+    """Statistics of the tiles seen so far, [N] each."""
 
     peak: jax.Array  # largest logit
     mass: jax.Array  # Σ exp(z - peak)
@@ -64,7 +64,7 @@ def token_logps(
     wanted: tuple[str, ...],
     chunk: int | None,
 ) -> dict[str, jax.Array]:
-    """logps and the `wanted` extras of hidden [N D], one value per token; where the mask is False, anything."""
+    """logps and the `wanted` extras of hidden [N D], one value per token; undefined where the mask is False."""
     (vocabulary, _), rows = unembedding.weight.shape, len(targets)
     bias = unembedding.bias
     bias = None if bias is None else bias.astype(jnp.float32)
@@ -74,10 +74,10 @@ def token_logps(
     options = _Options(unembedding.softcap, temperature, wanted, chunk, heights)
     if len(heights) == 1:
         return _logps(options, hidden, unembedding.weight, bias, targets, jnp.int32(0))
-    order = jnp.argsort(~mask, stable=True)  # those that count first
+    order = jnp.argsort(~mask, stable=True)  # tokens that count first
     which = jnp.searchsorted(jnp.array(heights), jnp.sum(mask))
-    first = lambda x: x.at[order].get(unique_indices=True)  # noqa: E731
-    values = _logps(options, first(hidden), unembedding.weight, bias, first(targets), which)
+    hidden, targets = (x.at[order].get(unique_indices=True) for x in (hidden, targets))
+    values = _logps(options, hidden, unembedding.weight, bias, targets, which)
     return {name: jnp.zeros_like(value).at[order].set(value, unique_indices=True) for name, value in values.items()}
 
 
@@ -90,33 +90,32 @@ def _logps(
     targets: jax.Array,
     which: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Of the first options.heights[which] rows; 0 of the others."""
+    """logps and extras of the first options.heights[which] rows; 0 in the others."""
     return _forward(options, hidden, weight, bias, targets, which)[0]
 
 
 def _forward(options: _Options, hidden: jax.Array, weight: jax.Array, bias: Any, targets: jax.Array, which: jax.Array):
     rows = len(hidden)
 
-    def of(height: int, hidden: jax.Array, targets: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-        found, log_normalizer = _values(options, hidden[:height], weight, bias, targets[:height])
-        return jax.tree.map(lambda x: _tall(x, rows), (found, log_normalizer))
+    def of_first(height: int, hidden: jax.Array, targets: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        return jax.tree.map(lambda x: _tall(x, rows), _values(options, hidden[:height], weight, bias, targets[:height]))
 
-    branches = [functools.partial(of, height) for height in options.heights]
-    kept, log_normalizer = jax.lax.switch(which, branches, hidden, targets)
-    return kept, (hidden, weight, bias, targets, which, log_normalizer, kept.get("entropy"))
+    branches = [functools.partial(of_first, height) for height in options.heights]
+    values, log_normalizer = jax.lax.switch(which, branches, hidden, targets)
+    return values, (hidden, weight, bias, targets, which, log_normalizer, values.get("entropy"))
 
 
 def _backward(options: _Options, residuals: tuple, gradients: dict[str, jax.Array]):
     hidden, weight, bias, targets, which, log_normalizer, entropy = residuals
     gradients = {name: g for name, g in gradients.items() if name != "correct"}
 
-    def of(height: int, *rows: Any) -> tuple:
+    def of_first(height: int, *rows: Any) -> tuple:
         d_hidden, d_weight, d_bias = _gradients(options, weight, bias, *jax.tree.map(lambda x: x[:height], rows))
         return _tall(d_hidden, len(hidden)), d_weight, d_bias
 
-    branches = [functools.partial(of, height) for height in options.heights]
-    found = jax.lax.switch(which, branches, hidden, targets, log_normalizer, entropy, gradients)
-    return *found, None, None
+    branches = [functools.partial(of_first, height) for height in options.heights]
+    cotangents = jax.lax.switch(which, branches, hidden, targets, log_normalizer, entropy, gradients)
+    return *cotangents, None, None
 
 
 _logps.defvjp(_forward, _backward)
@@ -129,7 +128,7 @@ def _tall(x: jax.Array, rows: int) -> jax.Array:
 def _values(
     options: _Options, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, targets: jax.Array
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """(what is wanted, log Σ exp z) of all rows."""
+    """(logps and the wanted extras, log Σ exp z) of all rows."""
     vocabulary, rows = weight.shape[0], hidden.shape[0]
     chunk = _chunk(options, rows, vocabulary)
 
@@ -246,6 +245,6 @@ def _columns(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
 
 
 def _add_columns(x: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
-    """x with `part` added from `start` on: the last tile overlaps the one before, where its part is zero."""
+    """x with `part` added from `start` on; the part is zero where the last tile overlaps the one before."""
     summed = _columns(x, start, part.shape[0]) + part.astype(x.dtype)
     return jax.lax.dynamic_update_slice_in_dim(x, summed, start, 0)

@@ -1,9 +1,9 @@
 """The kernel of `kernels/logprob.py` on one device, or on every device of a mesh.
 
-A Pallas call is opaque to the partitioner, so here is written what it would otherwise find out: each device takes its
-own tokens and its own share of the vocabulary, whole in width. The weight is gathered along the axis that cuts its
-width, in the dtype of compute; shards of the vocabulary exchange six numbers a token; in the backward pass dhidden is
-summed over them, and dweight, in float32, over the tokens' shards, of which each keeps its share of the width.
+XLA cannot partition a Pallas call, so the collectives are written here: each device takes its own tokens and its own
+share of the vocabulary, whole in width. The weight is gathered along the axis that cuts its width, in the dtype of
+compute; shards of the vocabulary exchange six numbers a token; in the backward pass dhidden is summed over them, and
+dweight, in float32, over the tokens' shards, each of which keeps its share of the width.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Shards(NamedTuple):
     vocabulary: str | None = "tensor"
 
     def axis(self, vocabulary: int) -> str | None:
-        """The axis over which a vocabulary of this size is cut; None where it is whole on every device."""
+        """The axis over which a vocabulary of this size is cut; None if it is whole on every device."""
         size = 1 if self.vocabulary is None else self.mesh.shape[self.vocabulary]
         return self.vocabulary if size > 1 and vocabulary % size == 0 else None
 
     def local(self, tokens: int, vocabulary: int) -> tuple[int, int] | None:
-        """(tokens, vocabulary) of a device; None where the tokens cannot be cut into equal parts."""
+        """(tokens, vocabulary) of a device; None if the tokens cannot be cut into equal parts."""
         parts = 1
         for name in self.rows:
             parts *= self.mesh.shape[name]
@@ -60,7 +60,7 @@ def token_logps(
     return _sharded(options, target, shards, hidden, weight, bias, targets, mask)
 
 
-# The gradient is that of the whole, not of the map over devices: both directions say which sums they need.
+# custom_vjp is around the map over devices, not inside it: forward and backward each write out their own sums.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _sharded(options, target, shards, hidden, weight, bias, targets, mask):
     return _forward(options, target, shards, hidden, weight, bias, targets, mask)[0]
@@ -72,12 +72,12 @@ def _forward(options, target, shards, hidden, weight, bias, targets, mask):
     mapped = jax.shard_map(
         run, mesh=shards.mesh, in_specs=_specs(shards, axis), out_specs=P(shards.rows), check_vma=False
     )
-    values, kept = mapped(hidden, weight.astype(hidden.dtype), bias, targets, mask)
-    return values, (hidden, weight, bias, targets, mask, kept)
+    values, saved = mapped(hidden, weight.astype(hidden.dtype), bias, targets, mask)
+    return values, (hidden, weight, bias, targets, mask, saved)
 
 
 def _backward(options, target, shards, residuals, gradients):
-    hidden, weight, bias, targets, mask, kept = residuals
+    hidden, weight, bias, targets, mask, saved = residuals
     gradients = {name: g for name, g in gradients.items() if name != "correct"}
     axis, last = shards.axis(weight.shape[0]), shards.rows[-1]
     cut = weight.shape[1] % shards.mesh.shape[last] == 0
@@ -100,7 +100,7 @@ def _backward(options, target, shards, residuals, gradients):
         in_specs=(*_specs(shards, axis), rows, rows),
         out_specs=(P(shards.rows, None), P(axis, last if cut else None), P(axis)),
         check_vma=False,
-    )(hidden, weight.astype(hidden.dtype), bias, targets, mask, kept, gradients)
+    )(hidden, weight.astype(hidden.dtype), bias, targets, mask, saved, gradients)
     return d_hidden, d_weight.astype(weight.dtype), d_bias, None, None
 
 

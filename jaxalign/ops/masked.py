@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 
 def masked_sum(values: Num[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
-    """Σ values where mask; what stands elsewhere may be NaN."""
+    """Σ values where mask; values elsewhere may be NaN."""
     return jnp.sum(jnp.where(mask, values, 0).astype(jnp.float32))
 
 
@@ -27,7 +27,7 @@ def masked_var(values: Num[Array, "*shape"], mask: Bool[Array, "*shape"], *, unb
 def whiten(
     values: Num[Array, "*shape"], mask: Bool[Array, "*shape"], *, shift_mean: bool = True, eps: float = 1e-8
 ) -> Float[Array, "*shape"]:
-    """(values - mean) / sqrt(var + eps) over the mask, 0 elsewhere; without `shift_mean` the mean is put back."""
+    """(values - mean) / sqrt(var + eps) over the mask, 0 elsewhere; the mean is added back if not `shift_mean`."""
     top = _largest(values, mask)
     below = values.astype(jnp.float32) - top
     mean = masked_mean(below, mask)
@@ -36,11 +36,11 @@ def whiten(
 
 
 def _largest(values: Num[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
-    """Where mean and variance are measured from: of equal values nothing is left then, not a rounding of their mean."""
+    """The largest masked value. Subtracting it first makes the variance of equal values exactly 0."""
     return jnp.where(jnp.any(mask), jnp.max(jnp.where(mask, values.astype(jnp.float32), -jnp.inf)), 0.0)
 
 
 def last_token_index(mask: Bool[Array, "B T"]) -> Int[Array, "B"]:
-    """Index of the last True of each row; -1 in a row without one. From the mask, never from ids: pad may equal EOS."""
+    """Index of the last True of each row; -1 in a row without one. Ids are not compared, since pad may equal EOS."""
     indices = jnp.arange(mask.shape[1])[None, :]
     return jnp.max(jnp.where(mask, indices, -1), axis=1)

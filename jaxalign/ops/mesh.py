@@ -1,4 +1,4 @@
-"""What an op must know of devices before it calls a kernel: which body runs there, and how the mesh cuts rows."""
+"""Devices as an op needs them before it calls a kernel: the body that runs there, and the cut of rows over the mesh."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from jaxalign.mistake import Mistake
 
 
 def kernel_target(mesh: Mesh | None) -> Target:
-    """The chip of the mesh, or of jax's default devices. Where there is none the TPU's body is interpreted: a test."""
+    """The chip of the mesh, or of jax's default devices; on a CPU, for tests, the TPU's body interpreted."""
     target = target_of(None if mesh is None else list(mesh.devices.flat))
     return interpreted() if target.body == "cpu" else target
 
 
 def row_axes(mesh: Mesh, axes: tuple[str, ...], rows: int) -> tuple[str, ...]:
-    """Those of `axes` that the mesh has; raises ValueError unless they cut `rows` into equal parts."""
+    """Those of `axes` that the mesh has; raises Mistake unless they cut `rows` into equal parts."""
     axes = tuple(axis for axis in axes if axis in mesh.shape)
     devices = math.prod(mesh.shape[axis] for axis in axes)
     if rows % devices:
-        raise Mistake(f"{rows} rows cannot be cut over the {devices} devices of the mesh axes {axes}")
+        raise Mistake(
+            f"{rows} rows cannot be cut over the {devices} devices of the mesh axes {axes}; take a "
+            f"multiple of {devices}"
+        )
     return axes
