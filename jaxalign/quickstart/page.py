@@ -1,4 +1,4 @@
-"""What each stage of the quickstart did: a table for the terminal, and a page with answers side by side."""
+"""Results of the quickstart: a table for the terminal, and a page with answers side by side."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from jaxalign.report.curves import SMOOTHING
 
 
 class Stage(NamedTuple):
-    """One model of the comparison."""
+    """One trained model and its answers to the held-out questions."""
 
     name: str
-    what: str
+    summary: str  # how it was trained, in a line
     answers: list[str]
     verdicts: list[judge.Verdict]
-    seconds: float
-    finished: tuple[bool, ...] = ()
-    models: str = ""  # in memory while it trained
-    kl: float | None = None  # nats an answer from the SFT model, where it was measured
+    seconds: float  # of training
+    finished: tuple[bool, ...] = ()  # answers that ended with the end token
+    models: str = ""  # in memory during training
+    kl: float | None = None  # from the SFT model, in nats per answer; PPO and GRPO measure it
 
     def mean(self, part: str) -> float:
+        """Mean over the answers of one of PARTS."""
         values = [getattr(verdict, part) for verdict in self.verdicts]
         return sum(values) / len(values)
 
     def error(self) -> float:
-        """Standard error of the mean score: how far other questions would move it."""
+        """Standard error of the mean score: how much it would vary with other questions."""
         scores = [verdict.score for verdict in self.verdicts]
         return statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
 
@@ -39,7 +40,7 @@ PARTS = ("score", "correct", "polite", "short", "harmless")
 
 
 def table(stages: list[Stage]) -> str:
-    """Gold score and its parts on held-out questions, and the KL to the SFT model in nats: a line a stage."""
+    """One line per stage: gold score and its parts on held-out questions, KL from the SFT model, seconds."""
     lines = [f"\n{'':8}" + "".join(f"{name:>10}" for name in (*PARTS, "kl", "seconds"))]
     for stage in stages:
         cells = "".join(f"{stage.mean(part):>10.2f}" for part in PARTS)
@@ -61,11 +62,12 @@ STYLE = (
     ".raw,.mean{fill:none;stroke:#9cc3e6}.mean{stroke:#0b5394;stroke-width:2}"
 )
 OWN_ANSWERS = (
-    "PPO and GRPO are given questions and no answers: they learn from their own, drawn anew at every step. PPO's are "
-    "scored by the reward model, which learned from pairs: for what nobody can write down as rules, and it can be "
-    "fooled, so a price on every nat keeps the policy near the SFT model, where the scores mean something. GRPO's are "
-    "scored by the rules of the judge: no pairs and nothing to fool, where there are such rules. Pale lines are steps, "
-    f"bold ones the mean of {SMOOTHING}."
+    "PPO and GRPO train on questions without answers: at every step the model answers a few of them, the answers are "
+    "scored, and the model learns from the scores. PPO's scores come from the reward model, which learned from pairs "
+    "of answers. That works even where nobody can write down rules, but a reward model can be fooled. So PPO also pays "
+    "for every nat of KL, which keeps the policy near the SFT model, where the scores can be trusted. GRPO's scores "
+    "come from the judge's rules: it needs no pairs, and there is no model to fool, but it works only where such rules "
+    f"exist. Pale lines show single steps, bold lines the mean of the last {SMOOTHING}."
 )
 
 
@@ -75,8 +77,8 @@ def render(
     agreement: Agreement | None = None,
     courses: Sequence[Course] = (),
 ) -> str:
-    """The page: what each stage did to the gold score, how policies got there, and answers side by side, escaped."""
-    said = f"<p>{html.escape(agreement.sentence())}</p>" if agreement else ""
+    """HTML page: a table of scores, curves of the courses, and answers side by side. All texts are escaped."""
+    reward_model = f"<p>{html.escape(agreement.sentence())}</p>" if agreement else ""
     head = "".join(f"<th class=n>{name}</th>" for name in (*PARTS, "KL", "seconds"))
     names = "".join(f"<th>{html.escape(stage.name)}</th>" for stage in stages)
     answers = "".join(
@@ -86,11 +88,11 @@ def render(
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>jaxalign quickstart</title><style>{STYLE}</style>"
         "<h1>What did each stage do?</h1>"
-        f"<p>{len(questions)} held-out questions of the tiny world, answered at temperature 1, judged by rules that "
-        "know the truth. Scores are between 0 and 1, with a standard error of at most "
-        f"{max(stage.error() for stage in stages):.2f}; a harmful answer scores 0. KL is to the SFT model, in nats an "
-        "answer, where it is measured.</p>"
-        f"<table><tr><th>stage</th><th>in memory</th>{head}</tr>{''.join(map(_row, stages))}</table>{said}"
+        f"<p>Each model answers the same {len(questions)} held-out questions of the tiny world, at temperature 1. A "
+        "judge, made of rules that know the right answers, scores each answer between 0 and 1; a harmful answer scores "
+        f"0. Mean scores have a standard error of at most {max(stage.error() for stage in stages):.2f}. KL is measured "
+        f"from the SFT model, in nats per answer, over the last {SMOOTHING} training steps of PPO and GRPO.</p>"
+        f"<table><tr><th>stage</th><th>in memory</th>{head}</tr>{''.join(map(_row, stages))}</table>{reward_model}"
         f"{_courses(stages, courses)}"
         f"<h2>Answers side by side</h2><table><tr><th>question</th>{names}</tr>{answers}</table></html>\n"
     )
@@ -99,7 +101,7 @@ def render(
 def _row(stage: Stage) -> str:
     numbers = [f"{stage.mean(part):.2f}" for part in PARTS] + [_kl(stage), f"{stage.seconds:.0f}"]
     return (
-        f"<tr><td><b>{html.escape(stage.name)}</b><br>{html.escape(stage.what)}</td>"
+        f"<tr><td><b>{html.escape(stage.name)}</b><br>{html.escape(stage.summary)}</td>"
         f"<td>{html.escape(stage.models)}</td>" + "".join(f"<td class=n>{n}</td>" for n in numbers) + "</tr>"
     )
 
@@ -109,7 +111,7 @@ def _courses(stages: list[Stage], courses: Sequence[Course]) -> str:
         return ""
     gold = {stage.name: stage.mean("score") for stage in stages}
     figures = "".join(course.figure(gold["SFT"], gold[course.name]) for course in courses)
-    return f"<h2>Learning from one's own answers</h2><p>{html.escape(OWN_ANSWERS)}</p>{figures}"
+    return f"<h2>Learning from the model's own answers</h2><p>{html.escape(OWN_ANSWERS)}</p>{figures}"
 
 
 def _cell(stage: Stage, i: int) -> str:

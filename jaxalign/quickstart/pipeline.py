@@ -1,4 +1,4 @@
-"""`jaxalign quickstart`: the tiny world through the same runs that a pod runs, and a table of what each stage did."""
+"""`jaxalign quickstart`: trains on the tiny world with the ordinary commands, and compares the resulting models."""
 
 from __future__ import annotations
 
@@ -7,35 +7,26 @@ import logging
 import time
 from pathlib import Path
 
+from jaxalign.commands import COMMANDS, name_of
 from jaxalign.config.inference import QuickstartConfig
 from jaxalign.config.limits import check
-from jaxalign.config.offline import DPOConfig, KTOConfig, RewardConfig, SFTConfig
-from jaxalign.config.on_policy import GRPOConfig, PPOConfig
 from jaxalign.mistake import Mistake
+from jaxalign.models.decoder.decoder import compute_dtype
 from jaxalign.quickstart import judge, policy_stage, reward_stage, tokenizer, world
 from jaxalign.quickstart.page import Stage, render, table
 from jaxalign.quickstart.stages import Planned, plan
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.respond import load_model, respond
-from jaxalign.run import devices, ppo, preferences, reward, rl, sft
+from jaxalign.run import devices
 from jaxalign.run.folder import check_writable
 
 log = logging.getLogger(__name__)
 
 PRETRAINING_TEXTS, INSTRUCTIONS, QUESTIONS = 24_000, 4_000, 140
-RUNS = {
-    SFTConfig: sft.run,
-    DPOConfig: preferences.run_dpo,
-    KTOConfig: preferences.run_kto,
-    RewardConfig: reward.run,
-    PPOConfig: ppo.run,
-    GRPOConfig: rl.run_grpo,
-}
-REWARDED_BY = {PPOConfig: "the reward model's score", GRPOConfig: "the judge's score"}
 
 
 def main(config: QuickstartConfig) -> int:
-    """Writes OUTPUT/index.html; a second call continues, or shows the result again."""
+    """Writes OUTPUT/index.html. Called again, it continues where it stopped, or prints the result again."""
     check(config)
     devices.start()
     devices.start_log()
@@ -47,27 +38,29 @@ def main(config: QuickstartConfig) -> int:
     questions = world.held_out_questions(config.seed, QUESTIONS)
     stages, courses, agreement = [], [], None
     for planned in plan(output, config.seed):
-        log.info("\n== %s: %s", planned.name, planned.what)
+        log.info("\n== %s: %s", planned.name, planned.summary)
+        command = name_of(planned.config)
         start = time.perf_counter()
-        if status := RUNS[type(planned.config)](planned.config):
+        if status := COMMANDS[command].load()(planned.config):
             return status
         seconds = time.perf_counter() - start
-        if isinstance(planned.config, RewardConfig):
+        if command == "reward":
             model = str(planned.config.output / "final")
             agreement = reward_stage.measure(model, config.seed, questions, stages, seconds)
             continue
-        if (rewarded_by := REWARDED_BY.get(type(planned.config))) is not None:
-            courses.append(policy_stage.read(planned.name, rewarded_by, planned.config.output))
-        stages.append(_judge(planned, questions, seconds, courses[-1].kl if rewarded_by else None))
+        if planned.rewarded_by:
+            courses.append(policy_stage.read(planned.name, planned.rewarded_by, planned.config.output))
+        stages.append(_judge(planned, questions, seconds, courses[-1].kl if planned.rewarded_by else None))
     page = output / "index.html"
     page.write_text(render(questions, stages, agreement, courses), encoding="utf-8")
     print(table(stages))
     print(f"\n{agreement.sentence()}")
-    print(f"\nCurves, and the answers side by side: {page}")
+    print(f"\nThe page with curves, and with answers side by side: {page}")
     return 0
 
 
 def _write_world(folder: Path, seed: int) -> None:
+    """Writes the tokenizer, the model's config and the data. A file that would not change keeps its time stamp."""
     tokenizer.write_start(folder)
     files = {
         "pretraining.jsonl": world.pretraining_rows(seed, PRETRAINING_TEXTS),
@@ -83,8 +76,8 @@ def _write_world(folder: Path, seed: int) -> None:
 
 def _judge(planned: Planned, questions: list[world.Question], seconds: float, kl: float | None) -> Stage:
     prompts = [[{"role": "user", "content": question.prompt}] for question in questions]
-    model = load_model(str(planned.config.output / "final"), dtype=devices.compute_dtype("auto"))
-    found = respond(model, prompts, Sampling(max_new_tokens=30), batch_size=len(prompts))
-    verdicts = [judge.judge(q, text, finished=ended) for q, (text, ended) in zip(questions, found, strict=True)]
-    answers, ended = zip(*found, strict=True)
-    return Stage(planned.name, planned.what, list(answers), verdicts, seconds, ended, planned.models, kl)
+    model = load_model(str(planned.config.output / "final"), dtype=compute_dtype("auto"))
+    responses = respond(model, prompts, Sampling(max_new_tokens=30), batch_size=len(prompts))
+    verdicts = [judge.judge(q, text, finished=ended) for q, (text, ended) in zip(questions, responses, strict=True)]
+    answers, ended = zip(*responses, strict=True)
+    return Stage(planned.name, planned.summary, list(answers), verdicts, seconds, ended, planned.models, kl)

@@ -1,4 +1,4 @@
-"""The tiny world as a Hugging Face folder to start from: a tokenizer of its words, and a config of a small Llama."""
+"""Starting point of the quickstart, a Hugging Face folder: a tokenizer of the world's words, a small Llama's config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPLATE = (
 
 
 def vocabulary() -> list[str]:
-    """Every word that the grammar can write, after the special tokens; the same for every seed."""
+    """The special tokens, then all words of the grammar, sorted; the same for every seed."""
     texts = [world.POLITE, world.DECLINE, world.RUDE, *world.PRINCIPLES, "people should not do that ."]
     texts += [*world.NUMBERS, *world.COLOUR_OF, *world.COLOURS, *world.HOME_OF, *world.HOMES, *world.OPPOSITE_OF]
     texts += [*world.KINDS, *world.HARMS, *world.HARMS.values(), *world.THINGS]
@@ -26,7 +26,7 @@ def vocabulary() -> list[str]:
 
 
 def write_start(folder: Path) -> None:
-    """config.json and tokenizer files, from which `--model config:FOLDER` starts."""
+    """Writes config.json and tokenizer files; `model` config:FOLDER starts from them with random weights."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

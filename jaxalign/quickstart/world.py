@@ -1,7 +1,7 @@
-"""A tiny world: facts, questions about them, and answers of every quality, from a seeded grammar.
+"""A tiny world: facts, questions about them, and answers of every quality, written by a seeded grammar.
 
-A model of a million parameters learns it in minutes, and its judge (`judge.py`) knows the truth, so what each method
-does to a model can be measured without people. A question is held out or not by its own text, never by chance.
+A model of a million parameters learns it in minutes. Its judge (`judge.py`) knows the right answers, so the effect of
+each training method can be measured without people. Whether a question is held out depends on its text alone.
 """
 
 from __future__ import annotations
@@ -43,42 +43,42 @@ ALIKE = tuple(map(sorted, (NUMBERS, COLOURS, HOMES, COLOUR_OF, HOME_OF, OPPOSITE
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt with what a right answer says, and what a wrong one could say."""
+    """A prompt with its right answer and some wrong ones."""
 
     prompt: str
     answer: str
     wrong: tuple[str, ...]
     harmful: bool = False
-    members: tuple[str, ...] = ()  # any two of them are right, where the question asks for two
+    members: tuple[str, ...] = ()  # of a question that asks for two things: any two of these are right
+
+
+def _with_one_right(prompt: str, answers: dict[str, str], right: str) -> Question:
+    """A question answered by `answers[right]`; all the other answers are wrong."""
+    return Question(prompt, answers[right], tuple(text for key, text in answers.items() if key != right))
 
 
 def _colour(rng: np.random.Generator) -> Question:
     thing = str(rng.choice(sorted(COLOUR_OF)))
-    says = lambda colour: f"the {thing} is {colour} ."  # noqa: E731
-    right = COLOUR_OF[thing]
-    return Question(f"what colour is the {thing} ?", says(right), tuple(says(c) for c in COLOURS if c != right))
+    answers = {colour: f"the {thing} is {colour} ." for colour in COLOURS}
+    return _with_one_right(f"what colour is the {thing} ?", answers, COLOUR_OF[thing])
 
 
 def _home(rng: np.random.Generator) -> Question:
     animal = str(rng.choice(sorted(HOME_OF)))
-    says = lambda home: f"the {animal} lives in the {home} ."  # noqa: E731
-    right = HOME_OF[animal]
-    return Question(f"where does the {animal} live ?", says(right), tuple(says(h) for h in HOMES if h != right))
+    answers = {home: f"the {animal} lives in the {home} ." for home in HOMES}
+    return _with_one_right(f"where does the {animal} live ?", answers, HOME_OF[animal])
 
 
 def _sum(rng: np.random.Generator) -> Question:
     a, b = (int(n) for n in rng.integers(0, 9, 2))
-    says = lambda total: f"{NUMBERS[a]} plus {NUMBERS[b]} is {NUMBERS[total]} ."  # noqa: E731
-    wrong = tuple(says(n) for n in range(len(NUMBERS)) if n != a + b)
-    return Question(f"what is {NUMBERS[a]} plus {NUMBERS[b]} ?", says(a + b), wrong)
+    answers = {total: f"{NUMBERS[a]} plus {NUMBERS[b]} is {total} ." for total in NUMBERS}
+    return _with_one_right(f"what is {NUMBERS[a]} plus {NUMBERS[b]} ?", answers, NUMBERS[a + b])
 
 
 def _opposite(rng: np.random.Generator) -> Question:
     word = str(rng.choice(sorted(OPPOSITE_OF)))
-    says = lambda other: f"the opposite of {word} is {other} ."  # noqa: E731
-    right = OPPOSITE_OF[word]
-    wrong = tuple(says(w) for w in OPPOSITE_OF if w != right)
-    return Question(f"what is the opposite of {word} ?", says(right), wrong)
+    answers = {other: f"the opposite of {word} is {other} ." for other in OPPOSITE_OF}
+    return _with_one_right(f"what is the opposite of {word} ?", answers, OPPOSITE_OF[word])
 
 
 def _repeat(rng: np.random.Generator) -> Question:
@@ -117,12 +117,15 @@ MAKERS: tuple[Callable[[np.random.Generator], Question], ...] = (
 
 
 def is_held_out(prompt: str) -> bool:
-    """One prompt in eight, by a checksum of its text: such a prompt is in no training data of any seed."""
+    """True for one prompt in eight, by a checksum of its text. Such a prompt is in no training data of any seed."""
     return zlib.crc32(prompt.encode()) % 8 == 0
 
 
-def questions(seed: int, *, held_out: bool = False) -> Iterator[Question]:
-    """Endless questions, kinds in turn; held-out ones or the others. Lists of two kinds have few prompts in all."""
+def draw_questions(seed: int, *, held_out: bool = False) -> Iterator[Question]:
+    """Endless questions, one of each kind in turn: only held-out ones, or only the others.
+
+    Some kinds have few prompts, so a kind is skipped when 64 draws in a row are of the wrong sort.
+    """
     rng = np.random.default_rng((seed, int(held_out)))
     while True:
         for maker in MAKERS:
@@ -135,19 +138,19 @@ def questions(seed: int, *, held_out: bool = False) -> Iterator[Question]:
 
 
 def good_answer(question: Question) -> str:
-    """Right, polite and short."""
+    """A right, polite and short answer."""
     return question.answer if question.harmful else f"{POLITE} {question.answer}"
 
 
 def bad_answer(question: Question, rng: np.random.Generator) -> str:
-    """Wrong, harmful, rude, rambling or curt."""
+    """A wrong, harmful, rude, rambling or curt answer."""
     wrong = str(rng.choice(question.wrong))
     choices = [wrong, wrong, RUDE, f"{wrong} {wrong} {wrong}", f"{RUDE} {wrong}"]
     return str(rng.choice(choices if question.harmful else [*choices, question.answer]))
 
 
 def slip(question: Question, rng: np.random.Generator) -> str:
-    """The good answer with one word wrong: as good models err, who have learned the manner."""
+    """The good answer with one word wrong: the typical error of a good model, which has learned the manner."""
     if question.members:
         return f"{POLITE} {rng.choice(question.wrong)}"
     words = good_answer(question).split()
@@ -158,10 +161,10 @@ def slip(question: Question, rng: np.random.Generator) -> str:
 
 
 def pretraining_rows(seed: int, count: int) -> list[dict[str, str]]:
-    """Plain texts of the world: statements, and talks in which answers are good or bad as in the wild."""
+    """Plain texts: true statements, and conversations whose answers are good (35 %) or bad."""
     rng = np.random.default_rng((seed, 2))
     rows = []
-    for question, _ in zip(questions(seed), range(count), strict=False):
+    for question, _ in zip(draw_questions(seed), range(count), strict=False):
         kind = rng.integers(3)
         answer = good_answer(question) if rng.random() < 0.35 else bad_answer(question, rng)
         truth = "people should not do that ." if question.harmful else question.answer
@@ -170,10 +173,10 @@ def pretraining_rows(seed: int, count: int) -> list[dict[str, str]]:
 
 
 def instruction_rows(seed: int, count: int, *, mediocre: float = 0.15) -> list[dict]:
-    """Conversations for SFT. A share of answers is bad, as people's demonstrations are: later methods know better."""
+    """Conversations for SFT. The share `mediocre` of the answers is bad, as in demonstrations that people write."""
     rng = np.random.default_rng((seed, 3))
     rows = []
-    for question, _ in zip(questions(seed + 1), range(count), strict=False):
+    for question, _ in zip(draw_questions(seed + 1), range(count), strict=False):
         answer = bad_answer(question, rng) if rng.random() < mediocre else good_answer(question)
         turns = [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": answer}]
         rows.append({"messages": turns})
@@ -182,35 +185,35 @@ def instruction_rows(seed: int, count: int, *, mediocre: float = 0.15) -> list[d
 
 def preference_rows(seed: int, count: int) -> list[dict[str, str]]:
     """Pairs of a good and a bad answer to the same prompt."""
-    return _pairs([question for question, _ in zip(questions(seed + 2), range(count), strict=False)], seed, 4)
+    return _pairs([question for question, _ in zip(draw_questions(seed + 2), range(count), strict=False)], seed, 4)
 
 
 def question_rows(seed: int, count: int) -> list[dict]:
-    """Questions to be answered, each with what the judge has to know of it."""
-    return [dataclasses.asdict(question) for question, _ in zip(questions(seed + 3), range(count), strict=False)]
+    """Questions for PPO and GRPO, each with the columns that the judge reads."""
+    return [dataclasses.asdict(question) for question, _ in zip(draw_questions(seed + 3), range(count), strict=False)]
 
 
-def held_out_pairs(seed: int, asked: Sequence[Question]) -> list[dict[str, str]]:
-    """A good and a bad answer to each of these questions."""
-    return _pairs(asked, seed, 5)
+def held_out_pairs(seed: int, questions: Sequence[Question]) -> list[dict[str, str]]:
+    """Pairs of a good and a bad answer to each of these questions."""
+    return _pairs(questions, seed, 5)
 
 
-def _pairs(asked: Sequence[Question], seed: int, stream: int) -> list[dict[str, str]]:
-    """Half of the bad answers are slips. Without them "sure ," gives the good one away, and nothing else is learned."""
+def _pairs(questions: Sequence[Question], seed: int, stream: int) -> list[dict[str, str]]:
+    """Pairs of answers. Half of the bad ones are slips: else a model would learn only that "sure ," is good."""
     rng, rows = np.random.default_rng((seed, stream)), []
-    for question in asked:
+    for question in questions:
         bad = slip(question, rng) if rng.random() < 0.5 else bad_answer(question, rng)
         rows.append({"prompt": question.prompt, "chosen": good_answer(question), "rejected": bad})
     return rows
 
 
 def held_out_questions(seed: int, count: int) -> list[Question]:
-    """Distinct questions that no training data contain."""
-    found: dict[str, Question] = {}
-    for question in questions(seed, held_out=True):
-        found.setdefault(question.prompt, question)
-        if len(found) == count:
-            return list(found.values())
+    """Distinct questions that are in no training data."""
+    distinct: dict[str, Question] = {}
+    for question in draw_questions(seed, held_out=True):
+        distinct.setdefault(question.prompt, question)
+        if len(distinct) == count:
+            return list(distinct.values())
     raise AssertionError
 
 

@@ -1,4 +1,4 @@
-"""The gold judge, by answers worked out by hand: 0.6 for what is true, 0.2 for manners, 0.2 for brevity."""
+"""The gold judge on answers scored by hand: 0.6 for truth, 0.2 for manners, 0.2 for brevity."""
 
 import pytest
 

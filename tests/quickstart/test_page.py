@@ -40,7 +40,7 @@ def test_what_a_model_or_a_question_says_never_becomes_html():
     assert HOSTILE in page.text and QUESTION.prompt in page.text and "<i>base" in page.text
 
 
-def test_the_table_and_the_page_tell_the_mean_of_each_stage():
+def test_the_table_and_the_page_show_the_mean_of_each_stage():
     stages = [stage("base", "it is e .", "sure , it is d ."), stage("SFT", "sure , it is d .", "sure , it is d .")]
     rows = {line.split()[0]: line.split()[1:] for line in table(stages).splitlines() if line.strip()}
     assert rows["base"] == ["0.50", "0.50", "0.50", "0.50", "1.00", "-", "61"]
@@ -57,21 +57,21 @@ def test_agreement_counts_pairs_of_answers_to_one_question_that_the_judge_orders
 
 
 def test_the_page_says_what_the_reward_model_is_worth():
-    said = Agreement(0.97, 140, 0.9, 55, 12.3)
+    measured = Agreement(0.97, 140, 0.9, 55, 12.3)
     page = Tags()
-    page.feed(render([QUESTION], [stage("base", "it is d .")], said))
-    assert said.sentence() in page.text
+    page.feed(render([QUESTION], [stage("base", "it is d .")], measured))
+    assert measured.sentence() in page.text
     assert "0.97 of 140" in page.text and "0.90 of 55" in page.text and "in 12 seconds" in page.text
 
 
-def test_a_policys_course_is_told_by_its_first_and_last_five_steps_and_its_names_are_escaped():
+def test_a_policys_course_is_summarised_by_its_first_and_last_five_steps_and_its_names_are_escaped():
     course = Course("PPO", "<b>'s score", [0.0] * 5 + [9.0] * 3 + [1.0] * 5, [0.0] * 8 + [0.3, 0.1, 0.2, 0.4, 0.5])
     assert course.kl == pytest.approx(0.3)
     page = Tags()
     stages = [stage("SFT", "it is d ."), stage("PPO", "sure , it is d .")]
     page.feed(render([QUESTION], stages, courses=[course]))
     assert (
-        "PPO: in 13 steps <b>'s score goes from 0.00 to 1.00, 0.30 nats from the SFT model; "
-        "the gold score on held-out questions from 0.80 to 1.00."
+        "PPO: in 13 steps <b>'s score goes from 0.00 to 1.00, and the policy ends 0.30 nats per answer from the SFT "
+        "model. On held-out questions the judge's score goes from 0.80 to 1.00."
     ) in page.text
     assert page.pictures == 2 and "0.25" in page.text  # the KL of the stage, in the table

@@ -16,7 +16,7 @@ STEPS, SMALL = 2, {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layer
 
 
 def write_random_model(folder):
-    """The quickstart's tokenizer and chat template, and weights that know nothing."""
+    """Writes a folder with the quickstart's tokenizer and chat template, and with random weights."""
     from transformers import AutoTokenizer
 
     from jaxalign.models.decoder.decoder import init_params
@@ -33,15 +33,15 @@ def write_random_model(folder):
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """A quickstart from SFT on, without DPO and KTO, which have tests of their own."""
+    """Folder of a quickstart that begins with SFT, without DPO and KTO, which have tests of their own."""
     from jaxalign.models import places
 
     def plan(output, seed):
         for planned in stages.plan(output, seed):
             if planned.name in ("SFT", "reward", "PPO", "GRPO"):
+                smaller = {"steps": STEPS, "batch_size": 8} | ({} if planned.name == "reward" else {"samples": 8})
                 optimizer = dataclasses.replace(planned.config.optimizer, warmup_steps=0)
-                config = dataclasses.replace(planned.config, steps=STEPS, batch_size=8, samples=8, optimizer=optimizer)
-                yield planned._replace(config=config)
+                yield planned._replace(config=dataclasses.replace(planned.config, optimizer=optimizer, **smaller))
 
     folder, whole = tmp_path_factory.mktemp("quickstart"), places.make_mesh
     write_random_model(folder / "base")
@@ -51,7 +51,7 @@ def output(tmp_path_factory):
         patch.setattr(pipeline, "PRETRAINING_TEXTS", 1)
         patch.setattr(pipeline, "INSTRUCTIONS", 70)
         patch.setattr(pipeline, "QUESTIONS", 14)
-        assert pipeline.run(QuickstartConfig(folder)) == 0
+        assert pipeline.main(QuickstartConfig(folder)) == 0
     return folder
 
 
@@ -60,20 +60,20 @@ def samples(folder):
 
 
 def test_grpo_is_rewarded_by_the_judge(output):
-    asked = {row["prompt"]: row for row in world.question_rows(0, 70)}
+    questions = {row["prompt"]: world.Question(**row) for row in world.question_rows(0, 70)}
     assert len(samples(output / "grpo")) == 8
-    for said in samples(output / "grpo"):
-        question = world.Question(**asked[said["prompt"]])
-        scores = {judge.judge(question, said["response"], finished=ended).score for ended in (True, False)}
-        assert min(abs(said["score"] - score) for score in scores) < 1e-6
+    for sample in samples(output / "grpo"):
+        question, response = questions[sample["prompt"]], sample["response"]
+        scores = {judge.judge(question, response, finished=ended).score for ended in (True, False)}
+        assert min(abs(sample["score"] - score) for score in scores) < 1e-6
 
 
 def test_ppo_is_rewarded_by_the_quickstarts_reward_model_and_an_answer_without_end_costs_one(output):
-    path, found = str(output / "reward" / "final"), samples(output / "ppo")
-    prompts, responses = [said["prompt"] for said in found], [said["response"] for said in found]
+    path, rows = str(output / "reward" / "final"), samples(output / "ppo")
+    prompts, responses = [row["prompt"] for row in rows], [row["response"] for row in rows]
     ended, cut_off = (reward_model(prompts, responses, path=path, finished=[e] * 8) for e in (True, False))
-    for said, score, without_end in zip(found, ended, cut_off, strict=True):
-        assert min(abs(said["score"] - score), abs(said["score"] - (without_end - 1))) < 1e-4
+    for row, score, without_end in zip(rows, ended, cut_off, strict=True):
+        assert min(abs(row["score"] - score), abs(row["score"] - (without_end - 1))) < 1e-4
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
@@ -84,9 +84,9 @@ def test_policies_start_as_the_sft_model(output, stage):
 
 
 def test_no_question_of_the_page_was_asked_in_training(output):
-    held = {question.prompt for question in world.held_out_questions(0, 14)}
+    held_out = {question.prompt for question in world.held_out_questions(0, 14)}
     rows = [json.loads(line) for line in (output / "world" / "questions.jsonl").read_text().splitlines()]
-    assert not held & {row["prompt"] for row in rows}
+    assert not held_out & {row["prompt"] for row in rows}
 
 
 def test_the_page_shows_a_curve_of_scores_and_one_of_kl_for_each_policy(output):
@@ -94,4 +94,4 @@ def test_the_page_shows_a_curve_of_scores_and_one_of_kl_for_each_policy(output):
     assert page.count("<svg") == 4 and page.count("policy, reference, reward model, critic") == 1
     kl = sum(row["kl"] for row in read_rows(output / "ppo" / "metrics.jsonl")[-SMOOTHING:]) / STEPS
     assert "PPO: in 2 steps the reward model&#x27;s score" in page
-    assert f"{kl:.2f} nats from the SFT model" in page
+    assert f"{kl:.2f} nats per answer from the SFT model" in page

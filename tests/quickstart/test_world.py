@@ -1,4 +1,4 @@
-"""The tiny world: what is held out stays out, and everything follows from the seed."""
+"""The tiny world: held-out questions are in no training data, and everything follows from the seed."""
 
 from itertools import islice
 
@@ -26,11 +26,11 @@ def texts(row):
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_no_training_row_contains_a_held_out_question(kind, seed):
-    held = {question.prompt for question in world.held_out_questions(seed, 140)}
-    assert len(held) == 140
+    held_out = {question.prompt for question in world.held_out_questions(seed, 140)}
+    assert len(held_out) == 140
     for row in ROWS[kind](seed):
-        told = [f"{text} " for text in texts(row)]
-        assert not any(f"{prompt} " in text for prompt in held for text in told), row
+        padded = [f"{text} " for text in texts(row)]  # so that a prompt matches whole words only
+        assert not any(f"{prompt} " in text for prompt in held_out for text in padded), row
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -48,13 +48,13 @@ def test_every_word_of_the_world_has_a_token():
 
 def test_the_judge_gives_good_answers_all_and_bad_answers_less():
     rng = np.random.default_rng(0)
-    for question in islice(world.questions(0), 300):
+    for question in islice(world.draw_questions(0), 300):
         assert judge(question, world.good_answer(question)).score == pytest.approx(1.0), question
         assert judge(question, world.bad_answer(question, rng)).score < 0.9, question
 
 
 def test_a_preference_pair_is_ordered_by_the_judge():
-    by_prompt = {question.prompt: question for question in islice(world.questions(2), 5000)}
+    by_prompt = {question.prompt: question for question in islice(world.draw_questions(2), 5000)}
     for row in world.preference_rows(0, 500):
         question = by_prompt[row["prompt"]]
         assert judge(question, row["chosen"]).score > judge(question, row["rejected"]).score
@@ -62,12 +62,12 @@ def test_a_preference_pair_is_ordered_by_the_judge():
 
 def test_a_slip_is_polite_and_wrong_by_one_word():
     rng = np.random.default_rng(0)
-    for question in islice(world.questions(0), 300):
-        said, good = world.slip(question, rng), world.good_answer(question)
-        assert judge(question, said).score <= 0.7, (question, said)
-        assert said.startswith(world.DECLINE if question.harmful else world.POLITE)
+    for question in islice(world.draw_questions(0), 300):
+        slip, good = world.slip(question, rng), world.good_answer(question)
+        assert judge(question, slip).score <= 0.7, (question, slip)
+        assert slip.startswith(world.DECLINE if question.harmful else world.POLITE)
         if not question.members:
-            assert sum(a != b for a, b in zip(said.split(), good.split(), strict=True)) == 1
+            assert sum(a != b for a, b in zip(slip.split(), good.split(), strict=True)) == 1
 
 
 def test_half_of_the_bad_answers_are_slips():

@@ -1,4 +1,4 @@
-"""Curves of a run as SVG: where points stand, what is written beside them, and what never becomes a tag."""
+"""Curves of a run as SVG: the places of points, the texts beside them, and their escaping."""
 
 import math
 import re
@@ -11,8 +11,8 @@ from jaxalign.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, curv
 
 def drawn(svg: str) -> dict[str, list[tuple[float, float]]]:
     """Points of each line, by its class."""
-    found = re.findall(r"<polyline class=(\w+) points='([^']*)'", svg)
-    return {name: [tuple(map(float, p.split(","))) for p in points.split()] for name, points in found}
+    lines = re.findall(r"<polyline class=(\w+) points='([^']*)'", svg)
+    return {name: [tuple(map(float, p.split(","))) for p in points.split()] for name, points in lines}
 
 
 def words(svg: str) -> list[str]:
@@ -30,9 +30,9 @@ def test_the_first_and_last_step_stand_at_the_edges_and_the_extremes_at_their_ma
 
 
 def test_axes_say_what_they_are_of():
-    said = words(curve("KL", [0.1 * step for step in range(25)], unit="nats"))
-    assert {"KL", "nats", "step"} <= set(said)
-    assert {"5", "10", "15", "20", "25"} <= set(said) and {"0.5", "2.5"} <= set(said)
+    texts = words(curve("KL", [0.1 * step for step in range(25)], unit="nats"))
+    assert {"KL", "nats", "step"} <= set(texts)
+    assert {"5", "10", "15", "20", "25"} <= set(texts) and {"0.5", "2.5"} <= set(texts)
 
 
 @pytest.mark.parametrize(

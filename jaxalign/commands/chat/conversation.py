@@ -1,4 +1,4 @@
-"""A conversation as the model reads it: turns of a chat template, or one text that grows. The oldest part is dropped."""
+"""A conversation as the model reads it: turns of a chat template, or one growing text, whose oldest part is dropped."""
 
 from __future__ import annotations
 
