@@ -22,6 +22,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
+from tests.shared import WORDS, on_one_device  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -42,6 +44,13 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture
+def one_device():
+    """The mesh of a run consists of the first device only."""
+    with on_one_device():
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data and small trained models beside the repository; tests that use it skip without it."""
@@ -49,10 +58,6 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder.name}: it is not part of the project")
     return folder
-
-
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", "the", "a", "cat", "dog", "sees", "likes", "runs", "to", "from"]
-WORDS += ["red", "blue", "one", "two", "Human", "Assistant", ":", ".", "?", "\n"]
 
 
 @pytest.fixture(scope="session")
@@ -107,3 +112,12 @@ def tiny_data(tmp_path_factory) -> Path:
             row = {"prompt": f"{asked} ?", "completion": f"{answer} .", "split": "test" if i % 11 == 0 else "train"}
             file.write(json.dumps(row) + "\n")
     return path
+
+
+@pytest.fixture
+def server(tiny_model):
+    """A server that generates with the tiny model."""
+    from tests.rollout.server import Server
+
+    with Server(tiny_model) as server:
+        yield server

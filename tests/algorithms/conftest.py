@@ -5,24 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.data.batches.groups import Responses
-from jaxalign.data.read.tokens import Examples
 from jaxalign.models.decoder.decoder import init_params, make_decoder
 from jaxalign.models.files.families import model_config
 from jaxalign.rollout.batches import rollout_batch
 from jaxalign.rollout.engine.engine import Response
-
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-}
+from tests.algorithms.shared import TINY, make_responses
 
 
 @pytest.fixture(scope="session")
@@ -31,19 +18,6 @@ def tiny():
     config = model_config(TINY)
     graphdef, _ = make_decoder(config)
     return graphdef, *(init_params(config, jax.random.key(seed)) for seed in (0, 1))
-
-
-def make_responses(count, *, k, longest=12, seed=0):
-    """Groups of k responses of 2 to `longest` tokens behind one prompt of 2 to 5."""
-    rng = np.random.default_rng(seed)
-    parts, columns = [], {"label": rng.random(count) < 0.5}
-    for _ in range(count):
-        prompt = rng.integers(3, 32, rng.integers(2, 6))
-        for _ in range(k):
-            response = rng.integers(3, 32, rng.integers(2, longest + 1))
-            ids = np.concatenate([prompt, response])
-            parts.append((ids, np.arange(len(ids)) >= len(prompt)))
-    return Responses(Examples.of(parts), np.arange(count * k).reshape(count, k), columns)
 
 
 @pytest.fixture(scope="session")

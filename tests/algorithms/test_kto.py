@@ -19,7 +19,7 @@ from jaxalign.models import places
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
-from tests.algorithms.conftest import make_responses
+from tests.algorithms.shared import make_responses
 
 COUNT, LENGTH = 16, 20
 

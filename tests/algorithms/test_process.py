@@ -9,8 +9,7 @@ from jaxalign.algorithms.process import process_reward, step_scores
 from jaxalign.data.batches.groups import Responses
 from jaxalign.losses.ranking import kwise, process_mse
 from jaxalign.models import heads
-from tests.algorithms.conftest import make_responses
-from tests.algorithms.test_reward import QUICKLY, batch_of
+from tests.algorithms.shared import QUICKLY, batch_of, make_responses
 
 S = 3
 

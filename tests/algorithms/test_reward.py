@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxalign.algorithms.reward import response_scores, reward
 from jaxalign.data.batches.groups import BatchShapes, Responses
 from jaxalign.data.batches.plan import Plan
+from jaxalign.data.batches.groups import Responses
 from jaxalign.losses.ranking import bradley_terry, kwise, process, rao_kupper, soft_bradley_terry
 from jaxalign.models import heads, places
 from jaxalign.models.adapters.lora import Lora, resolve_targets
@@ -22,10 +23,7 @@ from jaxalign.training import sharding
 from jaxalign.training.optimizer import is_matrix
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
-from tests.algorithms.conftest import TINY, make_responses
-
-LENGTH = 20
-QUICKLY = {"xla_backend_optimization_level": 0}  # the same arithmetic, in less than half the time to compile
+from tests.algorithms.shared import LENGTH, QUICKLY, TINY, batch_of, make_responses
 
 scores_of = jax.jit(response_scores, static_argnums=0, compiler_options=QUICKLY)
 
@@ -33,11 +31,6 @@ scores_of = jax.jit(response_scores, static_argnums=0, compiler_options=QUICKLY)
 def loss_of(graphdef, loss, params, batch):
     value, metrics = jax.jit(reward(graphdef, loss=loss).loss, compiler_options=QUICKLY)(params, batch)
     return float(value.compute()), {name: float(average.compute()) for name, average in metrics.items()}
-
-
-def batch_of(responses, *, packing=True, unit=1):
-    plan = Plan(len(responses), LENGTH, unit=unit, packing=packing)
-    return jax.tree.map(jnp.asarray, BatchShapes.of(responses, plan).batch(responses))
 
 
 @pytest.fixture(scope="module")

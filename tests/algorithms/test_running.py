@@ -20,7 +20,7 @@ from jaxalign.losses.unpaired import UNPAIRED_LOSSES
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
 from jaxalign.types import Average, UnpairedBatch
-from tests.algorithms.conftest import make_responses
+from tests.algorithms.shared import make_responses
 
 
 def after(batches, momentum):

@@ -16,7 +16,7 @@ from jaxalign.losses.sums import select_loss
 from jaxalign.models.decoder.attention import Coordinates, attention
 from jaxalign.models.decoder.decoder import init_params, make_decoder
 from jaxalign.models.files.families import model_config
-from tests.algorithms.conftest import make_responses
+from tests.algorithms.shared import make_responses
 from tests.models.tiny import TINY
 
 COUNT, LENGTH = 12, 40

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from jaxalign.cli.main import main
@@ -228,12 +227,8 @@ def test_a_template_that_is_not_jinja_is_told_with_its_line(world, tmp_path, cap
 
 
 @pytest.fixture
-def started(world, tmp_path, monkeypatch):
+def started(world, tmp_path, one_device):
     """Arguments of a run of two steps on one device, into tmp_path/run."""
-    from jaxalign.models import places
-
-    whole = places.make_mesh
-    monkeypatch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
     arguments = ["sft", "--model", str(world / "model"), "--data", str(world / "rows.jsonl"), "--max-length", "32"]
     return [*arguments, "--output", str(tmp_path / "run"), "--steps", "2", "--eval-share", "0", "--remat", "none"]
 

@@ -106,13 +106,7 @@ def test_other_flags_override_what_from_config_gives(form, tmp_path):
     assert chosen == dataclasses.replace(held, steps=5, optimizer=optimizer)
 
 
-def test_from_config_repeats_a_run_bit_for_bit(tiny_model, tiny_data, tmp_path, monkeypatch):
-    import jax
-
-    from jaxalign.models import places
-
-    whole = places.make_mesh
-    monkeypatch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+def test_from_config_repeats_a_run_bit_for_bit(tiny_model, tiny_data, tmp_path, one_device):
     flags = ["--steps", "2", "--max-length", "48", "--remat", "none", "--samples", "0"]
     first, again = tmp_path / "first", tmp_path / "again"
     assert main(["sft", "--model", str(tiny_model), "--data", str(tiny_data), "--output", str(first), *flags]) == 0

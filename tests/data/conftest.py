@@ -1,11 +1,8 @@
-"""The tokenizer of words of the tiny model; it knows no double newline, so templates of one newline are used here."""
+"""Tokenizers of the tiny model, without a chat template and with one."""
 
 import pytest
 
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant : {{ m.content }} {{ eos_token }}\n"
-    "{% else %}Human : {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant : {% endif %}"
-)
+from tests.shared import TEMPLATE
 
 
 @pytest.fixture

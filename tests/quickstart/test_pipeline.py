@@ -11,6 +11,7 @@ from jaxalign.quickstart import judge, pipeline, stages, tokenizer, world
 from jaxalign.report.curves import SMOOTHING
 from jaxalign.rollout.rewards.functions import reward_model
 from jaxalign.training.metrics import read_rows
+from tests.shared import on_one_device
 
 STEPS, SMALL = 2, {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -43,10 +44,9 @@ def output(tmp_path_factory):
                 optimizer = dataclasses.replace(planned.config.optimizer, warmup_steps=0)
                 yield planned._replace(config=dataclasses.replace(planned.config, optimizer=optimizer, **smaller))
 
-    folder, whole = tmp_path_factory.mktemp("quickstart"), places.make_mesh
+    folder = tmp_path_factory.mktemp("quickstart")
     write_random_model(folder / "base")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+    with on_one_device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "plan", plan)
         patch.setattr(pipeline, "PRETRAINING_TEXTS", 1)
         patch.setattr(pipeline, "INSTRUCTIONS", 70)

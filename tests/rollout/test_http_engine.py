@@ -15,7 +15,6 @@ from jaxalign.rollout.engine.engine import LocalEngine, Request
 from jaxalign.rollout.engine.http import EngineError, HttpEngine
 from jaxalign.rollout.engine.servers import parse_reload
 from jaxalign.rollout.engine.slots import Sampling
-from tests.rollout.server import Server
 
 KEY = jax.random.key(3)
 SAMPLING = Sampling(8, terminators=(2,))
@@ -27,12 +26,6 @@ def local(tiny_model):
     """(params, an engine) of what the server is started with."""
     config = huggingface.read_config(str(tiny_model))
     return load_params(str(tiny_model), config), LocalEngine(make_decoder(config, remat="none")[0], slots=8)
-
-
-@pytest.fixture
-def server(tiny_model):
-    with Server(tiny_model) as server:
-        yield server
 
 
 def engine_of(server, **options):

@@ -12,9 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from jaxalign.cli.main import main
 from jaxalign.models.files import huggingface
-from tests.conftest import WORDS
 from tests.rollout.answers import answers
-from tests.runs.test_generate import TEMPLATE
+from jaxalign.runs import generate
+from jaxalign.runs.conversation import Continuation, Conversation
+from jaxalign.runs.terminal import Stream, visible
+from tests.shared import TEMPLATE, WORDS
 
 FLAGS = ["--max-new-tokens", "6", "--temperature", "0"]
 SAYS = range(WORDS.index("the"), WORDS.index("\n"))  # what the model of these tests may say: words

@@ -3,23 +3,21 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from jaxalign.config.inference import ExportConfig
 from jaxalign.config.offline import SFTConfig
-from jaxalign.config.shared import CheckpointConfig, MeshConfig, OptimizerConfig
-from jaxalign.models import places
+from jaxalign.config.shared import BestCheckpointConfig, MeshConfig, OptimizerConfig
 from jaxalign.runs import export, finish, sft
 from jaxalign.training.metrics import read_rows
+from tests.shared import on_one_device
 
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tiny_data, tmp_path_factory):
     """Six steps on answers of cats, held out answers of dogs: their loss rises, so the best checkpoint is the first."""
-    whole = places.make_mesh
     folder = tmp_path_factory.mktemp("exported")
     dogs = [{"prompt": f"{word} ?", "completion": "two dogs , red to blue ."} for word in ("a", "one", "runs")]
     (folder / "dogs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dogs))
@@ -35,10 +33,9 @@ def run(tiny_model, tiny_data, tmp_path_factory):
         eval_every=2,
         mesh=MeshConfig(data=1, fsdp=1),
         optimizer=OptimizerConfig(learning_rate=0.05, schedule="constant"),
-        checkpoint=CheckpointConfig(every=2, keep=2, keep_best=1),
+        checkpoint=BestCheckpointConfig(every=2, keep=2, keep_best=1),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+    with on_one_device():
         assert sft.run(config) == 0
     return config
 

@@ -20,11 +20,9 @@ from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
 from jaxalign.rollout.rewards.rewards import RewardError, Rewards
 from tests.rollout.answers import answers as rollout_answers
+from jaxalign.runs import generate
+from tests.shared import TEMPLATE
 
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant : {{ m.content }} {{ eos_token }}\n"
-    "{% else %}Human : {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant : {% endif %}"
-)
 PROMPTS = ["the cat sees", "a dog", "one red dog runs to the"]
 
 

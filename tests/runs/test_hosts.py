@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,14 +13,9 @@ from safetensors.numpy import load_file
 
 from jaxalign import hosts
 from jaxalign.training.metrics import deterministic, read_rows
+from tests.shared import free_port
 
 STEPS = 40
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.rollout.rewards.rewards import Rewards
-from tests.runs.test_hosts import free_port
+from tests.shared import free_port
 
 PROMPTS = ["one cat", "two", "one dog sees", "two", "one"]
 RESPONSES = ["sees", "dogs run", "", "to the cat", "runs to"]

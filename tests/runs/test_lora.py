@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,7 @@ from safetensors.numpy import load_file
 from jaxalign.cli.main import parse
 from jaxalign.config.inference import ExportConfig
 from jaxalign.config.offline import SFTConfig
-from jaxalign.config.shared import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
-from jaxalign.models import places
+from jaxalign.config.shared import BestCheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
 from jaxalign.models.adapters.lora import Lora, join, resolve_targets, split
 from jaxalign.models.adapters.merge import merge
 from jaxalign.models.decoder.decoder import make_decoder
@@ -27,17 +25,10 @@ from jaxalign.models.files.peft import load_adapter, save_adapter
 from jaxalign.models.files.save import save_pretrained
 from jaxalign.training.metrics import deterministic, read_rows
 from tests.rollout.answers import answers
+from jaxalign.runs import adapters, export, generate, sft
+from tests.shared import on_one_device, rows
 
-EVERY_DEVICE = places.make_mesh
 TOKENS = np.arange(24).reshape(2, 12)
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    """The runs' mesh is made of the first device only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(places, "make_mesh", lambda **sizes: EVERY_DEVICE(**sizes, devices=jax.devices()[:1]))
-        yield
 
 
 def config_of(tiny_model, tiny_data, output, **changes):
@@ -53,22 +44,19 @@ def config_of(tiny_model, tiny_data, output, **changes):
         lora=LoraConfig(rank=4, alpha=8.0, dora=True, quantise="nf4"),
         mesh=MeshConfig(data=1, fsdp=1),
         optimizer=OptimizerConfig(learning_rate=1e-2),
-        checkpoint=CheckpointConfig(every=2),
+        checkpoint=BestCheckpointConfig(every=2),
     )
     return dataclasses.replace(config, **changes)
 
 
 @pytest.fixture(scope="module")
-def qlora(tiny_model, tiny_data, tmp_path_factory, one_device):
+def qlora(tiny_model, tiny_data, tmp_path_factory):
     """The finished folder of a QDoRA run, and its config."""
     output = tmp_path_factory.mktemp("lora") / "run"
     config = config_of(tiny_model, tiny_data, output)
-    assert sft.run(config) == 0
+    with on_one_device():
+        assert sft.run(config) == 0
     return output, config
-
-
-def rows(output):
-    return [deterministic(row) for row in read_rows(Path(output) / "metrics.jsonl")]
 
 
 def files(output):
@@ -104,7 +92,7 @@ def test_checkpoints_hold_the_adapters_and_never_the_base(qlora):
     assert "params.blocks.mlp.up.adapter.magnitude" in extras and "kernel" not in extras and "embed" not in extras
 
 
-def test_an_interrupted_lora_run_ends_bit_for_bit_like_one_that_was_not(qlora, tmp_path, capfd):
+def test_an_interrupted_lora_run_ends_bit_for_bit_like_one_that_was_not(qlora, tmp_path, one_device, capfd):
     """As if it had been stopped after the checkpoint of step 2."""
     output, config = qlora
     again = dataclasses.replace(config, output=tmp_path / "run")

@@ -13,9 +13,8 @@ from jaxalign.config.offline import RewardConfig
 from jaxalign.config.on_policy import CriticConfig, PPOAlgorithm, PPOConfig
 from jaxalign.config.shared import LoraConfig, MeshConfig, OptimizerConfig, RefUpdateConfig
 from jaxalign.runs import ppo, reward
-from tests.runs.test_preferences import final, rows
-from tests.runs.test_rl import SHARED, prompts  # noqa: F401  a fixture
-from tests.runs.test_sft import one_device  # noqa: F401  a fixture
+from tests.runs.settings import ON_POLICY
+from tests.shared import final, on_one_device, rows
 
 EVERYTHING = PPOAlgorithm(
     kl_coef=0.05,
@@ -31,22 +30,16 @@ EVERYTHING = PPOAlgorithm(
 )
 
 
-def config_of(tiny_model, prompts, output, **changes):  # noqa: F811
-    settings = SHARED | {"n": 8, "algorithm": EVERYTHING, "pretraining_data": str(prompts.with_name("text.jsonl"))}
+def config_of(tiny_model, prompts, output, **changes):
+    settings = ON_POLICY | {"n": 8, "algorithm": EVERYTHING, "pretraining_data": str(prompts.with_name("text.jsonl"))}
     return PPOConfig(model=str(tiny_model), data=str(prompts), output=output, **settings | changes)
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_model, prompts, tmp_path_factory):  # noqa: F811
+def trained(tiny_model, prompts, tmp_path_factory):
     """One run with nearly all that PPO has, its critic a model of its own."""
-    import jax
-
-    from jaxalign.models import places
-
     prompts.with_name("text.jsonl").write_text('{"text": "the cat sees the dog . the dog runs to the cat ."}\n' * 8)
-    whole = places.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+    with on_one_device():
         config = config_of(tiny_model, prompts, tmp_path_factory.mktemp("ppo") / "run")
         assert ppo.run(config) == 0
     return config
@@ -67,7 +60,7 @@ def test_scores_rise_and_the_screen_tells_the_truth(trained):
     assert {"training_seconds", "generation_seconds", "reward_seconds", "trained_tokens_per_second"} <= lines[0].keys()
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained, tmp_path, one_device):  # noqa: F811
+def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained, tmp_path, one_device):
     """Policy, critic, both optimizers, the KL coefficient and the normaliser: all of it shows in the metrics."""
     again = dataclasses.replace(trained, output=tmp_path / "again")
     shutil.copytree(trained.output, again.output)
@@ -90,7 +83,7 @@ def test_a_checkpoint_is_exported_as_the_policy_alone(trained, tmp_path):
         assert exported[key].tobytes() == tensor.tobytes()
 
 
-def test_the_critic_starts_from_the_reward_model(tiny_model, prompts, tmp_path, one_device):  # noqa: F811
+def test_the_critic_starts_from_the_reward_model(tiny_model, prompts, tmp_path, one_device):
     """At a discount of 1 the first value of the last token is the score of the response without it."""
     pairs = tmp_path / "pairs.jsonl"
     lines = [{"prompt": "one cat ?", "chosen": " dog dog", "rejected": " cat the"} for _ in range(16)]
@@ -115,7 +108,7 @@ def test_the_critic_starts_from_the_reward_model(tiny_model, prompts, tmp_path, 
     ],
     ids=["shared", "lora", "moving reference"],
 )
-def test_other_critics_and_references(changes, kl, trained, tmp_path, one_device):  # noqa: F811
+def test_other_critics_and_references(changes, kl, trained, tmp_path, one_device):
     plain = PPOAlgorithm(kl_coef=0.05, epochs=2)
     config = dataclasses.replace(trained, output=tmp_path / "run", steps=3, pretraining_data=None, algorithm=plain)
     assert ppo.run(dataclasses.replace(config, **changes)) == 0
@@ -128,7 +121,7 @@ def test_other_critics_and_references(changes, kl, trained, tmp_path, one_device
     assert found[2]["value_loss"] != found[0]["value_loss"]
 
 
-def test_a_reference_in_host_memory_changes_no_bit(trained, tmp_path, one_device):  # noqa: F811
+def test_a_reference_in_host_memory_changes_no_bit(trained, tmp_path, one_device):
     config = dataclasses.replace(
         trained, steps=2, pretraining_data=None, algorithm=PPOAlgorithm(kl_coef=0.05, epochs=2)
     )
@@ -139,7 +132,7 @@ def test_a_reference_in_host_memory_changes_no_bit(trained, tmp_path, one_device
         assert final(away.output)[key].tobytes() == tensor.tobytes()
 
 
-def test_a_budget_of_kl_ends_the_run_and_the_same_command_finds_it_complete(trained, tmp_path, one_device, caplog):  # noqa: F811
+def test_a_budget_of_kl_ends_the_run_and_the_same_command_finds_it_complete(trained, tmp_path, one_device, caplog):
     config = dataclasses.replace(trained, output=tmp_path / "run", kl_budget=0.5, pretraining_data=None)
     config = dataclasses.replace(config, algorithm=PPOAlgorithm(kl_coef=0.0, epochs=2))
     assert ppo.run(config) == 0
@@ -168,7 +161,7 @@ def test_a_budget_of_kl_ends_the_run_and_the_same_command_finds_it_complete(trai
         (["--ref-update.every", "1", "--ref-update.alpha", "2"], "must be in (0, 1]"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, prompts, tmp_path, capsys):  # noqa: F811
+def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, prompts, tmp_path, capsys):
     given = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
     given += ["--reward", "tests.runs.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
     given += ["--batch-size", "8", "--mesh.fsdp", "8"]

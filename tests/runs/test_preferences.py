@@ -1,7 +1,7 @@
 """`jaxalign dpo` and `kto`, end to end on a tiny model: they learn, resume bit for bit, and tell mistakes at once."""
 
 import dataclasses
-import json
+import functools
 import shutil
 import time
 
@@ -11,63 +11,32 @@ from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
 from jaxalign.config.offline import DPOAlgorithm, DPOConfig, KTOConfig
-from jaxalign.config.shared import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig, RefUpdateConfig
+from jaxalign.config.shared import BestCheckpointConfig, LoraConfig, RefUpdateConfig
 from jaxalign.runs import preferences, reference
-from jaxalign.training.metrics import deterministic, read_rows
-from tests.runs.test_sft import one_device  # noqa: F401  a fixture
-
-SHARED = {
-    "steps": 8,
-    "batch_size": 8,
-    "max_length": 16,
-    "remat": "none",
-    "samples": 1,
-    "mesh": MeshConfig(data=1, fsdp=1),
-    "optimizer": OptimizerConfig(learning_rate=2e-3),
-    "checkpoint": CheckpointConfig(every=4),
-}
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """Prompts with a response that names cats and one that names dogs."""
-    rng = np.random.default_rng(0)
-    words = lambda word: " ".join([word, *rng.choice(["the", "a", "red", "blue"], rng.integers(1, 5))])  # noqa: E731
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [{"prompt": "one ?", "chosen": words("cat"), "rejected": words("dog")} for _ in range(48)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def rows(output):
-    return [deterministic(row) for row in read_rows(output / "metrics.jsonl")]
-
-
-def final(output):
-    return load_file(output / "final" / "model.safetensors")
+from tests.runs.settings import OFFLINE
+from tests.shared import final, on_one_device, rows
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, pairs, tmp_path_factory):
-    """The run of each command, by its name, made once."""
-    import jax
+    """A function of a command's name: config and command of a run that is made once."""
+    commands = {"dpo": (DPOConfig, preferences.run_dpo), "kto": (KTOConfig, preferences.run_kto)}
 
-    from jaxalign.models import places
-
-    whole, runs = places.make_mesh, {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
-        for name, kind, run in (("dpo", DPOConfig, preferences.run_dpo), ("kto", KTOConfig, preferences.run_kto)):
-            output = tmp_path_factory.mktemp(name) / "run"
-            config = kind(model=str(tiny_model), data=str(pairs), output=output, **SHARED)
+    @functools.cache
+    def train(name):
+        kind, run = commands[name]
+        output = tmp_path_factory.mktemp(name) / "run"
+        config = kind(model=str(tiny_model), data=str(pairs), output=output, samples=1, **OFFLINE)
+        with on_one_device():
             assert run(config) == 0
-            runs[name] = config, run
-    return runs
+        return config, run
+
+    return train
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_held_out_loss_falls_and_rewards_part(trained, name):
-    config, _ = trained[name]
+    config, _ = trained(name)
     found = rows(config.output)
     held = {row["step"]: row for row in found if "eval_loss" in row}
     assert held[0]["eval_loss"] == pytest.approx({"dpo": np.log(2), "kto": 0.5}[name], abs=1e-5)
@@ -80,8 +49,8 @@ def test_held_out_loss_falls_and_rewards_part(trained, name):
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
-def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained, name, tmp_path, one_device):  # noqa: F811
-    config, run = trained[name]
+def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained, name, tmp_path, one_device):
+    config, run = trained(name)
     again = dataclasses.replace(config, output=tmp_path / "again")
     shutil.copytree(config.output, again.output)
     shutil.rmtree(again.output / "checkpoints" / "8")
@@ -92,9 +61,9 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained,
     assert all(expected[key].tobytes() == found[key].tobytes() for key in expected)
 
 
-def test_running_means_and_a_reference_that_moves_go_on_from_a_checkpoint_bit_for_bit(trained, tmp_path, one_device):  # noqa: F811
-    config, run = trained["dpo"]
-    more = {"steps": 4, "checkpoint": CheckpointConfig(every=2), "ref_update": RefUpdateConfig(every=1, alpha=0.5)}
+def test_running_means_and_a_reference_that_moves_go_on_from_a_checkpoint_bit_for_bit(trained, tmp_path, one_device):
+    config, run = trained("dpo")
+    more = {"steps": 4, "checkpoint": BestCheckpointConfig(every=2), "ref_update": RefUpdateConfig(every=1, alpha=0.5)}
     config = dataclasses.replace(config, algorithm=DPOAlgorithm("bco_pair + beta_dpo(alpha=5.0)"), **more)
     outputs = [tmp_path / "whole", tmp_path / "resumed"]
     assert run(dataclasses.replace(config, output=outputs[0])) == 0
@@ -107,8 +76,8 @@ def test_running_means_and_a_reference_that_moves_go_on_from_a_checkpoint_bit_fo
     assert all(expected[key].tobytes() == found[key].tobytes() for key in expected)
 
 
-def test_a_reference_that_was_run_once_before_changes_nothing(trained, tmp_path, one_device, caplog):  # noqa: F811
-    config, run = trained["kto"]
+def test_a_reference_that_was_run_once_before_changes_nothing(trained, tmp_path, one_device, caplog):
+    config, run = trained("kto")
     other = dataclasses.replace(config, output=tmp_path / "run", precompute_reference=True)
     assert run(other) == 0
     for a, b in zip(rows(other.output), rows(config.output), strict=True):
@@ -138,7 +107,7 @@ MESHES = [("dpo", []), ("dpo", ["--precompute-reference", "--share-prompt"]), ("
 
 @pytest.mark.parametrize(("name", "more"), MESHES, ids=str)
 def test_on_a_mesh_of_two_by_two_by_two_the_command_gives_the_model_of_one_device(name, more, trained, tmp_path):
-    config, _ = trained[name]
+    config, _ = trained(name)
     given = ["--model", config.model, "--data", config.data, "--output", str(tmp_path / "run")]
     given += ["--steps", "8", "--batch-size", "8", "--max-length", "16", "--remat", "none", "--samples", "1"]
     given += ["--optimizer.learning-rate", "2e-3", "--checkpoint.every", "4"]
@@ -155,9 +124,9 @@ def test_with_lora_the_base_is_the_reference_and_the_adapter_alone_is_trained(
     trained,
     tiny_model,
     tmp_path,
-    one_device,  # noqa: F811
+    one_device,
 ):
-    config, run = trained["dpo"]
+    config, run = trained("dpo")
     config = dataclasses.replace(config, output=tmp_path / "run", lora=LoraConfig(rank=4), steps=2)
     assert run(config) == 0
     assert rows(config.output)[1]["loss"] == pytest.approx(np.log(2), abs=1e-6)
@@ -167,14 +136,14 @@ def test_with_lora_the_base_is_the_reference_and_the_adapter_alone_is_trained(
     assert not np.array_equal(base["model.layers.0.mlp.up_proj.weight"], merged["model.layers.0.mlp.up_proj.weight"])
 
 
-def test_a_loss_of_the_users_own_file_runs(trained, tmp_path, one_device, monkeypatch):  # noqa: F811
+def test_a_loss_of_the_users_own_file_runs(trained, tmp_path, one_device, monkeypatch):
     (tmp_path / "my_losses.py").write_text(
         "import jax.numpy as jnp\n\n"
         "def slic(policy_chosen_logps, policy_rejected_logps, *, delta=1.0):\n"
         "    return jnp.maximum(0.0, delta - policy_chosen_logps + policy_rejected_logps)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    config, run = trained["dpo"]
+    config, run = trained("dpo")
     algorithm = DPOAlgorithm("my_losses:slic(delta=1.0)")
     config = dataclasses.replace(config, output=tmp_path / "run", algorithm=algorithm, steps=2)
     assert run(config) == 0

@@ -20,21 +20,18 @@ from jaxalign.rollout.rewards import functions
 from jaxalign.rollout.rewards.rewards import Rewards
 from jaxalign.rollout.rewards.scorer import load_reward_model
 from jaxalign.run.vocabulary import Vocabulary
-from tests.runs.test_preferences import SHARED, pairs, rows  # noqa: F401  a fixture
-from tests.runs.test_sft import one_device  # noqa: F401  a fixture
+from jaxalign.runs import export, reward
+from jaxalign.runs.scorer import padded
+from jaxalign.runs.vocabulary import Vocabulary
+from tests.runs.settings import OFFLINE
+from tests.shared import on_one_device, rows
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_model, pairs, tmp_path_factory):  # noqa: F811
-    import jax
-
-    from jaxalign.models import places
-
-    whole = places.make_mesh
+def trained(tiny_model, pairs, tmp_path_factory):
     output = tmp_path_factory.mktemp("reward") / "run"
-    config = RewardConfig(model=str(tiny_model), data=str(pairs), output=output, members=2, **SHARED)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+    config = RewardConfig(model=str(tiny_model), data=str(pairs), output=output, members=2, **OFFLINE)
+    with on_one_device():
         assert reward.run(config) == 0
     return config
 
@@ -46,7 +43,7 @@ def test_pairs_that_differ_by_a_word_are_told_apart(trained):
     assert members.shape == (2, 32) and np.abs(members[0] - members[1]).max() > 0.01
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained, tmp_path, one_device):  # noqa: F811
+def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained, tmp_path, one_device):
     again = dataclasses.replace(trained, output=tmp_path / "again")
     shutil.copytree(trained.output, again.output)
     shutil.rmtree(again.output / "checkpoints" / "8")
@@ -92,7 +89,7 @@ def sequences_of(batch):
     return [tokens[ids == s] for tokens, ids in planes for s in range(1, ids.max() + 1)]
 
 
-def test_scores_of_few_held_out_and_more_trained_responses_have_mean_0_and_variance_1(trained, scorer, one_device):  # noqa: F811
+def test_scores_of_few_held_out_and_more_trained_responses_have_mean_0_and_variance_1(trained, scorer, one_device):
     """Two pairs are held out, too few alone. By way of text, and so of the loaded folder's own tokenizer."""
     task = reward._gather(trained, False)
     rows = [row for batch in (*task.held_out, *(task.batches[i] for i in range(6))) for row in sequences_of(batch)]
@@ -201,7 +198,7 @@ def test_a_checkpoint_is_exported_as_the_folder_that_the_run_would_have_ended_in
         export.run(ExportConfig(run=trained.output, output=tmp_path / "adapter", adapter=True))
 
 
-def test_members_with_adapters_differ_and_are_read_with_their_base(trained, tmp_path, one_device):  # noqa: F811
+def test_members_with_adapters_differ_and_are_read_with_their_base(trained, tmp_path, one_device):
     config = dataclasses.replace(trained, output=tmp_path / "run", lora=LoraConfig(rank=2), members=3, combine="min")
     assert reward.run(config) == 0
     held = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
@@ -218,7 +215,7 @@ def test_members_with_adapters_differ_and_are_read_with_their_base(trained, tmp_
     np.testing.assert_allclose((first - described["mean"][0]) / described["std"][0], members[:, 0], atol=1e-4)
 
 
-def test_a_frozen_trunk_stays_and_a_ranking_teaches_the_head_alone(trained, tiny_model, tmp_path, one_device):  # noqa: F811
+def test_a_frozen_trunk_stays_and_a_ranking_teaches_the_head_alone(trained, tiny_model, tmp_path, one_device):
     loss = RewardAlgorithm("kwise")
     config = dataclasses.replace(trained, output=tmp_path / "run", freeze_trunk=True, algorithm=loss)
     assert reward.run(config) == 0
@@ -231,7 +228,7 @@ def test_a_frozen_trunk_stays_and_a_ranking_teaches_the_head_alone(trained, tiny
     assert checkpoint < sum(x.nbytes for x in before.values())  # of heads and their moments, not of the trunk
 
 
-def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tmp_path, one_device):  # noqa: F811
+def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tmp_path, one_device):
     """A step is right if it begins with a cat; it is found out wherever it stands."""
     rng, solutions = np.random.default_rng(0), []
     for _ in range(48):
@@ -240,7 +237,7 @@ def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tm
         solutions.append({"prompt": "one ?", "completions": said, "labels": labels})
     path = tmp_path / "steps.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in solutions))
-    more = SHARED | {
+    more = OFFLINE | {
         "steps": 16,
         "packing": False,
         "eval_share": 0.25,
@@ -272,7 +269,7 @@ def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tm
         (["--members", "0"], "--members 0: it must be at least 1"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, pairs, tmp_path, capsys):  # noqa: F811
+def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, pairs, tmp_path, capsys):
     given = ["--model", str(tiny_model), "--data", str(pairs), "--output", str(tmp_path / "run")]
     assert main(["reward", *given, "--mesh.fsdp", "8", *flags]) == 2
     said = capsys.readouterr().err
@@ -280,7 +277,7 @@ def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, pai
     assert not (tmp_path / "run").exists()
 
 
-def test_eval_data_that_lack_what_the_loss_asks_for_are_named_at_once(tiny_model, pairs, tmp_path, capsys):  # noqa: F811
+def test_eval_data_that_lack_what_the_loss_asks_for_are_named_at_once(tiny_model, pairs, tmp_path, capsys):
     told = tmp_path / "told.jsonl"
     told.write_text(
         "".join(json.dumps(json.loads(line) | {"margin": 1.0}) + "\n" for line in pairs.read_text().splitlines())

@@ -1,6 +1,7 @@
 """`jaxalign grpo`, `rloo` and `online-dpo` on a tiny model: rewards rise, runs resume exactly, nothing is lost."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -11,29 +12,14 @@ from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
 from jaxalign.config.on_policy import GRPOAlgorithm, GRPOConfig, OnlineDPOAlgorithm, OnlineDPOConfig, RLOOConfig
-from jaxalign.config.shared import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
+from jaxalign.config.shared import LoraConfig, OptimizerConfig
 from jaxalign.rollout.rewards.rewards import RewardError
 from jaxalign.run.folder import open_run
 from tests.rollout.answers import answers
-from tests.runs.test_preferences import final, rows
-from tests.runs.test_sft import one_device  # noqa: F401  a fixture
-
-SHARED = {
-    "reward": "tests.runs.rewards:dogs",
-    "steps": 12,
-    "batch_size": 4,
-    "n": 8,
-    "max_length": 16,
-    "max_new_tokens": 8,
-    "remat": "none",
-    "samples": 2,
-    "eval_every": 4,
-    "slots": 8,
-    "mesh": MeshConfig(data=1, fsdp=1),
-    "optimizer": OptimizerConfig(learning_rate=1e-2, schedule="constant"),
-    "checkpoint": CheckpointConfig(every=6),
-}
-
+from jaxalign.runs import online_dpo, rl, rollouts
+from jaxalign.runs.folder import open_run
+from tests.runs.settings import ON_POLICY
+from tests.shared import final, on_one_device, rows
 
 COMMANDS = {  # by a name of the run
     "grpo": (rl.run_grpo, GRPOConfig, {}),
@@ -60,34 +46,24 @@ COMMANDS = {  # by a name of the run
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    lines = [{"prompt": f"{count} {which} ?", "answer": which} for count in ("one", "two") for which in ("cat", "dog")]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines * 3))
-    return path
-
-
-@pytest.fixture(scope="module")
 def trained(tiny_model, prompts, tmp_path_factory):
-    """The run of each command, by its name, made once."""
-    import jax
+    """A function of a run's name: its config and command, after it has been made once."""
 
-    from jaxalign.models import places
-
-    whole, runs = places.make_mesh, {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
-        for name, (run, kind, options) in COMMANDS.items():
-            output = tmp_path_factory.mktemp(name) / "run"
-            config = kind(model=str(tiny_model), data=str(prompts), output=output, **{**SHARED, **options})
+    @functools.cache
+    def train(name):
+        run, kind, options = COMMANDS[name]
+        output = tmp_path_factory.mktemp(name) / "run"
+        config = kind(model=str(tiny_model), data=str(prompts), output=output, **{**ON_POLICY, **options})
+        with on_one_device():
             assert run(config) == 0
-            runs[name] = config, run
-    return runs
+        return config, run
+
+    return train
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_rewards_rise_and_the_screen_tells_the_truth(trained, name):
-    config, _ = trained[name]
+    config, _ = trained(name)
     found = rows(config.output)
     scores = [row["score"] for row in found]
     assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.2
@@ -106,7 +82,7 @@ def test_rewards_rise_and_the_screen_tells_the_truth(trained, name):
 
 
 def test_dynamic_sampling_learns_from_unequal_scores_alone_and_a_nucleus_weighs_its_mass(trained):
-    config, _ = trained["dapo"]
+    config, _ = trained("dapo")
     found = rows(config.output)
     assert all(row["same_scores"] == 0 for row in found)
     assert {row["sampling_rounds"] for row in found} <= {1, 2, 3} and found[0]["sampling_rounds"] > 1
@@ -118,8 +94,8 @@ def test_dynamic_sampling_learns_from_unequal_scores_alone_and_a_nucleus_weighs_
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained, name, tmp_path, one_device):  # noqa: F811
-    config, run = trained[name]
+def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained, name, tmp_path, one_device):
+    config, run = trained(name)
     again = dataclasses.replace(config, output=tmp_path / "again")
     shutil.copytree(config.output, again.output)
     shutil.rmtree(again.output / "checkpoints" / "12")
@@ -131,8 +107,8 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained,
         assert final(again.output)[key].tobytes() == tensor.tobytes()
 
 
-def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(trained, tmp_path, one_device):  # noqa: F811
-    config, run = trained["grpo"]
+def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(trained, tmp_path, one_device):
+    config, run = trained("grpo")
     broken = dataclasses.replace(config, output=tmp_path / "run", reward="tests.runs.rewards:fails_later")
     with pytest.raises(RewardError, match="the reward fails_later raised RuntimeError: the judge has gone home"):
         run(broken)
@@ -180,8 +156,8 @@ def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, pro
     assert not (tmp_path / "run").exists()
 
 
-def test_microbatches_change_no_step_of_online_dpo(trained, tmp_path, one_device):  # noqa: F811
-    config, run = trained["online-dpo"]
+def test_microbatches_change_no_step_of_online_dpo(trained, tmp_path, one_device):
+    config, run = trained("online-dpo")
     assert run(dataclasses.replace(config, output=tmp_path / "run", steps=3, microbatches=1)) == 0
     for whole, cut in zip(rows(tmp_path / "run"), rows(config.output), strict=False):
         assert whole["score"] == pytest.approx(cut["score"], abs=1e-6)
@@ -203,14 +179,14 @@ def test_mistakes_of_online_dpo_are_one_line(flags, message, tiny_model, prompts
 
 
 def test_a_loss_of_the_policys_own_tokens_refuses_to_cut_any_off(trained):
-    config, _ = trained["dapo"]
+    config, _ = trained("dapo")
     with pytest.raises(ValueError, match="draw tokens from another distribution than the policy's"):
         rollouts.gather(config, starts=True)
 
 
-def test_adapters_leave_the_reference_as_it_was(trained, tmp_path, one_device):  # noqa: F811
+def test_adapters_leave_the_reference_as_it_was(trained, tmp_path, one_device):
     """With LoRA the reference is the base: at the first step the policy is it, and then it is not."""
-    config, run = trained["grpo"]
+    config, run = trained("grpo")
     assert run(dataclasses.replace(config, output=tmp_path / "run", lora=LoraConfig(rank=2), steps=3)) == 0
     found = rows(tmp_path / "run")
     assert found[0]["kl"] == pytest.approx(0.0, abs=1e-3) and found[2]["kl_k3"] > 1e-5
@@ -218,7 +194,9 @@ def test_adapters_leave_the_reference_as_it_was(trained, tmp_path, one_device): 
 
 
 def test_the_final_folder_generates(trained):
-    config, _ = trained["grpo"]
+    from jaxalign.runs.generate import respond
+
+    config, _ = trained("grpo")
     assert load_file(config.output / "final" / "model.safetensors")
     texts = [text for text, _ in answers(config.output / "final", ["one cat ?"], max_new_tokens=8, n=16)]
     words = " ".join(texts).split()

@@ -25,20 +25,14 @@ from jaxalign.rollout.engine.http import EngineError
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.runs import generate, rl
 from tests.rollout.server import Server
-from tests.runs.test_hosts import free_port
-from tests.runs.test_rl import SHARED
-from tests.runs.test_sft import final, one_device, rows  # noqa: F401  a fixture
+from jaxalign.runs.agreement import Agreement
+from tests.runs.settings import ON_POLICY
+from tests.shared import final, free_port, on_one_device, rows
 
 STEPS = 3
-WINDOW, NEW = SHARED["max_length"], SHARED["max_new_tokens"]
+WINDOW, NEW = ON_POLICY["max_length"], ON_POLICY["max_new_tokens"]
 # what of a row follows from the tokens that were drawn
 OF_TOKENS = "length", "score", "ended", "score_std", "same_scores", "num_tokens"
-
-
-@pytest.fixture
-def server(tiny_model):
-    with Server(tiny_model) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +45,14 @@ def prompts(tmp_path_factory):
 
 
 def config_of(model, prompts, output, **changes):
-    return GRPOConfig(model=str(model), data=str(prompts), output=output, **SHARED | {"steps": STEPS} | changes)
+    return GRPOConfig(model=str(model), data=str(prompts), output=output, **ON_POLICY | {"steps": STEPS} | changes)
 
 
 @pytest.fixture(scope="module")
 def local(tiny_model, prompts, tmp_path_factory):
     """A run on one device."""
-    from jaxalign.models import places
-
-    whole, output = places.make_mesh, tmp_path_factory.mktemp("local") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+    output = tmp_path_factory.mktemp("local") / "run"
+    with on_one_device():
         assert rl.run_grpo(config_of(tiny_model, prompts, output)) == 0
     return output
 
@@ -91,10 +82,10 @@ def flags_of(model, prompts, output, **more):
         "model": model,
         "data": prompts,
         "output": output,
-        "reward": SHARED["reward"],
-        "batch-size": SHARED["batch_size"],
-        "n": SHARED["n"],
-        "slots": SHARED["slots"],
+        "reward": ON_POLICY["reward"],
+        "batch-size": ON_POLICY["batch_size"],
+        "n": ON_POLICY["n"],
+        "slots": ON_POLICY["slots"],
         "max-length": WINDOW,
         "max-new-tokens": NEW,
         "remat": "none",
@@ -116,7 +107,7 @@ def test_two_hosts_generate_and_learn_together_what_one_does(local, tiny_model, 
     joint = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
     joint |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     flags = flags_of(tiny_model, prompts, tmp_path / "run", steps=3, samples=2)
-    # fails_later is SHARED's reward until the third step
+    # fails_later is ON_POLICY's reward until the third step
     flags += ["--distributed", "--reward", "tests.runs.rewards:fails_later"]
     run = [sys.executable, "-m", "jaxalign.cli.main", *flags]
     pair = [

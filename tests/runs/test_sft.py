@@ -1,5 +1,6 @@
 """`jaxalign sft` as a user runs it: from a folder and a file to a folder, interrupted in every way on the way."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -8,17 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from jaxalign.config.offline import SFTConfig
-from jaxalign.config.shared import CheckpointConfig, MeshConfig, OptimizerConfig
+from jaxalign.config.shared import BestCheckpointConfig, MeshConfig, OptimizerConfig
 from jaxalign.runs import sft
-from jaxalign.training.metrics import deterministic, read_rows
+from tests.shared import final, on_one_device, rows
 
 STEPS = 60
 
@@ -35,26 +33,9 @@ def config_of(tiny_model, tiny_data, output, **changes):
         samples=2,
         mesh=MeshConfig(data=1, fsdp=1),
         optimizer=OptimizerConfig(learning_rate=3e-3),
-        checkpoint=CheckpointConfig(every=4),
+        checkpoint=BestCheckpointConfig(every=4),
     )
     return dataclasses.replace(config, **changes)
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """The run's mesh is made of the first device only."""
-    from jaxalign.models import places
-
-    whole = places.make_mesh
-    monkeypatch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
-
-
-def final(output):
-    return load_file(Path(output) / "final" / "model.safetensors")
-
-
-def rows(output):
-    return [deterministic(row) for row in read_rows(Path(output) / "metrics.jsonl")]
 
 
 def test_a_run_lowers_the_held_out_loss_and_leaves_a_folder_that_transformers_loads(
@@ -205,12 +186,8 @@ MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 @pytest.fixture(scope="module")
 def one_microbatch_on_one_device(tiny_model, tiny_data, tmp_path_factory):
-    from jaxalign.models import places
-
-    whole = places.make_mesh
     output = tmp_path_factory.mktemp("reference") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
+    with on_one_device():
         sft.run(config_of(tiny_model, tiny_data, output, steps=5, batch_size=32, packing=False))
     return final(output)
 
@@ -218,16 +195,12 @@ def one_microbatch_on_one_device(tiny_model, tiny_data, tmp_path_factory):
 @pytest.mark.parametrize("microbatches", [1, 2, 4])
 @pytest.mark.parametrize("mesh", [None, *MESHES], ids=str)
 def test_microbatches_and_meshes_give_the_same_parameters(
-    mesh, microbatches, one_microbatch_on_one_device, tiny_model, tiny_data, tmp_path, monkeypatch
+    mesh, microbatches, one_microbatch_on_one_device, tiny_model, tiny_data, tmp_path
 ):
-    from jaxalign.models import places
-
-    if mesh is None:
-        whole = places.make_mesh
-        monkeypatch.setattr(places, "make_mesh", lambda **sizes: whole(**sizes, devices=jax.devices()[:1]))
     config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=5, batch_size=32, packing=False)
     sizes = MeshConfig(**{"data": 1, "fsdp": 1, **(mesh or {})})
-    sft.run(dataclasses.replace(config, mesh=sizes, microbatches=microbatches))
+    with on_one_device() if mesh is None else contextlib.nullcontext():
+        sft.run(dataclasses.replace(config, mesh=sizes, microbatches=microbatches))
     found = final(tmp_path / "run")
     for name, expected in one_microbatch_on_one_device.items():
         np.testing.assert_allclose(found[name], expected, atol=1e-5, err_msg=name)

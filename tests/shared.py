@@ -1,0 +1,49 @@
+"""Helpers of tests in several folders. Fixtures stand in the conftest.py files."""
+
+import contextlib
+import socket
+from pathlib import Path
+
+import pytest
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "the", "a", "cat", "dog", "sees", "likes", "runs", "to", "from"]
+WORDS += ["red", "blue", "one", "two", "Human", "Assistant", ":", ".", "?", "\n"]
+"""Vocabulary of the tiny model. It has no double newline, so its chat template uses single ones."""
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant : {{ m.content }} {{ eos_token }}\n"
+    "{% else %}Human : {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant : {% endif %}"
+)
+
+
+@contextlib.contextmanager
+def on_one_device():
+    """Meshes made inside the block consist of the first device only."""
+    import jax
+
+    from jaxalign.models import places
+
+    make_mesh = places.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(places, "make_mesh", lambda **options: make_mesh(**options | {"devices": jax.devices()[:1]}))
+        yield
+
+
+def rows(output):
+    """Rows of a run's metrics.jsonl without what depends on the clock."""
+    from jaxalign.training.metrics import deterministic, read_rows
+
+    return [deterministic(row) for row in read_rows(Path(output) / "metrics.jsonl")]
+
+
+def final(output):
+    """Tensors of a run's final model by name."""
+    from safetensors.numpy import load_file
+
+    return load_file(Path(output) / "final" / "model.safetensors")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
