@@ -29,9 +29,9 @@ Observed:  (0e2d622, two CPU cores that others worked on too, 30 minutes: refere
 """
 
 from imdb_frontier import Told, feedback_config, start, trace
+from jaxalign.runs.preferences import run_dpo
 
 from jaxalign.config.offline import DPOAlgorithm, DPOConfig
-from jaxalign.runs.preferences import run_dpo
 
 
 def dpo(told: Told, beta: float) -> DPOConfig:

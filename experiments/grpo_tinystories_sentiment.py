@@ -23,9 +23,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxalign.runs import rl
+
 from jaxalign.config.on_policy import GRPOAlgorithm, GRPOConfig
 from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
-from jaxalign.runs import rl
 
 OPENINGS = ("Once upon a time", "One day,", "There was a", "Lily and Tom")
 

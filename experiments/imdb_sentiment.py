@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import imdb_scorer
 import jax
 import numpy as np
+from jaxalign.runs import sft
 
 from jaxalign.config.offline import SFTConfig
 from jaxalign.config.shared import OptimizerConfig
@@ -29,7 +30,6 @@ from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
 from jaxalign.rollout.respond import Sampling, generate_ids
-from jaxalign.runs import sft
 
 log = logging.getLogger("jaxalign.experiments")
 

@@ -24,9 +24,9 @@ Observed:  (0e2d622, two CPU cores that others worked on too, 13 minutes after t
 """
 
 from imdb_frontier import Told, feedback_config, start, trace
+from jaxalign.runs.preferences import run_kto
 
 from jaxalign.config.offline import KTOAlgorithm, KTOConfig
-from jaxalign.runs.preferences import run_kto
 
 
 def kto(told: Told, beta: float) -> KTOConfig:

@@ -39,6 +39,9 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "CUDA_VISIBLE_
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jaxalign.runs import critics, ppo, train
+from jaxalign.runs.adapters import lora_of
+from jaxalign.runs.program import Critic, decoder, make_program
 
 from jaxalign.config.on_policy import CriticConfig, PPOConfig
 from jaxalign.config.shared import LoraConfig, MeshConfig
@@ -47,9 +50,6 @@ from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files.families import model_config
 from jaxalign.models.heads import trunk_config
-from jaxalign.runs import critics, ppo, train
-from jaxalign.runs.adapters import lora_of
-from jaxalign.runs.program import Critic, decoder, make_program
 from jaxalign.training import sharding
 from jaxalign.types import RolloutBatch, TokenBatch
 

@@ -23,10 +23,10 @@ import argparse
 from pathlib import Path
 
 from grpo_tinystories_sentiment import OPENINGS, asked, story_teller
+from jaxalign.runs import ppo
 
 from jaxalign.config.on_policy import CriticConfig, PPOAlgorithm, PPOConfig
 from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
-from jaxalign.runs import ppo
 
 
 def config(folder: Path, output: Path, *, kl_coef: float, kl_budget: float | None, steps: int, seed: int) -> PPOConfig:

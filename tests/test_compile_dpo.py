@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
+from jaxalign.commands.dpo import recipe
 from jaxalign.config.shared import LoraConfig
-from jaxalign.losses.pairs.margin import dpo
 from jaxalign.models import places
 from jaxalign.models.files.families import model_config
-from jaxalign.runs.preferences import make_program
 from jaxalign.training import sharding
+from jaxalign.training.program import compile_step
 from jaxalign.types import ResponseBatch, TokenBatch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -37,7 +37,7 @@ def memory(chip, **changes):
     config = dataclasses.replace(experiment("dpo_lora_llama3_8b").RUN, **changes)
     model = model_config(experiment("sft_llama3_8b").LLAMA_3_1_8B)
     mesh = places.make_mesh(data=1, fsdp=1, tensor=1, devices=[device(chip)])
-    program = make_program(config, model, mesh, loss=dpo, steps=1000)
+    program = compile_step(config, recipe(config, model, mesh), mesh, steps=1000)
     rows = NamedSharding(mesh, sharding.ROWS)
     part = lambda dtype, *shape: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)  # noqa: E731
     tokens = [part(dtype, 2, config.max_length) for dtype in (jnp.int32, jnp.bool_, jnp.int32, jnp.int32)]

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxalign.losses.language import cross_entropy
+from jaxalign.commands.sft import recipe
 from jaxalign.models import places
 from jaxalign.models.files.families import model_config
-from jaxalign.runs.sft import make_program
 from jaxalign.training import sharding
+from jaxalign.training.program import compile_step
 from jaxalign.types import TokenBatch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -34,7 +34,7 @@ def experiment(name):
 
 def compiled_step(config, model, topology, options=None):
     mesh = places.make_mesh(**dataclasses.asdict(config.mesh), devices=tpu_devices(topology))
-    program = make_program(config, model, mesh, loss=cross_entropy, steps=1000)
+    program = compile_step(config, recipe(config, model, mesh), mesh, steps=1000)
     rows = NamedSharding(mesh, sharding.ROWS)
     shape = config.batch_size, config.max_length
     part = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)  # noqa: E731

@@ -65,11 +65,12 @@ def words(ids: list[int]) -> str:
 def jaxalign(passes: list, mark, *, remat: str) -> None:
     import dataclasses
 
+    from jaxalign.runs import ppo, train
+    from jaxalign.runs.program import make_program
+
     from jaxalign.config.on_policy import PPOAlgorithm, PPOConfig
     from jaxalign.config.shared import MeshConfig, OptimizerConfig
     from jaxalign.data.batches.plan import iterate
-    from jaxalign.runs import ppo, train
-    from jaxalign.runs.program import make_program
     from jaxalign.training.compiled import CompiledStep
     from jaxalign.training.sharding import put_batch
 

@@ -90,6 +90,7 @@ def jaxalign_preferences(
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from jaxalign.runs.program import Method, make_program
 
     from jaxalign.algorithms.pairwise import dpo
     from jaxalign.algorithms.reward import reward
@@ -104,7 +105,6 @@ def jaxalign_preferences(
     from jaxalign.models.decoder.decoder import init_params
     from jaxalign.models.files.families import model_config
     from jaxalign.models.heads import init_head
-    from jaxalign.runs.program import Method, make_program
     from jaxalign.training import sharding
     from jaxalign.training.state import TrainState
 

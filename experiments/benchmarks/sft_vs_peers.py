@@ -57,6 +57,7 @@ def jaxalign_sft(rows: list[list[int]], mark, *, remat: str, packing: bool) -> N
 
     import jax
     import numpy as np
+    from jaxalign.runs.sft import make_program
 
     from jaxalign.config.offline import SFTConfig
     from jaxalign.config.shared import OptimizerConfig
@@ -67,7 +68,6 @@ def jaxalign_sft(rows: list[list[int]], mark, *, remat: str, packing: bool) -> N
     from jaxalign.models import places
     from jaxalign.models.decoder.decoder import init_params
     from jaxalign.models.files.families import model_config
-    from jaxalign.runs.sft import make_program
     from jaxalign.training import sharding
     from jaxalign.training.state import TrainState
 

@@ -92,7 +92,7 @@ def _scored_or_saved(
     if config.output is not None:
         _write(rows, config.output)
     try:
-        return _scored(rows, rewards, columns, config.n)
+        return scored(rows, rewards, columns, config.n)
     except RewardError as error:
         if config.output is None:
             _write(rows, None)
@@ -100,7 +100,7 @@ def _scored_or_saved(
         raise RewardError(f"{error}. The {len(rows)} responses are {where}, all without scores") from error
 
 
-def _scored(rows: list[dict], rewards: Rewards, columns: dict[str, list], n: int) -> list[dict]:
+def scored(rows: list[dict], rewards: Rewards, columns: dict[str, list], n: int) -> list[dict]:
     """The rows with a `score` each; the n responses to a prompt are scored together."""
     size, scored = max(SCORED_TOGETHER // n, 1) * n, []
     for at in range(0, len(rows), size):

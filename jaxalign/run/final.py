@@ -60,7 +60,7 @@ def save_model(folder: Path, run: Run, params: PyTree, step: int) -> None:
         huggingface.read_hf_config(run.config.model),
         tokenizer=run.vocabulary.tokenizer,
         generation_config=generation_config(run.config.tokenizer or run.config.model, run.vocabulary.terminators),
-        model_card=_model_card(run.config, run.command, step),
+        model_card=model_card(run.config, run.command, step),
         extra={MARK_FILE: mark(step)},
     )
 
@@ -125,7 +125,7 @@ def reward_model(
         | {"id2label": {"0": "reward"}, "label2id": {"reward": 0}},
         tokenizer=tokenizer,
         generation_config=generation_config(config.tokenizer or config.model, vocabulary.terminators),
-        model_card=_model_card(config, run.command, step),
+        model_card=model_card(config, run.command, step),
         extra={DESCRIPTION: description, MARK_FILE: mark(step)},
         head=all_heads[:1] if is_ensemble_of_adapters else all_heads.mean(axis=0, keepdims=True),
         besides=write_members,
@@ -171,7 +171,8 @@ def _put_aside(folder: Path) -> None:
         folder.rename(folder.with_name(f"{folder.name}-{'unknown' if steps is None else steps}"))
 
 
-def _model_card(config: Any, command: str, step: int) -> str:
+def model_card(config: Any, command: str, step: int) -> str:
+    """README.md of an exported folder: where the model comes from, and its held-out losses."""
     rows = [row for row in read_rows(Path(config.output) / "metrics.jsonl") if row["step"] <= step]
     losses = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
     lines = [

@@ -51,13 +51,13 @@ def _with_logps(run: Run, plan: Plan, responses: Responses) -> Responses:
         "quantise": config.lora.quantise,
     }
     path = Path(config.output) / FOLDER / f"{zlib.crc32(json.dumps(key).encode()):08x}.npz"
-    if hosts.first_decides(lambda: _read(path, key) is not None):
+    if hosts.first_decides(lambda: read(path, key) is not None):
         log.info("reference log-probabilities of %d groups: %s", len(responses), path)
-        values = _read(path, key)
+        values = read(path, key)
     else:
         values = _compute(run, plan, responses, source)
         if jax.process_index() == 0:
-            _write(path, key, values)
+            write(path, key, values)
     return dataclasses.replace(responses, columns={**responses.columns, REF + LOGPS: values})
 
 
@@ -73,7 +73,7 @@ def fingerprint(source: str) -> int:
     return total
 
 
-def _read(path: Path, key: dict[str, Any]) -> np.ndarray | None:
+def read(path: Path, key: dict[str, Any]) -> np.ndarray | None:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return stored["logps"] if json.loads(str(stored["key"])) == key else None
@@ -81,7 +81,7 @@ def _read(path: Path, key: dict[str, Any]) -> np.ndarray | None:
         return None
 
 
-def _write(path: Path, key: dict[str, Any], values: np.ndarray) -> None:
+def write(path: Path, key: dict[str, Any], values: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:

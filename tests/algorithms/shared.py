@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.data.batches.groups import GroupPlan, Layout, Responses
+from jaxalign.data.batches.groups import BatchShapes, Responses
+from jaxalign.data.batches.plan import Plan
 from jaxalign.data.read.tokens import Examples
 
 TINY = {
@@ -37,5 +38,5 @@ def make_responses(count, *, k, longest=12, seed=0):
 
 def batch_of(responses, *, packing=True, unit=1):
     """All groups as one batch of rows of LENGTH tokens."""
-    plan = GroupPlan(len(responses), LENGTH, unit=unit, packing=packing)
-    return jax.tree.map(jnp.asarray, Layout.of(responses, plan).batch(responses))
+    plan = Plan(len(responses), LENGTH, unit=unit, packing=packing)
+    return jax.tree.map(jnp.asarray, BatchShapes.of(responses, plan).batch(responses))

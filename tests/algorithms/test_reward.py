@@ -10,15 +10,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.algorithms.reward import response_scores, reward
-from jaxalign.data.batches.groups import BatchShapes, Responses
-from jaxalign.data.batches.plan import Plan
 from jaxalign.data.batches.groups import Responses
 from jaxalign.losses.ranking import bradley_terry, kwise, process, rao_kupper, soft_bradley_terry
 from jaxalign.models import heads, places
-from jaxalign.models.adapters.lora import Lora, resolve_targets
+from jaxalign.models.adapters.lora import Lora, resolve_targets, split
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files.families import model_config
-from jaxalign.runs import members
 from jaxalign.training import sharding
 from jaxalign.training.optimizer import is_matrix
 from jaxalign.training.state import TrainState
@@ -112,9 +109,9 @@ def adapted(params):
     """(graphdef, heads with adapters whose B is not 0, for three members, their trunk)"""
     config = model_config(TINY)
     graphdef, abstract = make_decoder(config, lora=Lora(2, 4.0, resolve_targets("q_proj,down_proj", config)))
-    shapes, _ = members.divide(abstract, Lora(2, 4.0, ()), 3, freeze_trunk=False)
+    adapter = split(abstract)[1]
     rng = np.random.default_rng(3)
-    drawn = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), shapes["members"])
+    drawn = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=(3, *leaf.shape)), leaf.dtype), adapter)
     return graphdef, {"head": params["head"], "members": drawn}, {"model": params["model"]}
 
 

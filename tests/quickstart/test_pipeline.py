@@ -35,7 +35,6 @@ def write_random_model(folder):
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     """Folder of a quickstart that begins with SFT, without DPO and KTO, which have tests of their own."""
-    from jaxalign.models import places
 
     def plan(output, seed):
         for planned in stages.plan(output, seed):

@@ -55,7 +55,7 @@ def test_what_the_other_rewards_say(tmp_path):
 
 
 def test_a_sum_is_weighted_and_columns_go_to_those_who_name_them():
-    rewards = Rewards("0.5*tests.runs.rewards:answered(worth=4.0) + tests.runs.rewards:dogs")
+    rewards = Rewards("0.5*tests.commands.rewards:answered(worth=4.0) + tests.commands.rewards:dogs")
     found = rewards(["?", "?"], ["a dog", "a cat"], {"answer": ["dog", "dog"], "other": [1, 2]})
     np.testing.assert_allclose(found, [2.5, 0.0])
     assert found.dtype == np.float32
@@ -63,7 +63,7 @@ def test_a_sum_is_weighted_and_columns_go_to_those_who_name_them():
 
 @pytest.mark.parametrize("what", ["numpy bool", "numpy half", "jax scalar", "jax bool", "jax bfloat16"])
 def test_a_score_is_a_number_of_any_library(what):
-    assert Rewards(f"tests.runs.rewards:gives(what={what!r})")(["?"], ["a"], {}).tolist() == [1.0]
+    assert Rewards(f"tests.commands.rewards:gives(what={what!r})")(["?"], ["a"], {}).tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -81,17 +81,17 @@ def test_a_score_is_a_number_of_any_library(what):
 )
 def test_what_is_not_one_real_number_of_float32_is_no_score(what, said):
     with pytest.raises(RewardError, match=re.escape(f"the reward gives gave {said}")) as raised:
-        Rewards(f"tests.runs.rewards:gives(what={what!r})")(["?"], ["a"], {})
+        Rewards(f"tests.commands.rewards:gives(what={what!r})")(["?"], ["a"], {})
     assert str(raised.value).endswith(" for response 0; a score is a finite number, as float32 holds it")
 
 
 def test_rewards_that_add_up_to_more_than_float32_holds_are_refused():
     with pytest.raises(RewardError, match=r"the rewards of response 0 add up to 6e\+38; a float32 holds 3.4e\+38"):
-        Rewards("2*tests.runs.rewards:huge")(["?"], ["a"], {})
+        Rewards("2*tests.commands.rewards:huge")(["?"], ["a"], {})
 
 
 def test_what_is_awaited_is_a_reward_like_others_and_single_responses_are_judged_at_once():
-    rewards = Rewards("tests.runs.rewards:asked + 10*tests.runs.rewards:asked_each")
+    rewards = Rewards("tests.commands.rewards:asked + 10*tests.commands.rewards:asked_each")
     began = time.monotonic()
     found = rewards(["?"] * 50, ["a dog", "a cat"] * 25, {"answer": ["dog"] * 50, "response": ["x"] * 50})
     assert time.monotonic() - began < 10  # one after the other they would take 25 s
@@ -99,7 +99,7 @@ def test_what_is_awaited_is_a_reward_like_others_and_single_responses_are_judged
 
 
 def test_terms_are_told_apart_by_name():
-    rewards = Rewards("2*length(target=2) + length(target=4) + tests.runs.rewards:dogs")
+    rewards = Rewards("2*length(target=2) + length(target=4) + tests.commands.rewards:dogs")
     found = rewards.by_name(["?"], ["a dog"], {})
     assert {name: values.tolist() for name, values in found.items()} == {
         "length": [0.0],
@@ -112,7 +112,7 @@ def test_terms_are_told_apart_by_name():
 def test_a_reward_that_hangs_does_not_keep_the_process_from_its_end():
     code = (
         "from jaxalign.rollout.rewards import Rewards\n"
-        "try: Rewards('tests.runs.rewards:hangs(seconds=300.0)', seconds=0.2)(['?'], ['a'], {})\n"
+        "try: Rewards('tests.commands.rewards:hangs(seconds=300.0)', seconds=0.2)(['?'], ['a'], {})\n"
         "except RuntimeError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
@@ -153,4 +153,4 @@ def test_what_a_reward_is_told_wrongly_is_said_before_it_is_asked(text, message)
 )
 def test_a_reward_that_is_wrong_is_named(name, message):
     with pytest.raises(RewardError, match=message):
-        Rewards(f"tests.runs.rewards:{name}", seconds=0.2)(["?", "?"], ["a", ""], {})
+        Rewards(f"tests.commands.rewards:{name}", seconds=0.2)(["?", "?"], ["a", ""], {})

@@ -13,9 +13,9 @@ import time
 import numpy as np
 import pytest
 
+from jaxalign.commands import sft
 from jaxalign.config.offline import SFTConfig
 from jaxalign.config.shared import BestCheckpointConfig, MeshConfig, OptimizerConfig
-from jaxalign.runs import sft
 from tests.shared import final, on_one_device, rows
 
 STEPS = 60
@@ -42,7 +42,7 @@ def test_a_run_lowers_the_held_out_loss_and_leaves_a_folder_that_transformers_lo
     tiny_model, tiny_data, tmp_path, one_device
 ):
     output = tmp_path / "run"
-    assert sft.run(config_of(tiny_model, tiny_data, output, steps=40, eval_every=20)) == 0
+    assert sft.main(config_of(tiny_model, tiny_data, output, steps=40, eval_every=20)) == 0
     held = {row["step"]: row["eval_loss"] for row in rows(output) if "eval_loss" in row}
     assert list(held) == [0, 20, 40] and held[40] < held[20] < held[0]
     assert [row["step"] for row in rows(output)] == list(range(41))
@@ -61,24 +61,24 @@ def test_a_run_lowers_the_held_out_loss_and_leaves_a_folder_that_transformers_lo
 
 def test_a_finished_run_says_so_and_other_settings_are_refused(tiny_model, tiny_data, tmp_path, one_device):
     config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=2, eval_data=str(tiny_data))
-    assert sft.run(config) == 0
+    assert sft.main(config) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert sft.run(config) == 0
+    assert sft.main(config) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     with pytest.raises(ValueError, match="holds another run: seed was 0, now 1"):
-        sft.run(dataclasses.replace(config, seed=1))
+        sft.main(dataclasses.replace(config, seed=1))
     older = json.loads((tmp_path / "run" / "config.json").read_text())
     del older["config"]["lora"], older["config"]["turns"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(older))
-    assert sft.run(config) == 0  # a run of before these settings is the same run
+    assert sft.main(config) == 0  # a run of before these settings is the same run
     with pytest.raises(ValueError, match="holds a run already and --no-resume was given"):
-        sft.run(dataclasses.replace(config, resume=False))
+        sft.main(dataclasses.replace(config, resume=False))
 
 
 def test_more_steps_continue_a_finished_run_and_keep_its_old_result(tiny_model, tiny_data, tmp_path, one_device):
     config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=2)
-    sft.run(config)
-    assert sft.run(dataclasses.replace(config, steps=3)) == 0
+    sft.main(config)
+    assert sft.main(dataclasses.replace(config, steps=3)) == 0
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
     assert (tmp_path / "run" / "final-2").is_dir()
 
@@ -87,10 +87,10 @@ def test_held_out_data_that_have_changed_are_refused(tiny_model, tiny_data, tmp_
     held = tmp_path / "held.jsonl"
     held.write_text('{"text": "the cat sees a dog"}\n')
     config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=1, eval_data=str(held))
-    assert sft.run(config) == 0
+    assert sft.main(config) == 0
     held.write_text('{"text": "the dog sees a cat"}\n')
     with pytest.raises(ValueError, match=r"the held-out data of .*held.jsonl have changed since"):
-        sft.run(dataclasses.replace(config, steps=2))
+        sft.main(dataclasses.replace(config, steps=2))
 
 
 def command(tiny_model, tiny_data, output, *more):
@@ -159,7 +159,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     damage, tiny_model, tiny_data, tmp_path, one_device, capfd
 ):
     config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=8)
-    sft.run(config)
+    sft.main(config)
     expected = final(tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "8"
     data = max((newest / "state" / "d").iterdir(), key=lambda f: f.stat().st_size)
@@ -172,7 +172,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     else:
         newest.rename(newest.with_name("8.orbax-checkpoint-tmp"))
     (tmp_path / "run" / "final").rename(tmp_path / "first")
-    sft.run(config)
+    sft.main(config)
     said = capfd.readouterr().err
     assert "continuing after step 4 of 8" in said
     assert damage == "half-written" or "checkpoint of step 8 is damaged (state/d/" in said
@@ -188,7 +188,7 @@ MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 def one_microbatch_on_one_device(tiny_model, tiny_data, tmp_path_factory):
     output = tmp_path_factory.mktemp("reference") / "run"
     with on_one_device():
-        sft.run(config_of(tiny_model, tiny_data, output, steps=5, batch_size=32, packing=False))
+        sft.main(config_of(tiny_model, tiny_data, output, steps=5, batch_size=32, packing=False))
     return final(output)
 
 
@@ -200,7 +200,7 @@ def test_microbatches_and_meshes_give_the_same_parameters(
     config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=5, batch_size=32, packing=False)
     sizes = MeshConfig(**{"data": 1, "fsdp": 1, **(mesh or {})})
     with on_one_device() if mesh is None else contextlib.nullcontext():
-        sft.run(dataclasses.replace(config, mesh=sizes, microbatches=microbatches))
+        sft.main(dataclasses.replace(config, mesh=sizes, microbatches=microbatches))
     found = final(tmp_path / "run")
     for name, expected in one_microbatch_on_one_device.items():
         np.testing.assert_allclose(found[name], expected, atol=1e-5, err_msg=name)

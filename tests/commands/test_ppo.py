@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from jaxalign.cli.main import main
+from jaxalign.commands import ppo, reward
 from jaxalign.config.inference import ExportConfig
 from jaxalign.config.offline import RewardConfig
 from jaxalign.config.on_policy import CriticConfig, PPOAlgorithm, PPOConfig
 from jaxalign.config.shared import LoraConfig, MeshConfig, OptimizerConfig, RefUpdateConfig
-from jaxalign.runs import ppo, reward
-from tests.runs.settings import ON_POLICY
+from tests.commands.settings import ON_POLICY
 from tests.shared import final, on_one_device, rows
 
 EVERYTHING = PPOAlgorithm(
@@ -41,7 +41,7 @@ def trained(tiny_model, prompts, tmp_path_factory):
     prompts.with_name("text.jsonl").write_text('{"text": "the cat sees the dog . the dog runs to the cat ."}\n' * 8)
     with on_one_device():
         config = config_of(tiny_model, prompts, tmp_path_factory.mktemp("ppo") / "run")
-        assert ppo.run(config) == 0
+        assert ppo.main(config) == 0
     return config
 
 
@@ -66,16 +66,16 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained,
     shutil.copytree(trained.output, again.output)
     shutil.rmtree(again.output / "checkpoints" / "12")
     shutil.rmtree(again.output / "final")
-    assert ppo.run(again) == 0
+    assert ppo.main(again) == 0
     assert rows(again.output) == rows(trained.output)
     for key, tensor in final(trained.output).items():
         assert final(again.output)[key].tobytes() == tensor.tobytes()
 
 
 def test_a_checkpoint_is_exported_as_the_policy_alone(trained, tmp_path):
-    from jaxalign.runs import export
+    from jaxalign.commands import export
 
-    assert export.run(ExportConfig(run=trained.output, output=tmp_path / "out")) == 0
+    assert export.main(ExportConfig(run=trained.output, output=tmp_path / "out")) == 0
     from safetensors.numpy import load_file
 
     exported = load_file(tmp_path / "out" / "model.safetensors")
@@ -91,10 +91,10 @@ def test_the_critic_starts_from_the_reward_model(tiny_model, prompts, tmp_path, 
     settings = {"steps": 4, "batch_size": 4, "max_length": 16, "remat": "none", "mesh": MeshConfig(data=1, fsdp=1)}
     scored = RewardConfig(model=str(tiny_model), data=str(pairs), output=tmp_path / "rm", **settings)
     scored = dataclasses.replace(scored, optimizer=OptimizerConfig(learning_rate=1e-2))
-    assert reward.run(scored) == 0
+    assert reward.main(scored) == 0
     name = f"reward_model(path={str(tmp_path / 'rm' / 'final')!r})"
     config = config_of(tiny_model, prompts, tmp_path / "run", reward=name, steps=2, algorithm=PPOAlgorithm(epochs=1))
-    assert ppo.run(dataclasses.replace(config, pretraining_data=None)) == 0
+    assert ppo.main(dataclasses.replace(config, pretraining_data=None)) == 0
     found = rows(tmp_path / "run")[0]
     assert found["explained_variance"] > 0.05
 
@@ -111,7 +111,7 @@ def test_the_critic_starts_from_the_reward_model(tiny_model, prompts, tmp_path, 
 def test_other_critics_and_references(changes, kl, trained, tmp_path, one_device):
     plain = PPOAlgorithm(kl_coef=0.05, epochs=2)
     config = dataclasses.replace(trained, output=tmp_path / "run", steps=3, pretraining_data=None, algorithm=plain)
-    assert ppo.run(dataclasses.replace(config, **changes)) == 0
+    assert ppo.main(dataclasses.replace(config, **changes)) == 0
     found = rows(tmp_path / "run")
     assert [row["first/ratio"] for row in found] == pytest.approx([1.0] * 3, abs=1e-4)
     if kl is None:  # the reference is the policy that draws
@@ -126,7 +126,7 @@ def test_a_reference_in_host_memory_changes_no_bit(trained, tmp_path, one_device
         trained, steps=2, pretraining_data=None, algorithm=PPOAlgorithm(kl_coef=0.05, epochs=2)
     )
     here, away = (dataclasses.replace(config, output=tmp_path / name) for name in ("here", "away"))
-    assert ppo.run(here) == ppo.run(dataclasses.replace(away, offload_reference=True)) == 0
+    assert ppo.main(here) == ppo.main(dataclasses.replace(away, offload_reference=True)) == 0
     assert rows(here.output) == rows(away.output) and rows(here.output)[1]["kl"] > 1e-3
     for key, tensor in final(here.output).items():
         assert final(away.output)[key].tobytes() == tensor.tobytes()
@@ -135,11 +135,11 @@ def test_a_reference_in_host_memory_changes_no_bit(trained, tmp_path, one_device
 def test_a_budget_of_kl_ends_the_run_and_the_same_command_finds_it_complete(trained, tmp_path, one_device, caplog):
     config = dataclasses.replace(trained, output=tmp_path / "run", kl_budget=0.5, pretraining_data=None)
     config = dataclasses.replace(config, algorithm=PPOAlgorithm(kl_coef=0.0, epochs=2))
-    assert ppo.run(config) == 0
+    assert ppo.main(config) == 0
     found = rows(config.output)
     assert len(found) < 12 and found[-1]["kl"] > 0.5 and all(row["kl"] <= 0.5 for row in found[:-1])
     before = (config.output / "final" / "model.safetensors").stat().st_mtime_ns
-    assert ppo.run(config) == 0
+    assert ppo.main(config) == 0
     assert rows(config.output) == found
     assert (config.output / "final" / "model.safetensors").stat().st_mtime_ns == before
 
@@ -163,7 +163,7 @@ def test_a_budget_of_kl_ends_the_run_and_the_same_command_finds_it_complete(trai
 )
 def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, prompts, tmp_path, capsys):
     given = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
-    given += ["--reward", "tests.runs.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
+    given += ["--reward", "tests.commands.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
     given += ["--batch-size", "8", "--mesh.fsdp", "8"]
     assert main(["ppo", *given, *flags]) == 2
     said = capsys.readouterr().err

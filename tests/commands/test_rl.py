@@ -7,28 +7,34 @@ import shutil
 
 import numpy as np
 import pytest
-from jaxalign.runs import online_dpo, rl, rollouts
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
-from jaxalign.config.on_policy import GRPOAlgorithm, GRPOConfig, OnlineDPOAlgorithm, OnlineDPOConfig, RLOOConfig
+from jaxalign.commands import grpo, online_dpo
+from jaxalign.config.limits import settings
+from jaxalign.config.on_policy import (
+    GRPOAlgorithm,
+    GRPOConfig,
+    OnlineDPOAlgorithm,
+    OnlineDPOConfig,
+    PPOConfig,
+    RLOOConfig,
+)
 from jaxalign.config.shared import LoraConfig, OptimizerConfig
 from jaxalign.rollout.rewards.rewards import RewardError
 from jaxalign.run.folder import open_run
+from tests.commands.settings import ON_POLICY
 from tests.rollout.answers import answers
-from jaxalign.runs import online_dpo, rl, rollouts
-from jaxalign.runs.folder import open_run
-from tests.runs.settings import ON_POLICY
 from tests.shared import final, on_one_device, rows
 
 COMMANDS = {  # by a name of the run
-    "grpo": (rl.run_grpo, GRPOConfig, {}),
-    "rloo": (rl.run_rloo, RLOOConfig, {}),
+    "grpo": (grpo.main, GRPOConfig, {}),
+    "rloo": (grpo.main, RLOOConfig, {}),
     "dapo": (
-        rl.run_grpo,
+        grpo.main,
         GRPOConfig,
         {
-            "reward": "tests.runs.rewards:names_dog + 0.1*overlong(max_length=8, buffer=2)",
+            "reward": "tests.commands.rewards:names_dog + 0.1*overlong(max_length=8, buffer=2)",
             "dynamic_sampling": 3,
             "top_p": 0.9,
             "n": 4,
@@ -38,7 +44,7 @@ COMMANDS = {  # by a name of the run
         },
     ),
     "online-dpo": (
-        online_dpo.run,
+        online_dpo.main,
         OnlineDPOConfig,
         {"n": 4, "batch_size": 8, "microbatches": 2, "algorithm": OnlineDPOAlgorithm("dpo(beta=0.2)")},
     ),
@@ -109,7 +115,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained,
 
 def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(trained, tmp_path, one_device):
     config, run = trained("grpo")
-    broken = dataclasses.replace(config, output=tmp_path / "run", reward="tests.runs.rewards:fails_later")
+    broken = dataclasses.replace(config, output=tmp_path / "run", reward="tests.commands.rewards:fails_later")
     with pytest.raises(RewardError, match="the reward fails_later raised RuntimeError: the judge has gone home"):
         run(broken)
     assert (broken.output / "checkpoints" / "2").is_dir()
@@ -127,10 +133,10 @@ def test_a_run_whose_reward_took_too_long_goes_on_with_more_time_for_it(tmp_path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--reward", "tests.runs.rewards:dog"], "has no function 'dog' (did you mean 'dogs'?)"),
+        (["--reward", "tests.commands.rewards:dog"], "has no function 'dog' (did you mean 'dogs'?)"),
         (["--reward", "numeric_mach"], "did you mean 'numeric_match'?"),
         (
-            ["--reward", "tests.runs.rewards:needs"],
+            ["--reward", "tests.commands.rewards:needs"],
             "the data have no column 'solution'; they have answer, finished, tokens. needs takes it as an argument too",
         ),
         (["--n", "1"], "--n 1: a response is judged beside others"),
@@ -148,7 +154,7 @@ def test_a_run_whose_reward_took_too_long_goes_on_with_more_time_for_it(tmp_path
 )
 def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, prompts, tmp_path, capsys):
     given = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
-    given += ["--reward", "tests.runs.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
+    given += ["--reward", "tests.commands.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
     given += ["--batch-size", "4", "--mesh.fsdp", "8"]
     assert main(["grpo", *given, *flags]) == 2
     said = capsys.readouterr().err
@@ -178,10 +184,9 @@ def test_mistakes_of_online_dpo_are_one_line(flags, message, tiny_model, prompts
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_a_loss_of_the_policys_own_tokens_refuses_to_cut_any_off(trained):
-    config, _ = trained("dapo")
-    with pytest.raises(ValueError, match="draw tokens from another distribution than the policy's"):
-        rollouts.gather(config, starts=True)
+def test_a_loss_of_the_policys_own_tokens_has_no_setting_that_cuts_any_off():
+    cuts = {"top_p", "top_k", "min_p"}
+    assert cuts <= settings(GRPOConfig).keys() and not cuts & settings(PPOConfig).keys()
 
 
 def test_adapters_leave_the_reference_as_it_was(trained, tmp_path, one_device):
@@ -194,8 +199,6 @@ def test_adapters_leave_the_reference_as_it_was(trained, tmp_path, one_device):
 
 
 def test_the_final_folder_generates(trained):
-    from jaxalign.runs.generate import respond
-
     config, _ = trained("grpo")
     assert load_file(config.output / "final" / "model.safetensors")
     texts = [text for text, _ in answers(config.output / "final", ["one cat ?"], max_new_tokens=8, n=16)]

@@ -18,16 +18,16 @@ RESPONSES = ["sees", "dogs run", "", "to the cat", "runs to"]
 # what a host knows of the scores, and which responses its reward model read
 HOST = """
 import json, sys
-from jaxalign.runs import hosts
+from jaxalign import hosts
 hosts.join()
 import jax, numpy as np
 from jaxalign.rollout import rewards, score
-from jaxalign.runs import judging
+from jaxalign.rollout.rewards import on_hosts
 prompts, responses, reward = json.loads(sys.argv[1])
 read, members = [], score.Scorer.members
 score.Scorer.members = lambda self, p, r, **more: (read.extend(r), members(self, p, r, **more))[1]
 try:
-    found = judging.by_name(rewards.Rewards(reward), prompts, responses, {"finished": [True] * len(responses)})
+    found = on_hosts.by_name(rewards.Rewards(reward), prompts, responses, {"finished": [True] * len(responses)})
     said = [{name: values.tolist() for name, values in found.items()}, read]
 except Exception as error:
     said = f"{type(error).__name__}: {error}"
@@ -66,7 +66,7 @@ def ask_both(reward, prompts=PROMPTS, responses=RESPONSES):
 
 
 def test_hosts_share_what_a_reward_model_reads_and_know_all_scores(folder):
-    reward = f"reward_model(path={str(folder)!r}) + 0.5*tests.runs.rewards:first_host_only"
+    reward = f"reward_model(path={str(folder)!r}) + 0.5*tests.commands.rewards:first_host_only"
     (found, first), (again, second) = ask_both(reward)
     assert found == again and list(found) == ["reward_model", "first_host_only"]
     assert (first, second) == (RESPONSES[:2], RESPONSES[2:])

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxalign.runs import generate
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.cli.main import main
+from jaxalign.commands import generate
 from jaxalign.config.inference import GenerateConfig
 from jaxalign.data.sets.prompts import encode
 from jaxalign.models.decoder.decoder import make_decoder
@@ -20,7 +20,6 @@ from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
 from jaxalign.rollout.rewards.rewards import RewardError, Rewards
 from tests.rollout.answers import answers as rollout_answers
-from jaxalign.runs import generate
 from tests.shared import TEMPLATE
 
 PROMPTS = ["the cat sees", "a dog", "one red dog runs to the"]
@@ -46,7 +45,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers_in_the_same_order(tiny_mode
     for name in ("prompts.jsonl", "prompts.txt"):
         output = tmp_path / "made" / f"{name}.out"
         config = GenerateConfig(str(tiny_model), str(tmp_path / name), output, max_new_tokens=12, temperature=0.0)
-        assert generate.run(config) == 0
+        assert generate.main(config) == 0
         found.append([json.loads(line) for line in output.read_text().splitlines()])
     assert found[0] == found[1]
     assert [row["prompt"] for row in found[0]] == PROMPTS
@@ -56,7 +55,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers_in_the_same_order(tiny_mode
 
 def test_a_prompt_on_the_command_line_is_answered_on_the_terminal(tiny_model, capsys):
     config = GenerateConfig(str(tiny_model), "the cat sees", max_new_tokens=12, temperature=0.0)
-    assert generate.run(config) == 0
+    assert generate.main(config) == 0
     assert capsys.readouterr().out == answers(tiny_model, ["the cat sees"], temperature=0.0)[0][0] + "\n"
 
 
@@ -66,7 +65,7 @@ def test_what_a_pipe_cannot_say_is_written_as_its_number_and_messages_as_turns(c
     written = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
     config = GenerateConfig(str(chat_model), str(tmp_path / "talks.jsonl"), max_new_tokens=12, temperature=0.0)
-    assert generate.run(config) == 0
+    assert generate.main(config) == 0
     said = written.getvalue().decode("latin-1")
     assert said.startswith("> system: é\n> user: \\u4e00\n") and "\n\n> the cat\n" in said
 
@@ -74,7 +73,7 @@ def test_what_a_pipe_cannot_say_is_written_as_its_number_and_messages_as_turns(c
 def test_messages_are_answered_through_the_chat_template(chat_model, tmp_path):
     talk = [{"role": "user", "content": "the cat ?"}]
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
-    prompts = generate.read_prompts(str(tmp_path / "talks.jsonl"))
+    prompts = generate.read_rows(str(tmp_path / "talks.jsonl"))[0]
     rendered = "Human : the cat ?\nAssistant : "  # the tokenizer adds no <s>, and the template does
     tokenizer = huggingface.load_tokenizer(chat_model)
     ids = tokenizer("<s>" + rendered, add_special_tokens=False)["input_ids"]
@@ -102,7 +101,7 @@ def test_greedy_answers_are_the_most_likely_tokens_of_a_model_without_a_cache(ti
 def test_several_answers_to_a_prompt_stand_together_and_a_stop_text_ends_each(tiny_model, tmp_path):
     output = tmp_path / "answers.jsonl"
     config = GenerateConfig(str(tiny_model), "the cat sees", output, max_new_tokens=12, n=4, stop=(" ",), seed=3)
-    assert generate.run(config) == 0
+    assert generate.main(config) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["the cat sees"] * 4
     assert len({row["response"] for row in rows}) > 1
@@ -116,13 +115,15 @@ def test_the_best_of_n_is_the_response_with_the_highest_score(tiny_model, tmp_pa
         "max_new_tokens": 12,
         "n": 4,
         "seed": 3,
-        "reward": "tests.runs.rewards:answered + tests.runs.rewards:dogs",
+        "reward": "tests.commands.rewards:answered + tests.commands.rewards:dogs",
     }
     found = {}
     for keep in ("all", "best"):
         output = tmp_path / f"{keep}.jsonl"
         assert (
-            generate.run(GenerateConfig(str(tiny_model), str(tmp_path / "prompts.jsonl"), output, keep=keep, **options))
+            generate.main(
+                GenerateConfig(str(tiny_model), str(tmp_path / "prompts.jsonl"), output, keep=keep, **options)
+            )
             == 0
         )
         found[keep] = [json.loads(line) for line in output.read_text().splitlines()]
@@ -131,12 +132,12 @@ def test_the_best_of_n_is_the_response_with_the_highest_score(tiny_model, tmp_pa
         assert row["prompt"] == PROMPTS[number] and row in found["all"]
         assert row["score"] == max(other["score"] for other in found["all"][4 * number : 4 * number + 4])
     with pytest.raises(ValueError, match="--keep best needs --reward"):
-        generate.run(GenerateConfig(str(tiny_model), "the cat", keep="best"))
+        generate.main(GenerateConfig(str(tiny_model), "the cat", keep="best"))
 
 
 def test_responses_that_could_not_be_scored_are_kept_without_scores(tiny_model, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
-    output, reward = tmp_path / "made.jsonl", "tests.runs.rewards:hangs(seconds=300.0)"
+    output, reward = tmp_path / "made.jsonl", "tests.commands.rewards:hangs(seconds=300.0)"
     given = ["--model", str(tiny_model), "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "12"]
     given += ["--n", "2", "--batch-size", "4", "--keep", "best", "--reward", reward, "--reward-seconds", "0.2"]
     assert main(["generate", *given, "--output", str(output)]) == 2
@@ -166,9 +167,9 @@ def test_responses_are_scored_some_at_a_time_and_those_to_one_prompt_together(mo
         return [float(said) for said in responses]
 
     monkeypatch.setattr(generate, "SCORED_TOGETHER", 8)
-    found = generate._scored(rows, rewards, {"answer": [row["prompt"] for row in rows]}, 3)
+    found = generate.scored(rows, rewards, {"answer": [row["prompt"] for row in rows]}, 3)
     assert calls == [6, 6] and [row["score"] for row in found] == list(range(12))
-    generate._scored(rows, rewards, {"answer": [row["prompt"] for row in rows]}, 12)
+    generate.scored(rows, rewards, {"answer": [row["prompt"] for row in rows]}, 12)
     assert calls == [6, 6, 12]
 
 
@@ -176,7 +177,7 @@ def test_a_response_that_could_not_be_scored_is_found_by_its_number(monkeypatch)
     rows = [{"prompt": "?", "response": text, "finished": True} for text in ("a", "b", "c", "")]
     monkeypatch.setattr(generate, "SCORED_TOGETHER", 2)
     with pytest.raises(RewardError, match=r"for response 1: division by zero \(counted from response 2\)"):
-        generate._scored(rows, Rewards("tests.runs.rewards:each"), {}, 1)
+        generate.scored(rows, Rewards("tests.commands.rewards:each"), {}, 1)
 
 
 def test_samples_follow_from_the_seed(tiny_model):
@@ -208,15 +209,15 @@ def _last_hidden(folder, prompt):
 
 
 def test_prompts_are_read_from_files_and_anything_else_is_the_prompt_itself(tmp_path):
-    assert generate.read_prompts("tell me of prompts") == ["tell me of prompts"]
-    assert generate.read_prompts("\udcff of the command line") == ["\ufffd of the command line"]
+    assert generate.read_rows("tell me of prompts")[0] == ["tell me of prompts"]
+    assert generate.read_rows("\udcff of the command line")[0] == ["\ufffd of the command line"]
     path = tmp_path / "mixed.jsonl"
     path.write_text('{"prompt": "a"}\n{"other": "b"}\n')
     with pytest.raises(ValueError, match=r"mixed.jsonl, row 2: `prompt` holds None"):
-        generate.read_prompts(str(path))
+        generate.read_rows(str(path))[0]
     path.write_text('{"messages": [{"role": "user"}]}\n')
     with pytest.raises(ValueError, match=r"mixed.jsonl, row 1: 'content' is missing"):
-        generate.read_prompts(str(path))
+        generate.read_rows(str(path))[0]
 
 
 def test_all_rows_of_all_files_are_prompts_unless_a_split_is_named(tmp_path):
@@ -226,14 +227,14 @@ def test_all_rows_of_all_files_are_prompts_unless_a_split_is_named(tmp_path):
     found, columns = generate.read_rows(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl")
     assert found == ["a", "b", "c", "d"]
     assert columns == {"split": ["train", "test", "train", None], "answer": [None, None, None, "e"]}
-    assert generate.read_prompts(f"{tmp_path}/a.jsonl:test") == ["b"]
+    assert generate.read_rows(f"{tmp_path}/a.jsonl:test")[0] == ["b"]
     with pytest.raises(ValueError, match="has no split 'held'"):
-        generate.read_prompts(f"{tmp_path}/a.jsonl:held")
+        generate.read_rows(f"{tmp_path}/a.jsonl:held")[0]
     (tmp_path / "b.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"b.jsonl is empty"):
-        generate.read_prompts(f"{tmp_path}/b.jsonl")
+        generate.read_rows(f"{tmp_path}/b.jsonl")[0]
 
 
 def test_lines_of_a_text_end_with_a_newline_alone(tmp_path):
     (tmp_path / "lines.txt").write_bytes("a\u2028b\x0bc\r\n \nd\x85e".encode())
-    assert generate.read_prompts(str(tmp_path / "lines.txt")) == ["a\u2028b\x0bc", "d\x85e"]
+    assert generate.read_rows(str(tmp_path / "lines.txt"))[0] == ["a\u2028b\x0bc", "d\x85e"]

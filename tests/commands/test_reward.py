@@ -7,11 +7,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from jaxalign.runs import export, reward
-from jaxalign.runs.scorer import padded
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
+from jaxalign.commands import export, reward
 from jaxalign.config.inference import ExportConfig
 from jaxalign.config.offline import RewardAlgorithm, RewardConfig
 from jaxalign.config.shared import LoraConfig, OptimizerConfig
@@ -19,11 +18,10 @@ from jaxalign.models.files.huggingface import load_tokenizer
 from jaxalign.rollout.rewards import functions
 from jaxalign.rollout.rewards.rewards import Rewards
 from jaxalign.rollout.rewards.scorer import load_reward_model
+from jaxalign.run.final import with_pad_token
+from jaxalign.run.run import Run
 from jaxalign.run.vocabulary import Vocabulary
-from jaxalign.runs import export, reward
-from jaxalign.runs.scorer import padded
-from jaxalign.runs.vocabulary import Vocabulary
-from tests.runs.settings import OFFLINE
+from tests.commands.settings import OFFLINE
 from tests.shared import on_one_device, rows
 
 
@@ -32,7 +30,7 @@ def trained(tiny_model, pairs, tmp_path_factory):
     output = tmp_path_factory.mktemp("reward") / "run"
     config = RewardConfig(model=str(tiny_model), data=str(pairs), output=output, members=2, **OFFLINE)
     with on_one_device():
-        assert reward.run(config) == 0
+        assert reward.main(config) == 0
     return config
 
 
@@ -48,7 +46,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained,
     shutil.copytree(trained.output, again.output)
     shutil.rmtree(again.output / "checkpoints" / "8")
     shutil.rmtree(again.output / "final")
-    assert reward.run(again) == 0
+    assert reward.main(again) == 0
     assert rows(again.output) == rows(trained.output)
     for name in ("model", "members/heads"):
         files = [load_file(run.output / "final" / f"{name}.safetensors") for run in (trained, again)]
@@ -91,9 +89,9 @@ def sequences_of(batch):
 
 def test_scores_of_few_held_out_and_more_trained_responses_have_mean_0_and_variance_1(trained, scorer, one_device):
     """Two pairs are held out, too few alone. By way of text, and so of the loaded folder's own tokenizer."""
-    task = reward._gather(trained, False)
-    rows = [row for batch in (*task.held_out, *(task.batches[i] for i in range(6))) for row in sequences_of(batch)]
-    assert len(sequences_of(task.held_out[0])) == 4 and len(rows) == 4 + 2 * 6 * 8
+    data = reward.load_data(trained, Run.read(trained, "reward"))
+    rows = [row for batch in (*data.held_out, *(data.batches[i] for i in range(6))) for row in sequences_of(batch)]
+    assert len(sequences_of(data.held_out[0])) == 4 and len(rows) == 4 + 2 * 6 * 8
     found = scorer.rows(rows)
     np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-4)
     np.testing.assert_allclose(found.std(axis=0), 1, atol=1e-4)
@@ -182,25 +180,25 @@ def test_a_reward_model_in_half_precision_is_half_as_large(trained, scorer):
 def test_a_vocabulary_with_nothing_but_an_eos_token_pads_with_its_last_word(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model))
     tokenizer.bos_token = tokenizer.unk_token = None
-    found, pad = padded(Vocabulary(tokenizer, (2,)))
+    found, pad = with_pad_token(Vocabulary(tokenizer, (2,)))
     assert pad == found.pad_token_id == len(tokenizer) - 1 and tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
 def test_a_checkpoint_is_exported_as_the_folder_that_the_run_would_have_ended_in(trained, tmp_path):
     for step in (8, 4):
-        assert export.run(ExportConfig(run=trained.output, output=tmp_path / str(step), step=step)) == 0
+        assert export.main(ExportConfig(run=trained.output, output=tmp_path / str(step), step=step)) == 0
     folders = tmp_path / "8", tmp_path / "4", trained.output / "final"
     last, earlier, final = (folder / "members" / "heads.safetensors" for folder in folders)
     assert last.read_bytes() == final.read_bytes() != earlier.read_bytes()
     described = [json.loads((path.parents[1] / "reward.json").read_text()) for path in (last, final)]
     np.testing.assert_allclose(described[0]["mean"], described[1]["mean"], atol=1e-5)
     with pytest.raises(ValueError, match="whose adapters go with its heads"):
-        export.run(ExportConfig(run=trained.output, output=tmp_path / "adapter", adapter=True))
+        export.main(ExportConfig(run=trained.output, output=tmp_path / "adapter", adapter=True))
 
 
 def test_members_with_adapters_differ_and_are_read_with_their_base(trained, tmp_path, one_device):
     config = dataclasses.replace(trained, output=tmp_path / "run", lora=LoraConfig(rank=2), members=3, combine="min")
-    assert reward.run(config) == 0
+    assert reward.main(config) == 0
     held = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
     assert held[8]["eval_loss"] < held[0]["eval_loss"] and held[8]["eval_disagreement"] > 0
     folder = config.output / "final"
@@ -218,7 +216,7 @@ def test_members_with_adapters_differ_and_are_read_with_their_base(trained, tmp_
 def test_a_frozen_trunk_stays_and_a_ranking_teaches_the_head_alone(trained, tiny_model, tmp_path, one_device):
     loss = RewardAlgorithm("kwise")
     config = dataclasses.replace(trained, output=tmp_path / "run", freeze_trunk=True, algorithm=loss)
-    assert reward.run(config) == 0
+    assert reward.main(config) == 0
     before, after = load_file(tiny_model / "model.safetensors"), load_file(config.output / "final/model.safetensors")
     assert before.keys() == after.keys() - {"score.weight"}
     assert all(np.array_equal(before[key], after[key]) for key in before)
@@ -245,7 +243,7 @@ def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tm
     }
     loss = RewardAlgorithm("process")
     config = RewardConfig(str(tiny_model), str(path), tmp_path / "run", algorithm=loss, step_separator=".", **more)
-    assert reward.run(config) == 0
+    assert reward.main(config) == 0
     held = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
     assert held[16]["eval_accuracy"] == 1.0 and held[16]["eval_loss"] < held[0]["eval_loss"]
     found = load_reward_model(str(config.output / "final"))

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.cli.main import main
+from jaxalign.commands import generate, grpo
 from jaxalign.config.inference import GenerateConfig
 from jaxalign.config.on_policy import GRPOConfig
 from jaxalign.config.shared import LoraConfig
@@ -23,10 +24,7 @@ from jaxalign.rollout.engine.agreement import Agreement
 from jaxalign.rollout.engine.engine import LocalEngine, Request
 from jaxalign.rollout.engine.http import EngineError
 from jaxalign.rollout.engine.slots import Sampling
-from jaxalign.runs import generate, rl
-from tests.rollout.server import Server
-from jaxalign.runs.agreement import Agreement
-from tests.runs.settings import ON_POLICY
+from tests.commands.settings import ON_POLICY
 from tests.shared import final, free_port, on_one_device, rows
 
 STEPS = 3
@@ -53,7 +51,7 @@ def local(tiny_model, prompts, tmp_path_factory):
     """A run on one device."""
     output = tmp_path_factory.mktemp("local") / "run"
     with on_one_device():
-        assert rl.run_grpo(config_of(tiny_model, prompts, output)) == 0
+        assert grpo.main(config_of(tiny_model, prompts, output)) == 0
     return output
 
 
@@ -67,7 +65,7 @@ def same_step(found, expected, **tolerance):
 def test_a_run_through_a_server_is_the_run_without_one(local, tiny_model, prompts, tmp_path, server):
     """The weights do arrive: else the second step's tokens were the first policy's."""
     config = config_of(tiny_model, prompts, tmp_path / "run", engine=server.url)
-    assert rl.run_grpo(config) == 0
+    assert grpo.main(config) == 0
     found, expected = rows(config.output), rows(local)
     same_step(found[0], expected[0], abs=1e-6)
     for ours, theirs in zip(found, expected, strict=True):
@@ -108,7 +106,7 @@ def test_two_hosts_generate_and_learn_together_what_one_does(local, tiny_model, 
     joint |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     flags = flags_of(tiny_model, prompts, tmp_path / "run", steps=3, samples=2)
     # fails_later is ON_POLICY's reward until the third step
-    flags += ["--distributed", "--reward", "tests.runs.rewards:fails_later"]
+    flags += ["--distributed", "--reward", "tests.commands.rewards:fails_later"]
     run = [sys.executable, "-m", "jaxalign.cli.main", *flags]
     pair = [
         subprocess.Popen(run, env=os.environ | joint | {"JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True)
@@ -157,7 +155,7 @@ def test_a_policy_that_never_ends_fills_its_window_and_pays_for_it(tiny_model, t
     tokenizer = huggingface.load_tokenizer(str(model))
     assert len(tokenizer("one cat sees two dog runs to ?")["input_ids"]) == WINDOW - NEW
     config = config_of(model, full, tmp_path / "run", steps=1, batch_size=1, missing_end_penalty=0.5)
-    assert rl.run_grpo(config) == 0
+    assert grpo.main(config) == 0
     [row] = rows(config.output)
     assert (row["ended"], row["length"], row["num_tokens"]) == (0.0, NEW, config.n * WINDOW)
     [sample] = [json.loads(line) for line in (config.output / "samples.jsonl").read_text().splitlines()]
@@ -169,7 +167,7 @@ def test_a_policy_that_never_ends_fills_its_window_and_pays_for_it(tiny_model, t
 def test_responses_that_all_end_at_once_teach_nothing_and_break_nothing(tiny_model, prompts, tmp_path):
     model = with_terminator_at(tiny_model, tmp_path / "model", 30.0)
     config = config_of(model, prompts, tmp_path / "run", steps=1)
-    assert rl.run_grpo(config) == 0
+    assert grpo.main(config) == 0
     [row] = rows(config.output)
     assert (row["ended"], row["length"], row["score"], row["same_scores"]) == (1.0, 1.0, 0.0, 1.0)
     assert row["loss"] == row["grad_norm"] == 0.0 and row["ratio"] == pytest.approx(1.0)
@@ -180,7 +178,7 @@ def test_responses_that_all_end_at_once_teach_nothing_and_break_nothing(tiny_mod
 @pytest.mark.usefixtures("one_device")
 def test_adapters_are_merged_for_a_server(tiny_model, prompts, tmp_path, server):
     config = config_of(tiny_model, prompts, tmp_path / "run", steps=2, lora=LoraConfig(rank=2), engine=server.url)
-    assert rl.run_grpo(config) == 0
+    assert grpo.main(config) == 0
     found = rows(config.output)
     assert [row["ratio"] for row in found] == pytest.approx([1.0, 1.0], abs=1e-4)
     assert found[1]["kl_k3"] > 1e-5  # there is something to merge
@@ -195,11 +193,11 @@ def test_generate_asks_a_server_for_the_answers(tiny_model, tmp_path, server):
     found = []
     for name, engine in (("here", None), ("there", server.url)):
         config = dataclasses.replace(asked, output=tmp_path / name, engine=engine)
-        assert generate.run(config) == 0
+        assert generate.main(config) == 0
         found.append([json.loads(line) for line in config.output.read_text().splitlines()])
     assert found[0] == found[1] and len({row["response"] for row in found[0]}) > 1
     with pytest.raises(ValueError, match="--adapter adapter would be loaded here, and --engine answers elsewhere"):
-        generate.run(dataclasses.replace(asked, engine=server.url, adapter="adapter"))
+        generate.main(dataclasses.replace(asked, engine=server.url, adapter="adapter"))
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +242,7 @@ def test_log_probs_of_another_policy_or_temperature_are_refused(drawn):
 )
 def test_mistakes_are_one_line_before_device_work(flags, message, tiny_model, prompts, tmp_path, server, capsys):
     given = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
-    given += ["--reward", "tests.runs.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
+    given += ["--reward", "tests.commands.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
     given += ["--batch-size", "4", "--mesh.fsdp", "8", "--engine", server.url]
     assert main(["grpo", *given, *flags]) == 2
     said = capsys.readouterr().err
@@ -256,8 +254,8 @@ def test_a_server_that_is_lost_leaves_a_checkpoint_to_go_on_from(tiny_model, pro
     config = config_of(tiny_model, prompts, tmp_path / "run", engine=server.url, seed=1)
     server.edit = lambda answer: answer if server.seen.count("/collective_rpc") < 3 else {}
     with pytest.raises(EngineError, match="answers without 'choices'"):
-        rl.run_grpo(config)
+        grpo.main(config)
     assert [row["step"] for row in rows(config.output)] == [1, 2]
     server.edit = lambda answer: answer
-    assert rl.run_grpo(config) == 0  # it goes on
+    assert grpo.main(config) == 0  # it goes on
     assert [row["step"] for row in rows(config.output)] == [1, 2, 3]

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.commands import sft
 from jaxalign.config.offline import SFTConfig
 from jaxalign.config.shared import MeshConfig
 from jaxalign.ops.logprobs_check import differences, refuse
-from jaxalign.runs import sft
 from jaxalign.training.metrics import read_rows
 from jaxalign.types import Unembedding
 
@@ -21,7 +21,7 @@ def config_of(tiny_model, tiny_data, output):
 
 
 def test_a_run_with_the_kernel_checks_it_on_the_first_batch_and_trains(tiny_model, tiny_data, tmp_path, capsys):
-    assert sft.run(config_of(tiny_model, tiny_data, tmp_path / "run")) == 0
+    assert sft.main(config_of(tiny_model, tiny_data, tmp_path / "run")) == 0
     said = capsys.readouterr().err
     assert "a CPU has no kernel; the TPU's is interpreted on the first 128 tokens" in said
     assert "the log-probability kernel agrees with the chunked implementation: d_hidden " in said

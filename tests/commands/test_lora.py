@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jaxalign.runs import adapters, export, sft
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import parse
 from jaxalign.config.inference import ExportConfig
 from jaxalign.config.offline import SFTConfig
 from jaxalign.config.shared import BestCheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
+from jaxalign.models import places
 from jaxalign.models.adapters.lora import Lora, join, resolve_targets, split
 from jaxalign.models.adapters.merge import merge
 from jaxalign.models.decoder.decoder import make_decoder
@@ -23,9 +23,10 @@ from jaxalign.models.files.huggingface import read_config, read_hf_config
 from jaxalign.models.files.load import load_params
 from jaxalign.models.files.peft import load_adapter, save_adapter
 from jaxalign.models.files.save import save_pretrained
-from jaxalign.training.metrics import deterministic, read_rows
+from jaxalign.run import final
+from jaxalign.run.run import Run
+from jaxalign.run.vocabulary import load_vocabulary
 from tests.rollout.answers import answers
-from jaxalign.runs import adapters, export, generate, sft
 from tests.shared import on_one_device, rows
 
 TOKENS = np.arange(24).reshape(2, 12)
@@ -55,7 +56,7 @@ def qlora(tiny_model, tiny_data, tmp_path_factory):
     output = tmp_path_factory.mktemp("lora") / "run"
     config = config_of(tiny_model, tiny_data, output)
     with on_one_device():
-        assert sft.run(config) == 0
+        assert sft.main(config) == 0
     return output, config
 
 
@@ -99,7 +100,7 @@ def test_an_interrupted_lora_run_ends_bit_for_bit_like_one_that_was_not(qlora, t
     shutil.copytree(output, again.output)
     for name in ("final", "adapter", "checkpoints/4"):
         shutil.rmtree(again.output / name)
-    assert sft.run(again) == 0
+    assert sft.main(again) == 0
     assert "continuing after step 2 of 4" in capfd.readouterr().err
     assert files(again.output) == files(output) and rows(again.output) == rows(output)
     assert (again.output / "samples.jsonl").read_text() == (output / "samples.jsonl").read_text()
@@ -107,8 +108,8 @@ def test_an_interrupted_lora_run_ends_bit_for_bit_like_one_that_was_not(qlora, t
 
 def test_export_merges_or_writes_the_adapter(qlora, tmp_path):
     output, _ = qlora
-    assert export.run(ExportConfig(run=output, output=tmp_path / "merged")) == 0
-    assert export.run(ExportConfig(run=output, output=tmp_path / "adapter", adapter=True)) == 0
+    assert export.main(ExportConfig(run=output, output=tmp_path / "merged")) == 0
+    assert export.main(ExportConfig(run=output, output=tmp_path / "adapter", adapter=True)) == 0
     expected, found = (
         load_file(output / "final" / "model.safetensors"),
         load_file(tmp_path / "merged/model.safetensors"),
@@ -126,7 +127,9 @@ def test_an_adapter_names_its_base_so_that_it_is_found_from_any_folder(tiny_mode
     _, abstract = split(make_decoder(model, lora=lora)[1])
     adapter = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
     monkeypatch.chdir(tiny_model.parent)
-    adapters.save(tmp_path / "a", config_of(tiny_model.name, "", ""), model, lora, adapter, step=1)
+    config = config_of(tiny_model.name, "", "")
+    run = Run(config, "sft", places.make_mesh(), model, load_vocabulary(config, model), lora, exists=False)
+    final.save_lora(tmp_path / "a", run, adapter, step=1)
     held = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert held["base_model_name_or_path"] == str(tiny_model.resolve())
 
@@ -160,7 +163,7 @@ def test_what_cannot_be_adapted_is_told_before_device_work(
     settings, message, tiny_model, tiny_data, tmp_path, one_device
 ):
     with pytest.raises(ValueError, match=message):
-        sft.run(config_of(tiny_model, tiny_data, tmp_path / "run", lora=settings))
+        sft.main(config_of(tiny_model, tiny_data, tmp_path / "run", lora=settings))
 
 
 def test_the_command_line_speaks_of_lora(tmp_path):

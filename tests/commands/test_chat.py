@@ -6,16 +6,13 @@ import shutil
 import signal
 
 import pytest
-from jaxalign.runs.conversation import Continuation, Conversation
-from jaxalign.runs.terminal import Stream, visible
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.cli.main import main
+from jaxalign.commands.chat.conversation import Continuation, Conversation
 from jaxalign.models.files import huggingface
+from jaxalign.run.terminal import Stream, visible
 from tests.rollout.answers import answers
-from jaxalign.runs import generate
-from jaxalign.runs.conversation import Continuation, Conversation
-from jaxalign.runs.terminal import Stream, visible
 from tests.shared import TEMPLATE, WORDS
 
 FLAGS = ["--max-new-tokens", "6", "--temperature", "0"]

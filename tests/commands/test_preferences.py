@@ -10,17 +10,18 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
+from jaxalign.commands import dpo, kto
 from jaxalign.config.offline import DPOAlgorithm, DPOConfig, KTOConfig
 from jaxalign.config.shared import BestCheckpointConfig, LoraConfig, RefUpdateConfig
-from jaxalign.runs import preferences, reference
-from tests.runs.settings import OFFLINE
+from jaxalign.run import reference_logps
+from tests.commands.settings import OFFLINE
 from tests.shared import final, on_one_device, rows
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, pairs, tmp_path_factory):
     """A function of a command's name: config and command of a run that is made once."""
-    commands = {"dpo": (DPOConfig, preferences.run_dpo), "kto": (KTOConfig, preferences.run_kto)}
+    commands = {"dpo": (DPOConfig, dpo.main), "kto": (KTOConfig, kto.main)}
 
     @functools.cache
     def train(name):
@@ -96,10 +97,10 @@ def test_a_reference_that_was_run_once_before_changes_nothing(trained, tmp_path,
 @pytest.mark.parametrize("left", [0, 4, 100])
 def test_log_probabilities_whose_file_was_cut_short_are_computed_again(left, tmp_path):
     path, key = tmp_path / "reference" / "logps.npz", {"model": 1}
-    reference._write(path, key, np.ones((2, 2), np.float32))
-    assert reference._read(path, key).tolist() == [[1, 1], [1, 1]]
+    reference_logps.write(path, key, np.ones((2, 2), np.float32))
+    assert reference_logps.read(path, key).tolist() == [[1, 1], [1, 1]]
     path.write_bytes(path.read_bytes()[:left])
-    assert reference._read(path, key) is None
+    assert reference_logps.read(path, key) is None
 
 
 MESHES = [("dpo", []), ("dpo", ["--precompute-reference", "--share-prompt"]), ("kto", [])]

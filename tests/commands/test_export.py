@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxalign.commands import export, sft
 from jaxalign.config.inference import ExportConfig
 from jaxalign.config.offline import SFTConfig
 from jaxalign.config.shared import BestCheckpointConfig, MeshConfig, OptimizerConfig
-from jaxalign.runs import export, finish, sft
+from jaxalign.run import final
 from jaxalign.training.metrics import read_rows
 from tests.shared import on_one_device
 
@@ -36,12 +37,12 @@ def run(tiny_model, tiny_data, tmp_path_factory):
         checkpoint=BestCheckpointConfig(every=2, keep=2, keep_best=1),
     )
     with on_one_device():
-        assert sft.run(config) == 0
+        assert sft.main(config) == 0
     return config
 
 
 def exported(run, output, **choice):
-    export.run(ExportConfig(run=run.output, output=output, **choice))
+    export.main(ExportConfig(run=run.output, output=output, **choice))
     return load_file(output / "model.safetensors"), json.loads((output / "jaxalign.json").read_text())["trained_steps"]
 
 
@@ -77,7 +78,7 @@ def test_the_folder_holds_the_tokenizer_the_config_and_a_card_with_the_losses_un
 def test_the_card_names_every_set_of_a_mixture(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     config = SFTConfig(model="m", data="here/a.jsonl*0.7, there/b.jsonl*0.3", output=tmp_path)
-    assert "after 4 steps of `sft` on a.jsonl*0.7, b.jsonl*0.3\n" in finish.model_card(config, 4)
+    assert "after 4 steps of `sft` on a.jsonl*0.7, b.jsonl*0.3\n" in final.model_card(config, "sft", 4)
 
 
 def test_an_interrupted_run_gives_its_newest_whole_checkpoint(run, tmp_path):
@@ -86,7 +87,7 @@ def test_an_interrupted_run_gives_its_newest_whole_checkpoint(run, tmp_path):
     shutil.rmtree(stopped / "final")
     newest = stopped / "checkpoints" / "6"
     newest.rename(newest.with_name("6.orbax-checkpoint-tmp"))  # killed while it was written
-    export.run(ExportConfig(run=stopped, output=tmp_path / "out"))
+    export.main(ExportConfig(run=stopped, output=tmp_path / "out"))
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert same(found, exported(run, tmp_path / "four", step=4)[0])
 
@@ -97,6 +98,6 @@ def test_a_damaged_checkpoint_is_never_exported(run, tmp_path):
     data = max((broken / "checkpoints" / "6" / "state" / "d").iterdir(), key=lambda f: f.stat().st_size)
     data.write_bytes(data.read_bytes()[:-7])
     with pytest.raises(ValueError, match=r"the checkpoint of step 6 in .* is damaged"):
-        export.run(ExportConfig(run=broken, output=tmp_path / "six", step=6))
-    export.run(ExportConfig(run=broken, output=tmp_path / "out"))
+        export.main(ExportConfig(run=broken, output=tmp_path / "six", step=6))
+    export.main(ExportConfig(run=broken, output=tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "jaxalign.json").read_text())["trained_steps"] == 4

@@ -12,7 +12,7 @@ OFFLINE = {
     "checkpoint": BestCheckpointConfig(every=4),
 }
 ON_POLICY = {
-    "reward": "tests.runs.rewards:dogs",
+    "reward": "tests.commands.rewards:dogs",
     "steps": 12,
     "batch_size": 4,
     "n": 8,
