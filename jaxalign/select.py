@@ -1,8 +1,8 @@
-"""From the text "ipo(beta=0.05)" or "my_lab.losses:slic(delta=1.0)" to a function, without eval.
+"""Functions from text such as "ipo(beta=0.05)" or "my_lab.losses:slic(delta=1.0)", without eval.
 
 A bare name is looked up in the table that the caller passes; "module:function" is imported. Keyword values are
 Python literals, read by `ast.literal_eval`. Several with weights are a sum: "dpo(beta=0.1) + 0.2*sft". Everything
-that can be wrong is found here, before device work.
+that can be wrong with the text is raised here, before device work.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ def select_sum(text: str, table: Mapping[str, Callable]) -> tuple[tuple[float, C
     """The (weight, function) terms of `text`, a sum such as "dpo(beta=0.1) + 0.2*sft"; a term without weight counts 1.
 
     Args:
-      text: terms joined by +, each what `select` takes, with a number and * before it or not.
+      text: terms joined by +, each a text for `select`, optionally after a number and *.
       table: the functions known by a bare name.
 
     Raises:
-      Mistake: a term has no function or a weight that is no finite number, or `select` refuses it.
+      Mistake: a term without function or with a weight that is not a finite number, or an error of `select`.
     """
     return tuple(_weighted(term, text, table) for term in _terms(text))
 
 
 def _terms(text: str) -> list[str]:
-    """The text cut at each + outside brackets. Python's tokenizer knows strings, and that 1e+3 is one number."""
+    """The text cut at each + outside brackets. Python's tokenizer reads strings whole, and 1e+3 as one number."""
     cuts, depth = [0], 0
     try:
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -66,7 +66,7 @@ def _terms(text: str) -> list[str]:
             if token.string == "+" and depth == 0:
                 cuts += [token.start[1], token.end[1]]
     except (tokenize.TokenError, SyntaxError):
-        pass  # an open bracket or string: `select` says what is wrong with the rest
+        pass  # an open bracket or string: `select` raises on the rest
     cuts.append(len(text))
     return [text[start:end].strip() for start, end in zip(cuts[::2], cuts[1::2], strict=True)]
 
@@ -116,7 +116,7 @@ def _import(target: str, text: str) -> Callable:
         raise Mistake(f"{text!r} is not of the form package.module:function")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a module of the user's runs as it is imported
+    except Exception as error:  # importing runs the user's module, which may raise anything
         absent = isinstance(error, ModuleNotFoundError) and error.name in (module_name, module_name.split(".")[0])
         hint = "is its folder on PYTHONPATH?" if absent else "JAXALIGN_TRACEBACK=1 shows where"
         raise Mistake(f"{text!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); {hint}") from error
@@ -130,11 +130,11 @@ def _import(target: str, text: str) -> Callable:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """A question after the closest known name, where one is close."""
+    """The question " (did you mean 'name'?)" with the closest known name; "" if none is close."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def listed(names: list[str]) -> str:
-    """The names as an enumeration within an error."""
+    """The names joined by commas, for an error's text."""
     return ", ".join(names) if names else "nothing"

@@ -1,4 +1,4 @@
-"""What every floor shares: averages that merge, batches, and the names of a tree's leaves.
+"""Types that every floor shares: averages that merge, batches, and the names of a tree's leaves.
 
 Axis letters: B rows, T positions in a row, D model width, V vocabulary, N = B*T tokens, L layers, H heads.
 
@@ -22,7 +22,7 @@ class Average(NamedTuple):
     """A mean kept as (total, count) until it is printed, so that averages merge exactly.
 
     The mean over a batch cut into parts of unequal weight is the sum of totals over the sum of
-    counts; the mean of the parts' means is something else. Both fields are float32 scalars.
+    counts, not the mean of the parts' means. Both fields are float32 scalars.
     """
 
     total: jax.Array
@@ -42,7 +42,7 @@ class Average(NamedTuple):
         return Average(self.total + other.total, self.count + other.count)
 
     def compute(self) -> jax.Array:
-        """total / count; 0 where nothing was counted."""
+        """total / count; 0 if nothing was counted."""
         return self.total / jnp.where(self.count == 0, 1.0, self.count)
 
 
@@ -51,42 +51,52 @@ class Average(NamedTuple):
 class TokenBatch:
     """Rows of tokens, padded anywhere or packed with several sequences each.
 
-    The loss reads `mask` alone: it is made from lengths and roles, never from comparing ids.
+    The loss reads `mask` only, which is made from lengths and roles, never by comparing ids.
     """
 
     tokens: jax.Array  # Int32[B T]
-    mask: jax.Array  # Bool[B T], True exactly on tokens the model must produce, the terminator included
+    mask: jax.Array  # Bool[B T], True exactly on tokens that the model must produce, the terminator included
     positions: jax.Array  # Int32[B T], 0 at each sequence's first token
     segment_ids: jax.Array  # Int32[B T], 1, 2, ... for the sequences of a row; 0 is padding
-    prefix_ids: jax.Array | None = None  # Int32[B T], the segment that a token sees besides its own; None: no other
+    prefix_ids: jax.Array | None = None  # Int32[B T], the segment that each token sees besides its own; None: no other
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ResponseBatch:
-    """Groups of K responses to one prompt, each behind its prompt: K = 2 is a pair, chosen first; K = 1 is rated alone.
+    """Groups of K responses to one prompt, each after its prompt: K = 2 is a pair, chosen first; K = 1 is rated alone.
 
-    A row is what a device or a microbatch owns: all responses of a group stand in one row, in any of its Q planes, so
-    a loss that compares them never looks beyond the row. Axis letters: G groups in a row.
+    Batches are cut between rows, so all responses of a group are in one row, and a loss that compares them never looks
+    beyond it. A row has Q planes of T tokens; a plane has several sequences, with segment ids 1, 2, ..., stride - 1. A
+    slot is the address of a response in its row: plane · stride + segment, and 0 if there is none. A row with Q = 2,
+    T = 13, stride = 4 and two pairs (p prompt, c chosen, r rejected, . padding):
+
+        plane 0        p p p c c p p p r p p r .        plane 1        p p c c c . . . . . . . .
+        segment_ids    1 1 1 1 1 2 2 2 2 3 3 3 0        segment_ids    1 1 1 1 1 0 0 0 0 0 0 0 0
+
+        slots = [[1, 2],    group 0: chosen in plane 0, segment 1 (0 · 4 + 1); rejected in plane 0, segment 2
+                 [5, 3]]    group 1: chosen in plane 1, segment 1 (1 · 4 + 1); rejected in plane 0, segment 3
+
+    Axis letters: G groups of a row, K responses of a group, Q planes of a row.
     """
 
-    sequences: TokenBatch  # leaves [B Q T]; the segments 1 .. stride - 1 of a plane are sequences, or shared prompts
-    slots: jax.Array  # Int32[B G K], plane · stride + segment of response k of group g; 0 where there is none
-    columns: dict[str, jax.Array]  # [B G ...] what else is known of a group or response: margin, label, ref_logps
-    stride: int = dataclasses.field(metadata={"static": True})
+    sequences: TokenBatch  # leaves [B Q T]; a segment is a prompt with its response, or a prompt that several share
+    slots: jax.Array  # Int32[B G K], plane · stride + segment of response k of group g; 0 if there is none
+    columns: dict[str, jax.Array]  # [B G ...], further values of each group or response: margin, label, ref_logps
+    stride: int = dataclasses.field(metadata={"static": True})  # segment ids of a plane, that of padding included
 
     @property
     def present(self) -> jax.Array:
-        """Bool[B G K], True where there is a response."""
+        """Bool[B G K], True on slots with a response."""
         return self.slots > 0
 
     @property
     def valid(self) -> jax.Array:
-        """Bool[B G], True where there is a group."""
+        """Bool[B G], True on groups with a response."""
         return jnp.any(self.present, axis=2)
 
     def per_response(self, values: jax.Array) -> jax.Array:
-        """Float32[B G K]: Σ values [B Q T] over each response's sequence; 0 where there is none."""
+        """Float32[B G K]: Σ values [B Q T] over each response's segment; 0 where there is no response."""
         own = self.sequences.segment_ids[..., None] == jnp.arange(self.stride).reshape(1, 1, 1, -1)
         sums = jnp.sum(jnp.where(own, values[..., None].astype(jnp.float32), 0.0), axis=2)  # [B Q stride]
         rows, groups, responses = self.slots.shape
@@ -104,11 +114,11 @@ class ResponseBatch:
         return jnp.take_along_axis(table, index.reshape(rows, -1), axis=1).reshape(index.shape)
 
     def flat(self) -> TokenBatch:
-        """The planes as rows [B·Q T], which a model takes."""
+        """The planes as rows [B·Q T], the shape that a model reads."""
         return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), self.sequences)
 
     def unflat(self, values: jax.Array) -> jax.Array:
-        """Values [B·Q T] of `flat()` back as [B Q T]."""
+        """The inverse of `flat` for values: [B·Q T] -> [B Q T]."""
         return values.reshape(self.sequences.tokens.shape)
 
 
@@ -117,7 +127,7 @@ class ResponseBatch:
 class UnpairedBatch:
     """Responses with a label each, and the same prompts with responses to others, from which KTO estimates its KL.
 
-    Both are K = 1 and have equally many rows; the two need not hold the same examples in the same row.
+    Both have K = 1 and as many rows; row b of the one need not hold the prompts of row b of the other.
     """
 
     rated: ResponseBatch  # columns["label"]: Bool[B G], True where desirable
@@ -127,22 +137,22 @@ class UnpairedBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RolloutBatch:
-    """Responses that the policy drew, one a row behind its prompt; an empty row fills up a batch."""
+    """Responses drawn from the policy, one a row, after its prompt; empty rows fill up a batch."""
 
     sequences: TokenBatch  # the mask is True on response tokens, the terminator included
     columns: dict[str, jax.Array]  # [B T] about tokens (old_logps, advantages, ref_logps), [B] about responses
-    pretraining: TokenBatch | None = None  # as many rows of other text, whose likelihood is kept up (PPO-ptx)
+    pretraining: TokenBatch | None = None  # as many rows of pretraining text, whose loss PPO-ptx adds
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unembedding:
-    """From hidden states to logits: `softcap(hidden @ weightᵀ + bias)`, with softcap(x) = c tanh(x / c).
+    """The map from hidden states to logits: `softcap(hidden @ weightᵀ + bias)`, with softcap(x) = c tanh(x / c).
 
-    Models hand this over in place of logits, so that only `ops/` decides when, and how much of, [N, V] exists.
+    Models return it instead of logits, so that only `ops/` decides when, and how much of, [N, V] exists.
     """
 
-    weight: jax.Array  # [V D], the tied embedding or the model's own output matrix, transposed
+    weight: jax.Array  # [V D], the tied embedding, or the transpose of the output matrix
     bias: jax.Array | None = None  # [V]
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
