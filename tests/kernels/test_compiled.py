@@ -6,8 +6,6 @@ TPUs by libtpu (Mosaic), GPUs by XLA, Triton and ptxas. What a device computes, 
 """
 
 import os
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +17,7 @@ from jaxalign.kernels import gae, kl
 from jaxalign.kernels.runtime import target_of
 from jaxalign.ops.kl import token_kl
 from jaxalign.types import Unembedding
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import absent
+from tests import absent
 
 EVERYTHING = os.environ.get("KL_GAE") == "all"
 DEVICES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "h100", "h200"]
@@ -76,7 +72,9 @@ def test_kl_compiles_for_a_slice_whose_chips_share_rows_and_vocabulary():
         options = {"mask": mask, "implementation": "pallas", "mesh": mesh}
         return token_kl(hidden, Unembedding(weight), ref_hidden, Unembedding(ref_weight), **options).mean()
 
-    place = lambda dtype, sizes, *axes: jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P(*axes)))  # noqa: E731
+    def place(dtype, sizes, *axes):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
     hidden = place(jnp.bfloat16, (8, n // 8, d), ("data", "fsdp"))
     weight, mask = place(jnp.bfloat16, (v, d), "tensor", "fsdp"), place(jnp.bool_, (8, n // 8), ("data", "fsdp"))
     step = jax.jit(jax.value_and_grad(mean, argnums=(0, 1))).lower(hidden, weight, hidden, weight, mask).compile()
@@ -91,7 +89,10 @@ def test_kl_of_logits_compiles(device, dtype):
     chip = absent.device(device)
     target = target_of([chip])
     logits = absent.like(chip, 1000, 151_936, dtype=dtype)
-    total = lambda z, y: kl.kl_of_logits(z, y, target=target).sum()  # noqa: E731
+
+    def total(z, y):
+        return kl.kl_of_logits(z, y, target=target).sum()
+
     memory = compiled(jax.value_and_grad(total), logits, logits)
     print(f"kl of logits | {device} | {dtype.__name__} | temporary {memory.temp_size_in_bytes / 2**20:,.0f} MiB")
     assert memory.temp_size_in_bytes < 2**20 + 1000 * 128 * 4 * 16  # a few numbers a row, and a TPU's padding to 128
@@ -105,7 +106,10 @@ def test_gae_compiles(device, b, t, dtype):
     target = target_of([chip])
     row, mask = absent.like(chip, b, t, dtype=dtype), absent.like(chip, b, t, dtype=jnp.bool_)
     options = {"gamma": 1.0, "gae_lambda": 0.95, "target": target}
-    loss = lambda r, v, m: (gae.gae(r, v, m, **options) ** 2).sum()  # noqa: E731
+
+    def loss(r, v, m):
+        return (gae.gae(r, v, m, **options) ** 2).sum()
+
     memory = compiled(jax.value_and_grad(loss, argnums=(0, 1)), row, row, mask)
     print(f"gae | {device} | {b}x{t} | {dtype.__name__} | temporary {memory.temp_size_in_bytes / 2**20:,.1f} MiB")
     padded = -(-b // 128) * 128 * (-(-t // 8) * 8)  # a TPU's float32 arrays are whole registers of 8 x 128

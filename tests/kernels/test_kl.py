@@ -16,7 +16,10 @@ TARGETS = {"xla": kernel.XLA, "tpu": interpreted("tpu"), "gpu": interpreted("gpu
 
 def problem(seed, n, d, r, v, *, softcap=None, bias=False, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(seed), 6)
-    draw = lambda k, *shape: jax.random.normal(keys[k], shape).astype(dtype)  # noqa: E731
+
+    def draw(k, *shape):
+        return jax.random.normal(keys[k], shape).astype(dtype)
+
     biases = [jax.random.normal(keys[k], (v,)) if bias else None for k in (4, 5)]
     policy = Unembedding(draw(1, v, d), biases[0], softcap)
     return draw(0, n, d), policy, draw(2, n, r), Unembedding(draw(3, v, r), biases[1], None)
@@ -64,8 +67,10 @@ def compare(body, sides, *, count, temperature, chunk, atol):
     (_, value), gradients = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True))(*sides[:2])
     expected = by_hand(*sides, g, temperature)
     np.testing.assert_allclose(value, expected[0] * counts, atol=atol)
-    for name, found, exact in zip(("hidden", "weight", "bias"), jax.tree.leaves(gradients), expected[1:], strict=False):
-        np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=atol, rtol=atol, err_msg=name)
+    for name, actual, exact in zip(
+        ("hidden", "weight", "bias"), jax.tree.leaves(gradients), expected[1:], strict=False
+    ):
+        np.testing.assert_allclose(np.asarray(actual, np.float64), exact, atol=atol, rtol=atol, err_msg=name)
 
 
 SHAPES = {
@@ -107,7 +112,10 @@ def test_bfloat16_inputs_give_float32_values_and_gradients_within_their_own_roun
 @pytest.mark.parametrize("body", TARGETS)
 def test_no_row_counts(body):
     sides = problem(3, 5, 8, 8, 40)
-    total = lambda h, u: kernel.kl(h, u, *sides[2:], jnp.int32(0), target=TARGETS[body]).sum()  # noqa: E731
+
+    def total(h, u):
+        return kernel.kl(h, u, *sides[2:], jnp.int32(0), target=TARGETS[body]).sum()
+
     value, gradients = jax.value_and_grad(total, argnums=(0, 1))(*sides[:2])
     assert float(value) == 0.0
     assert all(not np.any(x) for x in jax.tree.leaves(gradients))
@@ -138,12 +146,15 @@ def test_of_logits_equals_float64(body, n, v):
     keys = jax.random.split(jax.random.key(4), 3)
     z, y = 3 * jax.random.normal(keys[0], (n, v)), 3 * jax.random.normal(keys[1], (n, v))
     g = jax.random.normal(keys[2], (n,))
-    found = lambda z: jnp.vdot(g, kernel.kl_of_logits(z, y, chunk=512, target=TARGETS[body]))  # noqa: E731
+
+    def weighted(z):
+        return jnp.vdot(g, kernel.kl_of_logits(z, y, chunk=512, target=TARGETS[body]))
+
     log_p, log_q = (log_softmax64(np.asarray(x, np.float64)) for x in (z, y))
     exact = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
     np.testing.assert_allclose(kernel.kl_of_logits(z, y, chunk=512, target=TARGETS[body]), exact, atol=2e-5)
     gradient = np.asarray(g)[:, None] * np.exp(log_p) * (log_p - log_q - exact[:, None])
-    np.testing.assert_allclose(jax.grad(found)(z), gradient, atol=2e-5)
+    np.testing.assert_allclose(jax.grad(weighted)(z), gradient, atol=2e-5)
 
 
 @pytest.mark.parametrize("body", TARGETS)
@@ -155,6 +166,9 @@ def test_what_vocabulary_tiles_say_joins_in_any_order_and_large_logits_stay_fini
     spacing = np.spacing(np.float32(largest))  # about 2^-7: a logit itself is not known any better
     np.testing.assert_allclose(value, by_hand(*sides, np.ones(8), 1.0)[0], atol=2 * spacing)
     order = np.random.default_rng(0).permutation(600)
-    shuffle = lambda u: Unembedding(u.weight[order], None, None)  # noqa: E731
+
+    def shuffle(u):
+        return Unembedding(u.weight[order], None, None)
+
     shuffled = kernel.kl(sides[0], shuffle(sides[1]), sides[2], shuffle(sides[3]), jnp.int32(8), target=TARGETS[body])
     np.testing.assert_allclose(shuffled, value, atol=2 * spacing)

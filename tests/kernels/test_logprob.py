@@ -61,12 +61,12 @@ def by_kernel(body, hidden, weight, bias, targets, mask, softcap, temperature, g
 def check(body, shape, softcap, temperature, dtype, *, mask=None, seed=0):
     hidden, weight, bias, targets, drawn, g = problem(*shape, dtype=dtype, seed=seed)
     mask = drawn if mask is None else mask
-    found, gradients = by_kernel(body, hidden, weight, bias, targets, mask, softcap, temperature, g)
+    actual, gradients = by_kernel(body, hidden, weight, bias, targets, mask, softcap, temperature, g)
     g = np.where(np.asarray(mask)[None], g, 0)
     expected, slopes = in_float64(hidden, weight, bias, targets, softcap, temperature, g)
     for name, value in expected.items():
         # exact inputs, float32 sums: the same bound for both dtypes
-        np.testing.assert_allclose(found[name], np.where(mask, value, 0), atol=3e-5, err_msg=name)
+        np.testing.assert_allclose(actual[name], np.where(mask, value, 0), atol=3e-5, err_msg=name)
     for name, value in slopes.items():
         scale = max(np.abs(value).max(), 1e-3)
         # bfloat16 rounds the gradient of each logit, and the outcome, by at most 2**-9
@@ -137,12 +137,12 @@ def every_logp(body, hidden, weight):
 )
 def test_every_log_probability_is_at_most_zero_and_their_exponentials_sum_to_one(body, vocabulary, scale, seed):
     hidden, weight, *_ = problem(1, 16, vocabulary, seed=seed)
-    found = every_logp(body, scale * hidden[0], weight)
-    assert float(found["logps"].max()) <= 0.0
+    actual = every_logp(body, scale * hidden[0], weight)
+    assert float(actual["logps"].max()) <= 0.0
     np.testing.assert_allclose(
-        np.exp(np.asarray(found["logps"], np.float64)).sum(), 1.0, atol=1e-4 * max(1, scale / 30)
+        np.exp(np.asarray(actual["logps"], np.float64)).sum(), 1.0, atol=1e-4 * max(1, scale / 30)
     )
-    assert -1e-3 <= float(found["entropy"].min()) <= float(found["entropy"].max()) <= np.log(vocabulary) + 1e-5
+    assert -1e-3 <= float(actual["entropy"].min()) <= float(actual["entropy"].max()) <= np.log(vocabulary) + 1e-5
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -157,10 +157,10 @@ def test_nan_and_a_target_that_is_no_token_come_out_as_nan(body):
     hidden, weight, bias, targets, _, _ = problem(6, 8, 200)
     dirty, outside = hidden.at[2, 3].set(jnp.nan), targets.at[4].set(200).at[5].set(-100)
     run = functools.partial(logprob.token_logps, logprob.Options(), interpreted(body), mask=jnp.ones(6, bool))
-    found = run(hidden=dirty, weight=weight, bias=bias, targets=outside)["logps"]
-    np.testing.assert_array_equal(np.isnan(found), [False, False, True, False, True, True])
-    found = run(hidden=hidden, weight=weight.at[150, 0].set(jnp.nan), bias=bias, targets=targets)["logps"]
-    assert bool(jnp.all(jnp.isnan(found)))
+    actual = run(hidden=dirty, weight=weight, bias=bias, targets=outside)["logps"]
+    np.testing.assert_array_equal(np.isnan(actual), [False, False, True, False, True, True])
+    actual = run(hidden=hidden, weight=weight.at[150, 0].set(jnp.nan), bias=bias, targets=targets)["logps"]
+    assert bool(jnp.all(jnp.isnan(actual)))
 
 
 def test_a_tie_with_an_earlier_token_of_another_tile_is_not_top_one():
@@ -168,8 +168,8 @@ def test_a_tie_with_an_earlier_token_of_another_tile_is_not_top_one():
     for body in BODIES:
         options = logprob.Options(correct=True)
         arguments = jnp.ones((2, 4)), weight, None, jnp.array([290, 2]), jnp.ones(2, bool)
-        found = logprob.token_logps(options, interpreted(body), *arguments)
-        np.testing.assert_array_equal(found["correct"], [False, True])
+        actual = logprob.token_logps(options, interpreted(body), *arguments)
+        np.testing.assert_array_equal(actual["correct"], [False, True])
 
 
 @pytest.mark.parametrize("vmem", [64 * MIB, 128 * MIB])

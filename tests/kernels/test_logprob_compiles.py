@@ -6,8 +6,6 @@ JAXALIGN_COMPILE_ALL=1 compiles every chip, model and dtype (40 programs, about 
 import itertools
 import os
 import re
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +13,7 @@ import pytest
 
 from jaxalign.kernels import logprob
 from jaxalign.kernels.runtime import target_of
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from absent import GPUS, READABLE_ON_TPU, device, like
+from tests.absent import GPUS, READABLE_ON_TPU, device, like
 
 TOKENS = 8192
 MODELS = {  # width, vocabulary, soft-cap
@@ -44,9 +40,9 @@ def compiled(chip, model, dtype):
     options = logprob.Options(softcap, entropy=True, mean_logit=True, correct=True)
 
     def loss(hidden, weight, targets, mask):
-        found = logprob.token_logps(options, target_of([place]), hidden, weight, None, targets, mask)
+        actual = logprob.token_logps(options, target_of([place]), hidden, weight, None, targets, mask)
         names = ("logps", "entropy", "log_normalizer", "mean_logit")
-        return sum(found[name].sum() for name in names), found["correct"]
+        return sum(actual[name].sum() for name in names), actual["correct"]
 
     hidden, weight = like(place, TOKENS, width, dtype=dtype), like(place, vocabulary, width, dtype=jnp.float32)
     tokens = like(place, TOKENS, dtype=jnp.int32), like(place, TOKENS, dtype=jnp.bool_)

@@ -64,19 +64,19 @@ def layout(rows, width, *, side):
     return tokens, positions, segments
 
 
-def agree(found, expected):
-    np.testing.assert_allclose(found, expected, atol=2e-4)
-    np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
+def agree(actual, expected):
+    np.testing.assert_allclose(actual, expected, atol=2e-4)
+    np.testing.assert_array_equal(actual.argmax(-1), expected.argmax(-1))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_logits_equal_transformers_whatever_the_padding(checkpoint, side):
     config, params, rows, expected = checkpoint
     tokens, positions, segments = layout(rows, 15, side=side)
-    found = run(config, params, tokens, positions, segments)
-    assert np.isfinite(found).all()
+    actual = run(config, params, tokens, positions, segments)
+    assert np.isfinite(actual).all()
     for b in range(len(rows)):
-        agree(found[b][segments[b] > 0], expected[b])
+        agree(actual[b][segments[b] > 0], expected[b])
 
 
 def test_packed_sequences_do_not_see_each_other(checkpoint):
@@ -84,10 +84,10 @@ def test_packed_sequences_do_not_see_each_other(checkpoint):
     tokens = np.concatenate([*rows, [0, 0]])[None]
     positions = np.concatenate([np.arange(12), np.arange(7), [0, 0]])[None]
     segments = np.array([[1] * 12 + [2] * 7 + [0] * 2])
-    for given in (positions, None):  # by default each segment's positions start from 0
-        found = run(config, params, tokens, given, segments)[0]
-        agree(found[:12], expected[0])
-        agree(found[12:19], expected[1])
+    for chosen in (positions, None):  # by default each segment's positions start from 0
+        actual = run(config, params, tokens, chosen, segments)[0]
+        agree(actual[:12], expected[0])
+        agree(actual[12:19], expected[1])
 
 
 def test_a_whole_row_without_positions_and_a_cache_filled_in_two_calls(checkpoint):
@@ -104,9 +104,9 @@ def test_a_whole_row_without_positions_and_a_cache_filled_in_two_calls(checkpoin
 
     first, cache = read(params, empty_cache(config, 2, 14), *(x[:, :6] for x in (tokens, positions, segments)))
     second, _ = read(params, cache, *(x[:, 6:] for x in (tokens, positions, segments)))
-    found = np.concatenate([first, second], axis=1)
+    actual = np.concatenate([first, second], axis=1)
     for b in range(2):
-        agree(found[b][segments[b] > 0], expected[b])
+        agree(actual[b][segments[b] > 0], expected[b])
 
 
 @pytest.mark.parametrize("name", TINY)

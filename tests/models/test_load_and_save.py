@@ -77,8 +77,8 @@ def test_every_device_gets_its_share_and_the_values_are_the_same(llama, sizes):
     path, config, params = llama
     placed = shardings(make_decoder(config)[1], make_mesh(**sizes))
     loaded = load_params(str(path), config, shardings=placed)
-    for name, expected, found in zip(*map(jax.tree.leaves, (leaf_names(params), params, loaded)), strict=True):
-        np.testing.assert_array_equal(expected, found, err_msg=name)
+    for name, expected, actual in zip(*map(jax.tree.leaves, (leaf_names(params), params, loaded)), strict=True):
+        np.testing.assert_array_equal(expected, actual, err_msg=name)
     kernel = loaded["blocks"]["mlp"]["up"]["kernel"]
     cut = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // cut}
@@ -217,6 +217,6 @@ def test_real_models_agree_with_their_golden_log_probabilities(name, shared_data
         ids = np.array(case["greedy_ids"])
         padded = np.zeros((1, 256), np.int32)
         padded[0, : len(ids)] = ids
-        found = np.asarray(logps_of(params, padded))[0]
-        np.testing.assert_allclose(found[np.arange(len(ids) - 1), ids[1:]], case["next_token_logprobs"], atol=1e-4)
+        actual = np.asarray(logps_of(params, padded))[0]
+        np.testing.assert_allclose(actual[np.arange(len(ids) - 1), ids[1:]], case["next_token_logprobs"], atol=1e-4)
     assert terminators(path, load_tokenizer(path)) == (1, 2)

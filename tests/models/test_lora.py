@@ -137,7 +137,10 @@ def three_steps(mesh, microbatches):
     graphdef, abstract = make_decoder(LLAMA, lora=DORA, quantise="int8", remat="blocks", layout=layout)
     base = jax.device_put(quantise_kernels(base_params(), "int8"), shardings(split(abstract)[0], mesh))
     optimizer = optax.adam(1e-2)
-    create = lambda adapter: TrainState.create(adapter, optimizer, jax.random.key(3))  # noqa: E731
+
+    def create(adapter):
+        return TrainState.create(adapter, optimizer, jax.random.key(3))
+
     places = shardings(jax.eval_shape(create, start(DORA)), mesh)
     state = jax.jit(create, out_shardings=places)(start(DORA))
     train_step = make_train_step(sft(graphdef)._replace(assemble=join), optimizer, microbatches=microbatches)
@@ -178,10 +181,13 @@ def test_several_adapters_share_one_base():
     one, two = stirred(start(PLAIN)), jax.tree.map(jnp.negative, stirred(start(PLAIN)))
     both = jax.tree.map(lambda *xs: jnp.stack(xs), one, two)
     graphdef, _ = make_decoder(LLAMA, lora=PLAIN)
-    member = lambda adapter, base: nnx.merge(graphdef, join(adapter, base))(TOKENS)  # noqa: E731
-    found = jax.jit(jax.vmap(member, in_axes=(0, None)))(both, base_params())
+
+    def member(adapter, base):
+        return nnx.merge(graphdef, join(adapter, base))(TOKENS)
+
+    actual = jax.jit(jax.vmap(member, in_axes=(0, None)))(both, base_params())
     expected = [forward(PLAIN)(join(adapter, base_params())) for adapter in (one, two)]
-    np.testing.assert_allclose(found, jnp.stack(expected), atol=1e-5)
+    np.testing.assert_allclose(actual, jnp.stack(expected), atol=1e-5)
 
 
 def test_split_takes_apart_what_join_puts_together():

@@ -38,7 +38,10 @@ def trained(config, lora):
     """An adapter as it may be after training: A and B random, magnitudes about 1."""
     _, abstract = split(make_decoder(config, lora=lora)[1])
     draw = np.random.default_rng(0).standard_normal
-    around = lambda x: 0.1 * draw(x.shape) + (x.ndim == 2)  # noqa: E731
+
+    def around(x):
+        return 0.1 * draw(x.shape) + (x.ndim == 2)
+
     return jax.tree.map(lambda x: jnp.asarray(around(x), x.dtype), abstract)
 
 
@@ -64,9 +67,9 @@ def test_an_adapter_comes_back_bit_for_bit(name, variant, tmp_path):
     lora = Lora(4, 6.0, resolve_targets("all-linear", config), **VARIANTS[variant])
     adapter = trained(config, lora)
     save_adapter(tmp_path / "a", adapter, lora, config)
-    found, again = load_adapter(tmp_path / "a", config)
-    assert found == lora and bits(again) == bits(adapter)
-    save_adapter(tmp_path / "b", again, found, config)
+    actual, again = load_adapter(tmp_path / "a", config)
+    assert actual == lora and bits(again) == bits(adapter)
+    save_adapter(tmp_path / "b", again, actual, config)
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "b" / "adapter_model.safetensors"
     ).read_bytes()
@@ -79,8 +82,8 @@ def test_a_part_of_a_fused_kernel_comes_back_as_that_part(name, targets, tmp_pat
     lora = Lora(3, 6.0, resolve_targets(targets, config))
     adapter = trained(config, lora)
     save_adapter(tmp_path / "a", adapter, lora, config)
-    found, again = load_adapter(tmp_path / "a", config)
-    assert found == lora and bits(again) == bits(adapter)
+    actual, again = load_adapter(tmp_path / "a", config)
+    assert actual == lora and bits(again) == bits(adapter)
 
 
 def test_names_shapes_and_settings_are_those_of_peft(tmp_path):
@@ -94,9 +97,9 @@ def test_names_shapes_and_settings_are_those_of_peft(tmp_path):
     assert tensors[f"{layer}.mlp.down_proj.lora_A.weight"].shape == (4, 48)
     assert tensors[f"{layer}.mlp.down_proj.lora_B.weight"].shape == (32, 4)
     assert tensors[f"{layer}.mlp.down_proj.lora_magnitude_vector"].shape == (32,)
-    held = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert held["target_modules"] == ["down_proj", "q_proj"] and held["base_model_name_or_path"] == "some/base"
-    assert (held["r"], held["lora_alpha"], held["use_rslora"], held["use_dora"]) == (4, 6, True, True)
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["down_proj", "q_proj"] and settings["base_model_name_or_path"] == "some/base"
+    assert (settings["r"], settings["lora_alpha"], settings["use_rslora"], settings["use_dora"]) == (4, 6, True, True)
     with pytest.raises(ValueError, match="is not empty"):
         save_adapter(tmp_path / "a", {}, lora, config)
 
@@ -196,10 +199,10 @@ def spoiled(path, settings=None, tensors=None):
     save_adapter(path, trained(config, lora), lora, config)
     file = path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | (settings or {})))
-    held = load_file(path / "adapter_model.safetensors")
+    content = load_file(path / "adapter_model.safetensors")
     if tensors:
-        tensors(held)
-    save_file(held, path / "adapter_model.safetensors")
+        tensors(content)
+    save_file(content, path / "adapter_model.safetensors")
     return load_adapter(path, config)
 
 

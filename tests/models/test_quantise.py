@@ -96,10 +96,13 @@ def test_a_quantised_model_says_nearly_the_same_in_a_fraction_of_the_bytes(kind,
     path, params = saved
     base = load_params(path, LLAMA, quantise=kind)
     kernels = [x for x in jax.tree.leaves(params["blocks"]) if x.ndim == 3]
-    held_bytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
-    others = held_bytes(params) - sum(x.nbytes for x in kernels)
+
+    def bytes_of(tree):
+        return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+    others = bytes_of(params) - sum(x.nbytes for x in kernels)
     # no float copy is kept: the kernels' bits, and what was never quantised
-    assert held_bytes(base) == others + sum(x.size for x in kernels) * bits / 8
+    assert bytes_of(base) == others + sum(x.size for x in kernels) * bits / 8
     error = np.asarray(hidden(base, kind=kind) - hidden(params))
     assert 0 < np.sqrt((error**2).mean()) < tolerance  # hidden states are normalised to 1
 
@@ -109,11 +112,14 @@ def test_the_backward_pass_keeps_no_floats_of_the_kernels(remat, saved):
     lora = Lora(2, 4.0, ("mlp/down",))
     graphdef, abstract = make_decoder(LLAMA, lora=lora, quantise="nf4", remat=remat)
     base, adapter = split(abstract)
-    loss = lambda adapter, base: jnp.sum(nnx.merge(graphdef, join(adapter, base))(TOKENS))  # noqa: E731
+
+    def loss(adapter, base):
+        return jnp.sum(nnx.merge(graphdef, join(adapter, base))(TOKENS))
+
     backward = jax.eval_shape(lambda adapter, base: jax.vjp(lambda a: loss(a, base), adapter)[1], adapter, base)
-    kept = [x for x in jax.tree.leaves(backward) if jnp.issubdtype(x.dtype, jnp.floating)]
+    residuals = [x for x in jax.tree.leaves(backward) if jnp.issubdtype(x.dtype, jnp.floating)]
     kernel = base["blocks"]["attention"]["query"]["kernel"]["codes"].size * 2
-    assert kept and max(x.size for x in kept) < kernel
+    assert residuals and max(x.size for x in residuals) < kernel
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,11 +127,11 @@ def test_loading_quantises_layer_by_layer_what_quantising_the_whole_gives(kind, 
     path, params = saved
     expected = jax.jit(lambda params: quantise_kernels(params, kind))(params)
     places = shardings(make_decoder(LLAMA, quantise=kind)[1], make_mesh(fsdp=4, tensor=2))
-    found = load_params(path, LLAMA, quantise=kind, shardings=places)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    actual = load_params(path, LLAMA, quantise=kind, shardings=places)
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
-    codes = found["blocks"]["mlp"]["up"]["kernel"]["codes"]
+    codes = actual["blocks"]["mlp"]["up"]["kernel"]["codes"]
     assert {shard.data.size for shard in codes.addressable_shards} == {codes.size // 8}
 
 

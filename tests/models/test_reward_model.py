@@ -47,11 +47,11 @@ def test_scores_of_ragged_rows_equal_transformers(name, tmp_path):
         expected = [theirs(torch.tensor(row[None])).logits[0, 0].item() for row in rows]
     model = read_reward_model(str(tmp_path))
     params = load_reward_params(model)
-    found = jax.jit(member_scores, static_argnums=0)(model.graphdef, params, tokens, np.array([*LENGTHS, 0], np.int32))
-    assert found.shape == (4, 1) and np.std(expected) > 0.05
-    np.testing.assert_allclose(combine(found, model.rule), [*expected, 0.0], atol=1e-4)
-    again, held = tmp_path / "again", json.loads((tmp_path / "config.json").read_text())
-    save_pretrained(again, params["model"], model.config, held, head=params["head"])
+    actual = jax.jit(member_scores, static_argnums=0)(model.graphdef, params, tokens, np.array([*LENGTHS, 0], np.int32))
+    assert actual.shape == (4, 1) and np.std(expected) > 0.05
+    np.testing.assert_allclose(combine(actual, model.rule), [*expected, 0.0], atol=1e-4)
+    again, hf_config = tmp_path / "again", json.loads((tmp_path / "config.json").read_text())
+    save_pretrained(again, params["model"], model.config, hf_config, head=params["head"])
     before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path, again))
     assert before.keys() == after.keys() and all(np.array_equal(before[key], after[key]) for key in before)
 
@@ -66,8 +66,8 @@ def test_on_a_mesh_the_scores_are_those_of_one_device(tmp_path):
     params = load_reward_params(cut, shardings=places.shardings(cut.like, mesh))
     assert "fsdp" in params["model"]["blocks"]["mlp"]["up"]["kernel"].sharding.spec
     batch = sharding.put_batch((tokens, lengths), mesh)
-    found = jax.jit(member_scores, static_argnums=0)(cut.graphdef, params, *batch)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    actual = jax.jit(member_scores, static_argnums=0)(cut.graphdef, params, *batch)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def test_a_classifier_of_two_labels_and_a_language_model_are_refused(tmp_path):
@@ -75,8 +75,8 @@ def test_a_classifier_of_two_labels_and_a_language_model_are_refused(tmp_path):
     save_classifier("llama", tmp_path / "two", labels=2)
     with pytest.raises(ValueError, match="has 2 labels; a reward model has one"):
         read_reward_model(str(tmp_path / "two"))
-    held = json.loads((tmp_path / "two" / "config.json").read_text())
-    (tmp_path / "two" / "config.json").write_text(json.dumps(held | {"architectures": ["LlamaForCausalLM"]}))
+    hf_config = json.loads((tmp_path / "two" / "config.json").read_text())
+    (tmp_path / "two" / "config.json").write_text(json.dumps(hf_config | {"architectures": ["LlamaForCausalLM"]}))
     with pytest.raises(ValueError, match="is a LlamaForCausalLM, not a reward model"):
         read_reward_model(str(tmp_path / "two"))
 

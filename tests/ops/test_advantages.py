@@ -73,7 +73,10 @@ def test_an_all_masked_row_gives_zeros_and_no_gradient(implementation):
     mask = jnp.array([[True, True], [False, False]])
     rewards = values = jnp.where(mask, 1.0, jnp.nan)
     options = {"gamma": 1.0, "gae_lambda": 0.95, "implementation": implementation}
-    total = lambda r, v: gae(r, v, mask, **options).sum()  # noqa: E731
+
+    def total(r, v):
+        return gae(r, v, mask, **options).sum()
+
     np.testing.assert_array_equal(gae(rewards, values, mask, **options)[1], 0)
     for gradient in jax.jit(jax.grad(total, argnums=(0, 1)))(rewards, values):
         np.testing.assert_array_equal(gradient[1], 0)
@@ -84,7 +87,10 @@ def test_padding_on_either_side_changes_nothing(implementation):
     keys = jax.random.split(jax.random.key(0), 2)
     rewards, values = (jax.random.normal(k, (2, 5)) for k in keys)
     mask, options = jnp.ones((2, 5), bool), {"gamma": 0.9, "gae_lambda": 0.8, "implementation": implementation}
-    pad = lambda x: jnp.pad(x, ((0, 0), (3, 130)))  # noqa: E731
+
+    def pad(x):
+        return jnp.pad(x, ((0, 0), (3, 130)))
+
     run = jax.jit(lambda r, v, m: gae(r, v, m, **options))
     padded = run(pad(rewards), pad(values), pad(mask))
     np.testing.assert_allclose(padded, pad(run(rewards, values, mask)), atol=1e-6)
@@ -98,15 +104,15 @@ def compare(function, b, t, gamma, gae_lambda, dtype=jnp.float32, seed=0):
     @jax.jit
     def both_ways(rewards, values, mask, g):
         options = {"gamma": gamma, "gae_lambda": gae_lambda}
-        found, pull = jax.vjp(lambda r, v: function(r, v, mask, **options), rewards, values)
-        return found, pull(g.astype(jnp.float32))
+        actual, pull = jax.vjp(lambda r, v: function(r, v, mask, **options), rewards, values)
+        return actual, pull(g.astype(jnp.float32))
 
-    found, gradients = both_ways(rewards, values, mask, g)
-    assert found.dtype == jnp.float32
+    actual, gradients = both_ways(rewards, values, mask, g)
+    assert actual.dtype == jnp.float32
     exact = [np.asarray(x, np.float64) for x in (rewards, values, g)]
     expected = by_hand(*exact[:2], np.asarray(mask), gamma, gae_lambda)
     # float32 sums of up to 1 / (1 - γλ) terms of order 1
-    np.testing.assert_allclose(found, expected, atol=3e-5)
+    np.testing.assert_allclose(actual, expected, atol=3e-5)
     rounding = 3e-5 if dtype == jnp.float32 else 2**-7  # a gradient has its argument's dtype
     exact_gradients = gradients_by_hand(exact[2], np.asarray(mask), gamma, gae_lambda)
     for one, two in zip(gradients, exact_gradients, strict=True):
@@ -204,10 +210,10 @@ def test_rewards_normalised_one_by_one_tell_two_successes_from_one():
     """The sums' advantages are ±1/√2 in both groups; one by one they are ±1/√2 and ±2/√2, over their std √(5/3)."""
     scores = jnp.array([[[0.0, 1.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
     np.testing.assert_allclose(group_advantages(scores.sum(0))[:, 1], [0.7071, 0.7071], atol=2e-4)
-    found = decoupled_advantages(scores, jnp.array([1.0, 1.0]))
-    np.testing.assert_allclose(found, np.array([[-1, 1], [-2, 2]]) * np.sqrt(0.3), atol=3e-4)
+    actual = decoupled_advantages(scores, jnp.array([1.0, 1.0]))
+    np.testing.assert_allclose(actual, np.array([[-1, 1], [-2, 2]]) * np.sqrt(0.3), atol=3e-4)
     scaled = decoupled_advantages(scores * jnp.array([1.0, 100.0])[:, None, None], jnp.array([1.0, 1.0]))
-    np.testing.assert_allclose(scaled, found, atol=3e-4)
+    np.testing.assert_allclose(scaled, actual, atol=3e-4)
 
 
 @pytest.mark.parametrize("score", [0.1, 0.7, 1234.567])

@@ -14,7 +14,10 @@ IMPLEMENTATIONS = ["reference", "chunked", "pallas"]
 
 def problem(seed=0):
     keys = jax.random.split(jax.random.key(seed), 5)
-    draw = lambda k, *shape: jax.random.normal(keys[k], shape)  # noqa: E731
+
+    def draw(k, *shape):
+        return jax.random.normal(keys[k], shape)
+
     sides = draw(0, B, T, D) / 4, Unembedding(draw(1, V, D)), draw(2, B, T, R) / 4, Unembedding(draw(3, V, R))
     return sides, jax.random.bernoulli(keys[4], 0.7, (B, T))
 
@@ -27,16 +30,19 @@ def log_softmax(hidden, unembedding):
 def test_it_is_the_sum_over_the_vocabulary_of_p_log_p_over_q(implementation):
     (hidden, unembedding, ref_hidden, ref_unembedding), mask = problem()
     log_p, log_q = log_softmax(hidden, unembedding), log_softmax(ref_hidden, ref_unembedding)
-    found = token_kl(hidden, unembedding, ref_hidden, ref_unembedding, mask=mask, implementation=implementation)
+    actual = token_kl(hidden, unembedding, ref_hidden, ref_unembedding, mask=mask, implementation=implementation)
     exact = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    np.testing.assert_allclose(found, jnp.where(mask, exact, 0), atol=1e-5)
-    assert float(found.min()) >= 0
+    np.testing.assert_allclose(actual, jnp.where(mask, exact, 0), atol=1e-5)
+    assert float(actual.min()) >= 0
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_it_is_zero_and_so_is_its_gradient_where_policy_and_reference_agree(implementation):
     (hidden, unembedding, _, _), _ = problem(1)
-    total = lambda h, u: token_kl(h, u, hidden, unembedding, implementation=implementation).sum()  # noqa: E731
+
+    def total(h, u):
+        return token_kl(h, u, hidden, unembedding, implementation=implementation).sum()
+
     value, gradients = jax.value_and_grad(total, argnums=(0, 1))(hidden, unembedding)
     np.testing.assert_allclose(value, 0.0, atol=1e-6)
     for gradient in jax.tree.leaves(gradients):
@@ -46,8 +52,8 @@ def test_it_is_zero_and_so_is_its_gradient_where_policy_and_reference_agree(impl
 def test_two_tokens_by_hand():
     # p = (3/4, 1/4), q = (1/2, 1/2): KL = 3/4 log 3/2 + 1/4 log 1/2
     one, weight = jnp.ones((1, 1)), jnp.array([[np.log(3.0)], [0.0]], jnp.float32)
-    found = token_kl(one, Unembedding(weight), one, Unembedding(jnp.zeros((2, 1))))
-    np.testing.assert_allclose(found, [0.75 * np.log(1.5) + 0.25 * np.log(0.5)], atol=1e-6)
+    actual = token_kl(one, Unembedding(weight), one, Unembedding(jnp.zeros((2, 1))))
+    np.testing.assert_allclose(actual, [0.75 * np.log(1.5) + 0.25 * np.log(0.5)], atol=1e-6)
 
 
 @pytest.mark.parametrize("estimator, exact", [(k1, True), (k3, True), (k2, False)])
@@ -62,10 +68,10 @@ def test_k1_and_k3_have_the_kl_as_their_mean_under_the_policy_and_k2_has_not(est
 def test_k2_and_k3_are_never_negative_and_exact_near_zero():
     log_ratio = jnp.array([-3.0, -1e-4, 0.0, 1e-4, 3.0])
     for estimator in (k2, k3):
-        found = np.asarray(estimator(log_ratio), np.float64)
-        assert (found >= 0).all() and found[2] == 0
+        actual = np.asarray(estimator(log_ratio), np.float64)
+        assert (actual >= 0).all() and actual[2] == 0
         # both are x²/2 to second order; exp(-x) - 1 + x in float32 would be off by 6e-8, ten times the value
-        np.testing.assert_allclose(found[[1, 3]], 5e-9, rtol=2e-3, err_msg=estimator.__name__)
+        np.testing.assert_allclose(actual[[1, 3]], 5e-9, rtol=2e-3, err_msg=estimator.__name__)
 
 
 def test_gradients_of_the_estimators_have_the_means_that_they_claim():
@@ -91,17 +97,22 @@ def test_gradients_equal_those_of_the_reference_implementation(implementation):
         options = {"mask": mask, "temperature": 0.8, "implementation": name}
         return jax.grad(lambda *s: jnp.vdot(weights, token_kl(*s, **options)), argnums=(0, 1, 2, 3))(*sides)
 
-    for found, expected in zip(*(jax.tree.leaves(gradients(n)) for n in (implementation, "reference")), strict=True):
-        np.testing.assert_allclose(found, expected, atol=2e-6)
+    for actual, expected in zip(*(jax.tree.leaves(gradients(n)) for n in (implementation, "reference")), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_is_masked_may_be_nan_and_has_no_gradient(implementation):
     (hidden, unembedding, ref_hidden, ref_unembedding), mask = problem(5)
-    dirty = lambda x: jnp.where(mask[..., None], x, jnp.nan)  # noqa: E731
-    total = lambda h: token_kl(  # noqa: E731
-        h, unembedding, dirty(ref_hidden), ref_unembedding, mask=mask, implementation=implementation
-    ).sum()
+
+    def dirty(x):
+        return jnp.where(mask[..., None], x, jnp.nan)
+
+    def total(h):
+        return token_kl(
+            h, unembedding, dirty(ref_hidden), ref_unembedding, mask=mask, implementation=implementation
+        ).sum()
+
     clean, gradient = jax.value_and_grad(total)(dirty(hidden))
     assert np.isfinite(float(clean)) and np.isfinite(gradient).all()
     assert not np.any(np.asarray(gradient)[~np.asarray(mask)])
@@ -111,8 +122,8 @@ def test_what_is_masked_may_be_nan_and_has_no_gradient(implementation):
 def test_of_logits_agrees_with_of_hidden_states(implementation):
     sides, mask = problem(6)
     logits, ref_logits = sides[0] @ sides[1].weight.T, sides[2] @ sides[3].weight.T
-    found = token_kl_of_logits(logits, ref_logits, mask=mask, implementation=implementation)
-    np.testing.assert_allclose(found, token_kl(*sides, mask=mask), atol=2e-5)
+    actual = token_kl_of_logits(logits, ref_logits, mask=mask, implementation=implementation)
+    np.testing.assert_allclose(actual, token_kl(*sides, mask=mask), atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ def test_the_largest_is_found_where_argmax_finds_it(width):
 
 
 @pytest.mark.parametrize(
-    ("places", "found"), [({}, 0), ({130: 1.0, 300: 1.0}, 130), ({5: np.inf, 200: np.nan, 300: np.nan}, 200)]
+    ("places", "index"), [({}, 0), ({130: 1.0, 300: 1.0}, 130), ({5: np.inf, 200: np.nan, 300: np.nan}, 200)]
 )
-def test_of_nothing_the_first_of_equals_the_first_and_a_nan_before_infinity(places, found):
+def test_of_nothing_the_first_of_equals_the_first_and_a_nan_before_infinity(places, index):
     row = np.full((1, 384), -np.inf, np.float32)
     for place, value in places.items():
         row[0, place] = value
-    assert largest(jnp.asarray(row)).tolist() == [found] == row.argmax(axis=1).tolist()
+    assert largest(jnp.asarray(row)).tolist() == [index] == row.argmax(axis=1).tolist()

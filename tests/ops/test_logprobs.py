@@ -49,14 +49,14 @@ def by_hand(hidden, unembedding, targets, temperature):
 def test_values_equal_a_float64_loop(implementation, chunk, softcap, bias, temperature):
     hidden, unembedding, targets, mask = problem(softcap=softcap, bias=bias)
     options = {"temperature": temperature, "implementation": implementation, "vocabulary_chunk": chunk}
-    found = token_logps(hidden, unembedding, targets, mask=mask, **EXTRAS, **options)
+    actual = token_logps(hidden, unembedding, targets, mask=mask, **EXTRAS, **options)
     for name, expected in by_hand(hidden, unembedding, targets, temperature).items():
-        np.testing.assert_allclose(getattr(found, name), np.where(mask, expected, 0), atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(getattr(actual, name), np.where(mask, expected, 0), atol=2e-5, err_msg=name)
 
 
 def scalar(options, weights, hidden, unembedding, targets, mask):
-    found = token_logps(hidden, unembedding, targets, mask=mask, **options)
-    return sum(jnp.vdot(w, x) for w, x in zip(weights, found[:4], strict=True) if x is not None)
+    actual = token_logps(hidden, unembedding, targets, mask=mask, **options)
+    return sum(jnp.vdot(w, x) for w, x in zip(weights, actual[:4], strict=True) if x is not None)
 
 
 @pytest.mark.parametrize("extra", ["none", "entropy", "log_normalizer", "mean_logit", "all"])
@@ -68,10 +68,13 @@ def test_the_chunked_gradient_equals_autodiff_of_the_reference(extra, softcap, b
     outcomes = []
     for implementation in ("reference", "chunked"):
         options = {**extras, "temperature": temperature, "implementation": implementation, "vocabulary_chunk": 16}
-        function = lambda h, u, options=options: scalar(options, weights, h, u, targets, mask)  # noqa: E731
+
+        def function(h, u, options=options):
+            return scalar(options, weights, h, u, targets, mask)
+
         outcomes.append(jax.grad(function, argnums=(0, 1))(hidden, unembedding))
-    for expected, found in zip(*map(jax.tree.leaves, outcomes), strict=True):
-        np.testing.assert_allclose(found, expected, atol=2e-5)
+    for expected, actual in zip(*map(jax.tree.leaves, outcomes), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 7, 8, N])
@@ -83,10 +86,13 @@ def test_tokens_that_nobody_asks_about_are_left_out_and_change_nothing(monkeypat
         monkeypatch.setattr(logprobs_chunked, "WORTH_A_CHOICE", worth)
         options = {"entropy": True, "log_normalizer": True, "mean_logit": True, "vocabulary_chunk": 16}
         values = token_logps(hidden, unembedding, targets, mask=mask, correct=True, **options)
-        function = lambda h, u, options=options: scalar(options, weights, h, u, targets, mask)  # noqa: E731
+
+        def function(h, u, options=options):
+            return scalar(options, weights, h, u, targets, mask)
+
         outcomes.append((values, jax.grad(function, argnums=(0, 1))(hidden, unembedding)))
-    for expected, found in zip(*map(jax.tree.leaves, outcomes), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-6)
+    for expected, actual in zip(*map(jax.tree.leaves, outcomes), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
 def test_half_of_the_tokens_have_half_of_the_logits(monkeypatch):
@@ -101,18 +107,18 @@ def test_half_of_the_tokens_have_half_of_the_logits(monkeypatch):
 
 
 def test_zero_logits_have_log_v_everywhere():
-    found = token_logps(jnp.zeros((2, D)), Unembedding(jnp.ones((V, D))), jnp.array([0, 3]), **EXTRAS)
-    np.testing.assert_allclose(found.logps, -np.log(V), atol=1e-6)
-    np.testing.assert_allclose(found.entropy, np.log(V), atol=1e-6)
+    actual = token_logps(jnp.zeros((2, D)), Unembedding(jnp.ones((V, D))), jnp.array([0, 3]), **EXTRAS)
+    np.testing.assert_allclose(actual.logps, -np.log(V), atol=1e-6)
+    np.testing.assert_allclose(actual.entropy, np.log(V), atol=1e-6)
     # all are equal, so the first is the most likely
-    np.testing.assert_array_equal(found.correct, [True, False])
+    np.testing.assert_array_equal(actual.correct, [True, False])
 
 
 def test_a_tie_with_an_earlier_token_of_another_tile_is_not_top_one():
     weight = jnp.zeros((V, D)).at[2, 0].set(1.0).at[30, 0].set(1.0)
     hidden = jnp.ones((2, D))
-    found = token_logps(hidden, Unembedding(weight), jnp.array([30, 2]), correct=True, vocabulary_chunk=16)
-    np.testing.assert_array_equal(found.correct, [False, True])
+    actual = token_logps(hidden, Unembedding(weight), jnp.array([30, 2]), correct=True, vocabulary_chunk=16)
+    np.testing.assert_array_equal(actual.correct, [False, True])
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
@@ -133,18 +139,18 @@ def test_what_is_masked_may_be_nan_and_has_no_gradient(implementation):
 
 def test_large_logits_stay_finite():
     hidden, unembedding, targets, _ = problem(3)
-    found = token_logps(1e4 * hidden, unembedding, targets, entropy=True, vocabulary_chunk=16)
-    assert bool(jnp.all(jnp.isfinite(found.logps))) and bool(jnp.all(jnp.isfinite(found.entropy)))
-    assert float(found.entropy.min()) >= -1e-3
+    actual = token_logps(1e4 * hidden, unembedding, targets, entropy=True, vocabulary_chunk=16)
+    assert bool(jnp.all(jnp.isfinite(actual.logps))) and bool(jnp.all(jnp.isfinite(actual.entropy)))
+    assert float(actual.entropy.min()) >= -1e-3
 
 
 def test_bfloat16_hidden_states_give_float32_log_probabilities_and_gradients_in_the_inputs_dtype():
     hidden, unembedding, targets, mask = problem(4, dtype=jnp.bfloat16)
-    found = token_logps(hidden, unembedding, targets, mask=mask, vocabulary_chunk=16)
-    assert found.logps.dtype == jnp.float32
+    actual = token_logps(hidden, unembedding, targets, mask=mask, vocabulary_chunk=16)
+    assert actual.logps.dtype == jnp.float32
     rounded = Unembedding(unembedding.weight.astype(jnp.bfloat16).astype(jnp.float32))
     exact = by_hand(hidden.astype(jnp.float32), rounded, targets, 1.0)["logps"]
-    np.testing.assert_allclose(found.logps, np.where(mask, exact, 0), atol=1e-4)
+    np.testing.assert_allclose(actual.logps, np.where(mask, exact, 0), atol=1e-4)
     d_hidden, d_unembedding = jax.grad(lambda h, u: token_logps(h, u, targets, mask=mask).logps.sum(), argnums=(0, 1))(
         hidden, unembedding
     )
@@ -156,12 +162,12 @@ def test_next_token_logps_are_about_the_token_of_the_same_index():
     hidden, tokens = jax.random.normal(keys[0], (2, 6, D)), jax.random.randint(keys[1], (2, 6), 0, V)
     unembedding = Unembedding(jax.random.normal(keys[2], (V, D)))
     mask = jnp.ones((2, 6), bool).at[1, 4:].set(False)
-    found = next_token_logps(hidden, unembedding, tokens, mask).logps
+    actual = next_token_logps(hidden, unembedding, tokens, mask).logps
     all_logps = jax.nn.log_softmax(hidden @ unembedding.weight.T)
     for b, t in [(0, 1), (0, 5), (1, 3)]:
-        np.testing.assert_allclose(found[b, t], all_logps[b, t - 1, tokens[b, t]], rtol=1e-5)
-    np.testing.assert_array_equal(found[:, 0], 0)
-    np.testing.assert_array_equal(found[1, 4:], 0)
+        np.testing.assert_allclose(actual[b, t], all_logps[b, t - 1, tokens[b, t]], rtol=1e-5)
+    np.testing.assert_array_equal(actual[:, 0], 0)
+    np.testing.assert_array_equal(actual[1, 4:], 0)
 
 
 @pytest.mark.parametrize("spec", [P("tensor", None), P(None, "fsdp"), P("tensor", "fsdp")])

@@ -30,11 +30,11 @@ def outcome(implementation, shards, cotangents, hidden, weight, bias, targets, m
     def total(hidden, weight, bias):
         unembedding = Unembedding(weight, bias, 5.0)
         options = {**EXTRAS, "temperature": 0.7, "implementation": implementation, "shards": shards}
-        found = token_logps(hidden, unembedding, targets, mask=mask, **options)
-        return sum(jnp.vdot(g, x) for g, x in zip(cotangents, found[:4], strict=True)), found
+        actual = token_logps(hidden, unembedding, targets, mask=mask, **options)
+        return sum(jnp.vdot(g, x) for g, x in zip(cotangents, actual[:4], strict=True)), actual
 
-    gradients, found = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(hidden, weight, bias)
-    return found, gradients
+    gradients, actual = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(hidden, weight, bias)
+    return actual, gradients
 
 
 # A vocabulary that the axis does not divide stays whole on every device.
@@ -57,9 +57,9 @@ def test_any_cut_of_tokens_width_and_vocabulary_gives_the_same_values_and_gradie
         jax.device_put(x, NamedSharding(mesh, s))
         for x, s in zip((hidden, weight, bias, targets, mask), specs, strict=True)
     ]
-    found = jax.jit(lambda *x: outcome("pallas", Shards(mesh), cotangents, *x))(*placed)
+    actual = jax.jit(lambda *x: outcome("pallas", Shards(mesh), cotangents, *x))(*placed)
     expected = outcome("reference", None, cotangents, hidden, weight, bias, targets, mask)
-    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for one, two in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, two, atol=2e-5)
 
 
@@ -71,8 +71,8 @@ def test_tokens_that_the_mesh_does_not_divide_go_in_chunks_and_the_log_says_so_o
     hidden, weight, _, targets, _, _ = problem(40)
     shards = Shards(places.make_mesh(fsdp=8))
     for _ in range(2):
-        found = token_logps(hidden[:30], Unembedding(weight), targets[:30], implementation="pallas", shards=shards)
+        actual = token_logps(hidden[:30], Unembedding(weight), targets[:30], implementation="pallas", shards=shards)
     expected = token_logps(hidden[:30], Unembedding(weight), targets[:30], implementation="chunked")
-    np.testing.assert_array_equal(found.logps, expected.logps)
-    said = [record.message for record in caplog.records if "no log-probability kernel" in record.message]
-    assert said == ["no log-probability kernel for 30 tokens, 40 x 8 weights in float32: in chunks"]
+    np.testing.assert_array_equal(actual.logps, expected.logps)
+    warnings = [record.message for record in caplog.records if "no log-probability kernel" in record.message]
+    assert warnings == ["no log-probability kernel for 30 tokens, 40 x 8 weights in float32: in chunks"]

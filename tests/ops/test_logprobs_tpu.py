@@ -15,12 +15,14 @@ def temporary_bytes(implementation, entropy):
     topologies = pytest.importorskip("jax.experimental.topologies")
     pytest.importorskip("libtpu")
     chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-    shape = lambda *s, dtype: jax.ShapeDtypeStruct(s, dtype, sharding=SingleDeviceSharding(chip))  # noqa: E731
+
+    def shape(*s, dtype):
+        return jax.ShapeDtypeStruct(s, dtype, sharding=SingleDeviceSharding(chip))
 
     def loss(hidden, weight, targets):
-        found = token_logps(hidden, Unembedding(weight), targets, entropy=entropy, implementation=implementation)
-        extra = 0.0 if found.entropy is None else Average.of(found.entropy).compute()
-        return Average.of(-found.logps).compute() - 0.01 * extra
+        actual = token_logps(hidden, Unembedding(weight), targets, entropy=entropy, implementation=implementation)
+        extra = 0.0 if actual.entropy is None else Average.of(actual.entropy).compute()
+        return Average.of(-actual.logps).compute() - 0.01 * extra
 
     arguments = shape(N, D, dtype=jnp.bfloat16), shape(V, D, dtype=jnp.bfloat16), shape(N, dtype=jnp.int32)
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()

@@ -1,4 +1,4 @@
-"""Which tokens may be drawn, how often each is, and what its log-probability is."""
+"""Sampling: tokens that may be drawn, how often each is, and their log-probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ def test_top_k_keeps_the_k_largest():
     assert keep_top_k(LOGITS, 0).all() and keep_top_k(LOGITS, 9).all()
 
 
-@pytest.mark.parametrize(("p", "kept"), [(0.4, 1), (0.5, 1), (0.6, 2), (0.81, 3), (0.999, 4), (1.0, 4)])
-def test_top_p_keeps_the_smallest_set_that_holds_p(p, kept):
-    assert keep_top_p(LOGITS, p).sum() == kept
+@pytest.mark.parametrize(("p", "count"), [(0.4, 1), (0.5, 1), (0.6, 2), (0.81, 3), (0.999, 4), (1.0, 4)])
+def test_top_p_keeps_the_smallest_set_that_holds_p(p, count):
+    assert keep_top_p(LOGITS, p).sum() == count
     shuffled = LOGITS[:, jnp.array([2, 0, 3, 1])]
     assert np.array_equal(keep_top_p(shuffled, p), keep_top_p(LOGITS, p)[:, jnp.array([2, 0, 3, 1])])
 
@@ -37,8 +37,8 @@ def test_min_p_is_a_share_of_the_largest_probability():
 
 
 def test_a_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
-    found = penalise(jnp.array([[2.0, -2.0, 2.0]]), jnp.array([[True, True, False]]), 2.0)
-    assert found.tolist() == [[1.0, -4.0, 2.0]]
+    actual = penalise(jnp.array([[2.0, -2.0, 2.0]]), jnp.array([[True, True, False]]), 2.0)
+    assert actual.tolist() == [[1.0, -4.0, 2.0]]
 
 
 def test_a_token_that_is_not_allowed_is_never_drawn():
@@ -70,9 +70,9 @@ def test_tokens_come_as_often_as_their_probability_and_logps_are_its_logarithm(o
     count = 20_000
     keys = jax.random.split(jax.random.key(1), count)
     tokens, logps, model_logps = sample(keys, jnp.repeat(LOGITS, count, axis=0), **options)
-    found = np.bincount(tokens, minlength=4) / count
+    actual = np.bincount(tokens, minlength=4) / count
     # four standard deviations of a share of 20,000 draws
-    np.testing.assert_allclose(found, expected, atol=4 * 0.5 / np.sqrt(count))
+    np.testing.assert_allclose(actual, expected, atol=4 * 0.5 / np.sqrt(count))
     np.testing.assert_allclose(np.exp(logps), np.array(expected)[np.asarray(tokens)], rtol=1e-5)
     np.testing.assert_allclose(model_logps, LOGITS[0, tokens], atol=1e-5)
 
@@ -96,8 +96,8 @@ def test_over_blocks_of_the_vocabulary_each_token_comes_as_often_as_its_probabil
     seen, expected = np.bincount(tokens, minlength=vocabulary), count * np.asarray(jax.nn.softmax(logits), np.float64)
     assert not seen[np.asarray(banned)].any()
     often = expected >= 5
-    found, wanted = [*seen[often], seen[~often].sum()], [*expected[often], expected[~often].sum()]
-    chi_square = sum((a - b) ** 2 / b for a, b in zip(found, wanted, strict=True) if b)
+    actual, wanted = [*seen[often], seen[~often].sum()], [*expected[often], expected[~often].sum()]
+    chi_square = sum((a - b) ** 2 / b for a, b in zip(actual, wanted, strict=True) if b)
     freedom = often.sum()
     assert chi_square < freedom + 3.1 * np.sqrt(2 * freedom) + 10
 
