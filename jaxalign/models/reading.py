@@ -1,4 +1,4 @@
-"""Reading rows with a model: hidden states and log-probabilities of tokens, wherever the model's arrays lie."""
+"""Reading rows with a model: hidden states and log-probabilities of tokens, on any mesh."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxalign.types import PyTree, TokenBatch
 
 
 def shards_of(model: Any) -> Shards | None:
-    """A model's layout as `ops` know it: the mesh, the axes that cut tokens, the one that cuts the vocabulary."""
+    """A model's layout in the form of `ops`: the mesh, the axes that cut tokens, the axis that cuts the vocabulary."""
     layout = model.compute.layout
     return None if layout is None else Shards(layout.mesh, layout.rows, layout.heads)
 
@@ -33,7 +33,7 @@ def token_logps(
       params: its parameters.
       rows: tokens [B T] and the mask of those that are scored.
       temperature: divisor of the logits.
-      implementation: of `next_token_logps`; None picks the best for the platform.
+      implementation: an implementation of `ops/logprobs.py`; None is its default.
     """
     model, hidden = hidden_states(graphdef, params, rows)
     scored = next_token_logps(

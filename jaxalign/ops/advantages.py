@@ -1,4 +1,4 @@
-"""From scores and critic values to per-token rewards, advantages and returns.
+"""Rewards, advantages and returns of tokens, from scores and critic values.
 
 The time index: values[:, t] is the critic before token t is chosen, and advantages[:, t] multiplies logps[:, t].
 The mask is True exactly on the tokens that the policy chose; other positions are not read.

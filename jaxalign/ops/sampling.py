@@ -1,4 +1,4 @@
-"""From logits to a token: penalties and bans, temperature, top-k, top-p, min-p, and the draw."""
+"""Sampling of a token from logits: penalties and bans, temperature, top-k, top-p, min-p, and the draw."""
 
 from __future__ import annotations
 

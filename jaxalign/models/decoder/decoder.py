@@ -178,7 +178,7 @@ class Decoder(nnx.Module):
         return jax.lax.scan(_rematerialised(body, self.compute.remat), x, layers)[0]
 
     def unembed(self) -> Unembedding:
-        """From hidden states to logits, in the parameters' own dtype."""
+        """The map from hidden states to logits, in the parameters' own dtype."""
         table = self.embed if self.unembedding is None else self.unembedding
         return Unembedding(table.embedding[...], None, self.config.final_softcap)
 
@@ -257,7 +257,7 @@ def decoder_for(config: TrainConfig, model: ModelConfig, mesh: Mesh, lora: Lora 
 
 
 def compute_dtype(precision: str) -> jnp.dtype:
-    """Dtype of computation; "auto" is bfloat16 on TPU and GPU, whose matrix units want it, and float32 on CPU."""
+    """Dtype of computation; "auto" is float32 on CPU, and bfloat16 on TPU and GPU, whose matrix units expect it."""
     if precision == "auto":
         precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(precision)

@@ -119,7 +119,7 @@ def load_tokenizer(source: str) -> Any:
 
 
 def check_fits(tokenizer: Any, model: ModelConfig, source: str) -> None:
-    """Raises Mistake when the tokenizer may give ids that the model has no embedding for."""
+    """Raises Mistake if the tokenizer has ids for which the model has no embedding."""
     if len(tokenizer) > model.vocab_size:
         raise Mistake(
             f"the tokenizer of {source} has {len(tokenizer)} tokens and the model's vocabulary is {model.vocab_size}; "
