@@ -147,7 +147,7 @@ def read_rows(text: str) -> tuple[list[Prompt], dict[str, list[Any]]]:
         if column is None:
             raise Mistake(f"{source.name}: rows have {', '.join(rows[0])}; prompts are in `prompt` or `messages`")
         for number, row in enumerate(rows, 1):
-            prompts.append(prompting.checked(row.get(column), f"{source.name}, row {number}", column))
+            prompts.append(prompting.as_prompt(row.get(column), f"{source.name}, row {number}", column))
             others.append({name: value for name, value in row.items() if name != column})
     return prompts, prompting.by_column(others)
 

@@ -71,7 +71,7 @@ def load_prompts(config: RolloutConfig, run: Run, *, updates: int) -> Prompting:
         max_dropped=config.max_dropped,
         as_chat=config.as_chat,
     )
-    rewards.check(prompts.given, prompts.columns, later=["finished", "tokens"])
+    rewards.check(prompts.raw, prompts.columns, later=["finished", "tokens"])
     if not run.exists:
         check_server(config)
     batches = run.counted(PromptBatches(len(prompts), Plan.of(config)), updates=updates)

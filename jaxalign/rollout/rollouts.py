@@ -85,7 +85,7 @@ class Rollouts:
             responses, metrics = scored.fill(draw, numbers, others, n=config.n, rounds=self._rounds)
         else:
             responses, metrics = draw(numbers, 0), {}
-        self._write_samples(step, responses, [self._prompts.given[i] for i in responses.prompts])
+        self._write_samples(step, responses, [self._prompts.raw[i] for i in responses.prompts])
         metrics |= {f"scores/{name}": float(scores.mean()) for name, scores in responses.terms.items()}
         ids = [self._prompts.ids[i] for i in responses.prompts]
         longest = max(len(p) + len(r.tokens) for p, r in zip(ids, responses.responses, strict=True))
@@ -112,7 +112,7 @@ class Rollouts:
         columns = {name: [values[i] for i in prompts] for name, values in self._prompts.columns.items()}
         finished, tokens = [r.finished for r in responses], [len(r.tokens) for r in responses]
         columns |= {"finished": finished, "tokens": tokens}
-        terms = on_hosts.by_name(self._rewards, [self._prompts.given[i] for i in prompts], texts, columns)
+        terms = on_hosts.by_name(self._rewards, [self._prompts.raw[i] for i in prompts], texts, columns)
         scores = self._rewards.summed(terms)
         if config.reward_clip is not None:
             scores = np.clip(scores, -config.reward_clip, config.reward_clip)
@@ -124,7 +124,7 @@ class Rollouts:
 
     def _text(self, number: int, response: Response) -> str:
         """The response as text: read with the prompt where it continues a text, by itself where it is a turn."""
-        continues = isinstance(self._prompts.given[number], str) and not self._config.as_chat
+        continues = isinstance(self._prompts.raw[number], str) and not self._config.as_chat
         before = self._prompts.ids[number] if continues else ()
         return text_after(self._tokenizer, before, without_terminator(response.tokens, self._sampling))
 

@@ -41,7 +41,9 @@ def test_a_template_that_refuses_a_prompt_is_told_with_its_row(tokenizer, tmp_pa
 
 def test_that_no_prompt_is_short_enough_is_told_even_where_all_may_be_dropped(tokenizer, tmp_path):
     rows = [{"prompt": "the cat"}, {"prompt": "a dog"}]
-    with pytest.raises(ValueError, match=r"2 of 2 prompts have more than 1 .*; raise the one or lower the other$"):
+    with pytest.raises(
+        ValueError, match=r"2 of 2 prompts have more than 1 .*; raise `max_length` or lower `max_new_tokens`$"
+    ):
         load(tokenizer, tmp_path, rows, max_length=1, max_dropped=1.0)
     rows.append({"prompt": "a"})
     assert load(tokenizer, tmp_path, rows, max_length=1, max_dropped=1.0).ids == [(5,)]

@@ -22,11 +22,11 @@ COLUMNS = ("prompt", "messages", "question", "instruction", "query")
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What is answered: ids for the model, texts or messages for rewards."""
+    """Prompts to answer: ids for the model, and texts or messages for rewards."""
 
     ids: list[tuple[int, ...]]
-    given: list[Any]  # as the data have them, texts or messages
-    columns: dict[str, list[Any]]  # of the rows, by name
+    raw: list[Any]  # texts or messages, as they stand in the data
+    columns: dict[str, list[Any]]  # the other columns of the rows, by name
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -43,14 +43,14 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
     Args:
       spec: as in `sources.parse`; rows have one of COLUMNS, a text or (`messages`) a conversation to go on with.
       tokenizer: with a chat template, if prompts are conversations.
-      max_length: tokens of a prompt; longer ones are dropped, for a cut prompt asks another question.
-      max_dropped: share of prompts that may be.
+      max_length: most tokens of a prompt; longer ones are dropped, for a cut prompt asks another question.
+      max_dropped: largest share of prompts that may be dropped.
       as_chat: texts are turns of the user.
 
     Raises:
       Mistake: no rows, no such column, a row without a prompt, an empty one, or too many that are too long.
     """
-    known, given, others, dropped = [], [], [], 0
+    ids, raw, others, dropped = [], [], [], 0
     for source in sources.parse(spec):
         rows = sources.load(source).rows
         if not len(rows):
@@ -60,28 +60,28 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
             raise Mistake(f"data {source.name}: rows have {', '.join(rows[0])}; prompts are in {', '.join(COLUMNS)}")
         for number, row in enumerate(rows, 1):
             where = f"{source.name}, row {number}"
-            prompt = checked(row.get(column), where, column)
+            prompt = as_prompt(row.get(column), where, column)
             if as_chat and isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
-            ids = tuple(encode(prompt, tokenizer, where))
-            if not ids:
+            tokens = tuple(encode(prompt, tokenizer, where))
+            if not tokens:
                 raise Mistake(f"{where}: `{column}` is empty, so there is nothing to answer")
-            if len(ids) > max_length:
+            if len(tokens) > max_length:
                 dropped += 1
                 continue
-            known.append(ids)
-            given.append(row[column])
+            ids.append(tokens)
+            raw.append(row[column])
             others.append({name: value for name, value in row.items() if name != column})
-    total = dropped + len(known)
+    total = dropped + len(ids)
     if dropped:
         log.warning("%d of %d prompts have more than %d tokens and were dropped", dropped, total, max_length)
     if dropped == total or dropped > max_dropped * total:
         allow = "" if dropped == total else ", or allow it with `max_dropped`"
         raise Mistake(
-            f"{dropped} of {total} prompts have more than {max_length} tokens, which is `max_length` less "
-            f"`max_new_tokens`; raise the one or lower the other{allow}"
+            f"{dropped} of {total} prompts have more than {max_length} tokens, which is `max_length` - "
+            f"`max_new_tokens`; raise `max_length` or lower `max_new_tokens`{allow}"
         )
-    return Prompts(known, given, by_column(others))
+    return Prompts(ids, raw, by_column(others))
 
 
 def by_column(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -90,8 +90,8 @@ def by_column(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def checked(value: Any, where: str, column: str) -> Prompt:
-    """What a row holds in the column of its prompt. Raises Mistake, with the place, where that is no prompt."""
+def as_prompt(value: Any, where: str, column: str) -> Prompt:
+    """The prompt in a row's `column`, a text or messages. Raises Mistake, with the place, when it holds neither."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value:
