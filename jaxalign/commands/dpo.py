@@ -14,6 +14,7 @@ from jaxalign.config.offline import DPOConfig
 from jaxalign.data.batches.groups import GroupBatches, Responses, eval_batches
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.sets import preferences
+from jaxalign.data.sets.split import Set
 from jaxalign.losses import contract
 from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
 from jaxalign.losses.sums import select_loss
@@ -71,9 +72,7 @@ def check(config: DPOConfig) -> Callable:
     return loss
 
 
-def batches(
-    run: Run, plan: Plan, sets: preferences.PreferenceData, parts: Sequence[Responses], steps: int | None = None
-) -> Data:
+def batches(run: Run, plan: Plan, sets: Set[Responses], parts: Sequence[Responses], steps: int | None = None) -> Data:
     """Batches of pairs; `parts` are those for training and held out, with the reference's log-probabilities or not."""
     train, held_out = parts
     mixture = dataclasses.replace(sets.train, examples=train)

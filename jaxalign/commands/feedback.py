@@ -10,8 +10,10 @@ from jaxalign.algorithms.base import FollowFn
 from jaxalign.algorithms.follow import follow
 from jaxalign.config import limits
 from jaxalign.config.offline import FeedbackConfig
+from jaxalign.data.batches.groups import Responses
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.sets import preferences, supervised
+from jaxalign.data.sets.split import Set
 from jaxalign.losses import contract
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
@@ -70,7 +72,7 @@ def parts(
     return policy, reference, follow(alpha=update.alpha, every=update.every) if update.every else None
 
 
-def load_groups(config: FeedbackConfig, run: Run, kind: str) -> tuple[preferences.PreferenceData, Plan]:
+def load_groups(config: FeedbackConfig, run: Run, kind: str) -> tuple[Set[Responses], Plan]:
     """Responses in groups of a kind, and the plan of their batches."""
     sets = preferences.load(
         config.data,

@@ -15,6 +15,7 @@ from jaxalign.config.offline import KTOConfig
 from jaxalign.data.batches.groups import Responses, UnpairedBatches, unpaired_eval_batches
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.sets import preferences
+from jaxalign.data.sets.split import Set
 from jaxalign.losses import contract, unpaired
 from jaxalign.losses.sums import select_loss
 from jaxalign.losses.unpaired import UNPAIRED_LOSSES
@@ -70,9 +71,7 @@ def check(config: KTOConfig) -> Callable:
     return loss
 
 
-def batches(
-    run: Run, plan: Plan, sets: preferences.PreferenceData, parts: Sequence[Responses], steps: int | None = None
-) -> Data:
+def batches(run: Run, plan: Plan, sets: Set[Responses], parts: Sequence[Responses], steps: int | None = None) -> Data:
     """Batches of rated responses, of `parts`: rated for training and held out, and the mismatched ones of both."""
     train, held_out, train_mismatched, held_out_mismatched = parts
     mixture = dataclasses.replace(sets.train, examples=train)

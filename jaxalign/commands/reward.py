@@ -16,9 +16,10 @@ from jaxalign.algorithms.reward import check_loss, response_scores, reward
 from jaxalign.config import limits
 from jaxalign.config.offline import RewardConfig
 from jaxalign.config.shared import MeshConfig
-from jaxalign.data.batches.groups import GroupBatches, eval_batches
+from jaxalign.data.batches.groups import GroupBatches, Responses, eval_batches
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.sets import preferences, solutions, supervised
+from jaxalign.data.sets.split import Set
 from jaxalign.losses.contract import input_names
 from jaxalign.losses.ranking import RANKING_LOSSES
 from jaxalign.losses.sums import select_loss
@@ -115,7 +116,7 @@ def load_data(config: RewardConfig, run: Run) -> Data:
     )
 
 
-def load_feedback(config: RewardConfig, vocabulary: Vocabulary) -> preferences.PreferenceData:
+def load_feedback(config: RewardConfig, vocabulary: Vocabulary) -> Set[Responses]:
     """The responses, in groups, that the run learns from and those that it holds out."""
     options = supervised.Options.of(config, vocabulary.terminators)
     if scores_steps(config):
@@ -154,7 +155,7 @@ def _with_trunk(run: Run) -> Run:
     return dataclasses.replace(run, model=heads.trunk_config(run.model))
 
 
-def _check_columns(config: RewardConfig, sets: preferences.PreferenceData) -> None:
+def _check_columns(config: RewardConfig, sets: Set[Responses]) -> None:
     names = input_names(_loss(config))
     groups = {f"`data` {config.data}": sets.responses}
     if len(sets.held_out):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxalign.data.read import formats
-from jaxalign.data.read.formats import Conversation, Normal, PromptCompletion, Row
+from jaxalign.data.read.formats import Conversation, Format, Normal, PromptCompletion, Row
 from jaxalign.mistake import Mistake
 
 PAIRS, RANKED, RATED = "pairs", "ranked", "rated"
@@ -30,16 +30,6 @@ class Group:
     label: bool | None = None  # of a rated response: desirable or not
     opinions: dict[str, float] = dataclasses.field(default_factory=dict)  # of a pair: OPINIONS that the row has
     ranks: tuple[int, ...] | None = None  # of a ranking, if some are equal; 0 the best
-
-
-@dataclasses.dataclass(frozen=True)
-class FeedbackFormat:
-    """`columns` must all be present; the first format of FEEDBACK_FORMATS that fits decides."""
-
-    name: str
-    kind: str
-    columns: tuple[str, ...]
-    convert: Callable[[Row, bool], list[Group]]  # (row, as_chat)
 
 
 def sequence(prompt: Any, response: Any, as_chat: bool) -> Normal:
@@ -189,28 +179,23 @@ def _rated(label: str) -> Callable[[Row, bool], list[Group]]:
     return convert
 
 
-FEEDBACK_FORMATS: tuple[FeedbackFormat, ...] = (
-    FeedbackFormat("messages with a label", RATED, ("messages", "label"), _rated("label")),
-    FeedbackFormat("prompt+completion with a label", RATED, ("prompt", "completion", "label"), _rated("label")),
-    FeedbackFormat("prompt+completion, desirable", RATED, ("prompt", "completion", "desirable"), _rated("desirable")),
-    FeedbackFormat("ShareGPT pair", PAIRS, ("conversations", "chosen", "rejected"), _pair("conversations")),
-    FeedbackFormat("prompt with a pair", PAIRS, ("prompt", "chosen", "rejected"), _pair("prompt")),
-    FeedbackFormat("Alpaca pair", PAIRS, ("instruction", "chosen", "rejected"), _instruction_pair),
-    FeedbackFormat("question with a pair", PAIRS, ("question", "chosen", "rejected"), _pair("question")),
-    FeedbackFormat("pair of dialogues", PAIRS, ("chosen", "rejected"), _whole_dialogues),
-    FeedbackFormat("OASST tree", RANKED, ("message_tree_id", "prompt"), _tree),
-    FeedbackFormat("prompt with ranked responses", RANKED, ("prompt", "responses"), _ranking),
+FEEDBACK_FORMATS: tuple[Format, ...] = (
+    Format("messages with a label", ("messages", "label"), _rated("label")),
+    Format("prompt+completion with a label", ("prompt", "completion", "label"), _rated("label")),
+    Format("prompt+completion, desirable", ("prompt", "completion", "desirable"), _rated("desirable")),
+    Format("ShareGPT pair", ("conversations", "chosen", "rejected"), _pair("conversations")),
+    Format("prompt with a pair", ("prompt", "chosen", "rejected"), _pair("prompt")),
+    Format("Alpaca pair", ("instruction", "chosen", "rejected"), _instruction_pair),
+    Format("question with a pair", ("question", "chosen", "rejected"), _pair("question")),
+    Format("pair of dialogues", ("chosen", "rejected"), _whole_dialogues),
+    Format("OASST tree", ("message_tree_id", "prompt"), _tree),
+    Format("prompt with ranked responses", ("prompt", "responses"), _ranking),
 )
 
 
-def recognise(columns: Iterable[str], *, where: str) -> FeedbackFormat:
-    """The format of rows with these columns. Raises Mistake that tells the columns and what would be known."""
-    columns = set(columns)
-    for form in FEEDBACK_FORMATS:
-        if columns.issuperset(form.columns):
-            return form
-    known = "; ".join(f"{'+'.join(form.columns)} ({form.name})" for form in FEEDBACK_FORMATS)
-    raise Mistake(f"{where}: columns {', '.join(sorted(columns))} hold no feedback; known are {known}")
+def recognise(columns: Iterable[str], *, where: str) -> Format:
+    """The format of rows of feedback with these columns. Raises Mistake as `formats.recognise` does."""
+    return formats.recognise(columns, FEEDBACK_FORMATS, where=where, otherwise="hold no feedback")
 
 
 def as_kind(groups: list[Group], kind: str, *, ties: bool = False) -> list[Group]:

@@ -38,11 +38,11 @@ Normal = Text | PromptCompletion | Conversation
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """`columns` must all be present; the first format of FORMATS that fits decides."""
+    """One way to write a row. Of several formats, the first whose `columns` are all present is that of the data."""
 
     name: str
     columns: tuple[str, ...]
-    convert: Callable[[Row], Normal]
+    convert: Callable[..., Any]  # row -> its normal form; of feedback, (row, as_chat) -> groups of responses
 
 
 ROLES = {
@@ -155,20 +155,26 @@ FORMATS: tuple[Format, ...] = (
 )
 
 
-def recognise(columns: Iterable[str], *, where: str) -> Format:
-    """The format of rows with these columns. Raises Mistake that tells the columns and what would be known."""
+def recognise(
+    columns: Iterable[str],
+    formats: Sequence[Format] = FORMATS,
+    *,
+    where: str,
+    otherwise: str = "are no known format",
+) -> Format:
+    """The format of rows with these columns. Raises Mistake, which lists the columns and the known formats."""
     columns = set(columns)
-    for form in FORMATS:
+    for form in formats:
         if columns.issuperset(form.columns):
             return form
-    known = "; ".join(f"{'+'.join(form.columns)} ({form.name})" for form in FORMATS)
-    raise Mistake(f"{where}: columns {', '.join(sorted(columns))} are no known format; known are {known}")
+    known = "; ".join(f"{'+'.join(form.columns)} ({form.name})" for form in formats)
+    raise Mistake(f"{where}: columns {', '.join(sorted(columns))} {otherwise}; known are {known}")
 
 
-def normalise(form: Format, row: Row, *, where: str) -> Normal:
+def normalise(form: Format, row: Row, *options: bool, where: str) -> Any:
     """The row in its normal form. Raises Mistake, with the place, when a column holds something else."""
     try:
-        return form.convert(row)
+        return form.convert(row, *options)
     except KeyError as error:
         raise Mistake(f"{where}: {error} is missing, which the format {form.name} of the first row needs") from None
     except (TypeError, AttributeError, IndexError) as error:

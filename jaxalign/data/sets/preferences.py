@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxalign.data.batches.groups import Responses
-from jaxalign.data.batches.plan import Mixture
-from jaxalign.data.read import feedback_formats, sources
-from jaxalign.data.read.feedback_formats import PAIRS, RANKED, RATED, FeedbackFormat, Group
-from jaxalign.data.read.formats import Conversation
+from jaxalign.data.read import feedback_formats, formats, sources
+from jaxalign.data.read.feedback_formats import PAIRS, RANKED, RATED, Group
+from jaxalign.data.read.formats import Conversation, Format
 from jaxalign.data.read.tokens import Encoder, Examples, show
 from jaxalign.data.sets import split
+from jaxalign.data.sets.split import Set
 from jaxalign.data.sets.supervised import Options, check_template, openings
 from jaxalign.mistake import Mistake
 
@@ -24,17 +25,6 @@ log = logging.getLogger(__name__)
 # What a pair means that does not say it: no margin, a certain preference, no tie.
 SILENT = {"margin": np.float32(0), "preference": np.float32(1), "tie": np.bool_(False)}
 NOTHING_BETTER = "no response is better than another"
-
-
-@dataclasses.dataclass(frozen=True)
-class PreferenceData:
-    train: Mixture  # of `Responses`
-    held_out: Responses
-    prompts: list[list[int]]  # ids of held-out prompts, for samples during training
-
-    @property
-    def responses(self) -> Responses:
-        return self.train.examples
 
 
 def load(
@@ -47,7 +37,7 @@ def load(
     as_chat: bool = False,
     most_responses: int = 9,
     ties: bool = False,
-) -> PreferenceData:
+) -> Set[Responses]:
     """Training and held-out groups of the kind that a method wants.
 
     Args:
@@ -64,16 +54,15 @@ def load(
       Mistake: as for supervised data; or the data hold no feedback of the kind.
     """
     reader = _Reader(tokenizer, options, kind, as_chat, {PAIRS: 2, RATED: 1}.get(kind, most_responses), ties)
-    train, weights, held = split.load_sets(
-        spec, eval_spec, reader.read, eval_share=options.eval_share, seed=options.seed, numbers=response_numbers
+    data = split.load(
+        spec, eval_spec, reader.read, joined, eval_share=options.eval_share, seed=options.seed, numbers=response_numbers
     )
-    everything, held_out = joined(train), joined(held, like=train[0])
-    log.info("held out for evaluation: %d groups", len(held_out))
-    mixture = Mixture.of(everything, [len(part) for part in train], weights)
-    for k, name in enumerate(("the first response", "and the one it is compared with")[: everything.groups.shape[1]]):
-        ids, mask = everything.examples[int(everything.groups[0, k])]
+    log.info("held out for evaluation: %d groups", len(data.held_out))
+    responses = data.responses
+    for k, name in enumerate(("the first response", "and the one it is compared with")[: responses.groups.shape[1]]):
+        ids, mask = responses.examples[int(responses.groups[0, k])]
         log.info("%s, what is compared between ⟦ ⟧:\n%s", name, show(tokenizer, ids, mask))
-    return PreferenceData(mixture, held_out, openings(first_responses(held_out)))
+    return dataclasses.replace(data, prompts=openings(first_responses(data.held_out)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +77,12 @@ class _Reader:
     ties: bool
 
     def read(self, source: sources.Source, loaded: sources.Loaded, where: str) -> Responses:
-        form = feedback_formats.recognise(loaded.rows[0].keys(), where=where)
+        form = feedback_formats.recognise(loaded.rows[0], where=where)
         encoder = Encoder(self.tokenizer, self.options.terminators, self.options.max_length, "last")
         builder, dropped = _Builder(self.width), Counter()
         for number, row in enumerate(loaded.rows, start=1):
             place = f"{where}, row {number}"
-            for group in self._groups(form, row, place):
+            for group in formats.normalise(form, row, self.as_chat, where=place):
                 if not (parts := feedback_formats.as_kind([group], self.kind, ties=self.ties)):
                     dropped[NOTHING_BETTER] += 1
                 for part in parts:
@@ -105,15 +94,7 @@ class _Reader:
         self._report(where, form, found, dropped, encoder)
         return found
 
-    def _groups(self, form: FeedbackFormat, row: dict, place: str) -> list[Group]:
-        try:
-            return form.convert(row, self.as_chat)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise Mistake(f"{place}: not a row of format {form.name} ({type(error).__name__}: {error})") from None
-        except ValueError as error:
-            raise Mistake(f"{place}: {error}") from None
-
-    def _report(self, where: str, form: FeedbackFormat, found: Responses, dropped: Counter, encoder: Encoder) -> None:
+    def _report(self, where: str, form: Format, found: Responses, dropped: Counter, encoder: Encoder) -> None:
         lost, reasons = sum(dropped.values()), "; ".join(f"{n} x {reason}" for reason, n in dropped.items())
         if not len(found) or lost > self.options.max_dropped * (len(found) + lost):
             raise Mistake(
@@ -197,13 +178,10 @@ def _same_prompts(encoded: list[tuple[np.ndarray, np.ndarray]]) -> bool:
     return all(np.array_equal(ids[: _prompt_length(m)], prompt) for ids, m in encoded[1:])
 
 
-def joined(sets: list[Responses], *, like: Responses | None = None) -> Responses:
-    """All groups of all sets, in order, with the columns that any has; of no sets, an empty one `like` another."""
+def joined(sets: Sequence[Responses]) -> Responses:
+    """All groups of all sets, in order, with the columns that any has; a set that is not empty must be among them."""
     names = {name for part in sets for name in part.columns}
     sets = [part for part in sets if len(part)]
-    if not sets:
-        assert like is not None
-        return like.take([])
     starts = np.cumsum([0, *(len(part.examples) for part in sets)])
     groups = [np.where(s.groups >= 0, s.groups + at, -1) for s, at in zip(sets, starts, strict=False)]
     examples = Examples.of([s.examples[i] for s in sets for i in range(len(s.examples))])

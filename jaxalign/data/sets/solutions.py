@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data.batches.groups import Responses
-from jaxalign.data.batches.plan import Mixture
 from jaxalign.data.read import sources
 from jaxalign.data.read.tokens import Encoder, Examples, show
 from jaxalign.data.sets import split
-from jaxalign.data.sets.preferences import PreferenceData, joined
+from jaxalign.data.sets.preferences import joined
+from jaxalign.data.sets.split import Set
 from jaxalign.data.sets.supervised import Options
 from jaxalign.mistake import Mistake
 
@@ -30,7 +30,7 @@ MOST_STEPS = 64  # of a solution; labels of later ones are left out
 
 def load(
     spec: str, tokenizer: Any, options: Options, *, separator: str = "\n", eval_spec: str | None = None
-) -> PreferenceData:
+) -> Set[Responses]:
     """Training and held-out solutions, with the columns step_ends and step_labels [N MOST_STEPS].
 
     Args:
@@ -48,12 +48,11 @@ def load(
     def read(source: sources.Source, loaded: sources.Loaded, where: str) -> Responses:
         return _read(loaded.rows, where, encoder, separator, options)
 
-    train, weights, held = split.load_sets(spec, eval_spec, read, eval_share=options.eval_share, seed=options.seed)
-    everything, held_out = joined(train), joined(held, like=train[0])
-    log.info("held out for evaluation: %d solutions", len(held_out))
-    ids, mask = everything.examples[int(everything.groups[0, 0])]
+    data = split.load(spec, eval_spec, read, joined, eval_share=options.eval_share, seed=options.seed)
+    log.info("held out for evaluation: %d solutions", len(data.held_out))
+    ids, mask = data.responses.examples[int(data.responses.groups[0, 0])]
     log.info("the first solution, the ends of its steps between ⟦ ⟧:\n%s", show(tokenizer, ids, mask))
-    return PreferenceData(Mixture.of(everything, [len(part) for part in train], weights), held_out, [])
+    return data
 
 
 def encode(encoder: Encoder, prompt: str, steps: Sequence[str], separator: str) -> tuple[np.ndarray, np.ndarray]:

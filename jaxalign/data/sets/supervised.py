@@ -9,20 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.data.batches.plan import Mixture
+from jaxalign.config.shared import TrainConfig
 from jaxalign.data.read import chat, formats, sources
 from jaxalign.data.read.tokens import Encoder, Examples, joined, show
 from jaxalign.data.sets import split
+from jaxalign.data.sets.split import Set
 from jaxalign.mistake import Mistake
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class SupervisedData:
-    train: Mixture
-    held_out: Examples
-    prompts: list[list[int]]  # ids of openings of held-out rows, for samples during training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +32,19 @@ class Options:
     seed: int = 0
 
     @classmethod
-    def of(cls, config: Any, terminators: tuple[int, ...], **more: str) -> Options:
-        """The options of a command's settings."""
-        share = getattr(config, "eval_share", 0.0)
+    def of(cls, config: TrainConfig, terminators: tuple[int, ...], **options: str) -> Options:
+        """The options of a command's config, of which those of on-policy commands hold nothing out."""
         return cls(
-            config.max_length, terminators, max_dropped=config.max_dropped, eval_share=share, seed=config.seed, **more
+            config.max_length,
+            terminators,
+            max_dropped=config.max_dropped,
+            eval_share=getattr(config, "eval_share", 0.0),
+            seed=config.seed,
+            **options,
         )
 
 
-def load(spec: str, tokenizer: Any, options: Options, *, eval_spec: str | None = None) -> SupervisedData:
+def load(spec: str, tokenizer: Any, options: Options, *, eval_spec: str | None = None) -> Set[Examples]:
     """Training and held-out examples.
 
     Held out are, in this order of preference: the rows of `eval_spec`; the test or validation split of the data
@@ -59,18 +57,15 @@ def load(spec: str, tokenizer: Any, options: Options, *, eval_spec: str | None =
     def read(source: sources.Source, loaded: sources.Loaded, where: str) -> Examples:
         return _examples(source, loaded, where, tokenizer, options)
 
-    train, weights, held = split.load_sets(spec, eval_spec, read, eval_share=options.eval_share, seed=options.seed)
-    held_out = joined(held)
-    log.info("held out for evaluation: %d examples", len(held_out))
-    everything = joined(train) if len(train) > 1 else train[0]
-    mixture = Mixture.of(everything, [len(t) for t in train], weights)
-    ids, mask = everything[0]
+    data = split.load(spec, eval_spec, read, joined, eval_share=options.eval_share, seed=options.seed)
+    log.info("held out for evaluation: %d examples", len(data.held_out))
+    ids, mask = data.train.examples[0]
     log.info("the first example, what is learned between ⟦ ⟧:\n%s", show(tokenizer, ids, mask))
-    return SupervisedData(mixture, held_out, openings(held_out))
+    return dataclasses.replace(data, prompts=openings(data.held_out))
 
 
 def _examples(source: sources.Source, loaded: sources.Loaded, where: str, tokenizer: Any, options: Options) -> Examples:
-    form = formats.recognise(loaded.rows[0].keys(), where=where)
+    form = formats.recognise(loaded.rows[0], where=where)
     if _is_plain_text_file(source):
         options = dataclasses.replace(options, long_text="split")
     encoder = Encoder(
