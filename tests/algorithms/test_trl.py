@@ -99,7 +99,7 @@ def batches(theirs, name):
         sets = [responses(theirs, part, step, columns=columns(step)) for step in range(STEPS)]
         layout = BatchShapes.of(sets[0], Plan(PAIRS if paired else ROWS, WIDTH, shuffle=False))
         rows = max(len(layout.rows(each)) for each in sets)
-        return [jax.tree.map(jnp.asarray, layout.batch(each, rows=rows)) for each in sets]
+        return [jax.tree.map(jnp.asarray, layout.batch(each, min_rows=rows)) for each in sets]
 
     if name == "reward_graded":
         return packed("scored", lambda step: {"margin": theirs["margins"][step].astype(np.float32)})

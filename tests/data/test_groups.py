@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign.data.batches.groups import BatchShapes, GroupBatches, Responses, eval_batches, pack_groups
+from jaxalign.data.batches.groups import BatchShapes, GroupBatches, Responses, eval_batches
+from jaxalign.data.batches.packing import pack_groups
 from jaxalign.data.batches.plan import Mixture, Plan
 from jaxalign.data.read.tokens import Examples
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from jaxalign.data.batches.groups import BatchShapes, Responses
-from jaxalign.data.batches.packing import together
+from jaxalign.data.batches.packing import share_prompts
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.read.tokens import Examples
 
@@ -17,22 +17,22 @@ def group(*responses, prompt=(5, 6, 7)):
 
 def test_a_prompt_is_shared_but_for_its_last_token_and_counted_once():
     data = group([8, 9], [1, 2, 3])
-    packed, shared = together(data.examples, data.groups, width=20)
+    packed, shared = share_prompts(data.examples, data.groups, width=20)
     # 5 6 | 7 8 9 | 7 1 2 3
     assert shared.tolist() == [2] and packed.tolist() == [[9, 0]]
 
 
 def test_responses_that_begin_alike_share_no_token_that_is_learned():
     data = group([8, 9], [8, 9, 3])
-    assert together(data.examples, data.groups, width=20)[1].tolist() == [2]
+    assert share_prompts(data.examples, data.groups, width=20)[1].tolist() == [2]
 
 
 def test_a_group_that_fits_only_in_two_planes_and_a_response_without_a_sister_share_nothing():
     data = group([8, 9], [1, 2, 3])
-    packed, shared = together(data.examples, data.groups, width=8)
+    packed, shared = share_prompts(data.examples, data.groups, width=8)
     assert shared.tolist() == [0] and packed.tolist() == [[5, 6]]
     alone = Responses(data.examples, np.array([[0, -1]]), {})
-    assert together(alone.examples, alone.groups, width=20)[1].tolist() == [0]
+    assert share_prompts(alone.examples, alone.groups, width=20)[1].tolist() == [0]
 
 
 def test_a_row_holds_the_prompt_then_each_response_behind_its_last_token():

@@ -60,11 +60,11 @@ def bucket_widths(max_length: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Examples of several sets one after another, and how many of each an epoch takes."""
+    """Examples of several sources one after another, and how many of each an epoch takes."""
 
     examples: Any  # `Examples`, or `Responses` in groups
-    sizes: tuple[int, ...]  # examples in each set
-    per_epoch: tuple[int, ...]  # examples of each set in an epoch
+    sizes: tuple[int, ...]  # examples of each source
+    per_epoch: tuple[int, ...]  # examples of each source in an epoch
 
     @classmethod
     def of(cls, examples: Any, sizes: Sequence[int], weights: Sequence[float | None]) -> Mixture:
@@ -76,7 +76,7 @@ class Mixture:
         return cls(examples, tuple(sizes), tuple(max(1, round(total * share)) for share in shares))
 
     def epoch(self, number: int, *, seed: int, shuffle: bool) -> np.ndarray:
-        """Indices of the examples of epoch `number`, in order. A set goes on where its last epoch stopped."""
+        """Int64[N], the examples of epoch `number`, in order. A source goes on where it stopped in the last epoch."""
         parts, start = [], 0
         for which, (size, count) in enumerate(zip(self.sizes, self.per_epoch, strict=True)):
             wanted = np.arange(number * count, (number + 1) * count)
@@ -111,9 +111,9 @@ class Batches:
         """
         Args:
           plan: sizes, order and seed.
-          epoch: number of an epoch -> its items (rows, groups or prompts) in order, whenever it is called.
+          epoch: number of an epoch -> its items (rows, groups or prompts), in order; a pure function.
           steps: number of batches.
-          process_index: this host's place among the `process_count` hosts, which each make their part of a batch.
+          process_index: number of this host, which makes its own part of each batch.
           process_count: number of hosts.
         """
         self.plan, self.steps = plan, steps
@@ -150,7 +150,7 @@ class Batches:
 
 
 def iterate(batches: Batches, *, threads: int = 2, ahead: int = 4) -> Iterator[Any]:
-    """A Grain iterator over batches: it reads ahead, and has get_state() and set_state()."""
+    """A Grain iterator that reads ahead; get_state() and set_state() hold the number of the next step."""
     import grain
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)

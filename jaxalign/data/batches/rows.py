@@ -1,7 +1,7 @@
-"""Batches as a function of the step: which rows step n holds follows from the seed alone, on every host.
+"""Batches of rows of text, as a function of the step: the seed alone decides which rows step n holds.
 
 Each host plans the whole epoch and makes its own rows of every batch, so hosts see disjoint rows and equally many
-batches by construction. Grain reads ahead; its state is the number of the next step, which a checkpoint keeps.
+batches by construction.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxalign.mistake import Mistake
 from jaxalign.types import TokenBatch
 
 PACKED_AT_ONCE = 8192  # examples; more pack a little tighter, fewer keep an epoch's order more random
-GROUPED_BATCHES = 32  # without packing, so many batches' examples are sorted by length together
+GROUPED_BATCHES = 32  # without packing, the number of batches whose examples are sorted by length together
 
 
 class TrainBatches(Batches):
@@ -62,13 +62,13 @@ def _pack_in_order(indices: np.ndarray, lengths: np.ndarray, plan: Plan, seed: t
 
 
 def _group_by_length(indices: np.ndarray, lengths: np.ndarray, plan: Plan, seed: tuple[int, ...]) -> list[list[int]]:
-    """Batches of alike lengths, in random order: rows are then padded little."""
+    """Rows of one example each, in batches of similar lengths, which need little padding; batches in random order."""
     rows, size = [], plan.batch_size * GROUPED_BATCHES
     for at in range(0, len(indices), size):
         chunk = indices[at : at + size]
         chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
         batches = [chunk[i : i + plan.batch_size] for i in range(0, len(chunk), plan.batch_size)]
-        # a batch that is not full comes last, so that the others stay whole
+        # an incomplete batch comes last, so that the others stay whole
         whole = [b for b in batches if len(b) == plan.batch_size]
         shuffled = [whole[i] for i in order(len(whole), (*seed, at), True)] + batches[len(whole) :]
         rows += [[int(i)] for batch in shuffled for i in batch]
@@ -76,7 +76,7 @@ def _group_by_length(indices: np.ndarray, lengths: np.ndarray, plan: Plan, seed:
 
 
 def assemble(examples: Examples, rows: Sequence[Sequence[int]], width: int) -> TokenBatch:
-    """The rows side by side, padded on the right: numpy arrays [rows, width]."""
+    """A batch of these rows, each a list of examples, padded on the right: numpy arrays [rows, width]."""
     shape = len(rows), width
     tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
     mask = np.zeros(shape, bool)
@@ -84,9 +84,9 @@ def assemble(examples: Examples, rows: Sequence[Sequence[int]], width: int) -> T
         at = 0
         for number, example in enumerate(row, start=1):
             ids, learned = examples[example]
-            here = slice(at, at + len(ids))
-            tokens[r, here], mask[r, here] = ids, learned
-            positions[r, here], segment_ids[r, here] = np.arange(len(ids)), number
+            place = slice(at, at + len(ids))
+            tokens[r, place], mask[r, place] = ids, learned
+            positions[r, place], segment_ids[r, place] = np.arange(len(ids)), number
             at += len(ids)
     return TokenBatch(tokens=tokens, mask=mask, positions=positions, segment_ids=segment_ids)
 
