@@ -1,4 +1,4 @@
-"""Chat templates, rendered turn by turn, so that what the assistant must write is known without template markers.
+"""Chat templates, rendered turn by turn, which finds the assistant's responses without template markers.
 
 For each assistant turn, the text up to and including the generation prompt is context; what the template adds for the
 turn, up to its terminator, is the response; what follows the terminator (a newline, often) is context of the next turn.
@@ -54,12 +54,12 @@ class Span(NamedTuple):
 
 
 def choose_template(tokenizer: Any, choice: str | None) -> str | None:
-    """Sets the tokenizer's template: a name of TEMPLATES, a Jinja file, or, with None, what it has.
+    """Sets the tokenizer's template: a name of TEMPLATES or a Jinja file; None keeps the tokenizer's own.
 
-    Returns the token that ends an assistant's turn, if a named template has one of its own.
+    Returns the token that ends an assistant's turn, if the template is a named one that has its own.
 
     Raises:
-      Mistake: no such template, or one whose markers the tokenizer does not know as tokens.
+      Mistake: there is no such template, or its markers are not tokens of the tokenizer.
     """
     if choice is None:
         return None
@@ -83,7 +83,7 @@ def _check_markers(tokenizer: Any, choice: str) -> None:
 
 
 def require_template(tokenizer: Any) -> None:
-    """Raises Mistake, with the way out, when the tokenizer has no chat template."""
+    """Raises Mistake when the tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise Mistake(
             "the data are conversations, but the tokenizer has no chat template; choose one with `chat_template` "
@@ -92,40 +92,39 @@ def require_template(tokenizer: Any) -> None:
 
 
 def spans(tokenizer: Any, messages: Sequence[Message], *, terminators: Sequence[str], turns: str = "all") -> list[Span]:
-    """The rendered conversation as stretches of context and response; all of it that a terminator token ends.
+    """The rendered conversation as stretches of context and response, up to the terminator of its last response.
 
     Args:
       tokenizer: with a chat template.
-      messages: the conversation; what follows the last assistant turn is left out.
+      messages: the conversation; messages behind the last assistant turn are left out.
       terminators: texts of the tokens that may end a turn.
-      turns: "all" assistant turns are responses, or the "last" one. An empty turn before the last is none: it would
-        teach to say nothing.
+      turns: the assistant turns that are responses, "all" or the "last". An empty turn before the last is never one:
+        it would teach the model to be silent.
 
     Raises:
-      Mistake: no assistant turn, or the template changes earlier turns when later ones are added.
+      Mistake: there is no assistant turn, or the template changes earlier turns when later ones are added.
     """
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not answers:
         raise Mistake("a conversation without a turn of the assistant")
-    found, done = [], ""
+    stretches, done = [], ""
     for i in answers:
         before = render(tokenizer, messages[:i], True)
         after = render(tokenizer, messages[: i + 1], False)
         if not before.startswith(done) or not after.startswith(before):
             raise Mistake(
                 f"the chat template renders turn {i + 1} in a way that changes what stands before it, so the response "
-                "cannot be told from its context; use another with `chat_template`"
+                "cannot be separated from its context; use another with `chat_template`"
             )
         response = _until_terminator(after[len(before) :], terminators)
-        found.append(Span(before[len(done) :], False))
-        said = turns == "all" and bool(messages[i]["content"].strip())
-        found.append(Span(response, said or i == answers[-1]))
+        is_response = i == answers[-1] or (turns == "all" and bool(messages[i]["content"].strip()))
+        stretches += [Span(before[len(done) :], False), Span(response, is_response)]
         done = before + response
-    return found
+    return stretches
 
 
 def render(tokenizer: Any, messages: Sequence[Message], generation: bool) -> str:
-    """The conversation as text, `generation` with what begins a turn of the assistant. Raises Mistake."""
+    """The conversation as text, which ends with the beginning of an assistant turn if `generation`. Raises Mistake."""
     import jinja2
 
     try:

@@ -1,8 +1,7 @@
 """The formats of human (or AI) feedback, recognised from their columns: pairs, rankings and rated responses.
 
-A text prompt with text responses is taken as it stands, one behind the other; messages are rendered with the chat
-template. `as_chat` makes a conversation of such texts: the prompt is a turn of the user, the response one of the
-assistant.
+A response that is a text continues a prompt that is a text; messages are rendered with the chat template. `as_chat`
+makes a conversation of two such texts: the prompt is a turn of the user, the response a turn of the assistant.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxalign.data.read import formats
-from jaxalign.data.read.formats import Conversation, Format, Normal, PromptCompletion, Row
+from jaxalign.data.read.formats import Conversation, Format, Normal, PromptCompletion, turns_of
+from jaxalign.data.read.sources import Row
 from jaxalign.mistake import Mistake
 
 PAIRS, RANKED, RATED = "pairs", "ranked", "rated"
@@ -24,61 +24,57 @@ OPINIONS = "margin", "preference", "tie"
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Responses to one prompt, each with it: a pair or ranking has the best first; a rated response is alone."""
+    """Responses to one prompt, each behind it: a pair or a ranking, best first, or a single rated response."""
 
     sequences: tuple[Normal, ...]
-    label: bool | None = None  # of a rated response: desirable or not
-    opinions: dict[str, float] = dataclasses.field(default_factory=dict)  # of a pair: OPINIONS that the row has
-    ranks: tuple[int, ...] | None = None  # of a ranking, if some are equal; 0 the best
+    label: bool | None = None  # of a rated response: True where it is desirable
+    opinions: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # of a pair: those of OPINIONS that its row has
+    ranks: tuple[int, ...] | None = None  # of a ranking in which some are equal; 0 is the best
 
 
 def sequence(prompt: Any, response: Any, as_chat: bool) -> Normal:
-    """Of a prompt (text or messages) and a response (text, message or messages)."""
+    """The normal form of a prompt (text or messages) with its response (text, message or messages)."""
     if isinstance(prompt, str) and isinstance(response, str) and not as_chat:
         return PromptCompletion(prompt, response)
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return _conversation([*before, *_turns(response)])
-
-
-def _turns(response: Any) -> list[Row]:
-    if isinstance(response, str):
-        return [{"role": "assistant", "content": response}]
-    return [response] if isinstance(response, dict) else list(response)
+    responses = [response] if isinstance(response, dict) else turns_of(response, "assistant")
+    return _conversation([*turns_of(prompt), *responses])
 
 
 def _conversation(turns: Sequence[Row]) -> Conversation:
-    """Of messages in either spelling: role and content, or from and value."""
+    """The conversation of messages in either spelling: role and content, or from and value."""
     return formats.messages([{"role": t["from"], "content": t["value"]} if "from" in t else t for t in turns])
 
 
-def _pair(prompt: str) -> Callable[[Row, bool], list[Group]]:
-    """Of the column named `prompt` and chosen, rejected, which may repeat the prompt or have turns behind it."""
+def _pair(column: str) -> Callable[[Row, bool], list[Group]]:
+    """Converts rows with a prompt in `column` and with chosen and rejected, which may repeat or continue it."""
 
     def convert(row: Row, as_chat: bool) -> list[Group]:
-        asked = row[prompt]
-        if row.get("system") and isinstance(asked, str):
-            asked = [{"role": "system", "content": row["system"]}, {"role": "user", "content": asked}]
-        parts = [_context_and_response(asked, row[name]) for name in ("chosen", "rejected")]
+        prompt = row[column]
+        if row.get("system") and isinstance(prompt, str):
+            prompt = [{"role": "system", "content": row["system"]}, {"role": "user", "content": prompt}]
+        parts = [_context_and_response(prompt, row[name]) for name in ("chosen", "rejected")]
         return [Group(tuple(sequence(*part, as_chat) for part in parts), opinions=_opinions(row))]
 
     return convert
 
 
 def _context_and_response(prompt: Any, response: Any) -> tuple[Any, Any]:
-    """(all that stands before the response, the response) of messages that repeat the prompt or go on behind it.
+    """(the context, the response to it) of a response whose messages repeat the prompt or go on behind it.
 
-    Of the two, the longer tells the context: a repeated prompt may have a system turn before it, or lack the prompt's.
+    A repeated prompt may have a system turn that the prompt lacks, or lack one that it has: the longer of the two is
+    the context.
     """
     if not isinstance(response, list) or len(response) < 2:
         return prompt, response
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    turns, known = (_conversation(part).messages for part in (response, asked))
-    if _within(known, turns[:-1]):
+    turns, before = (_conversation(turns_of(part)).messages for part in (response, prompt))
+    if _within(before, turns[:-1]):
         return response[:-1], response[-1:]
-    if _within(turns[:-1], known[1 - len(turns) :]):  # its last turns
+    if _within(turns[:-1], before[1 - len(turns) :]):  # the last turns of the prompt
         return prompt, response[-1:]
     if turns[0]["role"] == "assistant":
-        return asked, response
+        return turns_of(prompt), response
     raise Mistake(
         f"a response of {len(turns)} turns begins with {turns[0]['role']} and does not repeat the prompt; repeat all "
         "of it, or begin with the assistant's turn behind it"
@@ -86,7 +82,7 @@ def _context_and_response(prompt: Any, response: Any) -> tuple[Any, Any]:
 
 
 def _within(few: Sequence[Row], many: Sequence[Row]) -> bool:
-    """Whether some turns stand among others, one behind the other; white space around a text is no difference."""
+    """True if `few` is a run of turns of `many`; white space around a text makes no difference."""
     few, many = ([(turn["role"], turn["content"].strip()) for turn in part] for part in (few, many))
     return any(many[i : i + len(few)] == few for i in range(len(many) - len(few) + 1))
 
@@ -101,23 +97,22 @@ def _opinions(row: Row) -> dict[str, float]:
     for name in (*OPINIONS, "score_chosen", "score_rejected"):
         if isinstance(row.get(name), int | float):
             _check_finite(name, row[name])
-    found = {name: float(row[name]) for name in OPINIONS if isinstance(row.get(name), int | float)}
-    if not 0 <= found.get("preference", 1) <= 1:
+    opinions = {name: float(row[name]) for name in OPINIONS if isinstance(row.get(name), int | float)}
+    if not 0 <= opinions.get("preference", 1) <= 1:
         raise Mistake(f"preference is {row['preference']!r}, not a probability")
     scores = row.get("score_chosen"), row.get("score_rejected")
-    if "margin" not in found and all(isinstance(s, int | float) for s in scores):
-        found["margin"] = float(scores[0] - scores[1])
-    return found
+    if "margin" not in opinions and all(isinstance(s, int | float) for s in scores):
+        opinions["margin"] = float(scores[0] - scores[1])
+    return opinions
 
 
 def _instruction_pair(row: Row, as_chat: bool) -> list[Group]:
-    asked, more = row["instruction"], row.get("input") or ""
-    asked = f"{asked}\n\n{more}" if more.strip() else asked
-    return [Group(tuple(sequence(asked, row[name], True) for name in ("chosen", "rejected")), opinions=_opinions(row))]
+    prompt = formats.with_context(row["instruction"], row.get("input") or "")
+    return [Group(tuple(sequence(prompt, row[name], True) for name in ("chosen", "rejected")), opinions=_opinions(row))]
 
 
 def _whole_dialogues(row: Row, as_chat: bool) -> list[Group]:
-    """hh-rlhf's texts, or lists of messages, which share all but their last turn."""
+    """The pair of two dialogues, texts as in hh-rlhf or lists of messages, that share all but their last turn."""
     chosen, rejected = (_dialogue(row[name]) for name in ("chosen", "rejected"))
     return [Group((chosen, rejected), opinions=_opinions(row))]
 
@@ -129,29 +124,29 @@ def _dialogue(text: Any) -> Conversation:
     if parts[0].strip() or len(parts) < 3:
         raise Mistake(r"a dialogue must begin with '\n\nHuman:' or '\n\nAssistant:'")
     roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [{"role": roles[r], "content": said.strip()} for r, said in zip(parts[1::2], parts[2::2], strict=True)]
+    turns = [{"role": roles[r], "content": text.strip()} for r, text in zip(parts[1::2], parts[2::2], strict=True)]
     return formats.messages(turns)
 
 
 def _tree(row: Row, as_chat: bool) -> list[Group]:
-    """Of every message of the tree that has two or more ranked replies of the assistant."""
-    found: list[Group] = []
+    """A ranking for every message of the tree that has two or more ranked replies of the assistant."""
+    rankings: list[Group] = []
 
     def visit(node: Row, before: list[Row]) -> None:
         thread = [*before, {"role": node["role"], "content": node["text"]}]
         replies = [r for r in node.get("replies") or [] if not r.get("deleted")]
         ranked = sorted((r for r in replies if r.get("rank") is not None), key=lambda r: r["rank"])
         if len(ranked) > 1 and ranked[0]["role"] == "assistant":
-            found.append(Group(tuple(sequence(thread, reply["text"], True) for reply in ranked)))
+            rankings.append(Group(tuple(sequence(thread, reply["text"], True) for reply in ranked)))
         for reply in replies:
             visit(reply, thread)
 
     visit(row["prompt"], [])
-    return found
+    return rankings
 
 
 def _ranking(row: Row, as_chat: bool) -> list[Group]:
-    """`responses` best first, or in the order that `ranks` (1 is best) or `scores` (more is better) give."""
+    """A ranking by `ranks` (1 is best) or `scores` (more is better), or of `responses` that stand best first."""
     responses = list(row["responses"])
     if row.get("ranks") is not None:
         keys = list(row["ranks"])
@@ -168,6 +163,8 @@ def _ranking(row: Row, as_chat: bool) -> list[Group]:
 
 
 def _rated(label: str) -> Callable[[Row, bool], list[Group]]:
+    """Converts rows of a response each, with its label in the column `label`."""
+
     def convert(row: Row, as_chat: bool) -> list[Group]:
         value = row[label]
         if not isinstance(value, bool) and value not in (0, 1):
@@ -199,9 +196,9 @@ def recognise(columns: Iterable[str], *, where: str) -> Format:
 
 
 def as_kind(groups: list[Group], kind: str, *, ties: bool = False) -> list[Group]:
-    """Groups of the kind that a method wants: rankings give their pairs, and pairs give rated responses.
+    """Groups of the kind that a method learns from: a ranking gives all its pairs, a pair two rated responses.
 
-    Of a group in which no response is better than another nothing is left, but a tied pair where PAIRS have `ties`.
+    A group in which no response is better than another gives nothing; only with `ties` do PAIRS keep a tied pair.
     """
     if kind == RATED:
         return [rated for group in groups for rated in _rate(group)]
@@ -211,7 +208,7 @@ def as_kind(groups: list[Group], kind: str, *, ties: bool = False) -> list[Group
 
 
 def compares(ranks: Sequence[int]) -> bool:
-    """Whether one of the responses is better than another."""
+    """True if one of the responses is better than another."""
     return len(set(ranks)) > 1
 
 
@@ -226,7 +223,7 @@ def _levels(group: Group) -> tuple[int, ...]:
 
 
 def _rate(group: Group) -> list[Group]:
-    """The first of a pair is desirable and the second not; of a ranking, its best and its worst."""
+    """Two rated responses: the better of a pair, or best of a ranking, is desirable; the worse, or worst, is not."""
     if group.label is not None:
         return [group]
     if not compares(_levels(group)):
@@ -235,7 +232,7 @@ def _rate(group: Group) -> list[Group]:
 
 
 def _pairs(group: Group, ties: bool) -> list[Group]:
-    """All K choose 2 pairs of a ranking, the better first; of two with equal ranks neither is."""
+    """The pairs of a ranking, the better response first: K choose 2, without those whose two ranks are equal."""
     ranks = _levels(group)
     if len(ranks) == 2 and group.ranks is None and (ties or compares(ranks)):
         return [group]

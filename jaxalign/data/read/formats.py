@@ -1,4 +1,4 @@
-"""The formats of instruction data, recognised from their columns, and three normal forms."""
+"""The formats of instruction data, recognised from their columns, and the three normal forms of a row."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from jaxalign.data.read.sources import Row
 from jaxalign.mistake import Mistake
-
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Every token is learned."""
+    """A text, of which every token is learned."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptCompletion:
-    """The completion is learned."""
+    """A prompt and its completion, of which the completion is learned."""
 
     prompt: str
     completion: str
@@ -28,7 +27,7 @@ class PromptCompletion:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """The assistant's turns are learned. Messages are {"role": system | user | assistant | tool, "content": text}."""
+    """Messages {"role": system | user | assistant | tool, "content": text}. The assistant's turns are learned."""
 
     messages: tuple[dict[str, str], ...]
 
@@ -69,7 +68,7 @@ def _role(name: str) -> str:
 
 
 def _text(row: Row, column: str) -> str:
-    """An absent value is an empty text, as an empty cell of a CSV file is."""
+    """The text in a column; None is an empty text, as an empty cell of a CSV file is."""
     value = row[column]
     if value is None:
         return ""
@@ -79,34 +78,44 @@ def _text(row: Row, column: str) -> str:
 
 
 def messages(turns: Sequence[Row], role: str = "role", content: str = "content") -> Conversation:
+    """The conversation of turns whose role and content stand under these names. Raises Mistake."""
     if isinstance(turns, str) or not all(isinstance(turn, dict) for turn in turns):
         raise Mistake(f"{repr(turns)[:60]} is not a list of turns, each with `{role}` and `{content}`")
     if any(turn.get(call) for turn in turns for call in CALLS):
         raise Mistake(
-            f"a turn calls a tool in `{'` or `'.join(CALLS)}`, which no template is given; write the call into its "
+            f"a turn calls a tool in `{'` or `'.join(CALLS)}`, which templates do not read; write the call into its "
             f"`{content}`, as the model should write it, or leave the row out"
         )
     return Conversation(tuple({"role": _role(t[role]), "content": _text(t, content)} for t in turns))
 
 
 def _instruction(row: Row, instruction: str, context: str, response: str) -> Conversation:
-    """From the columns of these names; `context` may be absent."""
-    asked, more = _text(row, instruction), _text(row, context) if context in row else ""
-    asked = f"{asked}\n\n{more}" if more.strip() else asked
-    return Conversation(({"role": "user", "content": asked}, {"role": "assistant", "content": _text(row, response)}))
+    """A question and its answer, from the columns of these names; `context` may be absent."""
+    question = with_context(_text(row, instruction), _text(row, context) if context in row else "")
+    return Conversation(({"role": "user", "content": question}, {"role": "assistant", "content": _text(row, response)}))
+
+
+def with_context(instruction: str, context: str) -> str:
+    """The instruction, with its context, if any, in a paragraph behind it."""
+    return f"{instruction}\n\n{context}" if context.strip() else instruction
 
 
 def _prompt_completion(row: Row) -> Normal:
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return PromptCompletion(_text(row, "prompt"), _text(row, "completion"))
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    return messages([*prompt, *completion])
+    return messages([*turns_of(prompt), *turns_of(completion, "assistant")])
+
+
+def turns_of(text_or_messages: Any, role: str = "user") -> list[Row]:
+    """A text as a turn of this role; messages as they are."""
+    if isinstance(text_or_messages, str):
+        return [{"role": role, "content": text_or_messages}]
+    return list(text_or_messages)
 
 
 def _oasst_tree(row: Row) -> Conversation:
-    """The thread of best-ranked replies from the root."""
+    """The conversation from the root along the best-ranked replies."""
     turns, node = [], row["prompt"]
     while node is not None:
         turns.append({"role": node["role"], "content": node["text"]})
@@ -120,9 +129,7 @@ def _rank(reply: Row) -> float:
 
 
 def _best_of_pair(row: Row) -> Conversation:
-    prompt = row["prompt"]
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return messages([*turns, {"role": "assistant", "content": row["chosen"]}])
+    return messages([*turns_of(row["prompt"]), {"role": "assistant", "content": row["chosen"]}])
 
 
 def _self_instruct(row: Row) -> Conversation:

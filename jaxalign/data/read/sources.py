@@ -1,11 +1,11 @@
-"""From `--data` to rows: files, folders and hub names, mixed by weight.
+"""Rows of `data`: files, folders and hub names, mixed by weight.
 
 stories.jsonl.gz                 a file: .jsonl .json .csv .parquet .txt, the text ones also .gz
-stories.jsonl.gz:train           the rows whose `split` says so
+stories.jsonl.gz:train           its rows whose column `split` is "train"
 name  name:split  name:config:split      a set on the Hugging Face hub
 a.jsonl*0.7,b.jsonl*0.3          a mixture; without weights every row counts once
 
-The name of a file that exists is taken as it stands, whatever signs are in it.
+The name of an existing file may contain colons, commas and stars.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxalign.mistake import Mistake
 
 Row = dict[str, Any]
 TRAIN_NAMES = ("train", "training")
-HELD_NAMES = ("test", "validation", "valid", "val", "held", "heldout", "dev", "eval")
+HELD_OUT_NAMES = ("test", "validation", "valid", "val", "held", "heldout", "dev", "eval")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet", ".txt", ".txt.gz")
 
 # Columns of feedback that a CSV file, which has no types, holds as numbers or truth values.
@@ -46,7 +46,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """Rows, with the number of each in its file for messages, and which part of the file they are."""
+    """Rows of a source, and the split of it that they are."""
 
     rows: Sequence[Row]
     split: str | None = None  # the split that was taken
@@ -54,8 +54,8 @@ class Loaded:
 
 
 def parse(spec: str) -> list[Source]:
-    """The sources of a spec. Raises Mistake on a weight that is not a positive number, or given to some only."""
-    if _exists(spec):  # a name may hold a comma, a star or a colon
+    """The sources of a spec. Raises Mistake if a weight is not a positive number, or if some sources have none."""
+    if _exists(spec):  # its name may contain a comma, a star or a colon
         return [Source(spec)]
     sources = [_parse_one(part.strip()) for part in spec.split(",") if part.strip()]
     if not sources:
@@ -94,11 +94,11 @@ def _parse_one(text: str) -> Source:
 
 
 def load(source: Source, *, held_out: bool = False) -> Loaded:
-    """The rows of a source. Without a split, a set that has several gives its training (or held-out) part.
+    """The rows of a source: of its split, or else of the training (or held-out) split that it has.
 
     Raises:
-      Mistake: no such file, folder or reachable hub name.
-      Mistake: an empty or malformed file (with the line), or no such split.
+      Mistake: there is no such file, folder, reachable hub name or split; or a file is empty, or malformed (with the
+        line).
     """
     check_exists(source)
     path = Path(source.name).expanduser()
@@ -110,7 +110,7 @@ def load(source: Source, *, held_out: bool = False) -> Loaded:
 
 
 def load_all(source: Source) -> Sequence[Row]:
-    """The rows of a source; those of a file in its order, whatever their `split`, unless one is named."""
+    """The rows of a source; without a split, all rows of a file, in their order."""
     path = Path(source.name).expanduser()
     if source.split is None and path.is_file():
         return _read_file(path)
@@ -118,7 +118,7 @@ def load_all(source: Source) -> Sequence[Row]:
 
 
 def check_exists(source: Source) -> None:
-    """Raises FileNotFoundError when the name can only be that of a local file, and there is none."""
+    """Raises Mistake if the name can only be that of a local file, and there is none."""
     path = Path(source.name).expanduser()
     local = path.name.endswith(SUFFIXES) or source.name.startswith((".", "/", "~")) or source.name.count("/") > 1
     if local and not path.exists():
@@ -141,18 +141,18 @@ def _pick(source: Source, splits: dict[str | None, Sequence[Row]], held_out: boo
         return Loaded(splits[source.split], source.split, names)
     if not names:
         return Loaded([] if held_out else splits[None], None, ())
-    wanted = HELD_NAMES if held_out else TRAIN_NAMES
-    found = next((name for name in wanted if name in splits), None)
-    if found is None and held_out:
+    wanted = HELD_OUT_NAMES if held_out else TRAIN_NAMES
+    split = next((name for name in wanted if name in splits), None)
+    if split is None and held_out:
         return Loaded([], None, names)
-    if found is None and len(names) > 1:
+    if split is None and len(names) > 1:
         raise Mistake(f"{source.name} has splits {', '.join(names)}; choose one: {source.name}:{names[0]}")
-    found = found or names[0]
-    return Loaded(splits[found], found, names)
+    split = split or names[0]
+    return Loaded(splits[split], split, names)
 
 
 def repaired(text: str) -> str:
-    """With U+FFFD for each half of a surrogate pair that lacks the other: no character, and no tokenizer takes it."""
+    """The text with U+FFFD for each unpaired surrogate, which is no character and which no tokenizer accepts."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -191,10 +191,10 @@ def _read_rows(path: Path) -> Sequence[Row]:
         from datasets import Dataset
 
         try:
-            pyarrow.parquet.read_schema(path)  # raises what `datasets` would also log
+            pyarrow.parquet.read_schema(path)  # raises the error that `datasets` would also log
             return Dataset.from_parquet(str(path))
-        except Exception as error:  # whatever arrow raises, under many names
-            causes = [error, error.__cause__ or error]  # `datasets` says "an error occurred", and why in the cause
+        except Exception as error:  # arrow's errors, under many names
+            causes = [error, error.__cause__ or error]  # `datasets` gives the reason in the cause
             reason = (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
             raise Mistake(f"data file {path} cannot be read as {path.suffix}: {reason}") from None
     raise Mistake(f"data file {path}: unknown kind {path.suffix!r}; known are {', '.join(SUFFIXES)}")
@@ -205,13 +205,15 @@ def _text(path: Path) -> str:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return raw.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error) as error:
-        raise Mistake(f"data file {path} is not readable: {error}; is it whole, and of the kind it says?") from None
+        raise Mistake(
+            f"data file {path} is not readable: {error}; is it whole, and of the kind that its name says?"
+        ) from None
     except UnicodeDecodeError as error:
         raise Mistake(f"data file {path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
 def _parse_json(text: str) -> Any:
-    """As json.loads, but for texts cut through an emoji, as "\\ud83d" is, which are repaired."""
+    """json.loads, which also repairs texts that were cut through an emoji, as "\\ud83d" was."""
     value = json.loads(text)
     if not re.search(r"\\u[dD][89a-fA-F]", text):
         return value
@@ -219,7 +221,7 @@ def _parse_json(text: str) -> Any:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    # lines end with \n alone: str.splitlines would also cut at U+2028 and others that JSON strings may hold
+    # lines end with \n alone: str.splitlines would also cut at U+2028 and others that JSON strings may contain
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -245,7 +247,7 @@ def _read_json(path: Path) -> list[Row]:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    """Every cell as the text it is, "007", "NA" and "true" too, but for those of the columns NUMBERS."""
+    """Rows whose cells are texts, "007", "NA" and "true" too; only the columns NUMBERS become numbers."""
     import pandas
 
     try:
@@ -263,7 +265,7 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _number(cell: str) -> Any:
-    """A number, true, false or, of an empty cell, None; what is none of these is left as it is."""
+    """The number or truth value of a cell, None if it is empty, or its text if it is none of these."""
     words = {"": None, "nan": None, "na": None, "null": None, "none": None, "true": True, "false": False}
     if cell.strip().lower() in words:
         return words[cell.strip().lower()]
@@ -277,10 +279,10 @@ def _load_folder(path: Path) -> dict[str | None, Sequence[Row]]:
     from datasets import DatasetDict, load_from_disk
 
     try:
-        found = load_from_disk(str(path))
+        dataset = load_from_disk(str(path))
     except FileNotFoundError:
         raise Mistake(f"data folder {path} is not a dataset saved with save_to_disk") from None
-    return dict(found) if isinstance(found, DatasetDict) else {None: found}
+    return dict(dataset) if isinstance(dataset, DatasetDict) else {None: dataset}
 
 
 def _load_hub(source: Source) -> dict[str | None, Sequence[Row]]:
@@ -290,18 +292,18 @@ def _load_hub(source: Source) -> dict[str | None, Sequence[Row]]:
     try:
         return dict(load_dataset(source.name, source.config))
     except Exception as error:  # the hub client raises under many names
-        first = unreachable or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        reason = unreachable or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         raise Mistake(
-            f"data {source.name!r} is no local file and could not be fetched from the hub ({first}). Check the "
+            f"data {source.name!r} is no local file and could not be fetched from the hub ({reason}). Check the "
             "spelling and the network"
         ) from None
 
 
 def _go_offline_if_unreachable(name: str) -> str | None:
-    """One request decides whether the hub can be reached; if not, its client is told so for the rest of this process.
+    """Makes one request to the hub; if it fails, sets the hub's client offline for the rest of this process.
 
-    Otherwise it asks five times for each file, half a minute in all, before it looks into its cache. Returns why the
-    hub cannot be reached.
+    A client that is not offline retries five times for each file, half a minute in all, before it reads its cache.
+    Returns the reason why the hub cannot be reached, or None.
     """
     import datasets
     import huggingface_hub
@@ -310,8 +312,8 @@ def _go_offline_if_unreachable(name: str) -> str | None:
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=10)
     except (HfHubHTTPError, HFValidationError):
-        return None  # reached; what it says of the name, load_dataset says too
-    except Exception as error:  # httpx's errors of connection, under many names
+        return None  # reached; load_dataset reports the same error
+    except Exception as error:  # httpx's connection errors, under many names
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     return None

@@ -1,4 +1,4 @@
-"""Normal forms to ids and masks, all in one flat array: parts are tokenised apart and their ids joined."""
+"""Ids and masks of rows, in one flat array. Prompt and response are tokenised apart and their ids joined."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Examples:
         """From (ids, mask) pairs. The first token of each is never learned: nothing predicts it."""
         lengths = [len(ids) for ids, _ in parts]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        join = lambda arrays, dtype: np.concatenate([*arrays, np.zeros(0, dtype)]).astype(dtype)  # noqa: E731
-        mask = join([m for _, m in parts], bool)
+        ids = np.concatenate([*(ids for ids, _ in parts), np.zeros(0, np.int32)]).astype(np.int32)
+        mask = np.concatenate([*(mask for _, mask in parts), np.zeros(0, bool)]).astype(bool)
         mask[offsets[:-1][np.array(lengths, int) > 0]] = False
-        return cls(join([i for i, _ in parts], np.int32), mask, offsets)
+        return cls(ids, mask, offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -49,7 +49,7 @@ class Examples:
         return Examples.of([self[int(i)] for i in indices])
 
     def fingerprint(self) -> int:
-        """Changes when any id, mask or length does; a run that resumes checks that its data are the same."""
+        """Number that changes with any id, mask or length; a run that resumes checks that its data have the same."""
         parts = self.ids, np.packbits(self.mask), self.offsets
         return zlib.crc32(b"".join(np.ascontiguousarray(p).tobytes() for p in parts))
 
@@ -61,17 +61,17 @@ def joined(sets: Sequence[Examples]) -> Examples:
 
 @dataclasses.dataclass
 class Encoder:
-    """Tokenises rows by the rules of one run, and counts what it drops and cuts.
+    """Tokenises rows by the settings of a run, and counts the rows that it drops and cuts.
 
-    bos_id opens a sequence where the tokenizer itself would put it; terminator_id closes what is learned, once.
+    The bos token opens a sequence if the tokenizer itself would put it there; one terminator ends each response.
     """
 
     tokenizer: Any
-    terminators: Sequence[int]  # the first is appended; any is recognised at the end of a templated turn
+    terminators: Sequence[int]  # ids; the first is appended, unless a templated turn ends with one of them
     max_length: int
     turns: str = "all"
     windows: bool = False  # texts longer than max_length are cut into several examples, not shortened
-    keeps_empty: bool = False  # a response of nothing but its terminator is one: what a policy says is not chosen
+    keeps_empty: bool = False  # keep an empty response, which is its terminator alone: a policy may give one
     dropped: Counter = dataclasses.field(default_factory=Counter)
     first_dropped: dict[str, str] = dataclasses.field(default_factory=dict)
     shortened: int = 0
@@ -82,7 +82,7 @@ class Encoder:
         self.bos = [bos] if bos is not None and probe[:1] == [bos] else []
         self._terminator_texts = [t for t in self.tokenizer.convert_ids_to_tokens(list(self.terminators)) if t]
         self._anchor = self._plain("\n")
-        # SentencePiece puts a space before whatever it is given; behind a newline it does not
+        # SentencePiece puts a space before every text that it tokenises, but not behind a newline
         self._anchored = (
             self._plain("\na")[: len(self._anchor)] == self._anchor
             and self._plain("a") != (self._plain("\na")[len(self._anchor) :])
@@ -92,14 +92,14 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def continuation(self, text: str) -> list[int]:
-        """Ids of text that continues another: without the space that some tokenizers put at the start."""
+        """Ids of text that continues another: without the space that some tokenizers put before a text."""
         if not self._anchored:
             return self._plain(text)
         ids = self._plain("\n" + text)
         return ids[len(self._anchor) :] if ids[: len(self._anchor)] == self._anchor else self._plain(text)
 
     def encode(self, row: Normal, *, where: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        """No example (dropped, and counted under its reason), one, or several windows."""
+        """(ids, mask) of each example of a row: one, several windows of it, or none if it is dropped."""
         if isinstance(row, Text):
             return self._text(row.text, where)
         if isinstance(row, PromptCompletion):
@@ -124,16 +124,16 @@ class Encoder:
         if len(ids) > self.max_length:
             self.shortened += 1
         pieces = [ids[at : at + step][: self.max_length] for at in range(0, len(ids), step)]
-        found = [(piece, np.ones(len(piece), bool)) for piece in pieces if len(piece) > 1]
-        return found or self._drop("a text of one token, which nothing predicts", where)
+        windows = [(piece, np.ones(len(piece), bool)) for piece in pieces if len(piece) > 1]
+        return windows or self._drop("a text of one token, which nothing predicts", where)
 
     def _conversation(self, row: Conversation, where: str) -> list[tuple[list[int], bool]]:
         try:
-            found = chat.spans(self.tokenizer, row.messages, terminators=self._terminator_texts, turns=self.turns)
+            spans = chat.spans(self.tokenizer, row.messages, terminators=self._terminator_texts, turns=self.turns)
         except ValueError as error:
             raise Mistake(f"{where}: {error}") from None
         parts = []
-        for i, span in enumerate(found):
+        for i, span in enumerate(spans):
             ids = self.continuation(span.text) if i else self.opening(span.text)
             if span.learned and ids[-1:] and ids[-1] not in self.terminators:
                 ids = [*ids, self.terminators[0]]
@@ -141,7 +141,7 @@ class Encoder:
         return parts
 
     def opening(self, text: str) -> list[int]:
-        """Ids of text that begins a sequence, behind one bos token where the tokenizer puts it."""
+        """Ids of text that begins a sequence, behind one bos token if the tokenizer puts it there."""
         ids = self._plain(text)
         return ids if ids[: len(self.bos)] == self.bos else [*self.bos, *ids]
 
@@ -162,7 +162,7 @@ class Encoder:
 
 
 def show(tokenizer: Any, ids: np.ndarray, mask: np.ndarray, *, limit: int = 400) -> str:
-    """The decoded example with what is learned between ⟦ and ⟧, special tokens included."""
+    """The decoded example, special tokens included, with its learned tokens between ⟦ and ⟧."""
     edges = np.flatnonzero(np.diff(mask.astype(np.int8))) + 1
     pieces = []
     for piece, learned in zip(np.split(ids, edges), np.split(mask, edges), strict=True):

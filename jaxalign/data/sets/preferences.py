@@ -1,4 +1,4 @@
-"""Feedback for reward models, DPO and KTO, from `--data` to groups of responses, with a report of what was dropped."""
+"""Feedback for reward models, DPO and KTO: from `data` to groups of responses, with a log of the groups dropped."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from jaxalign.mistake import Mistake
 
 log = logging.getLogger(__name__)
 
-# What a pair means that does not say it: no margin, a certain preference, no tie.
-SILENT = {"margin": np.float32(0), "preference": np.float32(1), "tie": np.bool_(False)}
+# Defaults for pairs that lack a column: margin 0, preference 1, not a tie.
+DEFAULTS = {"margin": np.float32(0), "preference": np.float32(1), "tie": np.bool_(False)}
 NOTHING_BETTER = "no response is better than another"
 
 
@@ -38,17 +38,17 @@ def load(
     most_responses: int = 9,
     ties: bool = False,
 ) -> Set[Responses]:
-    """Training and held-out groups of the kind that a method wants.
+    """Training and held-out groups of the kind that a method learns from.
 
     Args:
       spec: as in `sources.parse`.
       tokenizer: with a chat template if the data are messages.
-      options: window, terminators and shares, as for supervised data; held-out responses are in no other group.
+      options: window, terminators and shares, as for supervised data. No held-out response is in a training group.
       kind: PAIRS (K = 2, chosen first), RANKED (up to `most_responses`, best first) or RATED (K = 1, with a label).
       eval_spec: held-out data of their own.
       as_chat: text prompts and responses are turns of a conversation.
-      most_responses: K of RANKED; of more responses the best are kept.
-      ties: PAIRS keep those of which neither is better, for a loss that asks for the column `tie`.
+      most_responses: K of RANKED: a longer ranking keeps its best.
+      ties: keep PAIRS of which neither response is better, for a loss that reads the column `tie`.
 
     Raises:
       Mistake: as for supervised data; or the data hold no feedback of the kind.
@@ -61,13 +61,13 @@ def load(
     responses = data.responses
     for k, name in enumerate(("the first response", "and the one it is compared with")[: responses.groups.shape[1]]):
         ids, mask = responses.examples[int(responses.groups[0, k])]
-        log.info("%s, what is compared between ⟦ ⟧:\n%s", name, show(tokenizer, ids, mask))
+        log.info("%s, its compared tokens between ⟦ ⟧:\n%s", name, show(tokenizer, ids, mask))
     return dataclasses.replace(data, prompts=openings(first_responses(data.held_out)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Rows to `Responses`, by the settings of one run."""
+    """Reads the rows of a source as `Responses`, by the settings of a run."""
 
     tokenizer: Any
     options: Options
@@ -83,27 +83,30 @@ class _Reader:
         for number, row in enumerate(loaded.rows, start=1):
             place = f"{where}, row {number}"
             for group in formats.normalise(form, row, self.as_chat, where=place):
-                if not (parts := feedback_formats.as_kind([group], self.kind, ties=self.ties)):
+                groups = feedback_formats.as_kind([group], self.kind, ties=self.ties)
+                if not groups:
                     dropped[NOTHING_BETTER] += 1
-                for part in parts:
+                for part in groups:
                     if any(isinstance(s, Conversation) for s in part.sequences):
                         check_template(self.tokenizer, where)
                     if reason := builder.add(part, encoder, place):
                         dropped[reason] += 1
-        found = builder.build(self.kind)
-        self._report(where, form, found, dropped, encoder)
-        return found
+        responses = builder.build(self.kind)
+        self._report(where, form, responses, dropped, encoder)
+        return responses
 
-    def _report(self, where: str, form: Format, found: Responses, dropped: Counter, encoder: Encoder) -> None:
-        lost, reasons = sum(dropped.values()), "; ".join(f"{n} x {reason}" for reason, n in dropped.items())
-        if not len(found) or lost > self.options.max_dropped * (len(found) + lost):
+    def _report(self, where: str, form: Format, responses: Responses, dropped: Counter, encoder: Encoder) -> None:
+        """Logs what was read and dropped. Raises Mistake if nothing is left, or more than `max_dropped` is lost."""
+        count, lost = len(responses), sum(dropped.values())
+        reasons = "; ".join(f"{n} x {reason}" for reason, n in dropped.items())
+        if not count or lost > self.options.max_dropped * (count + lost):
             raise Mistake(
-                f"{where}: {lost} of {len(found) + lost} groups of responses cannot be compared: {reasons or 'none'}. "
-                f"That is more than {self.options.max_dropped:.0%}; mend them, raise `max_length` "
+                f"{where}: {lost} of {count + lost} groups of responses cannot be compared: {reasons or 'none'}. "
+                f"That is more than {self.options.max_dropped:.0%}; fix them, raise `max_length` "
                 f"({self.options.max_length}), or allow it with `max_dropped`"
             )
-        log.info("%s: format %s as %s, %d groups, %s tokens", where, form.name, self.kind, len(found),
-                 f"{int(found.lengths.sum()):,}")  # fmt: skip
+        tokens = f"{int(responses.lengths.sum()):,}"
+        log.info("%s: format %s as %s, %d groups, %s tokens", where, form.name, self.kind, count, tokens)
         if lost:
             log.warning("%s: dropped %d groups: %s", where, lost, reasons)
         if encoder.shortened:
@@ -127,14 +130,14 @@ class _Builder:
         self._ranks: list[tuple[int, ...] | None] = []
 
     def add(self, group: Group, encoder: Encoder, place: str) -> str | None:
-        """Adds the group, or says why it is of no use."""
+        """Adds a group, or returns the reason why nothing can be learned from it."""
         encoded = []
         for sequence in group.sequences[: self._width]:
             before = dict(encoder.dropped)
-            found = encoder.encode(sequence, where=place)
-            if not found:
+            examples = encoder.encode(sequence, where=place)
+            if not examples:
                 return next(r for r, n in encoder.dropped.items() if n > before.get(r, 0))
-            encoded.append(found[0])
+            encoded.append(examples[0])
         if len(encoded) > 1 and not _same_prompts(encoded):
             return "the responses answer different prompts"
         if len(encoded) > 1 and all(np.array_equal(ids, encoded[0][0]) for ids, _ in encoded[1:]):
@@ -163,9 +166,9 @@ class _Builder:
         return Responses(Examples.of(self._parts), groups, columns)
 
     def _opinion_columns(self) -> dict[str, np.ndarray]:
-        """Of those that any pair has, with what the silent ones mean."""
-        held = {name for opinions in self._opinions for name in opinions}
-        return {n: np.array([o.get(n, x) for o in self._opinions], x.dtype) for n, x in SILENT.items() if n in held}
+        """The columns of DEFAULTS that any pair has."""
+        names = {name for opinions in self._opinions for name in opinions}
+        return {n: np.array([o.get(n, x) for o in self._opinions], x.dtype) for n, x in DEFAULTS.items() if n in names}
 
 
 def _prompt_length(mask: np.ndarray) -> int:
@@ -179,7 +182,7 @@ def _same_prompts(encoded: list[tuple[np.ndarray, np.ndarray]]) -> bool:
 
 
 def joined(sets: Sequence[Responses]) -> Responses:
-    """All groups of all sets, in order, with the columns that any has; a set that is not empty must be among them."""
+    """All groups of all sets, in order, with the columns that any set has. One set at least must have groups."""
     names = {name for part in sets for name in part.columns}
     sets = [part for part in sets if len(part)]
     starts = np.cumsum([0, *(len(part.examples) for part in sets)])
@@ -190,12 +193,12 @@ def joined(sets: Sequence[Responses]) -> Responses:
 
 
 def _column(responses: Responses, name: str) -> np.ndarray:
-    """[N ...], where the set is silent what that means: of ranks, the best first."""
+    """The column [N ...], or its default for every group: that of DEFAULTS; for ranks 0, 1, 2, ..."""
     if name in responses.columns:
         return responses.columns[name]
     count, width = responses.groups.shape
-    silent = np.arange(width, dtype=np.int32) if name == "ranks" else SILENT[name]
-    return np.broadcast_to(silent, (count, *silent.shape))
+    default = np.arange(width, dtype=np.int32) if name == "ranks" else DEFAULTS[name]
+    return np.broadcast_to(default, (count, *default.shape))
 
 
 def first_responses(responses: Responses) -> Examples:
@@ -204,7 +207,7 @@ def first_responses(responses: Responses) -> Examples:
 
 
 def prompt_numbers(responses: Responses) -> np.ndarray:
-    """Int64[N], equal where groups answer one prompt; prompts are numbered as they first appear."""
+    """Int64[N], equal where groups have the same prompt; prompts are numbered as they first appear."""
     known: dict[bytes, int] = {}
     firsts = (responses.examples[int(i)] for i in responses.groups[:, 0])
     prompts = (ids[: _prompt_length(mask)].tobytes() for ids, mask in firsts)
@@ -212,40 +215,40 @@ def prompt_numbers(responses: Responses) -> np.ndarray:
 
 
 def response_numbers(responses: Responses) -> np.ndarray:
-    """Int64[N], equal where groups have a response to the same prompt in common, or each has one with a third.
+    """Int64[N], equal where groups are linked: they share a prompt with its response, or are both linked to a third.
 
-    So are all pairs of a ranking. Pairs of different responses to one prompt are not.
+    All pairs of a ranking are linked. Pairs of different responses to one prompt are not.
     """
     known: dict[bytes, int] = {}
     texts = np.array([known.setdefault(ids.tobytes(), len(known)) for ids, _ in responses.examples], np.int64)
     group, place = np.nonzero(responses.groups >= 0)
     text, numbers = texts[responses.groups[group, place]], np.arange(len(responses))
     while True:
-        lowest, found = np.full(len(known), len(responses)), numbers.copy()
+        lowest, lowered = np.full(len(known), len(responses)), numbers.copy()
         np.minimum.at(lowest, text, numbers[group])
-        np.minimum.at(found, group, lowest[text])
-        if (found == numbers).all():
+        np.minimum.at(lowered, group, lowest[text])
+        if (lowered == numbers).all():
             return np.unique(numbers, return_inverse=True)[1]
-        numbers = found
+        numbers = lowered
 
 
 def _next_other(prompts: np.ndarray) -> np.ndarray:
-    """Int64[N], the place of the next in the round with another prompt; the next of all where there is none."""
+    """Int64[N], index of the next example in the round that has another prompt; of the next if all have one prompt."""
     count = len(prompts)
-    found = np.roll(np.arange(count), -1)
+    following = np.roll(np.arange(count), -1)
+    others = following.copy()
     if (prompts == prompts[0]).all():
-        return found
-    for i in [*reversed(range(count))] * 2:  # the second time, what stands at the end knows the beginning
-        following = (i + 1) % count
-        found[i] = following if prompts[i] != prompts[following] else found[following]
-    return found
+        return others
+    for i in [*reversed(range(count))] * 2:  # in the second pass the last examples see past the end of the round
+        others[i] = following[i] if prompts[i] != prompts[following[i]] else others[following[i]]
+    return others
 
 
 def mismatched(responses: Responses, *, seed: int) -> Responses:
-    """Each prompt of rated responses with the response to another: what KTO estimates its KL from.
+    """The prompts of rated responses, each with the response to another prompt: KTO estimates its KL from them.
 
-    Example i takes the response of the next example with another prompt in one seeded round of all, so no response
-    meets its own prompt unless there is only one prompt; the pairing is a column of the data, the same for policy and
+    All examples stand in one seeded round, and each takes the response of the next example that has another prompt. So
+    no prompt meets its own response unless there is only one prompt, and the pairing is the same for policy and
     reference, and for every batch size.
 
     Raises:
@@ -263,6 +266,5 @@ def mismatched(responses: Responses, *, seed: int) -> Responses:
         other, learned = responses.examples[int(responses.groups[partner[i], 0])]
         prompt, response = ids[: _prompt_length(mask)], other[_prompt_length(learned) :]
         whole = np.concatenate([prompt, response])[:longest]
-        marks = np.arange(len(whole)) >= len(prompt)
-        parts.append((whole, marks))
+        parts.append((whole, np.arange(len(whole)) >= len(prompt)))
     return Responses(Examples.of(parts), np.arange(len(parts))[:, None], {})

@@ -1,4 +1,4 @@
-"""Prompts for policies to answer, with the other columns of their rows, which rewards may ask for."""
+"""Prompts for policies to answer, with the other columns of their rows, which rewards may read."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ class Prompts:
         return len(self.ids)
 
     def fingerprint(self) -> int:
-        """Changes when any prompt or column does."""
+        """Number that changes with any prompt or column."""
         whole = repr((self.ids, sorted(self.columns.items())))
         return zlib.crc32(whole.encode())
 
 
 def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_chat: bool = False) -> Prompts:
-    """The prompts of `--data`.
+    """The prompts of `data`.
 
     Args:
-      spec: as in `sources.parse`; rows have one of COLUMNS, a text or (`messages`) a conversation to go on with.
+      spec: as in `sources.parse`; rows have one of COLUMNS, which holds a text or a conversation to go on with.
       tokenizer: with a chat template, if prompts are conversations.
       max_length: most tokens of a prompt; longer ones are dropped, for a cut prompt asks another question.
       max_dropped: largest share of prompts that may be dropped.
       as_chat: texts are turns of the user.
 
     Raises:
-      Mistake: no rows, no such column, a row without a prompt, an empty one, or too many that are too long.
+      Mistake: there are no rows or no such column, a row has no prompt, or an empty one, or too many are too long.
     """
     ids, raw, others, dropped = [], [], [], 0
     for source in sources.parse(spec):
@@ -57,12 +57,14 @@ def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_c
             raise Mistake(f"data {source.name} has no rows")
         column = next((name for name in COLUMNS if name in rows[0]), None)
         if column is None:
-            raise Mistake(f"data {source.name}: rows have {', '.join(rows[0])}; prompts are in {', '.join(COLUMNS)}")
+            raise Mistake(
+                f"data {source.name}: rows have {', '.join(rows[0])}; a prompt must be in one of {', '.join(COLUMNS)}"
+            )
         for number, row in enumerate(rows, 1):
             where = f"{source.name}, row {number}"
             prompt = as_prompt(row.get(column), where, column)
             if as_chat and isinstance(prompt, str):
-                prompt = [{"role": "user", "content": prompt}]
+                prompt = formats.turns_of(prompt)
             tokens = tuple(encode(prompt, tokenizer, where))
             if not tokens:
                 raise Mistake(f"{where}: `{column}` is empty, so there is nothing to answer")
@@ -100,7 +102,7 @@ def as_prompt(value: Any, where: str, column: str) -> Prompt:
 
 
 def encode(prompt: Prompt, tokenizer: Any, where: str) -> list[int]:
-    """Ids of a text, or of messages up to where the answer begins. Raises Mistake, with the place."""
+    """Ids of a text, or of messages up to the beginning of the response. Raises Mistake, with the place."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     if not tokenizer.chat_template:

@@ -1,7 +1,7 @@
-"""Solutions in steps, each labelled right or wrong: what process reward models learn from.
+"""Solutions whose steps are labelled right or wrong, which process reward models learn from.
 
-Rows have a prompt, its `completions` (the steps) and their `labels`: true, false, a probability, or null where a step
-is not judged. Each step is followed by the separator, at whose last token its score is read.
+Rows have a prompt, its `completions` (the steps) and their `labels`: true, false, a probability, or null for a step
+that is not labelled. A separator follows each step; the step is scored at the separator's last token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxalign.mistake import Mistake
 log = logging.getLogger(__name__)
 
 COLUMNS = ("prompt", "completions", "labels")
-MOST_STEPS = 64  # of a solution; labels of later ones are left out
+MOST_STEPS = 64  # of a solution; the labels of later steps are ignored
 
 
 def load(
@@ -35,13 +35,13 @@ def load(
 
     Args:
       spec: as in `sources.parse`.
-      tokenizer: without a template: prompts and steps are texts.
+      tokenizer: needs no template, as prompts and steps are texts.
       options: window, terminators and shares, as for supervised data.
       separator: text behind each step.
       eval_spec: held-out data of their own.
 
     Raises:
-      Mistake: rows of another form, or too many without a labelled step in the window.
+      Mistake: rows have another form, or too many have no labelled step in the window.
     """
     encoder = Encoder(tokenizer, options.terminators, options.max_length)
 
@@ -51,12 +51,12 @@ def load(
     data = split.load(spec, eval_spec, read, joined, eval_share=options.eval_share, seed=options.seed)
     log.info("held out for evaluation: %d solutions", len(data.held_out))
     ids, mask = data.responses.examples[int(data.responses.groups[0, 0])]
-    log.info("the first solution, the ends of its steps between ⟦ ⟧:\n%s", show(tokenizer, ids, mask))
+    log.info("the first solution, the end of each step between ⟦ ⟧:\n%s", show(tokenizer, ids, mask))
     return data
 
 
 def encode(encoder: Encoder, prompt: str, steps: Sequence[str], separator: str) -> tuple[np.ndarray, np.ndarray]:
-    """(Int32 ids of prompt and steps, Int64 index of each step's last token), not yet cut."""
+    """(Int32 ids of prompt and steps, not cut at any length; Int64, index of each step's last token)"""
     ids, ends = [*encoder.opening(prompt)], []
     mark = encoder.continuation(separator)
     for step in steps:
@@ -70,17 +70,17 @@ def _read(rows: Sequence[dict], where: str, encoder: Encoder, separator: str, op
         raise Mistake(f"{where}: columns {', '.join(sorted(rows[0]))} hold no steps; needed are {', '.join(COLUMNS)}")
     parts, ends, labels, dropped = [], [], [], Counter()
     for number, row in enumerate(rows, start=1):
-        judged = _labels(row, f"{where}, row {number}")
+        step_labels = _labels(row, f"{where}, row {number}")
         ids, at = encode(encoder, row["prompt"], row["completions"], separator)
-        judged[at[:MOST_STEPS] >= options.max_length] = -1
-        if not (judged >= 0).any():
+        step_labels[at[:MOST_STEPS] >= options.max_length] = -1
+        if not (step_labels >= 0).any():
             dropped["no labelled step within `max_length`"] += 1
             continue
         ids, at = ids[: options.max_length], np.minimum(at[:MOST_STEPS], options.max_length - 1)
         fill = MOST_STEPS - len(at)
-        parts.append((ids, np.isin(np.arange(len(ids)), at[judged >= 0])))
+        parts.append((ids, np.isin(np.arange(len(ids)), at[step_labels >= 0])))
         ends.append(np.pad(at, (0, fill), constant_values=-1))
-        labels.append(np.pad(judged, (0, fill), constant_values=-1))
+        labels.append(np.pad(step_labels, (0, fill), constant_values=-1))
     lost = sum(dropped.values())
     if not parts or lost > options.max_dropped * len(rows):
         raise Mistake(f"{where}: {lost} of {len(rows)} solutions have no labelled step within `max_length`")
@@ -90,16 +90,16 @@ def _read(rows: Sequence[dict], where: str, encoder: Encoder, separator: str, op
 
 
 def _labels(row: dict, place: str) -> np.ndarray:
-    """Float32[min(steps, MOST_STEPS)], -1 where there is none."""
-    prompt, solution, given = (row.get(name) for name in COLUMNS)
-    for name, value in (("completions", solution), ("labels", given)):
+    """Float32[min(steps, MOST_STEPS)], -1 where a step has none."""
+    prompt, solution, labels = (row.get(name) for name in COLUMNS)
+    for name, value in (("completions", solution), ("labels", labels)):
         if not isinstance(value, list):
             raise Mistake(f"{place}: `{name}` is {value!r}; it must be a list, of one entry for each step")
     if not isinstance(prompt, str) or not all(isinstance(step, str) for step in solution):
         raise Mistake(f"{place}: prompt and completions must be texts")
-    if len(given) != len(solution):
-        raise Mistake(f"{place}: {len(solution)} completions, but {len(given)} labels")
-    wrong = [x for x in given if x is not None and not (isinstance(x, int | float) and 0 <= x <= 1)]
+    if len(labels) != len(solution):
+        raise Mistake(f"{place}: {len(solution)} completions, but {len(labels)} labels")
+    wrong = [x for x in labels if x is not None and not (isinstance(x, int | float) and 0 <= x <= 1)]
     if wrong:
         raise Mistake(f"{place}: a label is {wrong[0]!r}; it must be true, false, a probability or null")
-    return np.array([-1.0 if x is None else float(x) for x in given[:MOST_STEPS]], np.float32)
+    return np.array([-1.0 if x is None else float(x) for x in labels[:MOST_STEPS]], np.float32)

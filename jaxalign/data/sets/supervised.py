@@ -1,4 +1,4 @@
-"""Data for supervised fine-tuning, from `--data` to examples, with a report of what was read, cut and dropped."""
+"""Data for supervised fine-tuning: from `data` to examples, with a log of the rows read, cut and dropped."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How rows become examples."""
+    """How rows become examples, and how many of them are held out."""
 
-    max_length: int
-    terminators: tuple[int, ...]
-    turns: str = "all"
-    long_text: str = "truncate"  # or "split"
-    max_dropped: float = 0.1
-    eval_share: float = 0.0
-    seed: int = 0
+    max_length: int  # tokens of an example
+    terminators: tuple[int, ...]  # ids that end a response, the one to append first
+    turns: str = "all"  # turns of the assistant that are learned, or the "last"
+    long_text: str = "truncate"  # longer texts keep their first max_length tokens, or are "split" into examples
+    max_dropped: float = 0.1  # largest share of a source's rows that may be unusable
+    eval_share: float = 0.0  # share of the examples to hold out, where the data have no held-out part
+    seed: int = 0  # of that share
 
     @classmethod
     def of(cls, config: TrainConfig, terminators: tuple[int, ...], **options: str) -> Options:
-        """The options of a command's config, of which those of on-policy commands hold nothing out."""
+        """The options of a command's config; on-policy configs have no `eval_share` and hold nothing out."""
         return cls(
             config.max_length,
             terminators,
@@ -51,7 +51,7 @@ def load(spec: str, tokenizer: Any, options: Options, *, eval_spec: str | None =
     themselves; a seeded share of the examples.
 
     Raises:
-      Mistake: a source is malformed, empty, of unknown columns, or loses more than `max_dropped` of its rows.
+      Mistake: a source is malformed or empty, has unknown columns, or loses more than `max_dropped` of its rows.
     """
 
     def read(source: sources.Source, loaded: sources.Loaded, where: str) -> Examples:
@@ -60,7 +60,7 @@ def load(spec: str, tokenizer: Any, options: Options, *, eval_spec: str | None =
     data = split.load(spec, eval_spec, read, joined, eval_share=options.eval_share, seed=options.seed)
     log.info("held out for evaluation: %d examples", len(data.held_out))
     ids, mask = data.train.examples[0]
-    log.info("the first example, what is learned between ⟦ ⟧:\n%s", show(tokenizer, ids, mask))
+    log.info("the first example, its learned tokens between ⟦ ⟧:\n%s", show(tokenizer, ids, mask))
     return dataclasses.replace(data, prompts=openings(data.held_out))
 
 
@@ -87,7 +87,7 @@ def _is_plain_text_file(source: sources.Source) -> bool:
 
 
 def check_template(tokenizer: Any, where: str) -> None:
-    """Raises Mistake, naming the data, when messages cannot be rendered."""
+    """Raises Mistake, which names the data, if the tokenizer has no template for messages."""
     try:
         chat.require_template(tokenizer)
     except ValueError as error:
@@ -102,7 +102,7 @@ def _report(where: str, form: formats.Format, encoder: Encoder, parts: list, row
         or_allow = ", or allow it with `max_dropped`" if parts else ""
         raise Mistake(
             f"{where}: {dropped} of {rows} rows have nothing to learn: {reasons}. That is {allowed}; "
-            f"mend them, or raise `max_length` ({options.max_length}){or_allow}"
+            f"fix them, or raise `max_length` ({options.max_length}){or_allow}"
         )
     tokens, learned = sum(len(ids) for ids, _ in parts), sum(int(mask[1:].sum()) for _, mask in parts)
     log.info("%s: format %s, %d rows, %d examples", where, form.name, rows, len(parts))
@@ -115,7 +115,7 @@ def _report(where: str, form: formats.Format, encoder: Encoder, parts: list, row
 
 
 def openings(examples: Examples, *, count: int = 16) -> list[list[int]]:
-    """What stands before the first learned token; of texts, which are learned whole, their first few tokens."""
+    """Ids before the first learned token; of texts, of which all is learned, the first few tokens."""
     prompts = []
     for i in range(min(count, len(examples))):
         ids, mask = examples[i]
