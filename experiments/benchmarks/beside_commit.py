@@ -9,7 +9,7 @@ MLP 512, vocabulary 8,192, untied), fp32, 2 threads, no compilation cache. The d
     sft       8 packed rows of 256 tokens a step
     dpo       8 pairs of 24 + 40 tokens a step, with the reference beside the policy
     ppo       8 prompts of 24 tokens answered with at most 40; 4 epochs of policy and critic
-    generate  64 responses of at most 64 tokens
+    generate  256 responses of at most 128 tokens, 32 at once; start and compilation included
 
 Seconds a step are the median over the steps of a run after three warm ones: of ppo, without generation, which has a
 line of its own. Seconds to the first row run from the start of the process until step 1 is in metrics.jsonl. Memory is
@@ -126,7 +126,7 @@ def measured(name: str, tree: Path, folder: Path) -> Figures:
     model = folder / "model" / "final"
     if name == "generate":
         flags = [f"--model={model}", f"--prompts={folder / 'ppo.jsonl'}", f"--output={folder / 'responses.jsonl'}"]
-        taken = run(tree, ["-m", "jaxalign", name, *flags, "--max-new-tokens=64", "--batch-size=32"])
+        taken = run(tree, ["-m", "jaxalign", name, *flags, "--max-new-tokens=128", "--n=4", "--batch-size=32"])
         return {"generate, whole command s": taken["wall"], "generate, peak GiB": taken["peak_gib"]}
     with tempfile.TemporaryDirectory(dir=folder) as output:
         flags = [f"--model={model}", f"--data={folder / name}.jsonl", f"--output={output}", f"--steps={STEPS}"]
