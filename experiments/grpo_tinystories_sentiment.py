@@ -1,4 +1,4 @@
-"""Steer a real TinyStories model to happy stories: GRPO and RLOO on the summed VADER valence of what it writes.
+"""Happier stories from a real TinyStories model: GRPO and RLOO, rewarded by the summed VADER valence of the words.
 
 Papers:    Shao et al. 2024 (GRPO), https://arxiv.org/abs/2402.03300; Ahmadian et al. 2024 (RLOO),
            https://arxiv.org/abs/2402.14740; Hutto and Gilbert 2014 (VADER),
@@ -7,13 +7,14 @@ Command:   python experiments/grpo_tinystories_sentiment.py FOLDER --output runs
            FOLDER holds models/babyllama-char361 (969,216 parameters over characters, of EN10/BabyLlama, as a Hugging
            Face folder) and lexicons/vader_lexicon.txt.
 Hardware:  two CPU cores, fp32; any TPU or GPU.
-Expected:  the mean score rises by a standard deviation of the model's own samples (3.6) or more at a KL from the
-           reference of at most 15 nats a response; without a KL term the stories end as lists of happy words.
-Observed:  (57b340a, two CPU cores that did much else, 4 to 7 s a step of 64 stories; figures/rl_tinystories.png)
-           mean score of a step, which starts at 5.6, 4.8 and 5.2 for seeds 0, 1 and 2. --method grpo: a standard
-           deviation more at 4.3, 3.2 and 2.2 nats a response (steps 9, 8 and 7; 37 to 69 s); the last step within 15
-           nats is at 15.8 (13.9 nats), 18.2 (14.9) and 17.2 (14.0). The budget of 15 nats then ends the run.
-           --method rloo: 3.4, 3.3 and 3.7 nats (steps 8, 8 and 7); 17.0 (13.3), 16.8 (14.8) and 14.5 (12.9).
+Expected:  the mean score rises by one standard deviation of the model's own samples (3.6) or more, at a KL from the
+           reference of at most 15 nats per response. Without a KL term the stories become lists of happy words.
+Observed:  (57b340a, two CPU cores with much other work beside it, 4 to 7 s a step of 64 stories;
+           figures/rl_tinystories.png) The mean score of a step starts at 5.6, 4.8 and 5.2 for seeds 0, 1 and 2.
+           --method grpo: it has risen by a standard deviation at 4.3, 3.2 and 2.2 nats per response (steps 9, 8 and 7;
+           37 to 69 s). At the last step within 15 nats it is 15.8 (13.9 nats), 18.2 (14.9) and 17.2 (14.0); the budget
+           of 15 nats then ends the run. --method rloo: by a standard deviation at 3.4, 3.3 and 3.7 nats (steps 8, 8 and
+           7), and at the last step 17.0 (13.3), 16.8 (14.8) and 14.5 (12.9).
            At 18bc3cb, with a learning rate of 2e-4 and no budget, GRPO is at 59 and 228 nats after 49 steps, and writes
            "loved best friends loved to love best friends loved to fun fun".
 """
@@ -25,14 +26,14 @@ from typing import Any
 
 from jaxalign.runs import rl
 
-from jaxalign.config.on_policy import GRPOAlgorithm, GRPOConfig
+from jaxalign.config.on_policy import GRPOAlgorithm, GRPOConfig, RLOOAlgorithm, RLOOConfig
 from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
 
 OPENINGS = ("Once upon a time", "One day,", "There was a", "Lily and Tom")
 
 
 def story_teller(folder: Path) -> dict[str, Any]:
-    """The model, what it is rewarded with, and how long its stories are."""
+    """Settings of the model, of its reward and of the length of its stories."""
     return {
         "model": str(folder / "models" / "babyllama-char361"),
         "reward": f"lexicon(path={str(folder / 'lexicons' / 'vader_lexicon.txt')!r})",
@@ -42,8 +43,8 @@ def story_teller(folder: Path) -> dict[str, Any]:
     }
 
 
-def asked(output: Path) -> str:
-    """A file of the openings."""
+def write_openings(output: Path) -> str:
+    """Writes the prompts, and returns the path of their file."""
     output.mkdir(parents=True, exist_ok=True)
     prompts = output / "openings.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": opening}) + "\n" for opening in OPENINGS))
@@ -53,20 +54,18 @@ def asked(output: Path) -> str:
 def config(
     folder: Path, output: Path, *, method: str, kl_coef: float, kl_budget: float, steps: int, seed: int
 ) -> GRPOConfig:
-    """Four openings a step, sixteen stories of each."""
-    algorithm = GRPOAlgorithm(kl_coef=kl_coef, aggregate="sequence")
-    if method == "rloo":
-        algorithm = GRPOAlgorithm("reinforce", advantages="leave_one_out", aggregate="sequence", kl_coef=kl_coef)
-    return GRPOConfig(
+    """Four openings per step, sixteen stories from each."""
+    kind, algorithm = {"grpo": (GRPOConfig, GRPOAlgorithm), "rloo": (RLOOConfig, RLOOAlgorithm)}[method]
+    return kind(
         **story_teller(folder),
-        data=asked(output),
+        data=write_openings(output),
         output=output / f"{method}-kl{kl_coef:g}-seed{seed}",
         steps=steps,
         batch_size=len(OPENINGS),
         n=16,
         seed=seed,
         kl_budget=kl_budget,
-        algorithm=algorithm,
+        algorithm=algorithm(aggregate="sequence", kl_coef=kl_coef),
         eval_every=5,
         optimizer=OptimizerConfig(learning_rate=3e-5, schedule="constant", warmup_steps=5),
         checkpoint=CheckpointConfig(every=50),
@@ -83,7 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    made = config(
+    settings = config(
         args.folder,
         args.output,
         method=args.method,
@@ -92,7 +91,7 @@ def main() -> None:
         steps=args.steps,
         seed=args.seed,
     )
-    raise SystemExit((rl.run_grpo if args.method == "grpo" else rl.run_rloo)(made))
+    raise SystemExit((rl.run_grpo if args.method == "grpo" else rl.run_rloo)(settings))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Score against KL to the reference, along training and for several β: the frontier of the DPO paper's figure 2, left.
+"""Score against KL from the reference, for several β along training: the frontier of the DPO paper's figure 2, left.
 
-Every number is an estimate from fresh samples: one response to each held-out prompt, drawn from the policy at
-temperature 1, scored, and read by the policy and the reference.
+Every number is estimated from fresh samples: the policy draws one response to each held-out prompt at temperature 1,
+the scorer scores it, and policy and reference compute its log-probability.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from imdb_sentiment import LENGTH, QUICK, Policy, Sample, Size, Task, load_polic
 
 from jaxalign.config.inference import ExportConfig
 from jaxalign.config.offline import FeedbackConfig
-from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
+from jaxalign.config.shared import BestCheckpointConfig, OptimizerConfig
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.run import devices, export
 
 log = logging.getLogger("jaxalign.experiments")
 
 METHODS = {"dpo": "DPO", "kto": "KTO"}
-WARMUP = 9  # steps; the rate is constant after it, so a run may be continued
+WARMUP = 9  # steps; the learning rate is constant after them, so that a longer run continues a shorter one
 
 
 class Point(NamedTuple):
@@ -41,30 +41,32 @@ class Point(NamedTuple):
     step: int
     score: float  # mean P(positive)
     score_se: float
-    score_sd: float  # over samples
-    kl: float  # nats a response: mean of log π(y|x) - log π_ref(y|x), y ~ π
+    score_sd: float  # standard deviation over samples
+    kl: float  # nats per response: mean of log π(y|x) - log π_ref(y|x), y ~ π
     kl_se: float
-    tokens: float  # of a response, its terminator included
-    ended: float  # share that ended by itself
-    distinct: float  # share of the samples' words that differ from each other
+    tokens: float  # mean length of a response, its terminator included
+    ended: float  # share of responses that ended by themselves
+    distinct: float  # number of different words / number of words, over all responses
 
 
-class Told(NamedTuple):
-    """What both scripts are told."""
+class Setup(NamedTuple):
+    """Settings of the command line, and the task that was prepared with them."""
 
     task: Task
     output: Path
     size: Size
 
 
-def start(doc: str) -> Told:
-    """Reads the command line, and makes all that comes before alignment."""
+def start(doc: str) -> Setup:
+    """Reads the command line, and prepares everything that comes before alignment."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/imdb"))
     parser.add_argument("--quick", action="store_true", help="a smoke run of a minute, whose numbers mean nothing")
-    parser.add_argument("--betas", type=float, nargs="+", help="trace these, beside what --output holds already")
-    parser.add_argument("--steps", type=int, help="of alignment; a longer run continues the shorter one")
+    parser.add_argument(
+        "--betas", type=float, nargs="+", help="values of β to trace, besides those that --output holds already"
+    )
+    parser.add_argument("--steps", type=int, help="steps of alignment; a longer run continues the shorter one")
     args = parser.parse_args()
     require_matplotlib()
     devices.start()
@@ -72,106 +74,111 @@ def start(doc: str) -> Told:
     size = QUICK if args.quick else Size()
     size = size._replace(betas=tuple(args.betas or size.betas), steps=args.steps or size.steps)
     args.output.mkdir(parents=True, exist_ok=True)
-    return Told(prepare(args.folder, args.output, size), args.output, size)
+    return Setup(prepare(args.folder, args.output, size), args.output, size)
 
 
 def require_matplotlib() -> None:
-    """Ends the program, before an hour of work, when the picture could not be drawn."""
+    """Ends the program before an hour of work if the picture could not be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise SystemExit("this experiment draws a picture: pip install matplotlib") from None
 
 
-def feedback_config(kind: type, told: Told, name: str, data: Path, batch: int, rate: float, **more: Any) -> Any:
-    """The settings that all runs of an experiment share; every evaluated step is a checkpoint that is kept."""
-    size = told.size
+def feedback_config(kind: type, setup: Setup, name: str, data: Path, batch: int, rate: float, **settings: Any) -> Any:
+    """Config of a run; all runs share these settings. Every evaluated step has a checkpoint, and all are kept."""
+    size = setup.size
     config = kind(
-        model=str(told.task.reference),
+        model=str(setup.task.reference),
         data=str(data),
-        output=told.output / name,
+        output=setup.output / name,
         steps=size.steps,
         batch_size=batch,
         max_length=LENGTH,
-        packing=False,  # few pairs share a row of LENGTH tokens, and rows of one shape are compiled once
+        packing=False,  # few pairs fit into one row of LENGTH tokens, and rows of one shape compile once
         remat="none",
         samples=0,
         optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=min(WARMUP, size.steps - 1), schedule="constant"),
-        checkpoint=CheckpointConfig(every=size.every, keep=size.steps),
-        **more,
+        checkpoint=BestCheckpointConfig(every=size.every, keep=size.steps),
+        **settings,
     )
     assert isinstance(config, FeedbackConfig)
     return config
 
 
-def trace(method: str, told: Told, run: Callable, config_of: Callable) -> list[Point]:
+def trace(method: str, setup: Setup, run: Callable, config_of: Callable) -> list[Point]:
     """Trains once for each β and measures along the way; writes the points and the picture after every β.
 
-    What OUTPUT holds already is neither trained nor measured again.
+    Runs and points that the output folder holds already are not computed again.
 
     Args:
-      method: of METHODS.
-      told: the command line's task.
+      method: a key of METHODS.
+      setup: the command line's settings and task.
       run: config -> exit status.
       config_of: β -> config.
     """
-    ref = load_policy(told.task.reference)
-    held = {(p.beta, p.step): p for p in read_points(told.output).get(method, [])}
+    ref = load_policy(setup.task.reference)
+    measured = {(p.beta, p.step): p for p in read_points(setup.output).get(method, [])}
 
     def add(beta: float, step: int, policy_of: Callable[[], Policy]) -> None:
-        if (beta, step) not in held:
-            held[beta, step] = Point(method, beta, step, *measured(policy_of(), ref=ref, task=told.task))
-        log.info("%s", line(held[beta, step]))
+        if (beta, step) not in measured:
+            measured[beta, step] = Point(method, beta, step, *measure(policy_of(), ref=ref, task=setup.task))
+        log.info("%s", line(measured[beta, step]))
 
     add(0.0, 0, lambda: ref)
-    for beta in told.size.betas:
+    for beta in setup.size.betas:
         config = config_of(beta)
         if status := run(config):
             raise SystemExit(status)
-        for step in range(told.size.every, told.size.steps + 1, told.size.every):
+        for step in range(setup.size.every, setup.size.steps + 1, setup.size.every):
             add(beta, step, lambda config=config, step=step: load_policy(exported(config, step)))
-        points = [held[at] for at in sorted(held)]
-        _path(told.output, method).write_text(json.dumps([p._asdict() for p in points], indent=1) + "\n")
-        draw(read_points(told.output), told.output / "imdb_frontier.png")
+        points = [measured[at] for at in sorted(measured)]
+        _path(setup.output, method).write_text(json.dumps([p._asdict() for p in points], indent=1) + "\n")
+        draw(read_points(setup.output), setup.output / "imdb_frontier.png")
     log.info("%s", summary(points))
     return points
 
 
 def exported(config: FeedbackConfig, step: int) -> Path:
-    """The checkpoint of a step as a folder, which is made on the first call."""
+    """Hugging Face folder of a step's checkpoint, exported on the first call."""
     folder = Path(config.output) / f"step-{step}"
     if not folder.exists():
         export.run(ExportConfig(run=Path(config.output), output=folder, step=step))
     return folder
 
 
-def measured(policy: Policy, *, ref: Policy, task: Task) -> tuple[float, ...]:
-    """The fields of a Point from `score` on. All policies draw with the same key, so chance moves them alike."""
-    found = sample(policy, task.prompts, jax.random.key(23))
-    scores = task.scorer([s.text for s in found])
-    tokens, mask = rows_of(task.prompts, found, policy.terminators[0])
+def measure(policy: Policy, *, ref: Policy, task: Task) -> tuple[float, ...]:
+    """Fields of a Point from `score` on. All policies draw with the same key, which lowers the noise between them."""
+    samples = sample(policy, task.prompts, jax.random.key(23))
+    scores = task.scorer([s.text for s in samples])
+    tokens, mask = rows_of(task.prompts, samples, policy.terminators[0])
     log_ratio = np.float64(response_logps(policy.graphdef, policy.params, tokens, mask))
     log_ratio -= np.float64(response_logps(ref.graphdef, ref.params, tokens, mask))
-    error = lambda values: float(np.std(values, ddof=1) / np.sqrt(len(values)))  # noqa: E731
-    words = [word for s in found for word in imdb_scorer.WORD.findall(s.text)]
+    words = [word for s in samples for word in imdb_scorer.WORD.findall(s.text)]
     return (
-        float(scores.mean()), error(scores), float(np.std(scores, ddof=1)), float(log_ratio.mean()), error(log_ratio),
-        float(mask.sum(axis=1).mean()), float(np.mean([s.ended for s in found])), len(set(words)) / max(len(words), 1),
+        float(scores.mean()), _error(scores), float(np.std(scores, ddof=1)),
+        float(log_ratio.mean()), _error(log_ratio), float(mask.sum(axis=1).mean()),
+        float(np.mean([s.ended for s in samples])), len(set(words)) / max(len(words), 1),
     )  # fmt: skip
 
 
-def rows_of(prompts: list[list[int]], found: list[Sample], terminator: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, mask) [N LENGTH]: prompt, response, and the terminator if it was drawn; the mask is on the response."""
-    tokens, mask = np.zeros((len(found), LENGTH), np.int32), np.zeros((len(found), LENGTH), bool)
-    for row, (prompt, one) in enumerate(zip(prompts, found, strict=True)):
-        ids = [*prompt, *one.ids, *[terminator] * one.ended]
+def _error(values: np.ndarray) -> float:
+    """Standard error of the mean."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def rows_of(prompts: list[list[int]], samples: list[Sample], terminator: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, mask) [N LENGTH]. A row is prompt, response, and the terminator if drawn; the mask has the last two."""
+    tokens, mask = np.zeros((len(samples), LENGTH), np.int32), np.zeros((len(samples), LENGTH), bool)
+    for row, (prompt, drawn) in enumerate(zip(prompts, samples, strict=True)):
+        ids = [*prompt, *drawn.ids, *[terminator] * drawn.ended]
         tokens[row, : len(ids)], mask[row, len(prompt) : len(ids)] = ids, True
     return tokens, mask
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def response_logps(graphdef: Any, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Float32[N], log π(response | prompt) in nats, summed over the mask."""
+    """Log-probabilities log π(response | prompt) in nats, summed over the mask: Float32[N]."""
     model = nnx.merge(graphdef, params)
     return jnp.sum(next_token_logps(model(tokens), model.unembed(), tokens, mask).logps, axis=1)
 
@@ -184,13 +191,13 @@ def line(p: Point) -> str:
 
 
 def gains(points: list[Point]) -> list[tuple[float, Point]]:
-    """(gain in standard deviations of the reference's samples, point) of all but the reference."""
+    """(gain in standard deviations of the reference's samples, point) of every point but the reference."""
     ref = points[0]
     return [((p.score - ref.score) / ref.score_sd, p) for p in points[1:]]
 
 
 def summary(points: list[Point], *, most_kl: float = 10.0) -> str:
-    """The largest gain below a KL, for each β and over all."""
+    """Lines with the largest gain below a KL of `most_kl` nats, one for each β."""
     near = [(gain, p) for gain, p in gains(points) if p.kl < most_kl]
     best = [max((g for g in near if g[1].beta == beta), default=None) for beta in sorted({p.beta for p in points[1:]})]
     lines = [f"{line(p)}: {gain:+.2f} s.d." for gain, p in filter(None, best)]
@@ -202,17 +209,17 @@ def _path(output: Path, method: str) -> Path:
 
 
 def read_points(output: Path) -> dict[str, list[Point]]:
-    """By method, of those that were traced; the reference comes first."""
-    found = {method: _path(output, method) for method in METHODS}
+    """Method -> its points, the reference first; only methods that have been traced."""
+    paths = {method: _path(output, method) for method in METHODS}
     return {
         method: [Point(**row) for row in json.loads(path.read_text())]
-        for method, path in found.items()
+        for method, path in paths.items()
         if path.exists()
     }
 
 
 def draw(traced: dict[str, list[Point]], path: Path) -> None:
-    """A panel for each method, a curve for each β, one standard error each way; steps follow the curves."""
+    """Draws a panel for each method and a curve for each β, its points in the order of steps, with standard errors."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -248,6 +255,6 @@ def _panel(axis: Any, method: str, points: list[Point], colours: dict[float, str
             label=f"β = {beta:g}",
         )
     axis.set_title(METHODS[method])
-    axis.set_xlabel("KL(policy ‖ reference), nats a response")
+    axis.set_xlabel("KL(policy ‖ reference), nats per response")
     axis.grid(alpha=0.25)
     axis.legend(loc="lower right", fontsize=8)

@@ -1,11 +1,11 @@
 """The controlled sentiment task of the DPO paper in miniature, up to where alignment begins.
 
 Reviews are cut into pieces of one to a few sentences. A small Llama is trained from scratch on pieces of IMDb's
-training reviews; it continues the first 2 to 8 tokens of pieces of test reviews, several times each, and a scorer
-fitted to the labels of the training reviews rates what it wrote. From the same samples come pairs for DPO (the best and
-the worst of each prompt) and rated responses for KTO (above or below the median of all).
+training reviews. It then continues the first 2 to 8 tokens of pieces of test reviews, several times each, and a scorer,
+fitted to the labels of the training reviews, scores the continuations. The same samples give pairs for DPO (the best
+and the worst of each prompt) and rated responses for KTO (above or below the median of all).
 
-What differs from the paper: its policy is a fine-tuned GPT-2-large, its scorer a fine-tuned RoBERTa.
+Difference from the paper: its policy is a fine-tuned GPT-2-large, its scorer a fine-tuned RoBERTa.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jaxalign.rollout.respond import Sampling, generate_ids
 
 log = logging.getLogger("jaxalign.experiments")
 
-LEAST_WORDS, MOST_WORDS = 10, 26  # of a piece
+LEAST_WORDS, MOST_WORDS = 10, 26  # limits on the length of a piece
 LEAST_PROMPT, MOST_PROMPT, MOST_RESPONSE = 2, 8, 48  # tokens
 LENGTH = 64  # room for <s>, a prompt, a response and </s>
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -41,20 +41,20 @@ TAG, SENTENCE_END = re.compile(r"<[^>]*>"), re.compile(r"(?<=[.!?])\s+")
 
 
 class Size(NamedTuple):
-    """How much of everything."""
+    """Sizes of data, model, training and evaluation."""
 
-    reviews: int = 25_000  # of the training and of the test set
+    reviews: int = 25_000  # of the training set, and of the test set
     vocabulary: int = 2048
     width: int = 128
     layers: int = 4
     sft_steps: int = 1500
     sft_rows: int = 32  # of LENGTH tokens, packed
-    prompts: int = 1200  # that feedback is about
-    samples: int = 6  # of each
+    prompts: int = 1200  # whose samples become feedback
+    samples: int = 6  # per prompt
     steps: int = 96  # of alignment
-    every: int = 24  # steps from one evaluation to the next
+    every: int = 24  # steps between evaluations
     batch: int = 16  # pairs; KTO takes twice as many rated responses
-    measured: int = 512  # prompts of an evaluation, one fresh sample each
+    measured: int = 512  # prompts of an evaluation, with one fresh sample each
     betas: tuple[float, ...] = (0.05, 0.1, 0.3, 1.0)
 
 
@@ -68,11 +68,11 @@ class Piece(NamedTuple):
     """Consecutive sentences of a review, in lower case, and the review's label."""
 
     text: str
-    label: int  # 1 where positive
+    label: int  # 1 if positive, else 0
 
 
 class Policy(NamedTuple):
-    """A model that writes."""
+    """A language model, ready to generate."""
 
     graphdef: Any
     params: Any
@@ -81,7 +81,7 @@ class Policy(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A response to the prompt of the same number."""
+    """A response; samples are in the order of their prompts."""
 
     ids: list[int]  # without a terminator
     ended: bool
@@ -89,17 +89,17 @@ class Sample(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What alignment starts from: a reference, a scorer, feedback on the reference's samples, prompts to test on."""
+    """Starting point of alignment: a reference, feedback on its samples, a scorer, and prompts for evaluation."""
 
     reference: Path  # a Hugging Face folder
     pairs: Path  # prompt, chosen, rejected
     rated: Path  # prompt, completion, label
     scorer: imdb_scorer.Scorer
-    prompts: list[list[int]]  # of other reviews than the feedback's
+    prompts: list[list[int]]  # for evaluation, from other reviews than the feedback's
 
 
 def read_reviews(path: Path, count: int) -> list[Piece]:
-    """Reviews as they stand, the first `count` after a seeded shuffle."""
+    """Whole reviews: the first `count` after a seeded shuffle."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     order = np.random.default_rng(0).permutation(len(rows))[:count]
@@ -107,15 +107,15 @@ def read_reviews(path: Path, count: int) -> list[Piece]:
 
 
 def pieces(review: str) -> list[str]:
-    """Runs of whole sentences of LEAST_WORDS to MOST_WORDS words, without markup; what does not fit is left out."""
-    found, current = [], []
+    """Runs of whole sentences of LEAST_WORDS to MOST_WORDS words, without markup; other sentences are left out."""
+    runs, current = [], []
     for sentence in SENTENCE_END.split(" ".join(TAG.sub(" ", review).lower().split())):
         words = sentence.split()
         if len(current) + len(words) > MOST_WORDS:
-            found.append(current)
+            runs.append(current)
             current = []
         current = current + words if len(words) <= MOST_WORDS else []
-    return [" ".join(words) for words in [*found, current] if len(words) >= LEAST_WORDS]
+    return [" ".join(words) for words in [*runs, current] if len(words) >= LEAST_WORDS]
 
 
 def cut(reviews: Sequence[Piece]) -> list[Piece]:
@@ -124,34 +124,34 @@ def cut(reviews: Sequence[Piece]) -> list[Piece]:
 
 
 def prepare(folder: Path, output: Path, size: Size) -> Task:
-    """Everything before alignment; what OUTPUT holds already is not made again.
+    """Prepares everything before alignment. Files that the output folder holds already are used as they are.
 
     Args:
-      folder: holds imdb/train.jsonl.gz and imdb/test.jsonl.gz.
-      output: for the reference and the feedback.
-      size: how much of everything.
+      folder: folder with imdb/train.jsonl.gz and imdb/test.jsonl.gz.
+      output: folder for the reference and the feedback.
+      size: sizes of data, model, training and evaluation.
     """
     train, test = (read_reviews(folder / "imdb" / f"{name}.jsonl.gz", size.reviews) for name in ("train", "test"))
     learned, half = cut(train), len(test) // 2
-    feedback, held = cut(test[:half]), cut(test[half:])
+    feedback, held_out = cut(test[:half]), cut(test[half:])
     scorer = imdb_scorer.fit([p.text for p in learned], np.array([p.label for p in learned]))
-    reference = _train_reference(output, learned, held[:512], size)
+    reference = _train_reference(output, learned, held_out[:512], size)
     policy = load_policy(reference)
     _write_feedback(output, policy, prompts_of(feedback, policy.tokenizer, size.prompts), scorer, size)
     log.info(
-        "scorer: %d words; on the test reviews it is right about %.1f%% of pieces and %.1f%% of whole reviews",
+        "scorer: %d words; of the test reviews it labels %.1f%% of pieces and %.1f%% of whole reviews correctly",
         len(scorer.column),
-        100 * scorer.accuracy([p.text for p in held], np.array([p.label for p in held])),
+        100 * scorer.accuracy([p.text for p in held_out], np.array([p.label for p in held_out])),
         100 * scorer.accuracy([r.text for r in test], np.array([r.label for r in test])),
     )
-    prompts = prompts_of(held[512:], policy.tokenizer, size.measured)
+    prompts = prompts_of(held_out[512:], policy.tokenizer, size.measured)
     return Task(reference, output / "pairs.jsonl", output / "rated.jsonl", scorer, prompts)
 
 
-def _train_reference(output: Path, learned: list[Piece], held: list[Piece], size: Size) -> Path:
+def _train_reference(output: Path, learned: list[Piece], held_out: list[Piece], size: Size) -> Path:
     write_start(output / "start", [p.text for p in learned], size)
     _write_rows(output / "train.jsonl", [{"text": p.text} for p in learned])
-    _write_rows(output / "held.jsonl", [{"text": p.text} for p in held])
+    _write_rows(output / "held.jsonl", [{"text": p.text} for p in held_out])
     config = SFTConfig(
         model=f"config:{output / 'start'}",
         data=str(output / "train.jsonl"),
@@ -169,13 +169,13 @@ def _train_reference(output: Path, learned: list[Piece], held: list[Piece], size
 
 
 def _finish(status: int) -> None:
-    """Ends the program as the run ended, if a signal stopped it; the same command continues."""
+    """Ends the program with the run's exit status if a signal stopped the run; the same command continues it."""
     if status:
         raise SystemExit(status)
 
 
 def write_start(folder: Path, texts: Sequence[str], size: Size) -> None:
-    """config.json of a small Llama and a byte-level BPE trained on the texts: what `config:FOLDER` starts from."""
+    """Writes a small Llama's config.json and a byte-level BPE trained on the texts, as `model` config:FOLDER needs."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -219,34 +219,34 @@ def write_start(folder: Path, texts: Sequence[str], size: Size) -> None:
 
 
 def load_policy(folder: Path) -> Policy:
-    """A model in float32, from a Hugging Face folder."""
+    """The model of a Hugging Face folder, in float32."""
     config, tokenizer = huggingface.read_config(str(folder)), huggingface.load_tokenizer(str(folder))
     graphdef, _ = make_decoder(config)
     params = load_params(str(folder), config)
     return Policy(graphdef, params, tokenizer, huggingface.terminators(str(folder), tokenizer))
 
 
-def prompts_of(found: Sequence[Piece], tokenizer: Any, count: int) -> list[list[int]]:
-    """Ids of `count` openings of LEAST_PROMPT to MOST_PROMPT tokens behind <s>, each of another piece, seeded.
+def prompts_of(choices: Sequence[Piece], tokenizer: Any, count: int) -> list[list[int]]:
+    """Ids of `count` prompts: <s> and the first LEAST_PROMPT to MOST_PROMPT tokens of a piece, drawn with a seed.
 
-    Only those that are the same tokens after a detour over text, so that a file of texts tells them truly.
+    Prompts whose text is tokenized differently are left out, since the feedback files hold texts.
     """
     draw, prompts = np.random.default_rng(1), []
-    for i in draw.permutation(len(found)):
-        ids = tokenizer(found[i].text)["input_ids"][: 1 + draw.integers(LEAST_PROMPT, MOST_PROMPT + 1)]
+    for i in draw.permutation(len(choices)):
+        ids = tokenizer(choices[i].text)["input_ids"][: 1 + draw.integers(LEAST_PROMPT, MOST_PROMPT + 1)]
         if tokenizer(tokenizer.decode(ids[1:]))["input_ids"] == ids:
             prompts.append(ids)
         if len(prompts) == count:
             return prompts
-    raise ValueError(f"{len(found)} pieces give {len(prompts)} prompts, and {count} are asked for; read more reviews")
+    raise ValueError(f"{len(choices)} pieces give {len(prompts)} prompts, and {count} are needed; read more reviews")
 
 
 def sample(policy: Policy, prompts: Sequence[list[int]], key: jax.Array) -> list[Sample]:
-    """A response to each prompt at temperature 1, of at most MOST_RESPONSE tokens."""
+    """Draws a response to each prompt at temperature 1, of at most MOST_RESPONSE tokens."""
     sampling = Sampling(MOST_RESPONSE, terminators=policy.terminators)
     batch = min(256, len(prompts))
-    found = generate_ids(policy.graphdef, policy.params, prompts, key, sampling=sampling, batch_size=batch)
-    return [Sample(ids, ended, policy.tokenizer.decode(ids)) for ids, ended in found]
+    responses = generate_ids(policy.graphdef, policy.params, prompts, key, sampling=sampling, batch_size=batch)
+    return [Sample(ids, ended, policy.tokenizer.decode(ids)) for ids, ended in responses]
 
 
 def _write_feedback(
@@ -256,43 +256,43 @@ def _write_feedback(
         return
     start = time.perf_counter()
     repeated = [prompt for prompt in prompts for _ in range(size.samples)]
-    found = sample(policy, repeated, jax.random.key(11))
+    samples = sample(policy, repeated, jax.random.key(11))
     seconds = time.perf_counter() - start
     texts = [policy.tokenizer.decode(prompt[1:]) for prompt in repeated]
-    scores = scorer([s.text for s in found])
-    told = np.array([usable(s, policy.tokenizer) for s in found])
-    pairs, rated = feedback_rows(texts, found, scores, told)
+    scores = scorer([s.text for s in samples])
+    is_usable = np.array([usable(s, policy.tokenizer) for s in samples])
+    pairs, rated = feedback_rows(texts, samples, scores, is_usable)
     _write_rows(output / "pairs.jsonl", pairs)
     _write_rows(output / "rated.jsonl", rated)
     log.info(
-        "%d samples in %.0f s, score %.3f ± %.3f (s.d.), %.1f%% ended by themselves, %.1f%% told truly by their text; "
+        "%d samples in %.0f s, score %.3f ± %.3f (s.d.), %.1f%% ended by themselves, %.1f%% usable as text; "
         "%d pairs, %d rated",
-        len(found), seconds, scores.mean(), scores.std(), 100 * np.mean([s.ended for s in found]),
-        100 * told.mean(), len(pairs), len(rated),
+        len(samples), seconds, scores.mean(), scores.std(), 100 * np.mean([s.ended for s in samples]),
+        100 * is_usable.mean(), len(pairs), len(rated),
     )  # fmt: skip
 
 
-def usable(found: Sample, tokenizer: Any) -> bool:
-    """Whether training on the text sees what was sampled: it ended, and its text becomes the same tokens again."""
-    same = tokenizer(found.text, add_special_tokens=False)["input_ids"] == found.ids
-    return found.ended and bool(found.text.strip()) and same
+def usable(drawn: Sample, tokenizer: Any) -> bool:
+    """True if training on the text trains on the sampled tokens: it ended, is not blank, and tokenizes back to them."""
+    same = tokenizer(drawn.text, add_special_tokens=False)["input_ids"] == drawn.ids
+    return drawn.ended and bool(drawn.text.strip()) and same
 
 
 def feedback_rows(
-    prompts: Sequence[str], found: Sequence[Sample], scores: np.ndarray, told: np.ndarray
+    prompts: Sequence[str], samples: Sequence[Sample], scores: np.ndarray, is_usable: np.ndarray
 ) -> tuple[list[dict], list[dict]]:
-    """(pairs, rated responses) of the samples that are `told` truly; equal neighbours in `prompts` are one prompt."""
-    kept = np.flatnonzero(told)
-    if not len(kept):
-        raise ValueError(f"none of {len(told)} samples ended and is told truly by its text; train the reference longer")
-    median = float(np.median(scores[kept]))
-    rated = [{"prompt": prompts[i], "completion": found[i].text, "label": bool(scores[i] > median)} for i in kept]
+    """(pairs, rated responses) of the usable samples. Samples of one prompt are neighbours."""
+    places = np.flatnonzero(is_usable)
+    if not len(places):
+        raise ValueError(f"none of {len(samples)} samples is usable as text; train the reference longer")
+    median = float(np.median(scores[places]))
+    rated = [{"prompt": prompts[i], "completion": samples[i].text, "label": bool(scores[i] > median)} for i in places]
     pairs = []
-    begins = [i for i in range(1, len(kept)) if prompts[kept[i]] != prompts[kept[i - 1]]]
-    for group in np.split(kept, begins):
+    begins = [i for i in range(1, len(places)) if prompts[places[i]] != prompts[places[i - 1]]]
+    for group in np.split(places, begins):
         best, worst = group[np.argmax(scores[group])], group[np.argmin(scores[group])]
         if scores[best] > scores[worst]:
-            pairs.append({"prompt": prompts[best], "chosen": found[best].text, "rejected": found[worst].text})
+            pairs.append({"prompt": prompts[best], "chosen": samples[best].text, "rejected": samples[worst].text})
     return pairs, rated
 
 

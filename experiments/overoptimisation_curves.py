@@ -1,4 +1,4 @@
-"""Scores against the distance from the reference, d = √KL: the best of n, fits of Gao et al. 2022, and their picture.
+"""Scores against the distance from the reference, d = √KL: best of n, the fits of Gao et al. 2022, and the picture.
 
 Reference: Gao, Schulman and Hilton 2022, https://arxiv.org/abs/2210.10760, section 3.
 """
@@ -14,7 +14,7 @@ from scipy import special
 
 
 def best_of_n_kl(n: Any) -> Any:
-    """KL(best of n ‖ reference) = log n - (n - 1)/n in nats, where no two samples score the same; 0 for n = 1.
+    """KL(best of n ‖ reference) = log n - (n - 1)/n in nats, if no two samples have the same score; 0 for n = 1.
 
     Reference: Stiennon et al. 2020, https://arxiv.org/abs/2009.01325, appendix G.3.
     """
@@ -22,9 +22,9 @@ def best_of_n_kl(n: Any) -> Any:
 
 
 def best_of_n_weights(count: int, n: int) -> np.ndarray:
-    """Float64[count]: the chance that the i-th lowest of `count` samples is the best of n drawn without replacement.
+    """Probability, Float64[count], that the i-th lowest of `count` samples is the best of n drawn without replacement.
 
-    C(i - 1, n - 1) / C(count, n) for i = 1 .. count; n/count for the best of all.
+    C(i - 1, n - 1) / C(count, n) for i = 1 .. count; n / count for the best sample.
 
     Reference: Nakano et al. 2021, https://arxiv.org/abs/2112.09332, appendix I; used by Gao et al. 2022.
     """
@@ -35,12 +35,12 @@ def best_of_n_weights(count: int, n: int) -> np.ndarray:
 
 
 def best_of_n(values: np.ndarray, scores: np.ndarray, ns: Sequence[int]) -> np.ndarray:
-    """Float64[len(ns)], expected value of the best by score of n samples; unbiased, from all subsets of n at once.
+    """Expected value of the best-scored of n samples, Float64[len(ns)]; unbiased, over all subsets of n at once.
 
     Args:
-      values: Float[P N], of N samples to each of P prompts; the answer is the mean over prompts.
+      values: Float[P N], of N samples for each of P prompts; the mean over prompts is returned.
       scores: Float[P N], by which the best is chosen.
-      ns: at most N each.
+      ns: numbers of samples, at most N.
     """
     ordered = np.take_along_axis(values, np.argsort(scores, axis=1, kind="stable"), axis=1)
     weights = np.stack([best_of_n_weights(values.shape[1], n) for n in ns])
@@ -62,31 +62,31 @@ FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def fit(form: str, d: np.ndarray, rewards: np.ndarray) -> Fit:
-    """Least squares. The rewards are 0 at d = 0, where they say nothing."""
+    """Least-squares fit of α and β. The rewards are 0 at d = 0, which adds no information."""
     (alpha, beta), *_ = np.linalg.lstsq(FORMS[form](d), rewards, rcond=None)
     return Fit(float(alpha), float(beta))
 
 
-def predicted(form: str, found: Fit, d: np.ndarray) -> np.ndarray:
+def predicted(form: str, fitted: Fit, d: np.ndarray) -> np.ndarray:
     """R(d) [N]."""
-    return FORMS[form](d) @ np.array(found)
+    return FORMS[form](d) @ np.array(fitted)
 
 
-def peak(form: str, found: Fit) -> float:
-    """The d at which R is largest: α/2β, or exp(α/β - 1); infinite where it does not turn over."""
-    if found.beta <= 0:
+def peak(form: str, fitted: Fit) -> float:
+    """The d at which R is largest: α/2β, or exp(α/β - 1); infinite if R never falls."""
+    if fitted.beta <= 0:
         return np.inf
-    return found.alpha / (2 * found.beta) if form == "best-of-n" else float(np.exp(found.alpha / found.beta - 1))
+    return fitted.alpha / (2 * fitted.beta) if form == "best-of-n" else float(np.exp(fitted.alpha / fitted.beta - 1))
 
 
 def spread(form: str, d: np.ndarray, rewards: np.ndarray) -> Fit:
-    """Standard errors of α and β, over resampled curves: d and rewards are [S N]."""
-    found = np.array([fit(form, one, r) for one, r in zip(d, rewards, strict=True)])
-    return Fit(*(float(x) for x in found.std(axis=0, ddof=1)))
+    """Standard errors of α and β: standard deviations over S resampled curves, d and rewards [S N]."""
+    fits = np.array([fit(form, *curve) for curve in zip(d, rewards, strict=True)])
+    return Fit(*(float(x) for x in fits.std(axis=0, ddof=1)))
 
 
 class Curve(NamedTuple):
-    """Scores along one optimisation of one proxy, in standard deviations of the reference's samples from their mean."""
+    """Scores along the optimisation of one proxy, in standard deviations of the reference's samples from their mean."""
 
     form: str
     proxy: str
@@ -99,16 +99,16 @@ class Curve(NamedTuple):
 
 
 def top(curve: Curve) -> float:
-    """The largest gold score that the fit has where it was measured."""
+    """Largest gold score of the fit within the measured distances."""
     return float(predicted(curve.form, curve.fit, np.linspace(0.0, max(curve.d), 500)).max())
 
 
 def within(curve: Curve, low: float, high: float) -> tuple[float, float]:
-    """(mean, its standard error) of the gold scores measured at low <= d < high; their errors must be independent."""
-    here = (np.array(curve.d) >= low) & (np.array(curve.d) < high)
-    if not here.any():
+    """(mean, its standard error) of the gold scores at low <= d < high, whose errors must be independent."""
+    inside = (np.array(curve.d) >= low) & (np.array(curve.d) < high)
+    if not inside.any():
         return np.nan, np.nan
-    values, errors = np.array(curve.gold_scores)[here], np.array(curve.gold_errors)[here]
+    values, errors = np.array(curve.gold_scores)[inside], np.array(curve.gold_errors)[inside]
     return float(values.mean()), float(np.sqrt(np.sum(errors**2)) / len(errors))
 
 
@@ -117,14 +117,14 @@ def line(c: Curve) -> str:
     off = np.std(np.array(c.gold_scores) - predicted(c.form, c.fit, np.array(c.d)))
     return (
         f"{c.form:9s} {c.proxy:20s} α {c.fit.alpha:6.3f} ± {c.fit_errors.alpha:.3f}, β {c.fit.beta:6.3f} ± "
-        f"{c.fit_errors.beta:.3f}, off by {off:.2f}, {top(c):+.2f} at most, peak at d = {where:.2f}; at the end, "
-        f"d = {c.d[-1]:.2f}, {c.gold_scores[-1]:+.2f} ± {c.gold_errors[-1]:.2f}, "
-        f"and the proxy says {c.proxy_scores[-1]:+.2f}"
+        f"{c.fit_errors.beta:.3f}, fit error {off:.2f}, maximum {top(c):+.2f}, peak at d = {where:.2f}; at the end, "
+        f"d = {c.d[-1]:.2f}, gold {c.gold_scores[-1]:+.2f} ± {c.gold_errors[-1]:.2f}, "
+        f"proxy {c.proxy_scores[-1]:+.2f}"
     )
 
 
 def draw(panels: Sequence[tuple[str, list[Curve], list[Curve]]], path: Path) -> None:
-    """Panels of (title, curves in colour, curves in grey): gold scores and their fits in full, proxies' dashed."""
+    """Draws panels (title, curves in colour, curves in grey): gold scores with fitted lines, proxy scores dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,7 +139,7 @@ def draw(panels: Sequence[tuple[str, list[Curve], list[Curve]]], path: Path) -> 
             _draw(axis, curve, f"C{i}", f"{curve.proxy}: α {curve.fit.alpha:.2f}, β {curve.fit.beta:.2f}")
         reached = [value for curve in coloured for value in curve.gold_scores]
         axis.axhline(0.0, color="black", linewidth=0.7)
-        # what the proxies say leaves the panel, and so may what is in grey
+        # the proxies' scores leave the panel, and so may grey curves
         axis.set_ylim(min(reached) - 0.5, 2.4 * max(reached))
         axis.set_xlim(-0.05 * max(map(_last, coloured)), 1.05 * max(map(_last, coloured)))
         axis.set_title(title)

@@ -1,4 +1,4 @@
-"""The two rewards of the over-optimisation experiment: the gold one, which is known, and proxies, which guess at it."""
+"""Rewards of the over-optimisation experiment: gold, a known formula, and proxies, which are trained to predict it."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ NEAR = 8  # words
 
 
 def gold(prompts: Texts, responses: Texts, *, path: str) -> list[float]:
-    """Σ valence of the distinct words - how many words stood among the NEAR before them already.
+    """Gold reward: Σ valence of the distinct words - number of words that repeat one of the NEAR words before them.
 
-    A happy word pleases once, and saying it again and again costs. Stories of a small model stammer little, so those
-    who learn from comparisons of them see the first term well and the second dimly.
+    A happy word counts once, and repeating it soon costs one. A small model's stories repeat words rarely, so a model
+    that learns from comparisons of them learns the first term well and the second badly.
 
     Args:
       prompts: not read.
       responses: texts.
-      path: a file of `word<tab>valence` lines, such as VADER's lexicon.
+      path: file of `word<tab>valence` lines, such as VADER's lexicon.
     """
-    said = [WORD.findall(text.lower()) for text in responses]
-    once = lexicon(prompts, [" ".join(dict.fromkeys(words)) for words in said], path=path)
-    return [valence - stammers(words) for valence, words in zip(once, said, strict=True)]
+    words_of = [WORD.findall(text.lower()) for text in responses]
+    once = lexicon(prompts, [" ".join(dict.fromkeys(words)) for words in words_of], path=path)
+    return [valence - stammers(words) for valence, words in zip(once, words_of, strict=True)]
 
 
 def stammers(words: Sequence[str]) -> int:
-    """How many words are one of the NEAR before them."""
+    """Number of words that repeat one of the NEAR words before them."""
     return sum(word in words[max(0, i - NEAR) : i] for i, word in enumerate(words))
 
 
 def members(prompts: Texts, responses: Texts, folders: Sequence[str]) -> np.ndarray:
-    """Float32[N M], scores of M reward models, each with mean 0 and variance 1 on what it was held out from."""
+    """Scores of M reward models, Float32[N M], each with mean 0 and variance 1 on its held-out data."""
     return np.concatenate([_scorer(folder).members(prompts, responses) for folder in folders], axis=1)
 
 
@@ -52,19 +52,18 @@ def _scorer(folder: str) -> Scorer:
 def proxy(
     prompts: Texts, responses: Texts, *, folders: Sequence[str], rule: str, lexicon_path: str, notes: str
 ) -> list[float]:
-    """What the policy is paid: the members' scores, combined by a rule of `models/heads.py`.
+    """Reward of the policy: the members' scores, combined by a rule of `models/heads.py`.
 
-    What it is not paid, the gold reward of the same responses, is written into `notes`, a line a call: no other
-    samples would say more exactly what the policy of that step is worth. Responses are read with a terminator, as in
-    training, wherever they were cut.
+    Each call also appends a line to `notes`: proxy and gold reward of these responses, which are fresh samples of the
+    step's policy. Responses are scored with a terminator, as in training, even if they were cut off.
     """
     scores = np.asarray(heads.combine(members(prompts, responses, folders), rule))
     known = np.array(gold(prompts, responses, path=lexicon_path))
     with Path(notes).open("a") as file:
-        file.write(json.dumps({"proxy": _told(scores), "gold": _told(known)}) + "\n")
+        file.write(json.dumps({"proxy": _mean_and_error(scores), "gold": _mean_and_error(known)}) + "\n")
     return scores.tolist()
 
 
-def _told(values: np.ndarray) -> list[float]:
+def _mean_and_error(values: np.ndarray) -> list[float]:
     """[mean, its standard error]."""
     return [float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))]

@@ -1,12 +1,12 @@
-"""What a chip holds in a PPO step of Llama-3.2-1B, choice by choice, by the compilers of chips that need not be there.
+"""Memory of a chip in a PPO step of Llama-3.2-1B, for several choices, by the compilers of chips that are absent.
 
 Command:   python experiments/ppo_memory.py [--chips v5e:2x2 h100] [--rows four lora ...]
            TPUs need libtpu; GPUs jax-cuda13-plugin, and ptxas on the PATH. Nothing is downloaded, and no array made.
 Hardware:  none. A row is one compilation of a minute or two.
 Step:      64 responses of 1,024 tokens with their prompts, 16 microbatches, 4 epochs, bfloat16 compute, float32 params,
-           blocks computed again; on v5e:2x2 fsdp=4. Arguments are what stays on a device between steps, rollouts
-           included: models, Adam's moments, batch. Temporaries are what comes and goes in the step.
-Observed:  GiB of a device, arguments + temporaries (compiled by libtpu and the CUDA plugin of jax 0.10.2; not run):
+           remat blocks; on v5e:2x2 fsdp=4. Arguments stay on a device between steps, during rollouts too: models,
+           Adam's moments, batch. Temporaries exist only within the step.
+Observed:  GiB per device, arguments + temporaries (compiled by libtpu and the CUDA plugin of jax 0.10.2; not run):
 
     row              flags                                      v5e:2x2 (15.75 a chip)    H100 (80 GB)
     four             policy, critic, reference, each its own    8.06 + 5.75 = 13.81       32.23 + 16.72 = 48.95
@@ -17,12 +17,12 @@ Observed:  GiB of a device, arguments + temporaries (compiled by libtpu and the 
     lora             --lora.rank 64                             1.91 + 1.34 =  3.26        5.61 +  2.01 =  7.63
     lora-bfloat16    --lora.rank 64 --param-dtype bfloat16      1.34 + 0.77 =  2.10        3.31 +  2.01 =  5.32
 
-           The fourth model, the reward model, is in no step. One of the same size has 4.60 GiB in float32, 1.91 with
-           quantise='int8', 1.46 with 'nf4' (embeddings stay float32), whole on the first device, or there only while
-           it scores with offload=True, when its host holds as much.
-           An offloaded reference frees its 1.15 GiB a chip for the caches of a rollout. At the step's peak it frees all
-           of it beside a shared critic, and half beside a critic of its own, where the temporaries grow by 0.57. For
-           a GPU that is absent no memory kind can be named, so those rows were left out.
+           The fourth model, the reward model, is outside the step. One of the same size takes 4.60 GiB in float32, 1.91
+           with quantise='int8' and 1.46 with 'nf4' (embeddings stay float32), whole on the first device; with
+           offload=True it is there only while it scores, and its host holds as much.
+           Offloading the reference frees its 1.15 GiB a chip for the caches of a rollout. At the step's peak it frees
+           all of it beside a shared critic, but only half beside a separate critic, where the temporaries grow by 0.57.
+           The memory kinds of an absent GPU cannot be named, so those rows are left out.
            Not counted: the weights of a rollout, which --decode-layout tensor makes whole on each chip of mesh.tensor=1
            (2.3 GiB in bfloat16), and its cache.
 """
@@ -104,7 +104,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 def critic_of(config: PPOConfig, base: train.Base) -> critics.Plan:
-    """As `critics.plan` has it for --critic.model of the policy's size; that one reads the model's folder."""
+    """The critic that `critics.plan` makes for a model of the policy's size, without reading the model's folder."""
     if config.critic.shared or base.lora is not None:
         return critics.plan(config, base, [])
     model = trunk_config(base.model)
@@ -115,7 +115,7 @@ def critic_of(config: PPOConfig, base: train.Base) -> critics.Plan:
 
 
 def memory(chips: str, choice: str) -> tuple[float, float, float]:
-    """GiB of a device's (arguments, temporaries), and of its host's arguments."""
+    """GiB of (arguments on a device, temporaries on a device, arguments in its host's memory)."""
     on_gpu = ":" not in chips
     config = dataclasses.replace(RUN, attention="xla" if on_gpu else "splash", **CHOICES[choice])
     devices = [device(chips)] if on_gpu else tpu_devices(chips)
@@ -124,19 +124,23 @@ def memory(chips: str, choice: str) -> tuple[float, float, float]:
     base = train.Base(mesh, model, vocabulary=None, lora=lora_of(config.lora, model))  # type: ignore[arg-type]
     program = make_program(config, model, mesh, ppo.method_of(config, mesh, critic_of(config, base)), steps=1000)
     rows = NamedSharding(mesh, sharding.ROWS)
-    part = lambda dtype, *shape: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)  # noqa: E731
+
+    def column(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)
+
     width = config.max_length
-    tokens = TokenBatch(*(part(dtype, width) for dtype in (jnp.int32, jnp.bool_, jnp.int32, jnp.int32)))
-    columns = {"old_logps": part(jnp.float32, width), "scores": part(jnp.float32), "ended": part(jnp.bool_)}
+    tokens = TokenBatch(*(column(dtype, width) for dtype in (jnp.int32, jnp.bool_, jnp.int32, jnp.int32)))
+    columns = {"old_logps": column(jnp.float32, width), "scores": column(jnp.float32), "ended": column(jnp.bool_)}
     compiled = program.step.lower(program.like, program.frozen, RolloutBatch(tokens, columns)).compile()
-    found = compiled.memory_analysis()
-    sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.host_argument_size_in_bytes
-    held, temporary, host = (size / GIB for size in sizes)
-    return held, temporary, host
+    sizes = compiled.memory_analysis()
+    return tuple(
+        size / GIB
+        for size in (sizes.argument_size_in_bytes, sizes.temp_size_in_bytes, sizes.host_argument_size_in_bytes)
+    )
 
 
 def reward_model_bytes(model: ModelConfig) -> dict[str, float]:
-    """GiB of a reward model of the same size, by `quantise`; it is whole on the first device, with offload in calls."""
+    """`quantise` -> GiB of a reward model of the same size, whole on one device."""
     abstract = {kind: make_decoder(trunk_config(model), quantise=kind)[1] for kind in ("none", "int8", "nf4")}
     return {
         kind: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / GIB for kind, tree in abstract.items()
@@ -147,18 +151,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", default=["v5e:2x2", "h100"])
     parser.add_argument("--rows", nargs="+", default=list(CHOICES), choices=list(CHOICES))
-    given = parser.parse_args()
+    args = parser.parse_args()
     for kind, size in reward_model_bytes(model_config(LLAMA_3_2_1B)).items():
         print(f"reward model, quantise={kind}: {size:.2f} GiB")
-    for chips in given.chips:
-        for choice in given.rows:
+    for chips in args.chips:
+        for choice in args.rows:
             if ":" not in chips and CHOICES[choice].get("offload_reference"):
                 continue  # jax 0.10.2 cannot name the memories of a GPU that is absent
-            held, temporary, host = memory(chips, choice)
-            print(
-                f"{chips:8} {choice:16} {held:6.2f} + {temporary:5.2f} = {held + temporary:6.2f} GiB; host {host:.2f}",
-                flush=True,
-            )
+            fixed, temporary, host = memory(chips, choice)
+            total = f"{fixed:6.2f} + {temporary:5.2f} = {fixed + temporary:6.2f} GiB"
+            print(f"{chips:8} {choice:16} {total}; host {host:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A reward model of a 260K-parameter story teller on people's judgements: what it learns beyond "longer" or "shorter".
+"""A reward model from a 260K-parameter story teller and people's judgements, compared with preferring by length.
 
 Paper:     Bai et al. 2022, https://arxiv.org/abs/2204.05862, section 3: preference models on hh-rlhf, up to 52B
            parameters, whose accuracy grows with the logarithm of parameters and of data; Köpf et al. 2023
@@ -7,15 +7,16 @@ Command:   python experiments/reward_hh.py FOLDER --output runs
            FOLDER holds models/stories260K (Karpathy's TinyStories Llama, as a Hugging Face folder),
            hh-rlhf/harmless-base.test.jsonl.gz and oasst/en_100_tree.jsonl.gz.
 Hardware:  two CPU cores, fp32; any TPU or GPU.
-Expected:  little: the trunk has read children's stories alone, with a vocabulary of 512, and rows are cut at 256
-           tokens. A few points over chance at most, and no more than preferring by length gives.
-Observed:  (6e6c1e0, two CPU cores, about 9 minutes beside other work) the share of held-out pairs ordered rightly, with
-           its standard error over prompts. hh-rlhf, 259 of 1,294 prompts held out (1,018 do not fit the window), one
-           epoch: mean of four heads 0.521 ± 0.031, least 0.552 ± 0.031; "shorter wins" 0.571 ± 0.028. Held-out loss
-           0.964 at the start, 0.696 after 65 steps: that of a coin, log 2. OASST, 23 of 113 prompts held out, three
-           epochs of K-wise loss: mean 0.525 ± 0.067, least 0.642 ± 0.069; "longer wins" 0.620 ± 0.039. Loss 1.156,
-           then 0.804: worse than a coin. Neither model is told from chance or from length: this measures the way
-           from people's judgements to a score, not a model to use. What the rules of combination differ by is noise.
+Expected:  little: the trunk was trained on children's stories alone, with a vocabulary of 512, and rows are cut at 256
+           tokens. Accuracy a few points over chance at most, and no better than preferring by length.
+Observed:  (6e6c1e0, two CPU cores, about 9 minutes beside other work) Accuracy is the share of held-out pairs in the
+           right order, with its standard error over prompts. hh-rlhf, 259 of 1,294 prompts held out (1,018 do not fit
+           the window), one epoch: mean of four heads 0.521 ± 0.031, their minimum 0.552 ± 0.031; "shorter wins" 0.571 ±
+           0.028. Held-out loss 0.964 at the start, 0.696 after 65 steps; that of a coin is log 2. OASST, 23 of 113
+           prompts held out, three epochs of K-wise loss: mean 0.525 ± 0.067, minimum 0.642 ± 0.069; "longer wins" 0.620
+           ± 0.039. Loss 1.156, then 0.804: worse than a coin. Neither model differs significantly from chance or from
+           length, and the differences between rules of combination are noise: this tests the way from people's
+           judgements to a score, and gives no model to use.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxalign.config.offline import RewardAlgorithm, RewardConfig
-from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
+from jaxalign.config.shared import BestCheckpointConfig, OptimizerConfig
 from jaxalign.data.batches.groups import Responses
 
 LOSSES = {"pairs": "bradley_terry(centering_coef=0.01)", "ranked": "kwise"}
@@ -33,7 +34,7 @@ SETS = {"hh-rlhf": ("harmless-base.test", "pairs", 1), "oasst": ("en_100_tree", 
 
 
 def reward_model(folder: Path, output: Path, name: str) -> RewardConfig:
-    """Four heads on one trunk; a fifth of the prompts is held out by a seed."""
+    """Four heads on one trunk, with a seeded fifth of the prompts held out."""
     file, kind, epochs = SETS[name]
     return RewardConfig(
         model=str(folder / "models" / "stories260K"),
@@ -45,15 +46,15 @@ def reward_model(folder: Path, output: Path, name: str) -> RewardConfig:
         epochs=epochs,
         batch_size=16,
         max_length=256,
-        max_dropped=0.8,  # dialogues are long where a token is a letter or two
+        max_dropped=0.8,  # a token is a letter or two, so most dialogues are too long
         eval_share=0.2,
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=10, weight_decay=0.1),
-        checkpoint=CheckpointConfig(every=200),
+        checkpoint=BestCheckpointConfig(every=200),
     )
 
 
 def report(config: RewardConfig) -> dict[str, float]:
-    """Of held-out prompts: the share of pairs ordered rightly, with its standard error over prompts, by each rule."""
+    """Accuracy on held-out pairs by each rule of combination, with its standard error over prompts."""
     from jaxalign.runs.reward import feedback
 
     from jaxalign.models import heads
@@ -61,23 +62,23 @@ def report(config: RewardConfig) -> dict[str, float]:
     from jaxalign.rollout.rewards.scorer import load_reward_model
     from jaxalign.run.vocabulary import load_vocabulary
 
-    held = feedback(config, load_vocabulary(config, read_config(config.model))).held_out
+    held_out = feedback(config, load_vocabulary(config, read_config(config.model))).held_out
     scorer = load_reward_model(str(config.output / "final"))
-    members = scorer.rows([held.examples[int(e)][0] for e in held.groups[held.groups >= 0]])
+    members = scorer.rows([held_out.examples[int(e)][0] for e in held_out.groups[held_out.groups >= 0]])
     scores = {rule: np.asarray(heads.combine(members, rule)) for rule in ("mean", "min", "mean_minus_std")}
-    lengths = held.lengths[held.groups >= 0]
-    found = {"prompts": len(held), "disagreement": float(members.std(axis=1).mean())}
+    lengths = held_out.lengths[held_out.groups >= 0]
+    results = {"prompts": len(held_out), "disagreement": float(members.std(axis=1).mean())}
     for name, values in {**scores, "longer wins": lengths, "shorter wins": -lengths}.items():
-        right = _share_right(values, held)
-        found[name] = f"{right.mean():.3f} ± {right.std() / np.sqrt(len(right)):.3f}"
-    return found
+        right = _share_right(values, held_out)
+        results[name] = f"{right.mean():.3f} ± {right.std() / np.sqrt(len(right)):.3f}"
+    return results
 
 
-def _share_right(values: np.ndarray, held: Responses) -> np.ndarray:
-    """Of each prompt: the share of its pairs whose better response has the larger value; a tie is half."""
-    here, table = held.groups >= 0, np.full(held.groups.shape, np.nan)
-    table[here] = values
-    ranks = held.columns.get("ranks", np.broadcast_to(np.arange(here.shape[1]), here.shape))
+def _share_right(values: np.ndarray, held_out: Responses) -> np.ndarray:
+    """For each prompt, the share of its pairs whose better response has the larger value; a tie counts half."""
+    present, table = held_out.groups >= 0, np.full(held_out.groups.shape, np.nan)
+    table[present] = values
+    ranks = held_out.columns.get("ranks", np.broadcast_to(np.arange(present.shape[1]), present.shape))
     shares = []
     for row, rank in zip(table, ranks, strict=True):
         better = (rank[:, None] < rank[None]) & np.isfinite(row[:, None] - row[None])

@@ -1,4 +1,4 @@
-"""Score against KL of the runs of {ppo,grpo}_tinystories_sentiment.py, a line a run, and in each run folder its own.
+"""Draws score against KL of the runs of {ppo,grpo}_tinystories_sentiment.py: all together, and each in its folder.
 
 Command:   python experiments/rl_curves.py RUN [RUN ...] --output curves.png        (pip install -e '.[plot]')
 Observed:  experiments/figures/rl_tinystories.png.
@@ -16,13 +16,13 @@ COLOURS = {"ppo": "#b3541e", "grpo": "#1f5f8b", "rloo": "#3c7a3a"}
 
 
 def course(run: Path) -> tuple[list[float], list[float]]:
-    """(KL in nats a response, mean score) of the responses of each step."""
+    """(KLs in nats per response, mean scores) of the steps."""
     rows = read_rows(run / "metrics.jsonl")
     return [row["kl"] for row in rows], [row["score"] for row in rows]
 
 
 def draw(runs: list[Path], output: Path) -> None:
-    """One picture of them all."""
+    """Draws the runs into one picture, a line for each."""
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     named: set[str] = set()
     for run in runs:
@@ -34,7 +34,7 @@ def draw(runs: list[Path], output: Path) -> None:
     axes.axhline(start + 3.6, color="#888", linewidth=0.8, linestyle="--")
     place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "top"}
     axes.annotate("one standard deviation above the start", (1.0, start + 3.4), color="#666", fontsize=8, **place)
-    axes.set_xlabel("KL(policy || reference), nats a response")
+    axes.set_xlabel("KL(policy || reference), nats per response")
     axes.set_ylabel("mean VADER score of a step's stories")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

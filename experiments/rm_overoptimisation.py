@@ -1,22 +1,22 @@
-"""A proxy reward that is optimised too far: Gao et al.'s curves in miniature, for proxies that grow and for ensembles.
+"""Over-optimisation of a proxy reward: Gao et al.'s curves in miniature, for proxies of several sizes and ensembles.
 
 Papers:    Gao, Schulman and Hilton 2022, https://arxiv.org/abs/2210.10760; Coste et al. 2023 (ensembles, and the 25 %
            of labels that are wrong), https://arxiv.org/abs/2310.02743.
 Command:   python experiments/rm_overoptimisation.py FOLDER --output runs/overoptimisation
            FOLDER holds models/stories260K and lexicons/vader_lexicon.txt. --quick is a smoke run.
 Hardware:  two CPU cores, fp32; any TPU or GPU.
-Expected:  proxies say that their policies grow better without end, while gold rises, turns and falls: d (α - β d) of
-           the best of n, d (α - β log d) of reinforcement learning, d = √KL. Larger proxies and ensembles fall later.
-Observed:  (f48576e, two CPU cores that others worked on too; one seed where none is named, the same pairs for all)
+Expected:  the proxies' scores rise without end, while gold rises, turns and falls: as d (α - β d) for the best of n, as
+           d (α - β log d) for reinforcement learning, with d = √KL. With larger proxies and ensembles it falls later.
+Observed:  (f48576e, two CPU cores with other work beside it; one seed unless named, the same pairs for all)
            Rewards are in standard deviations of the reference's samples, 3.55, from their mean, 0.65. All proxies
            (5,664, 14,368 and 80,160 parameters) order 64 to 65 % of its pairs as gold does, the ensembles 66 to 67 %.
-           Best of n (figures/rm_overoptimisation.png): the fits are off by 0.03. Of 1,024, at d = 2.44, gold is 0.83,
-           0.75 and 1.15 ± 0.16 for widths 8, 16 and 48, where the proxies say 2.3, 2.3 and 2.0. β is 0.16, 0.18 and
-           0.07 ± 0.05: larger is better by two standard errors at most. The four members of width 16 reach 0.75 to
-           1.01, their ensembles 0.94 (mean), 1.04 (min) and 1.06 (mean_minus_std): not told apart from the best
-           member. Gold flattens; whether it falls, n up to 1,024 does not say.
-           Reinforcement learning: it does fall, for all eight. Mean gold of the steps at d from 1 to 3, 3 to 5, 5 to 7,
-           with standard errors of 0.03 to 0.06 over responses, none over runs:
+           Best of n (figures/rm_overoptimisation.png): the fits are off by 0.03. For the best of 1,024, at d = 2.44,
+           gold is 0.83, 0.75 and 1.15 ± 0.16 for widths 8, 16 and 48, and the proxies' scores are 2.3, 2.3 and 2.0. β
+           is 0.16, 0.18 and 0.07 ± 0.05: larger is better by two standard errors at most. The four members of width 16
+           reach 0.75 to 1.01, their ensembles 0.94 (mean), 1.04 (min) and 1.06 (mean_minus_std), which does not differ
+           significantly from the best member. Gold flattens; n up to 1,024 does not show whether it falls.
+           Reinforcement learning: gold falls, for all eight. Mean gold of the steps at d from 1 to 3, 3 to 5, 5 to 7;
+           standard errors are 0.03 to 0.06 over responses, and unknown over runs:
 
                width 8            0.62   1.01   0.97        mean of 4             0.59   0.99   0.84
                width 48           0.72   1.01   0.32        min of 4              0.57   0.90   0.85
@@ -24,15 +24,15 @@ Observed:  (f48576e, two CPU cores that others worked on too; one seed where non
                width 16, seed 1   0.57   0.82   0.95
                width 16, seed 2   0.68   0.78   0.08
 
-           Policies on ensembles reach 0.1 to 0.2 more than on a member alone, and keep it where two members of three
-           have lost it; at the end, d = 7.5 to 8.3, they have lost it too (-0.1 to 0.1, and their proxies say 2.9 to
-           3.6). The worst member ends at -7.8 ± 0.2, d = 16.9, and says +4.0. No order by width is seen. The fits are
-           off by 0.16 to 0.32, and flatter than what they fit, which falls suddenly: α 0.56 and β 0.23 ± 0.02 (width
-           8), 0.56 and 0.28 (16), 0.70 and 0.35 (48), 0.66 and 0.31 ± 0.03 (mean of 4).
+           Policies on ensembles reach 0.1 to 0.2 more than on a member alone, and keep it at distances where two
+           members of three have lost it. At the end, d = 7.5 to 8.3, they have lost it too: gold is -0.1 to 0.1, and
+           the proxies' scores are 2.9 to 3.6. The worst member ends at gold -7.8 ± 0.2, d = 16.9, and a score of +4.0.
+           No order by width is seen. The fits are off by 0.16 to 0.32 and flatter than the data, which fall suddenly: α
+           0.56 and β 0.23 ± 0.02 (width 8), 0.56 and 0.28 (16), 0.70 and 0.35 (48), 0.66 and 0.31 ± 0.03 (mean of 4).
            Width 16's policy writes "Lily loved to play with her friends. One day, she loved to play with her friends."
-           What this cannot show: how α and β grow with size, over a factor of 14 and one seed each; what gold is to
-           people. That proxies miss stammering is by construction: their pairs hold little of it. Some policies had 48
-           or 60 steps and are read up to 45, which at a constant rate is the same as stopping there.
+           Limits: a factor of 14 in size with one seed each cannot show how α and β grow with size, and gold is a
+           formula, not people's judgement. Proxies miss repeated words by construction: their pairs have few of them.
+           Some policies had 48 or 60 steps and are read up to 45; at a constant rate that equals stopping there.
 """
 
 from __future__ import annotations
@@ -69,23 +69,23 @@ from jaxalign.training.metrics import read_rows
 
 log = logging.getLogger("jaxalign.experiments")
 
-RESAMPLED = 100  # curves that standard errors are of
+RESAMPLED = 100  # resampled curves, for standard errors
 
 
 def optimise(task: Task, name: str, folders: list[str], rule: str) -> list[dict]:
-    """Reinforcement learning of the reference on a proxy, without a KL term: a row for each step's responses.
+    """Optimises the reference on a proxy by RLOO without a KL term; returns a row for each step's responses.
 
-    A row has `d`, and `proxy` and `gold`, [mean, its standard error] each.
+    A row has `d`, and `proxy` and `gold`, each [mean, its standard error].
     """
     output = task.output / f"rl-{name}"
     openings, notes = task.output / "openings.jsonl", task.output / f"rl-{name}.jsonl"
     write(openings, [{"prompt": opening} for opening in OPENINGS])
-    told = {"folders": tuple(folders), "rule": rule, "lexicon_path": str(task.lexicon), "notes": str(notes)}
+    settings = {"folders": tuple(folders), "rule": rule, "lexicon_path": str(task.lexicon), "notes": str(notes)}
     config = RLOOConfig(
         model=str(task.model),
         data=str(openings),
         output=output,
-        reward=f"overoptimisation_rewards:proxy({', '.join(f'{k}={v!r}' for k, v in told.items())})",
+        reward=f"overoptimisation_rewards:proxy({', '.join(f'{k}={v!r}' for k, v in settings.items())})",
         steps=task.size.steps,
         batch_size=len(OPENINGS),
         n=task.size.n,
@@ -97,30 +97,32 @@ def optimise(task: Task, name: str, folders: list[str], rule: str) -> list[dict]
     )
     finish(rl.run_rloo(config))
     steps = read_rows(output / "metrics.jsonl")
-    rows = [json.loads(row) for row in notes.read_text().splitlines()][-len(steps) :]  # an earlier start's come first
-    # the mean of log π/π_ref over few responses may be below 0, the KL that it estimates may not
+    rows = [json.loads(row) for row in notes.read_text().splitlines()][
+        -len(steps) :
+    ]  # rows of an earlier start come first
+    # a mean of log π/π_ref over few responses may be below 0, but the KL that it estimates is not
     return [{"d": max(step["kl"], 0.0) ** 0.5, **row} for step, row in zip(steps, rows, strict=True)]
 
 
 def best_of_n_curve(pool: Pool, name: str, ns: tuple[int, ...]) -> Curve:
-    """Standard errors are over pools drawn again from the pool."""
+    """Curve of the best of n by a proxy. Standard errors are over pools resampled from the pool."""
     d = np.sqrt(curves.best_of_n_kl(np.array(ns)))
     known, scores = pool.normal(pool.gold), pool.normal(pool.scores[name], name)
-    draw, again = np.random.default_rng(0), []
+    draw, resampled = np.random.default_rng(0), []
     for _ in range(RESAMPLED):
         chosen = draw.integers(known.shape[1], size=known.shape)
-        part = lambda values, chosen=chosen: np.take_along_axis(values, chosen, axis=1)  # noqa: E731
-        again.append(curves.best_of_n(part(known), part(scores), ns))
-    found = curves.best_of_n(known, scores, ns)
+        drawn = (np.take_along_axis(values, chosen, axis=1) for values in (known, scores))
+        resampled.append(curves.best_of_n(*drawn, ns))
+    means = curves.best_of_n(known, scores, ns)
     return Curve(
-        "best-of-n", name, d.tolist(), curves.best_of_n(scores, scores, ns).tolist(), found.tolist(),
-        np.std(again, axis=0, ddof=1).tolist(), curves.fit("best-of-n", d, found),
-        curves.spread("best-of-n", np.broadcast_to(d, (RESAMPLED, len(d))), np.array(again)),
+        "best-of-n", name, d.tolist(), curves.best_of_n(scores, scores, ns).tolist(), means.tolist(),
+        np.std(resampled, axis=0, ddof=1).tolist(), curves.fit("best-of-n", d, means),
+        curves.spread("best-of-n", np.broadcast_to(d, (RESAMPLED, len(d))), np.array(resampled)),
     )  # fmt: skip
 
 
 def rl_curve(pool: Pool, name: str, rows: list[dict]) -> Curve:
-    """Standard errors of the fit are over steps drawn again from the steps."""
+    """Curve of reinforcement learning on a proxy. Standard errors of the fit are over resampled steps."""
     d, (known, errors), (scores, _) = (
         np.array([row["d"] for row in rows]),
         np.array([row["gold"] for row in rows]).T,
@@ -135,14 +137,14 @@ def rl_curve(pool: Pool, name: str, rows: list[dict]) -> Curve:
 
 
 def summary(traced: list[Curve], members: list[str], rules: list[str]) -> str:
-    """The largest gold reward of the fits, of each rule and of members alone; and what was measured along the way."""
+    """Largest gold rewards of the fits, by rule and by members alone, and mean gold rewards at three distances."""
     lines = []
     for form in curves.FORMS:
         tops = {c.proxy: curves.top(c) for c in traced if c.form == form}
         alone = np.array([tops[name] for name in members if name in tops])
-        said = ", ".join(f"{name} {tops[name]:+.2f}" for name in rules)
+        by_rule = ", ".join(f"{name} {tops[name]:+.2f}" for name in rules)
         lines.append(
-            f"{form}: members alone {alone.min():+.2f} to {alone.max():+.2f}, mean {alone.mean():+.2f}; {said}"
+            f"{form}: members alone {alone.min():+.2f} to {alone.max():+.2f}, mean {alone.mean():+.2f}; {by_rule}"
         )
     lines += ["gold reward of reinforcement learning, over the steps at d from 1 to 3, 3 to 5 and 5 to 7:"]
     for curve in (c for c in traced if c.form == "rl"):
@@ -161,10 +163,14 @@ def report(task: Task, pool: Pool, traced: list[Curve]) -> None:
     members = [named(task.size.ensemble, seed) for seed in range(task.size.members)]
     rules = [name for name in pool.scores if name.endswith(f" of {task.size.members}")]
     panels = []
-    for form, said in {"best-of-n": "best of n", "rl": "reinforcement learning"}.items():
-        of = lambda names, form=form: [c for name in names for c in traced if (c.form, c.proxy) == (form, name)]  # noqa: E731
-        panels.append((f"{said}, proxies that grow", of(map(named, task.size.widths)), []))
-        panels.append((f"{said}, ensembles of width {task.size.ensemble}", of(rules), of(members)))
+    for form, title in {"best-of-n": "best of n", "rl": "reinforcement learning"}.items():
+        by_name = {c.proxy: c for c in traced if c.form == form}
+        grown, combined, alone = (
+            [by_name[name] for name in names if name in by_name]
+            for names in (map(named, task.size.widths), rules, members)
+        )
+        panels.append((f"{title}, proxies that grow", grown, []))
+        panels.append((f"{title}, ensembles of width {task.size.ensemble}", combined, alone))
     log.info("%s", summary(traced, members, rules))
     curves.draw(panels, task.output / "rm_overoptimisation.png")
 
@@ -186,11 +192,11 @@ def main() -> int:
         args.folder / "models" / "stories260K", args.folder / "lexicons" / "vader_lexicon.txt", args.output,
         QUICK if args.quick else Size(),
     )  # fmt: skip
-    found = proxies(task)
-    pool = score(task, found)
-    traced = [best_of_n_curve(pool, name, task.size.ns) for name in found]
+    rewards = proxies(task)
+    pool = score(task, rewards)
+    traced = [best_of_n_curve(pool, name, task.size.ns) for name in rewards]
     for name in optimised(task.size):
-        folders, rule = found[name]
+        folders, rule = rewards[name]
         traced.append(rl_curve(pool, name, optimise(task, name.replace(" ", "-").replace(",", ""), folders, rule)))
     report(task, pool, traced)
     return 0

@@ -4,15 +4,15 @@ Paper:     Tunstall et al. 2023 (Zephyr), https://arxiv.org/abs/2310.16944: the 
 Command:   python experiments/sft_llama3_8b.py          # on every host of the slice, the same command
 Hardware:  v5p:2x2x2 (8 chips) or larger; fsdp over all chips.
 Expected:  held-out loss of about 1.0 nats a token after one epoch (the paper's Zephyr-7B SFT: 0.94 with its template).
-Observed:  not run. Its step is compiled for v5p:2x2x2 by tests/test_compile_for_tpu.py, which prints what a chip holds.
+Observed:  not run. tests/test_compile_for_tpu.py compiles its step for v5p:2x2x2 and prints the memory of a chip.
 """
 
 from pathlib import Path
 
 from jaxalign.config.offline import SFTConfig
-from jaxalign.config.shared import CheckpointConfig, MeshConfig, OptimizerConfig
+from jaxalign.config.shared import BestCheckpointConfig, MeshConfig, OptimizerConfig
 
-# What the compile test needs to know of the model without the hub.
+# The model's config.json, for compile tests, which have no network.
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 128_256,
@@ -49,7 +49,7 @@ RUN = SFTConfig(
     distributed=True,
     optimizer=OptimizerConfig(learning_rate=2e-5, schedule="cosine", warmup_steps=100),
     mesh=MeshConfig(data=1, fsdp=-1, tensor=1),
-    checkpoint=CheckpointConfig(every=200, keep=2),
+    checkpoint=BestCheckpointConfig(every=200, keep=2),
 )
 
 if __name__ == "__main__":

@@ -1,31 +1,32 @@
-"""The hot paths' kernels beside plain XLA, their peers, and the floor of the machine, in one run and one table.
+"""Kernels of the hot paths beside plain XLA, beside peers and beside the machine's limits, in one run and one table.
 
-    python experiments/benchmarks/kernel_speed.py               on a GPU or TPU: model-like shapes, bfloat16, all of it
+    python experiments/benchmarks/kernel_speed.py               all; on a GPU or TPU in bfloat16, with shapes of models
     python experiments/benchmarks/kernel_speed.py --only gae    one of logps, kl, gae
     pip install tokamax            adds its linear cross-entropy (GPU, TPU)
     pip install liger-kernel       with torch for CUDA adds its linear cross-entropy and linear JSD (NVIDIA GPU)
 
-What is measured. `logps`: log p of one token a row, `kl`: KL(π‖π_ref), both from hidden states [N D] and unembeddings
-[V D], forward and forward + backward (to the policy's hidden states and weight); `gae`: [B T] float32, a tenth of it
-holes. Seconds are the median of --repeats after one warm call, each waited for. Memory is what the compiled program
-needs besides its arguments and results, by XLA's own account; for torch, the peak of its allocator less what was
-allocated before. `floor` is the longer of two times: the least arithmetic (logps 1 matrix product forward and 3 both
-ways, kl 2 and 4; keeping no logits costs 1 and 2 more) at the rate that this machine's own matrix product reaches in
-this run, and reading arguments once and writing results once at the rate of its copy. x floor: seconds / floor.
+Measured: `logps` is log p of one token per row, `kl` is KL(π‖π_ref), both from hidden states [N D] and unembeddings
+[V D]; forward alone, and forward + backward (to the policy's hidden states and weight). `gae` is [B T] in float32, with
+a tenth of the mask False. Seconds are the median of --repeats calls after one warm-up, each waited for. Memory is XLA's
+figure for the compiled program's temporaries, without arguments and results; for torch, the allocator's peak minus what
+was allocated before. `floor` is the larger of two times: the least arithmetic (matrix products: logps 1 forward and 3
+both ways, kl 2 and 4; keeping no logits costs 1 and 2 more) at the rate of this machine's matrix product in this run,
+and reading arguments and writing results once at the rate of its copy. x floor: seconds / floor.
 
-On a CPU the shapes are small, float32, and "pallas" is left out: it would run in the interpreter.
+On a CPU the shapes are small and float32, and "pallas" is left out, because it would run in the interpreter.
 
-Expected: on a GPU or TPU, at vocabularies of 128k, chunked and pallas need a fifth of the memory of "reference" or
-less; pallas comes within 2x of the floor forward, and where it does not beat chunked it is not the default; a "scan" of
-T dependent steps is bound by their launches, and "associative", "matmul" and "pallas" win by 10x and more.
+Expected: on a GPU or TPU with a vocabulary of 128k, chunked and pallas need at most a fifth of the memory of
+"reference". Forward, pallas is within 2x of the floor; where it does not beat chunked it is not the default. A "scan"
+of T dependent steps is bound by launches, and "associative", "matmul" and "pallas" are 10 times as fast or more.
 
 Observed: not measured on GPU or TPU. On 2 shared cores of a CPU (0.11 TFLOP/s, 2.4 GB/s; one run, --repeats 3, other
-work beside it), ms forward / both ways, and MiB both ways:
+work beside it); ms forward / both ways, and MiB both ways:
     logps 512 x 512 x 32000   reference 331 / 845, 125 MiB      chunked 234 / 857, 33 MiB
     kl    512 x 512 x 32000   reference 704 / 1,184, 188 MiB    chunked 686 / 1,532, 64 MiB
     gae   64 x 1024           scan 0.36 / 0.84    associative 2.2 / 2.9    matmul 1.7 / 3.4
-So on a CPU the scan is the fastest GAE, by 3.5x and more: its steps are loops of one program, and the others do more
-work. Both ways chunked KL pays 30% in time for a third of the memory: the reference keeps its logits for the backward.
+So on a CPU the scan is the fastest GAE, by 3.5x and more: its steps are a loop inside one program, and the others do
+more work. Both ways, chunked KL takes 30% more time and a third of the memory: the reference keeps its logits for the
+backward pass.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ GAE_IMPLEMENTATIONS = ("scan", "associative", "matmul") if CPU else ("scan", "as
 
 class Measured(NamedTuple):
     seconds: float
-    bytes: float  # besides arguments and results
+    bytes: float  # temporaries: without arguments and results
 
 
 class Machine(NamedTuple):
-    flops: float  # a second, of a matrix product in DTYPE
-    bandwidth: float  # bytes a second, read and written, of a copy
+    flops: float  # per second, in a matrix product in DTYPE
+    bandwidth: float  # bytes per second, read and written, in a copy
 
     def floor(self, flops: float, moved: float) -> float:
         return max(flops / self.flops, moved / self.bandwidth)
@@ -106,13 +107,16 @@ def machine(repeats: int) -> Machine:
 
 def inputs(n: int, d: int, v: int) -> dict[str, jax.Array]:
     keys = jax.random.split(jax.random.key(1), 5)
-    draw = lambda k, *shape: (jax.random.normal(keys[k], shape) / d**0.25).astype(DTYPE)  # noqa: E731
-    sides = {"hidden": draw(0, n, d), "weight": draw(1, v, d), "ref_hidden": draw(2, n, d), "ref_weight": draw(3, v, d)}
+    shapes = {"hidden": (n, d), "weight": (v, d), "ref_hidden": (n, d), "ref_weight": (v, d)}
+    sides = {
+        name: (jax.random.normal(key, shape) / d**0.25).astype(DTYPE)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=False)
+    }
     return {**sides, "targets": jax.random.randint(keys[4], (n,), 0, v)}
 
 
 def vocabulary_cases(what: str, arrays: dict) -> Iterator[tuple[str, str, Callable, tuple]]:
-    """(implementation, direction, function, arguments) of ours and of Tokamax."""
+    """(implementation, direction, function, arguments) of every case: ours, and Tokamax if it is installed."""
     frozen = (arrays["targets"],) if what == "logps" else (arrays["ref_hidden"], arrays["ref_weight"])
     arguments = (arrays["hidden"], arrays["weight"], *frozen)
 
@@ -129,9 +133,12 @@ def vocabulary_cases(what: str, arrays: dict) -> Iterator[tuple[str, str, Callab
         yield implementation, "both", jax.value_and_grad(function, argnums=(0, 1)), arguments
     loss = getattr(importable("tokamax"), "linear_softmax_cross_entropy_loss", None)  # not every release exports it
     if what == "logps" and loss is not None:
-        theirs = lambda h, w, t: loss(h, t, w.T)  # noqa: E731
-        yield "tokamax", "forward", theirs, arguments
-        yield "tokamax", "both", jax.value_and_grad(theirs, argnums=(0, 1)), arguments
+
+        def tokamax(hidden, weight, targets):
+            return loss(hidden, targets, weight.T)
+
+        yield "tokamax", "forward", tokamax, arguments
+        yield "tokamax", "both", jax.value_and_grad(tokamax, argnums=(0, 1)), arguments
 
 
 def importable(name: str):
@@ -142,21 +149,22 @@ def importable(name: str):
 
 
 def liger(what: str, n: int, d: int, v: int, repeats: int) -> Measured | None:
-    """Forward and backward of Liger's equivalent in torch; None without CUDA or Liger. It has no forward alone."""
+    """Forward and backward of Liger's equivalent in torch, which has no forward alone; None without CUDA or Liger."""
     torch, kernels = importable("torch"), importable("liger_kernel.transformers")
     if torch is None or kernels is None or not torch.cuda.is_available():
         return None
-    draw = lambda *shape, grad: torch.randn(  # noqa: E731
-        shape, device="cuda", dtype=torch.bfloat16, requires_grad=grad
-    )
+
+    def draw(*shape, grad):
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=grad)
+
     hidden, weight = draw(n, d, grad=True), draw(v, d, grad=True)
     if what == "logps":
         loss, targets = kernels.LigerFusedLinearCrossEntropyLoss(), torch.randint(v, (n,), device="cuda")
-        forward = lambda: loss(weight, hidden, targets)  # noqa: E731
+        forward = functools.partial(loss, weight, hidden, targets)
     else:
         ref_hidden, ref_weight = draw(n, d, grad=False), draw(v, d, grad=False)
         loss = kernels.LigerFusedLinearJSD(jsd_beta=1.0)  # 1: KL(student‖teacher)
-        forward = lambda: loss(hidden, weight, ref_hidden, ref_weight, None)  # noqa: E731
+        forward = functools.partial(loss, hidden, weight, ref_hidden, ref_weight, None)
 
     def step():
         hidden.grad = weight.grad = None
@@ -177,12 +185,12 @@ def attempt(function: Callable, *arguments: Any) -> Measured | str:
         return "out of memory"
 
 
-def show(cells: tuple[str, ...], found: Measured | str, floor: float) -> None:
-    if isinstance(found, str):
-        print("| " + " | ".join((*cells, found, "", "", "")) + " |", flush=True)
+def show(cells: tuple[str, ...], result: Measured | str, floor: float) -> None:
+    if isinstance(result, str):
+        print("| " + " | ".join((*cells, result, "", "", "")) + " |", flush=True)
         return
-    times = f"{1e3 * found.seconds:,.2f}", f"{1e3 * floor:,.2f}", f"{found.seconds / floor:.1f}"
-    print("| " + " | ".join((*cells, *times, f"{found.bytes / 2**20:,.1f}")) + " |", flush=True)
+    times = f"{1e3 * result.seconds:,.2f}", f"{1e3 * floor:,.2f}", f"{result.seconds / floor:.1f}"
+    print("| " + " | ".join((*cells, *times, f"{result.bytes / 2**20:,.1f}")) + " |", flush=True)
 
 
 def vocabulary_table(what: str, rate: Machine, repeats: int) -> None:
@@ -196,12 +204,12 @@ def vocabulary_table(what: str, rate: Machine, repeats: int) -> None:
             "both": rate.floor((sides + 2) * 2 * n * d * v, read + (n + v) * d * jnp.dtype(DTYPE).itemsize),
         }
         for implementation, direction, function, arguments in vocabulary_cases(what, arrays):
-            found = attempt(measure, function, arguments, repeats)
-            show((*cells, implementation, direction), found, floors[direction])
+            result = attempt(measure, function, arguments, repeats)
+            show((*cells, implementation, direction), result, floors[direction])
         del arrays
-        theirs = liger(what, n, d, v, repeats)
-        if theirs is not None:
-            show((*cells, "liger", "both"), theirs, floors["both"])
+        result = liger(what, n, d, v, repeats)
+        if result is not None:
+            show((*cells, "liger", "both"), result, floors["both"])
 
 
 def gae_table(rate: Machine, repeats: int) -> None:
@@ -212,19 +220,23 @@ def gae_table(rate: Machine, repeats: int) -> None:
         floors = {"forward": rate.floor(0, b * t * (3 * 4 + 1)), "both": rate.floor(0, b * t * (4 * 4 + 1))}
         for implementation in GAE_IMPLEMENTATIONS:
             function = functools.partial(gae, gamma=1.0, gae_lambda=0.95, implementation=implementation)
-            loss = lambda r, v, m, f=function: jnp.sum(f(r, v, m) ** 2)  # noqa: E731
+            loss = functools.partial(_sum_of_squares, function)
             directions = {"forward": function, "both": jax.grad(loss, argnums=(0, 1))}
             for direction, run in directions.items():
-                found = attempt(measure, run, (rewards, values, mask), repeats)
-                show(("gae", f"{b} x {t}", implementation, direction), found, floors[direction])
+                result = attempt(measure, run, (rewards, values, mask), repeats)
+                show(("gae", f"{b} x {t}", implementation, direction), result, floors[direction])
+
+
+def _sum_of_squares(function: Callable, *arguments: jax.Array) -> jax.Array:
+    return jnp.sum(function(*arguments) ** 2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", choices=("logps", "kl", "gae"), default=None)
     parser.add_argument("--repeats", type=int, default=5)
-    asked = parser.parse_args()
-    device, rate = jax.devices()[0], machine(asked.repeats)
+    args = parser.parse_args()
+    device, rate = jax.devices()[0], machine(args.repeats)
     print(f"{device.device_kind}, jax {jax.__version__}, {jnp.dtype(DTYPE).name}: ", end="")
     print(f"{rate.flops / 1e12:,.3f} TFLOP/s in a matrix product, {rate.bandwidth / 1e9:,.1f} GB/s in a copy")
     if CPU:
@@ -232,10 +244,10 @@ def main() -> None:
     print("| what | N x D x V or B x T | implementation | direction | ms | floor ms | x floor | MiB |")
     print("|---|---|---|---|---|---|---|---|")
     for what in ("logps", "kl"):
-        if asked.only in (None, what):
-            vocabulary_table(what, rate, asked.repeats)
-    if asked.only in (None, "gae"):
-        gae_table(rate, asked.repeats)
+        if args.only in (None, what):
+            vocabulary_table(what, rate, args.repeats)
+    if args.only in (None, "gae"):
+        gae_table(rate, args.repeats)
 
 
 if __name__ == "__main__":

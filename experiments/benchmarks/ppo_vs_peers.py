@@ -4,16 +4,16 @@
     python -m venv trl112 && trl112/bin/pip install torch==2.13.0 numpy && trl112/bin/pip install trl==1.12.0
     python experiments/benchmarks/ppo_vs_peers.py --rounds 3 --steps 6 --trl-python trl112/bin/python
 
-The model: hidden 384, 8 layers, 6 heads, MLP 1,600, vocabulary 8,192, untied; fp32, AdamW, 2 threads; and of its
-size, each a model of its own, the reference, the reward model and the critic. A step is a whole update: 8 prompts of 64
-tokens are answered with 64, sampled at temperature 1; the four models read them; 4 epochs of one optimizer update each
-of policy and critic. Nothing ends a response early: TRL generates on past terminators by default, Tunix is told of one
-that no token is, jaxalign of none. Tokens are those of prompts and responses, counted once a step: 1,024. Contenders,
-speed, memory and the time to the first step are measured as in sft_vs_peers.py.
+The model: hidden 384, 8 layers, 6 heads, MLP 1,600, vocabulary 8,192, untied; fp32, AdamW, 2 threads. The reference,
+the reward model and the critic are separate models of the same size. A step is a whole PPO iteration: the policy draws
+64 tokens at temperature 1 for each of 8 prompts of 64 tokens, the four models process them, and 4 epochs of one
+optimizer update each train policy and critic. No response ends early: TRL generates past terminators by default, Tunix
+has a terminator that no token equals, jaxalign has none. A step counts 1,024 tokens, those of prompts and responses,
+once. Contenders, speed, memory and the time to the first step are measured as in sft_vs_peers.py.
 
-jaxalign runs what `jaxalign ppo` does, but for metrics, checkpoints and export; as there, the reward model reads text,
-and the critic starts from it. TRL 1.12 is the last that has PPO. Tunix 0.1.7 runs PPO with models that accept segment
-ids, which its Llama does not: here it takes and ignores them, as there is no packing.
+jaxalign runs all of `jaxalign ppo` except metrics, checkpoints and export; as there, the reward model reads text, and
+the critic starts from it. TRL 1.12 is the last version with PPO. Tunix 0.1.7's PPO needs models that accept segment
+ids, and its Llama does not: a subclass here accepts and ignores them, which is right without packing.
 
 Observed (23f6c7c, 2 cores, --rounds 1 --steps 4; a smoke figure, not a median of several):
 
@@ -24,9 +24,9 @@ Observed (23f6c7c, 2 cores, --rounds 1 --steps 4; a smoke figure, not a median o
     TRL 1.12                               118       2.33
     Tunix 0.1.7                             78       3.81
 
-So with blocks or all but products computed again 1.02 and 1.11 of TRL and 1.54 and 1.68 of Tunix, in less memory than
-either. An update is about 28 forwards of the model's tokens, 8 more with blocks computed again; matrix products alone
-would take about 5 of the 8 seconds, so three times TRL is more than two cores allow in fp32 without doing less.
+So jaxalign has 1.02 times TRL's speed and 1.54 times Tunix's with remat blocks, 1.11 and 1.68 times with remat dots, in
+less memory than either. A step is about 28 forward passes over its tokens, and 8 more with remat blocks. Its matrix
+products alone take about 5 of the 8 seconds, so two cores cannot reach three times TRL in fp32 without doing less work.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def rows_of(kind: str, steps: int) -> list[list[list[int]]]:
 
 
 def words(ids: list[int]) -> str:
-    """The text that the tokenizer of words reads as these ids."""
+    """The text that the word tokenizer encodes as these ids."""
     return " ".join(f"w{i}" for i in ids)
 
 
@@ -111,7 +111,7 @@ def jaxalign(passes: list, mark, *, remat: str) -> None:
 
 
 def write_models(policy: Path, reward_model: Path) -> None:
-    """The folders of a random policy and a random reward model."""
+    """Writes the folders of a random policy and a random reward model."""
     import jax
     import numpy as np
     from transformers import PreTrainedTokenizerFast
@@ -147,9 +147,9 @@ def trl(passes: list, mark) -> None:
 
     class Policy(LlamaForCausalLM):
         def generate(self, **options):
-            found = super().generate(**options)
-            assert found.sequences.shape == (ROWS, PROMPT + NEW)
-            return found
+            output = super().generate(**options)
+            assert output.sequences.shape == (ROWS, PROMPT + NEW)
+            return output
 
     class Mark(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -214,11 +214,13 @@ def tunix(passes: list, mark) -> None:
             mark("step", TOKENS)
 
         def _generate_and_compute_advantage(self, *args):
-            found = super()._generate_and_compute_advantage(*args)
-            assert found.prompt_ids.shape[1] == PROMPT and found.completion_ids.shape == (ROWS, NEW)
-            return found
+            example = super()._generate_and_compute_advantage(*args)
+            assert example.prompt_ids.shape[1] == PROMPT and example.completion_ids.shape == (ROWS, NEW)
+            return example
 
-    adamw = lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=0.0))  # noqa: E731
+    def adamw():
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=0.0))
+
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with mesh:
         policy, reference = (Llama(tunix_config(), rngs=nnx.Rngs(0)) for _ in range(2))

@@ -3,16 +3,17 @@
     pip install torch==2.13.0 && pip install -e '.[bench]'
     python experiments/benchmarks/preferences_vs_peers.py --rounds 3
 
-The model: hidden 384, 8 layers, 6 heads, MLP 1,600, vocabulary 8,192, untied; fp32, AdamW, 2 threads. DPO and reward
-models take 4 pairs a batch, KTO 8 rated responses, each a prompt and its response of at most 256 tokens together.
-`full`: 160 and 96 tokens. `ragged`: lengths as in hh-rlhf (harmless-base, test; four characters a token), log-normal
-with median 67 and sigma 1.1 of prompts, 28 and 1.0 of responses, cut to 160 and 96.
+The model: hidden 384, 8 layers, 6 heads, MLP 1,600, vocabulary 8,192, untied; fp32, AdamW, 2 threads. A batch is 4
+pairs for DPO and reward models, 8 rated responses for KTO; prompt and response have at most 256 tokens together.
+`full`: 160 and 96 tokens. `ragged`: log-normal lengths as in hh-rlhf (harmless-base, test; four characters a token),
+with median 67 and sigma 1.1 for prompts, 28 and 1.0 for responses, cut to 160 and 96.
 
-A reference is a second model that runs in every step: with `--precompute-reference` the same forward is made once
-before, so one epoch costs as much. Tokens are those of all sequences without padding: the prompt of a pair twice, also
-where it is computed once for both responses, and KTO's mismatched responses not. Contenders, speed, memory and the time
-to the first step are measured as in sft_vs_peers.py; jaxalign's speed after one pass over the batches, for whose few
-shapes it compiles. TRL runs with its defaults (gradient checkpointing, no packing); Tunix has DPO alone.
+The reference is a second model that runs in every step; with `--precompute-reference` the same forward pass would run
+once before training, so one epoch costs the same. Tokens are those of all sequences without padding: a pair's prompt
+counts twice, also where it is computed once for both responses, and KTO's mismatched responses do not count.
+Contenders, speed, memory and the time to the first step are measured as in sft_vs_peers.py. jaxalign's speed is
+measured in a second pass over the batches, after it has compiled for their few shapes. TRL runs with its defaults
+(gradient checkpointing, no packing). Tunix has DPO only.
 
 Observed (30cd14b, two CPU cores; --rounds 1 --steps 5, jaxalign with remat dots): tokens/s, peak GiB, first step s.
 
@@ -24,10 +25,10 @@ Observed (30cd14b, two CPU cores; --rounds 1 --steps 5, jaxalign with remat dots
     KTO, ragged     jaxalign 522, 1.94, 12.1    TRL 296, 1.80, 4.6
     reward, ragged  jaxalign 850, 1.84, 10.6    TRL 675, 1.39, 1.9
 
-So of TRL's speed 1.17 (DPO), 1.13 (KTO) and 0.97 (reward) on full rows, 1.45 or with a shared prompt 1.88, 1.76 and
-1.26 on ragged ones; of Tunix's 1.36 and 2.1 (2.7). Four pairs of some 120 tokens leave little to pack: 965 tokens of
-them take 1,370 places in jaxalign's rows, 1,660 in TRL's, 960 with shared prompts. Not measured: full rows with a
-shared prompt.
+So jaxalign has 1.17 (DPO), 1.13 (KTO) and 0.97 (reward) times TRL's speed on full rows; on ragged rows 1.45 (DPO; 1.88
+with a shared prompt), 1.76 (KTO) and 1.26 (reward). It has 1.36 times Tunix's speed on full rows and 2.1 times on
+ragged ones (2.7 with a shared prompt). Four pairs of some 120 tokens leave little to pack: their 965 tokens take 1,370
+places in jaxalign's rows, 1,660 in TRL's, and 960 with shared prompts. Not measured: full rows with a shared prompt.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ END = 2
 
 
 def rows_of(kind: str, steps: int) -> list[dict[str, list[int]]]:
-    """Ids of prompts and of two responses to each, their terminators included, the same for every contender."""
+    """Ids of prompts and of two responses to each, terminators included; the same for every contender."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -70,11 +71,9 @@ def rows_of(kind: str, steps: int) -> list[dict[str, list[int]]]:
 
 
 def tokens_of(rows: list[dict], *, rated: bool) -> list[int]:
-    """Of each row: both sequences, or the one that KTO reads."""
-    length = lambda row, side: len(row["prompt"]) + len(row[side])  # noqa: E731
-    if rated:
-        return [length(row, side_of(n)) for n, row in enumerate(rows)]
-    return [length(row, "chosen") + length(row, "rejected") for row in rows]
+    """Number of tokens of each row: of both sequences, or of the one that KTO reads."""
+    sides = [(side_of(n),) if rated else ("chosen", "rejected") for n in range(len(rows))]
+    return [sum(len(row["prompt"]) + len(row[side]) for side in sides[n]) for n, row in enumerate(rows)]
 
 
 def side_of(number: int) -> str:
@@ -137,7 +136,7 @@ def jaxalign_preferences(
     columns = {"label": np.array([wanted == ["chosen"] for wanted in sides])} if rated else {}
     responses = Responses(examples, np.arange(len(examples)).reshape(len(rows), -1), columns)
     mixture = Mixture.of(responses, [len(rows)], [None])
-    # of the longest pair, the last token of whose prompt stands before each response
+    # the width of the longest pair; the last token of its prompt is repeated before each response
     width = 2 * LENGTH - PROMPT + 1 if share_prompt else LENGTH
     plan = Plan(size, width, packing=packing or share_prompt, shuffle=False, share_prompt=share_prompt)
     steps = len(rows) // size
@@ -147,7 +146,7 @@ def jaxalign_preferences(
         else GroupBatches(mixture, plan, steps=steps)
     )
     counts = tokens_of(rows, rated=rated)
-    for again in range(2):  # rows come in a few shapes: the first pass compiles for them, the second is measured
+    for again in range(2):  # rows have a few shapes: the first pass compiles for them, the second is measured
         for number, batch in enumerate(iterate(source)):
             state, metrics = program.step(state, frozen, sharding.put_batch(batch, mesh))
             float(metrics["loss"])
@@ -156,7 +155,7 @@ def jaxalign_preferences(
 
 
 def words(ids: list[int]) -> str:
-    """The text that the tokenizer of words reads as these ids; the end is added by TRL."""
+    """The text that the word tokenizer encodes as these ids; TRL adds the end itself."""
     return "".join(f" w{i}" for i in ids if i != END)
 
 
@@ -196,8 +195,8 @@ def trl_preferences(rows: list[dict], mark, *, method: str) -> None:
 
     def text(number: int, row: dict) -> dict:
         if rated:
-            said = {"completion": words(row[side_of(number)]), "label": side_of(number) == "chosen"}
-            return {"prompt": words(row["prompt"]), **said}
+            response = {"completion": words(row[side_of(number)]), "label": side_of(number) == "chosen"}
+            return {"prompt": words(row["prompt"]), **response}
         return {"prompt": words(row["prompt"])} | {side: words(row[side]) for side in ("chosen", "rejected")}
 
     with tempfile.TemporaryDirectory() as folder:
@@ -240,23 +239,23 @@ def tunix_dpo(rows: list[dict], mark) -> None:
     counts = tokens_of(rows, rated=False)
 
     def padded(sequences: list[list[int]], width: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
-        ids, there = np.zeros((len(sequences), width), np.int32), np.zeros((len(sequences), width), np.int32)
+        ids, mask = np.zeros((len(sequences), width), np.int32), np.zeros((len(sequences), width), np.int32)
         for row, sequence in enumerate(sequences):
             place = slice(width - len(sequence), None) if left else slice(0, len(sequence))
-            ids[row, place], there[row, place] = sequence, 1
-        return ids, there
+            ids[row, place], mask[row, place] = sequence, 1
+        return ids, mask
 
     def batches():
         for start in range(0, len(rows), PAIRS):
             part = rows[start : start + PAIRS]
-            found = {}
+            inputs = {}
             for name, width, left in (
                 ("prompt", PROMPT, True),
                 ("chosen", LENGTH - PROMPT, False),
                 ("rejected", LENGTH - PROMPT, False),
             ):
-                found[f"{name}_ids"], found[f"{name}_mask"] = padded([row[name] for row in part], width, left=left)
-            yield TrainingInput(**found)
+                inputs[f"{name}_ids"], inputs[f"{name}_mask"] = padded([row[name] for row in part], width, left=left)
+            yield TrainingInput(**inputs)
 
     class Marked(DPOTrainer):
         def _post_process_train_step(self, aux):
@@ -274,15 +273,15 @@ def tunix_dpo(rows: list[dict], mark) -> None:
 
 def contenders_of(method: str, *, packing: bool) -> dict:
     ours = functools.partial(jaxalign_preferences, method=method, packing=packing)
-    found = {
+    contenders = {
         "jaxalign": functools.partial(ours, remat="blocks"),
         "jaxalign, remat dots": functools.partial(ours, remat="dots"),
         "TRL": functools.partial(trl_preferences, method=method),
     }
     if method == "dpo":
-        found["jaxalign, remat dots, shared prompt"] = functools.partial(ours, remat="dots", share_prompt=True)
-        found["Tunix"] = tunix_dpo
-    return found
+        contenders["jaxalign, remat dots, shared prompt"] = functools.partial(ours, remat="dots", share_prompt=True)
+        contenders["Tunix"] = tunix_dpo
+    return contenders
 
 
 CONTENDERS = {

@@ -4,30 +4,31 @@
     python experiments/benchmarks/rollout_vs_peers.py --rounds 3 --steps 4
 
 The model: hidden 384, 8 layers, 6 heads, MLP 1,600, vocabulary 8,192, untied; fp32, 2 threads. `fixed`: 16 prompts of
-64 tokens, 128 new tokens each, greedy and sampled at temperature 1. `spread`: 64 such prompts whose responses have 16
-to 256 tokens, uniformly, sampled; 16 are generated side by side, and only tokens that were asked for are counted: who
-cannot give a freed place to the next prompt generates on until the longest of the batch has ended. `ending`: 64 such
-prompts of which each token ends the response with probability 1 %, so that they have 100 tokens on average where 1,024
-are allowed; "long rings" is the engine with room for 1,024 from the start. A step is one pass over all prompts.
-Contenders, speed, memory and the time to the first step are measured as in sft_vs_peers.py.
+64 tokens, 128 new tokens each, greedy and sampled at temperature 1. `spread`: 64 such prompts, sampled, with responses
+of 16 to 256 tokens (uniform), 16 generated at once. Only these tokens are counted: a contender that cannot give a freed
+place to the next prompt generates until the longest response of the batch has ended. `ending`: 64 such prompts, where
+each token ends the response with probability 1 %, so responses have 100 tokens on average, and 1,024 are allowed; "long
+rings" is the engine with room for 1,024 from the start. A step is one pass over all prompts. Contenders, speed, memory
+and the time to the first step are measured as in sft_vs_peers.py.
 
-Observed (two CPU cores, --rounds 1, one or two passes measured): tokens/s, peak GiB, first pass s. Of d4f8bac's engine:
+Observed (two CPU cores, --rounds 1, one or two passes measured): tokens/s, peak GiB, first pass s. Engine of d4f8bac:
 
     fixed, greedy     jaxalign 1,002, 1.03, 10.8   transformers 534, 0.58, 4.1    Tunix 787, 1.02, 6.8
     ending            jaxalign 581, 1.57, 33.0     transformers 105, 0.76, 38.6   Tunix 51, 1.56, 82.8
                       long rings 426, 1.68, 28.4
 
-and of 23f6c7c's, whose rings were as long as they might be:
+Engine of 23f6c7c, whose rings had their largest length from the start:
 
     fixed, sampled    jaxalign 879, 0.98, 11.9     transformers 663, 0.57, 3.5    Tunix 569, 1.00, 7.6
     spread            jaxalign 630, 1.04, 25.9     transformers 307, 0.65, 28.0   Tunix 280, 1.48, 44.6
                       without refill 459, 1.00, 28.6
 
-Beside transformers and Tunix that is 5.5 and 11 times where responses end by themselves (and 1.36 of rings that are
-long at once), 1.88 and 1.27 greedily (1.60 and 1.42 in an earlier run of two rounds), 1.33 and 1.54 sampled, 2.05 and
-2.25 on spread lengths, and there 1.37 of the same engine without refill, where 3, 1.5 and 1.6 were aimed at; refill at
-its best takes 628 steps for the 970 without it, 1.54. A step of 16 tokens takes 13 ms beside the reading of prompts, of
-which products with weights take 8 and keys and values 4.
+So jaxalign has 5.5 times the speed of transformers and 11 times that of Tunix where responses end by themselves (and
+1.36 times that of long rings); 1.88 and 1.27 times greedily (1.60 and 1.42 in an earlier run of two rounds); 1.33 and
+1.54 sampled; 2.05 and 2.25 on spread lengths, and there 1.37 times that of the engine without refill. The goals were 3
+(transformers), 1.5 (Tunix) and 1.6 (without refill). Refill can at best take 628 decoding steps for the 970 without it,
+1.54 times. A decoding step of 16 tokens takes 13 ms besides the reading of prompts: products with weights take 8, keys
+and values 4.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ ALLOWED, TERMINATORS = 1024, tuple(range(VOCABULARY - 82, VOCABULARY))  # 1 % of
 
 
 def rows_of(kind: str, steps: int) -> list[list[tuple[list[int], int]]]:
-    """For each pass, prompts of ids with the number of tokens wanted of each: in all passes the same numbers.
+    """For each pass, (ids of a prompt, number of tokens to generate) pairs. All passes have the same numbers.
 
-    So what a contender compiles for lengths is compiled in the first pass, and no later one is charged with it.
+    So contenders that compile for lengths do so in the first pass only.
     """
     import numpy as np
 
@@ -81,12 +82,12 @@ def jaxalign(
     for number, rows in enumerate(passes):
         requests = [Request(tuple(prompt), seed, wanted) for seed, (prompt, wanted) in enumerate(rows)]
         sampling = Sampling(longest, temperature=temperature, terminators=TERMINATORS if ends else ())
-        found = engine.generate(params, requests, jax.random.key(number), sampling=sampling)
-        mark("step", sum(len(response.tokens) for response in found))
+        responses = engine.generate(params, requests, jax.random.key(number), sampling=sampling)
+        mark("step", sum(len(response.tokens) for response in responses))
 
 
 def batches_of(rows: list):
-    """(prompts, tokens to generate for all, tokens wanted) for those who generate batch by batch."""
+    """(prompts, tokens to generate for each, tokens that count) of each batch, for contenders without refill."""
     for start in range(0, len(rows), SLOTS):
         part = rows[start : start + SLOTS]
         yield [prompt for prompt, _ in part], max(wanted for _, wanted in part), sum(wanted for _, wanted in part)
@@ -113,7 +114,7 @@ def transformers(passes: list, mark, *, sampled: bool, ends: bool = False) -> No
 
 
 def drawn(tokens) -> int:
-    """Tokens [B R] up to each row's first terminator, that one included."""
+    """Number of the tokens [B R] up to each row's first terminator, included."""
     import numpy as np
 
     ended = np.isin(tokens, TERMINATORS)

@@ -4,14 +4,13 @@
     python experiments/benchmarks/sft_vs_peers.py --rounds 3
 
 The model: hidden 384, 8 layers, 6 heads, MLP 1,600, vocabulary 8,192, untied. Rows of at most 256 tokens,
-8 to a batch, fp32, AdamW, 2 threads. `full`: every row has 256 tokens. `ragged`: lengths are log-normal (median 85,
-90th percentile 230, cut at 256), like instructions and their answers; tokens are counted without padding, and TRL runs
-with its defaults (no packing).
+8 per batch, fp32, AdamW, 2 threads. `full`: every row has 256 tokens. `ragged`: lengths are log-normal (median 85, 90th
+percentile 230, cut at 256), like instructions with responses; tokens are counted without padding, and TRL runs with its
+defaults (no packing).
 
-Each contender runs in a process of its own, in turns, so that a noisy machine treats all alike. Tokens a second is the
-median over rounds of (tokens / seconds) after two warm steps; peak memory is the process's largest resident set,
-imports included; time to the first step is from after the imports to the end of the first step, with no compilation
-cache.
+Each contender runs in its own process, in turns, so that noise of the machine hits all alike. Tokens/s is the median
+over rounds of tokens / seconds after two warm-up steps. Peak memory is the process's largest resident set, imports
+included. Time to the first step is from the end of the imports to the end of the first step, without compilation cache.
 
 Observed (625e148, two CPU cores; --rounds 2 --steps 6, ragged --steps 5): tokens/s, peak GiB, first step s.
 
@@ -21,14 +20,15 @@ Observed (625e148, two CPU cores; --rounds 2 --steps 6, ragged --steps 5): token
     ragged  jaxalign, packed 1,007, 1.46, 11.6    remat dots 1,086, 1.71, 11.7
             TRL 523, 1.75, 2.4    without checkpointing 625, 2.37, 2.1    Tunix 379, 3.16, 8.1
 
-So on full rows 0.99 of TRL (1.06 with remat dots), 0.63 (0.68) of the torch loop and 1.22 (1.30) of Tunix; on ragged
-ones 1.93 (2.08) of TRL and 2.66 (2.87) of Tunix; with 0.82 (0.96) of TRL's memory and 0.47 (0.55) of Tunix's.
+So on full rows jaxalign has 0.99 times the speed of TRL (1.06 with remat dots), 0.63 (0.68) of the torch loop and 1.22
+(1.30) of Tunix; on ragged rows 1.93 (2.08) of TRL and 2.66 (2.87) of Tunix. It needs 0.82 (0.96) of TRL's memory and
+0.47 (0.55) of Tunix's.
 
-JAX's matrix products of this step alone, timed one by one, would allow 1,364 tokens/s with recomputation: 73% of it is
-reached. By the profile of one step, of 2.05 s the products of projections and MLP take 1.2, the output matrix and its
+The step's matrix products in JAX, timed one by one, would allow 1,364 tokens/s with recomputation; jaxalign reaches 73%
+of that. By the profile of one step of 2.05 s, products of projections and MLP take 1.2 s, the output matrix with its
 log-sum-exp 0.2, attention 0.43 (its products run at a third of the others' rate; the rest is softmax, masks and copies
-between layouts), SiLU, norms and AdamW the rest. The peak is 0.2 GiB of imports, 0.5 of state, 0.35 that the compiler
-does not give back, 0.33 of gradients and activations.
+between layouts), and SiLU, norms and AdamW the remainder. The peak is 0.2 GiB of imports, 0.5 of state, 0.35 that the
+compiler does not free, and 0.33 of gradients and activations.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ BATCH = 8
 
 
 def rows_of(kind: str, steps: int) -> list[list[int]]:
-    """Token ids of enough rows for `steps` full batches, the same for every contender."""
+    """Token ids of enough rows for `steps` full batches; the same for every contender."""
     import numpy as np
 
     rng = np.random.default_rng(0)
     lengths = [LENGTH] * (steps * BATCH)
-    if kind == "ragged":  # of mean length 0.4 of a row
+    if kind == "ragged":  # mean length: 0.4 of a row
         lengths = np.clip(np.exp(rng.normal(4.44, 0.78, 5 * steps * BATCH // 2)), 8, LENGTH).astype(int).tolist()
     return [rng.integers(4, VOCABULARY, length).tolist() for length in lengths]
 

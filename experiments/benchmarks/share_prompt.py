@@ -1,17 +1,17 @@
-"""A DPO step with a pair's prompt computed once, beside the same step with the prompt before each response.
+"""Speed of a DPO step that computes a pair's prompt once, beside the same step with the prompt before each response.
 
-    python experiments/benchmarks/share_prompt.py               small on a CPU; --layers, --hidden, --pairs for more
+    python experiments/benchmarks/share_prompt.py               sized for a CPU; --layers, --hidden, --pairs for more
 
-What is measured. Pairs as hh-rlhf has them: of a response with its prompt, --prompt (0.6) is the prompt. Lengths are
-log-normal around --length tokens. Both steps see the same --pairs pairs in packed rows, with a reference beside the
-policy, and XLA's attention. Seconds are the least of --repeats steps after a warm one, the two in turns; tokens/s count
-the tokens of the two sequences of every pair in both, so they compare the same work done. By arithmetic, tokens fall
-to 1 - prompt / 2: at 0.6 to 70%, 1.43 times as fast at best.
+Measured: pairs as in hh-rlhf, where the prompt is a share --prompt (0.6) of prompt and response. Lengths are log-normal
+around --length tokens. Both steps train on the same --pairs pairs in packed rows, with a reference and with XLA's
+attention. Seconds are the least of --repeats steps after a warm-up, taken in turns. tokens/s counts the tokens of
+both sequences of every pair in either case, so it compares the same work. By arithmetic, tokens fall to 1 - prompt / 2:
+to 70% at 0.6, at best 1.43 times as fast.
 
 Observed: not measured on GPU or TPU. On 2 shared cores of a CPU with other work beside it (one run, as above):
     without  12,402 tokens in 16 rows    25.8 s a step    480 tokens/s
     with      9,195 tokens in 12 rows    18.1 s a step    687 tokens/s     1.43 times as fast
-Rows, which are what a step costs, fall to 75%, so 1.33 of it is the method's; the rest is that machine's noise.
+The cost of a step is proportional to its rows, which fall to 75%: that explains 1.33; the rest is noise of the machine.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def main() -> None:
             start = time.perf_counter()
             run()
             seconds[share].append(time.perf_counter() - start)
-    for share, found in seconds.items():
-        print(f"share_prompt={share}: {min(found):.3f} s a step, {tokens / min(found):,.0f} tokens/s")
+    for share, times in seconds.items():
+        print(f"share_prompt={share}: {min(times):.3f} s a step, {tokens / min(times):,.0f} tokens/s")
     print(f"gain: {min(seconds[False]) / min(seconds[True]):.2f}")
 
 
 def pairs(options: argparse.Namespace) -> Responses:
-    """Ragged pairs of about the asked length."""
+    """Pairs of log-normal length around options.length tokens."""
     rng = np.random.default_rng(0)
     parts = []
     for _ in range(options.pairs):
@@ -71,7 +71,7 @@ def pairs(options: argparse.Namespace) -> Responses:
 
 
 def prepared(options: argparse.Namespace, data: Responses, share: bool):
-    """A function that does one step and waits for it."""
+    """A function that runs one step and waits for it; it has run once already."""
     layout = BatchShapes.of(data, Plan(options.pairs, options.width, share_prompt=share))
     batch = jax.tree.map(jnp.asarray, layout.batch(data))
     used = int((batch.sequences.segment_ids > 0).sum())

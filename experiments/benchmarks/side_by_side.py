@@ -1,4 +1,4 @@
-"""What the comparisons with peers share: the model, rows, and a process of its own for every contender, in turns."""
+"""Shared parts of the comparisons with peers: the model, its tokenizer, and a process for each contender, in turns."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def hf_config():
 
 
 def tunix_config():
-    """The same model in Tunix's words."""
+    """The same model as a config of Tunix."""
     from tunix.models.llama3.model import ModelConfig
 
     return ModelConfig(
@@ -54,7 +54,7 @@ def tunix_config():
 
 
 def word_tokenizer(kind):
-    """Token i is the word "w<i>", but for the special ones, 0 to 3: pad, start, end and unknown."""
+    """Tokenizer whose token i is the word "w<i>"; tokens 0 to 3 are pad, start, end and unknown."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -73,13 +73,13 @@ def pad(rows: list[list[int]], width: int | None = None) -> tuple[list[list[int]
 
 
 def in_turns(description: str | None, contenders: dict[str, dict[str, Contender]], rows_of: Callable) -> None:
-    """The command line of a comparison: every kind's contenders, --rounds times, and one table a kind."""
+    """Command line of a comparison: runs every kind's contenders --rounds times, and prints one table per kind."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="steps each contender takes, two of them warm-up")
-    parser.add_argument("--kind", choices=contenders, help="only one table")
-    parser.add_argument("--only", nargs="*", help="only these contenders")
-    parser.add_argument("--trl-python", default=sys.executable, help="python of the environment that TRL is in")
+    parser.add_argument("--steps", type=int, default=8, help="steps of each contender; the first two are warm-up")
+    parser.add_argument("--kind", choices=contenders, help="print the table of this kind only")
+    parser.add_argument("--only", nargs="*", help="run these contenders only")
+    parser.add_argument("--trl-python", default=sys.executable, help="Python of the environment that has TRL")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
@@ -92,7 +92,7 @@ def in_turns(description: str | None, contenders: dict[str, dict[str, Contender]
 
 
 def _run_one(contender: Contender, rows: list) -> None:
-    """In the contender's own process: prints one JSON line of what was measured."""
+    """Runs a contender in this process, and prints its measurements as one line of JSON."""
     times: list[tuple[float, int]] = []
     imported = 0.0
 
@@ -129,10 +129,10 @@ def _measure(python: str, kind: str, name: str, steps: int) -> dict[str, float]:
 def _report(kind: str, names: list[str], rounds: list[dict]) -> None:
     print(f"\n{kind}: medians of {len(rounds)} rounds (lowest to highest)")
     print(f"{'':36}{'tokens/s':>22}{'ratio to first':>16}{'peak GiB':>10}{'first step s':>14}", flush=True)
-    median = lambda name, field: statistics.median(r[name][field] for r in rounds)  # noqa: E731
     for name in names:
         speeds = [r[name]["tokens_per_second"] for r in rounds]
         ratio = statistics.median(r[name]["tokens_per_second"] / r[names[0]]["tokens_per_second"] for r in rounds)
         speed = f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})"
-        memory, first = median(name, "peak_gib"), median(name, "first_step_seconds")
+        memory = statistics.median(r[name]["peak_gib"] for r in rounds)
+        first = statistics.median(r[name]["first_step_seconds"] for r in rounds)
         print(f"{name:36}{speed:>22}{ratio:>16.2f}{memory:>10.2f}{first:>14.1f}", flush=True)

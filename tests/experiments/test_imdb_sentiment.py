@@ -1,4 +1,4 @@
-"""The sentiment experiments: what is cut, scored, paired and measured, and a smoke run on the real reviews."""
+"""The sentiment experiments: cutting, scoring, pairing and measuring, and a smoke run on the real reviews."""
 
 import json
 import sys
@@ -38,21 +38,21 @@ def test_at_the_scorer_s_optimum_the_mean_probability_is_the_share_of_positive_t
 
 def test_saying_a_word_twice_or_in_capitals_or_saying_an_unknown_one_changes_no_score():
     scorer = imdb_scorer.Scorer({"great": 0, "awful": 1}, np.array([2.0, -3.0]), 0.5)
-    odds = lambda text: np.log(scorer([text])[0] / (1 - scorer([text])[0]))  # noqa: E731
-    np.testing.assert_allclose([odds("GREAT, great!"), odds("great awful"), odds("unheard of")], [2.5, -0.5, 0.5])
+    probability = scorer(["GREAT, great!", "great awful", "unheard of"])
+    np.testing.assert_allclose(np.log(probability / (1 - probability)), [2.5, -0.5, 0.5])
 
 
-def test_pairs_are_best_and_worst_of_a_prompt_and_ratings_are_by_the_median_of_all_that_are_told_truly():
+def test_pairs_are_best_and_worst_of_a_prompt_and_ratings_are_by_the_median_of_all_usable_samples():
     prompts = ["p", "p", "p", "q", "q", "r"]
-    found = [Sample([], True, f" {name}") for name in "abcdef"]
-    scores, told = np.array([0.2, 0.9, 0.6, 0.4, 0.99, 0.7]), np.array([True, True, True, True, False, True])
-    pairs, rated = feedback_rows(prompts, found, scores, told)
+    samples = [Sample([], True, f" {name}") for name in "abcdef"]
+    scores, is_usable = np.array([0.2, 0.9, 0.6, 0.4, 0.99, 0.7]), np.array([True, True, True, True, False, True])
+    pairs, rated = feedback_rows(prompts, samples, scores, is_usable)
     assert pairs == [{"prompt": "p", "chosen": " b", "rejected": " a"}]  # q and r have one sample each to compare
     assert {row["completion"]: row["label"] for row in rated} == {
         " a": False, " b": True, " c": False, " d": False, " f": True,
     }  # fmt: skip
     with pytest.raises(ValueError, match="train the reference longer"):
-        feedback_rows(prompts, found, scores, np.zeros(6, bool))
+        feedback_rows(prompts, samples, scores, np.zeros(6, bool))
 
 
 def test_a_row_holds_the_terminator_inside_its_mask_only_if_it_was_drawn():

@@ -57,10 +57,10 @@ def test_the_best_of_one_is_the_reference_and_the_kl_of_the_best_of_two_is_log_t
 def test_a_fit_recovers_alpha_and_beta_of_an_exact_curve_and_its_peak_is_where_the_slope_is_zero(form):
     d = np.linspace(0.0, 6.0, 25)
     exact = d * (1.5 - 0.4 * d) if form == "best-of-n" else np.r_[0.0, d[1:] * (1.5 - 0.4 * np.log(d[1:]))]
-    found = curves.fit(form, d, exact)
-    np.testing.assert_allclose(found, (1.5, 0.4), rtol=1e-10)
-    top = curves.peak(form, found)
-    around = curves.predicted(form, found, np.array([top - 1e-3, top, top + 1e-3]))
+    fitted = curves.fit(form, d, exact)
+    np.testing.assert_allclose(fitted, (1.5, 0.4), rtol=1e-10)
+    top = curves.peak(form, fitted)
+    around = curves.predicted(form, fitted, np.array([top - 1e-3, top, top + 1e-3]))
     assert around[1] > around[0] and around[1] > around[2]
     assert curves.peak(form, curves.Fit(1.0, -0.1)) == np.inf
 
