@@ -1,7 +1,7 @@
-"""Devices that are not there, for the compilers that are: TPU slices, and a single H100 or H200.
+"""Absent devices, for compilers that need none: TPU slices, and a single H100 or H200.
 
-A test asks for a device and skips where its compiler is not installed (libtpu; the CUDA plugin of the same version as
-jax, and ptxas). Compilation proves that a program is legal and what memory it needs, not how fast it is.
+A test skips if the compiler of its device is not installed (libtpu; the CUDA plugin of the same version as jax, and
+ptxas). Compilation proves that a program is legal and shows the memory it needs, not its speed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 # XLA's text form of GpuTargetConfigProto, from NVIDIA's data sheets of the SXM modules and the CUDA programming guide's
-# table for compute capability 9.0: 132 multiprocessors with 228 KiB each, of which a block may ask for 227.
+# table for compute capability 9.0: 132 multiprocessors with 228 KiB each, of which a block can have 227.
 HOPPER = """
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 minor: 0 }}
@@ -51,7 +51,7 @@ GPUS = {
 
 
 def tpu_devices(topology: str) -> list[Any]:
-    """The chips of a slice, as in "v5p:2x2x2"."""
+    """Chips of a slice, such as "v5p:2x2x2"."""
     pytest.importorskip("libtpu")
     return _tpu_devices(topology)
 
@@ -64,7 +64,7 @@ def _tpu_devices(topology: str) -> list[Any]:
 
 
 def gpu_device(name: str) -> Any:
-    """One GPU of `GPUS`."""
+    """The GPU of a key of `GPUS`."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("no CUDA plugin: pip install jax-cuda13-plugin jax-cuda13-pjrt")
     if shutil.which("ptxas") is None:
@@ -81,15 +81,14 @@ def _gpu_device(name: str) -> Any:
 
 
 def device(name: str) -> Any:
-    """A GPU of `GPUS`, or the first chip of a TPU slice."""
+    """The GPU of a key of `GPUS`, or the first chip of a TPU slice."""
     return gpu_device(name) if name in GPUS else tpu_devices(name)[0]
 
 
 def like(device: Any, *shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
-    """An array that would be on `device`: what `jax.jit(f).lower` takes in place of one."""
+    """Shape, dtype and device of an array, for `jax.jit(f).lower`."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
 
-# jaxlib cannot print a program in which libtpu runs a gather on the SparseCores: where the text is to be read, it must
-# not.
+# jaxlib cannot print a program in which libtpu runs a gather on the SparseCores, so tests that read it turn that off.
 READABLE_ON_TPU = {"xla_tpu_offload_gather_to_sparsecore": "false"}

@@ -1,4 +1,4 @@
-"""LoRA DPO of an 8B model on one small chip, compiled by the compilers of chips that are not there: what it holds."""
+"""Memory of LoRA DPO of an 8B model on one small chip, by the compilers of chips that are absent."""
 
 import dataclasses
 import importlib.util
@@ -33,41 +33,44 @@ def experiment(name):
 
 
 def memory(chip, **changes):
-    """(GiB of arguments, GiB of temporaries) of a step on full rows: as many as there are pairs."""
+    """(GiB of arguments, GiB of temporaries) of a step whose rows are full, as many rows as pairs."""
     config = dataclasses.replace(experiment("dpo_lora_llama3_8b").RUN, **changes)
     model = model_config(experiment("sft_llama3_8b").LLAMA_3_1_8B)
     mesh = places.make_mesh(data=1, fsdp=1, tensor=1, devices=[device(chip)])
     program = compile_step(config, recipe(config, model, mesh), mesh, steps=1000)
     rows = NamedSharding(mesh, sharding.ROWS)
-    part = lambda dtype, *shape: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)  # noqa: E731
-    tokens = [part(dtype, 2, config.max_length) for dtype in (jnp.int32, jnp.bool_, jnp.int32, jnp.int32)]
-    batch = ResponseBatch(TokenBatch(*tokens), part(jnp.int32, 8, 2), {}, stride=17)
+
+    def column(dtype, *shape):
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)
+
+    tokens = [column(dtype, 2, config.max_length) for dtype in (jnp.int32, jnp.bool_, jnp.int32, jnp.int32)]
+    batch = ResponseBatch(TokenBatch(*tokens), column(jnp.int32, 8, 2), {}, stride=17)
     analysis = program.step.lower(program.like, program.frozen, batch).compile().memory_analysis()
-    held, temporary = analysis.argument_size_in_bytes / GIB, analysis.temp_size_in_bytes / GIB
-    print(f"{chip} {changes}: {held:.2f} GiB of base, adapters and Adam's state, and {temporary:.2f} GiB to compute")
-    return held, temporary
+    arguments, temporary = analysis.argument_size_in_bytes / GIB, analysis.temp_size_in_bytes / GIB
+    print(f"{chip} {changes}: {arguments:.2f} GiB of base, adapters, Adam's state; {temporary:.2f} GiB of temporaries")
+    return arguments, temporary
 
 
 def test_lora_dpo_of_llama_8b_in_four_bits_fits_one_v5e_chip():
-    held, temporary = memory("v5e:1x1", attention="splash")
+    arguments, temporary = memory("v5e:1x1", attention="splash")
     # 6.98e9 weights x 4.25 bits, 1.05e9 of embeddings x 2 bytes, 1.68e8 of adapters x 12 bytes
-    assert 7.2 < held < 7.4
-    assert held + temporary < 15.75
+    assert 7.2 < arguments < 7.4
+    assert arguments + temporary < 15.75
 
 
-GPU_24_GB = 24e9 / GIB  # 22.4, of which a driver and a desktop want some
+GPU_24_GB = 24e9 / GIB  # 22.4, of which a driver and a desktop take some
 
 
 @pytest.mark.parametrize(
-    ("held_at_most", "changes"),
+    ("most_arguments", "changes"),
     [
         (7.4, {"max_length": 1024}),
         (15.6, {"max_length": 512, "microbatches": 32, "lora": LoraConfig(rank=16, alpha=16.0)}),
     ],
     ids=["nf4", "bfloat16"],
 )
-def test_lora_dpo_of_llama_8b_fits_a_gpu_of_24_gb(held_at_most, changes):
-    """Compiled for an H100, whose compiler is at hand; what a program holds does not depend on how much there is."""
-    held, temporary = memory("h100", attention="xla", **changes)
-    assert held < held_at_most
-    assert held + temporary < GPU_24_GB - 1
+def test_lora_dpo_of_llama_8b_fits_a_gpu_of_24_gb(most_arguments, changes):
+    """The program is compiled for an H100; its memory does not depend on the memory of the GPU."""
+    arguments, temporary = memory("h100", attention="xla", **changes)
+    assert arguments < most_arguments
+    assert arguments + temporary < GPU_24_GB - 1

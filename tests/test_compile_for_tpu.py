@@ -1,4 +1,4 @@
-"""Compiled by the real TPU compiler for slices that are not there: legality, memory and collectives."""
+"""Legality, memory and collectives of train steps, by the real TPU compiler for slices that are absent."""
 
 import dataclasses
 import importlib.util
@@ -37,8 +37,10 @@ def compiled_step(config, model, topology, options=None):
     program = compile_step(config, recipe(config, model, mesh), mesh, steps=1000)
     rows = NamedSharding(mesh, sharding.ROWS)
     shape = config.batch_size, config.max_length
-    part = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)  # noqa: E731
-    batch = TokenBatch(part(jnp.int32), part(jnp.bool_), part(jnp.int32), part(jnp.int32))
+    columns = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.bool_, jnp.int32, jnp.int32)
+    )
+    batch = TokenBatch(*columns)
     lowered = program.step.lower(program.like, program.frozen, batch)
     text = lowered.as_text()
     assert "splash" in text
@@ -53,23 +55,21 @@ def test_the_step_of_llama_8b_fits_a_v5p_slice_of_eight(mesh):
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
     step = compiled_step(config, model_config(file.LLAMA_3_1_8B), "v5p:2x2x2")
     analysis = step.memory_analysis()
-    held, temporary = analysis.argument_size_in_bytes / GIB, analysis.temp_size_in_bytes / GIB
-    print(f"{mesh}: a chip holds {held:.1f} GiB of state and batch, and {temporary:.1f} GiB while it computes")
-    assert 11 < held < 12.5  # 8.03e9 parameters x 12 bytes / 8 chips
-    assert held + temporary < 0.5 * 95
+    arguments, temporary = analysis.argument_size_in_bytes / GIB, analysis.temp_size_in_bytes / GIB
+    print(f"{mesh}: a chip holds {arguments:.1f} GiB of state and batch, and {temporary:.1f} GiB of temporaries")
+    assert 11 < arguments < 12.5  # 8.03e9 parameters x 12 bytes / 8 chips
+    assert arguments + temporary < 0.5 * 95
 
 
 def test_qlora_of_llama_8b_fits_one_v5e_chip():
     config = dataclasses.replace(experiment("qlora_llama3_8b").RUN, attention="splash")
     model = model_config(experiment("sft_llama3_8b").LLAMA_3_1_8B)
     analysis = compiled_step(config, model, "v5e:1x1").memory_analysis()
-    held, temporary = analysis.argument_size_in_bytes / GIB, analysis.temp_size_in_bytes / GIB
-    print(
-        f"the chip holds {held:.1f} GiB of base, adapters and Adam's state, and {temporary:.1f} GiB while it computes"
-    )
+    arguments, temporary = analysis.argument_size_in_bytes / GIB, analysis.temp_size_in_bytes / GIB
+    print(f"the chip holds {arguments:.1f} GiB of base, adapters, Adam's state, and {temporary:.1f} GiB of temporaries")
     # 6.98e9 weights x 4.25 bits, 1.05e9 of embeddings x 2 bytes, 1.68e8 of adapters x 12 bytes
-    assert 7.2 < held < 7.4
-    assert held + temporary < 0.7 * 16
+    assert 7.2 < arguments < 7.4
+    assert arguments + temporary < 0.7 * 16
 
 
 def test_a_step_cut_by_fsdp_and_tensor_exchanges_six_numbers_a_token_and_never_logits():

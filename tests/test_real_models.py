@@ -1,4 +1,4 @@
-"""Real starting points are right: two published models, against an independent float64 run and their known losses."""
+"""Two published models, compared with an independent float64 run and with their published losses."""
 
 import json
 
@@ -47,8 +47,8 @@ def test_greedy_continuations_are_the_golden_ones(real):
     new = min(len(case["greedy_ids"]) - len(case["prompt_ids"]) for case in cases)
     sampling = Sampling(max_new_tokens=new, temperature=0.0)
     prompts = [case["prompt_ids"] for case in cases]
-    found = generate_ids(graphdef, params, prompts, jax.random.key(0), sampling=sampling, batch_size=len(prompts))
-    for case, prompt, (ids, _) in zip(cases, prompts, found, strict=True):
+    responses = generate_ids(graphdef, params, prompts, jax.random.key(0), sampling=sampling, batch_size=len(prompts))
+    for case, prompt, (ids, _) in zip(cases, prompts, responses, strict=True):
         assert prompt + ids == case["greedy_ids"][: len(prompt) + new]
 
 

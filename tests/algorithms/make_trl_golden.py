@@ -1,13 +1,14 @@
-"""Writes what TRL's trainers do in five optimizer steps on a tiny Llama: the facts that test_trl.py compares with.
+"""Writes five optimizer steps of TRL's trainers on a tiny Llama, with which test_trl.py compares ours.
 
     python tests/algorithms/make_trl_golden.py [FILE]        # needs trl
 
-FILE, by default tests/algorithms/golden/trl.npz, has `config` (config.json as text); the tensors that training starts
-from under `policy:<name>` and `reference:<name>`, and `head`, a reward model's, in float16 (their exact values); what
-the collators gave the trainers, `<part>:input_ids`, `:attention_mask` and `:completion_mask` [steps rows width] with
-part `pairs` (the chosen, then the rejected), `rated`, `mismatched` or `scored` (pairs, without a completion_mask),
-`labels` and `margins`; and for every run `<run>:<metric>` [steps], as TRL logs it, and `<run>:final:<name>`, some
-entries of each tensor after the last step.
+Arrays of FILE, by default tests/algorithms/golden/trl.npz:
+  config: config.json as text.
+  policy:<name>, reference:<name>, head: initial tensors, and a reward model's head, in float16 (their exact values).
+  <part>:input_ids, :attention_mask, :completion_mask [steps rows width], labels, margins: the collators' batches. Parts
+    are `pairs` (the chosen, then the rejected), `rated`, `mismatched` and `scored` (pairs without completion_mask).
+  <run>:<metric> [steps]: metrics as TRL logs them.
+  <run>:final:<name>: some entries of each tensor after the last step.
 """
 
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 FILE = Path(__file__).parent / "golden" / "trl.npz"
-STEPS, PAIRS, ROWS = 5, 4, 8  # PAIRS a batch of DPO, ROWS a batch of KTO
+STEPS, PAIRS, ROWS = 5, 4, 8  # batches have PAIRS pairs for DPO, ROWS responses for KTO
 RUNS = {
     "dpo": {"loss_type": "sigmoid"},
     "ipo": {"loss_type": "ipo"},
@@ -54,7 +55,7 @@ def some(tensor: np.ndarray) -> np.ndarray:
 
 
 def words_tokenizer():
-    """Token i is the word "w<i>", apart from the special ones; pad is eos."""
+    """Tokenizer whose token i is the word "w<i>", except tokens 0 to 2; pad is eos."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,14 +66,17 @@ def words_tokenizer():
 
 
 def draw_rows(count: int, *, columns: tuple[str, ...], seed: int) -> list[dict]:
-    """Prompts of 2 to 5 words, each with a response of 1 to 9 in every column."""
+    """Prompts of 2 to 5 words, each with a response of 1 to 9 words in every column."""
     rng = np.random.default_rng(seed)
-    text = lambda low, high: " ".join(f"w{i}" for i in rng.integers(3, TINY["vocab_size"], rng.integers(low, high)))  # noqa: E731
+
+    def text(low: int, high: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(3, TINY["vocab_size"], rng.integers(low, high)))
+
     return [{"prompt": text(2, 6)} | {column: " " + text(1, 10) for column in columns} for _ in range(count)]
 
 
 def draw_weights(config) -> dict[str, np.ndarray]:
-    """A random policy, and a reference some way from it, so that no log-ratio is 0."""
+    """A random policy, a reference at some distance, so that no log-ratio is 0, and a reward model's head."""
     from transformers import LlamaForCausalLM
 
     rng, drawn = np.random.default_rng(0), {}
@@ -85,7 +89,7 @@ def draw_weights(config) -> dict[str, np.ndarray]:
 
 
 def load(config, weights: dict[str, np.ndarray], kind: str):
-    """A float32 model of these weights."""
+    """The policy or the reference (`kind`) as a float32 model."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -95,25 +99,25 @@ def load(config, weights: dict[str, np.ndarray], kind: str):
 
 
 def load_reward_model(config, weights: dict[str, np.ndarray]):
-    """The policy's trunk in float32 with the head."""
+    """A float32 reward model: the policy's trunk with the head."""
     import torch
     from transformers import LlamaForSequenceClassification
 
     config.num_labels, config.pad_token_id = 1, 0  # torch gives the embedding of a config's pad token no gradient
     model = LlamaForSequenceClassification(config)
-    held = {name: weights.get(f"policy:{name}", weights["head"]) for name in model.state_dict()}
-    model.load_state_dict({name: torch.tensor(value).float() for name, value in held.items()})
+    tensors = {name: weights.get(f"policy:{name}", weights["head"]) for name in model.state_dict()}
+    model.load_state_dict({name: torch.tensor(value).float() for name, value in tensors.items()})
     return model
 
 
-KEPT = {"loss", "grad_norm", "kl"} | {
+METRICS = {"loss", "grad_norm", "kl"} | {
     f"{kind}/{side}" for kind in ("rewards", "logps") for side in ("chosen", "rejected")
 }
-KEPT |= {"rewards/margins", "rewards/accuracies", "accuracy", "margin", "mean_reward"}
+METRICS |= {"rewards/margins", "rewards/accuracies", "accuracy", "margin", "mean_reward"}
 
 
 def make_trainer(name: str, policy, reference, folder: str):
-    """DPO's, KTO's or the reward model's, over just the rows of its steps."""
+    """Trainer of DPO, KTO or a reward model, with exactly the rows of its steps as data."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
@@ -125,9 +129,8 @@ def make_trainer(name: str, policy, reference, folder: str):
         options = {**RUNS[name], **SHARED, **ON_CPU, **QUIET, "per_device_train_batch_size": PAIRS, "max_steps": STEPS}
         return RewardTrainer(
             policy,
-            args=RewardConfig(
-                folder, pad_token="<unk>", disable_dropout=True, **options
-            ),  # it reads ids: pad is no eos
+            # padding is found by comparing ids, so pad must not be eos
+            args=RewardConfig(folder, pad_token="<unk>", disable_dropout=True, **options),
             train_dataset=Dataset.from_list(rows),
             processing_class=words_tokenizer(),
         )
@@ -151,7 +154,7 @@ def make_trainer(name: str, policy, reference, folder: str):
 
 
 def run(name: str, policy, reference) -> dict[str, np.ndarray]:
-    """Five steps: the batches, logs and final parameters."""
+    """Runs five steps; returns the batches, the logged metrics and the final parameters."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(name, policy, reference, folder)
         batches, collate = [], trainer.data_collator
@@ -164,25 +167,25 @@ def run(name: str, policy, reference) -> dict[str, np.ndarray]:
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == len(batches) == STEPS, f"{len(logs)} logs of {len(batches)} batches"
-    found = {f"{name}:{key}": np.array([entry[key] for entry in logs]) for key in logs[0] if key in KEPT}
+    metrics = {f"{name}:{key}": np.array([entry[key] for entry in logs]) for key in logs[0] if key in METRICS}
     final = {f"{name}:final:{key}": some(value.numpy()) for key, value in trainer.model.state_dict().items()}
-    return found | final | batches_of(batches, "scored" if name.startswith("reward") else None)
+    return metrics | final | batches_of(batches, "scored" if name.startswith("reward") else None)
 
 
 def batches_of(batches: list[dict], whole: str | None) -> dict[str, np.ndarray]:
-    """One array [steps rows width] of every tensor that the collator made, padded with 0."""
-    found = {}
+    """Array [steps rows width] of each tensor that the collator made, padded with 0."""
+    arrays = {}
     for name in batches[0]:
         part, key = ("mismatched", name[3:]) if name.startswith("KL_") else ("rated", name)
         part = whole or ("pairs" if "label" not in batches[0] else part)
         values = [batch[name].numpy() for batch in batches]
         if name in ("label", "margin"):
-            found[name + "s"] = np.stack(values)
+            arrays[name + "s"] = np.stack(values)
             continue
         width = max(value.shape[1] for value in values)
         padded = [np.pad(value, ((0, 0), (0, width - value.shape[1]))) for value in values]
-        found[f"{part}:{key}"] = np.stack(padded).astype(np.int16)
-    return found
+        arrays[f"{part}:{key}"] = np.stack(padded).astype(np.int16)
+    return arrays
 
 
 def main(file: Path) -> None:
@@ -191,16 +194,19 @@ def main(file: Path) -> None:
     from transformers import LlamaConfig
 
     torch.set_num_threads(1)
-    make_config = lambda: LlamaConfig(**TINY)  # noqa: E731  trainers write into theirs
-    found = {"config": make_config().to_json_string(use_diff=False), **draw_weights(make_config())}
+
+    def make_config() -> LlamaConfig:  # trainers write into theirs, so each has its own
+        return LlamaConfig(**TINY)
+
+    arrays = {"config": make_config().to_json_string(use_diff=False), **draw_weights(make_config())}
     for name in RUNS:
         if name.startswith("reward"):
-            models = load_reward_model(make_config(), found), None
+            models = load_reward_model(make_config(), arrays), None
         else:
-            models = tuple(load(make_config(), found, kind) for kind in ("policy", "reference"))
-        found |= run(name, *models)
+            models = tuple(load(make_config(), arrays, kind) for kind in ("policy", "reference"))
+        arrays |= run(name, *models)
     file.parent.mkdir(exist_ok=True)
-    np.savez_compressed(file, **found)
+    np.savez_compressed(file, **arrays)
 
 
 if __name__ == "__main__":

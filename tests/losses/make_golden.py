@@ -1,9 +1,10 @@
-"""Writes tests/losses/golden.json: every loss in float64 numpy, from the papers' formulas, and its central differences.
+"""Writes tests/losses/golden.json: every loss and its derivatives, in float64 numpy from the papers' formulas.
 
     python tests/losses/make_golden.py        # needs numpy only; imports nothing of jaxalign
 
-One entry for each loss as the command line writes it: the values per element, and the derivative of their sum by every
-input that the policy determines. What the papers hold fixed (WPO's weight) is computed from `kept`, the unmoved inputs.
+One entry per loss, named as on the command line: its values, and the derivative of their sum by every input that the
+policy determines, as a central difference. Factors that the papers do not differentiate (WPO's weight) are computed
+from `fixed`, the inputs before they were moved.
 """
 
 import json
@@ -87,8 +88,8 @@ def wpo_weight(x, side, aligned):
     return np.exp((x[f"policy_{side}_logps"] - collision) / x[f"{side}_lengths"])
 
 
-def wpo(x, kept, aligned):
-    weight = wpo_weight(kept, "chosen", aligned) * wpo_weight(kept, "rejected", aligned)
+def wpo(x, fixed, aligned):
+    weight = wpo_weight(fixed, "chosen", aligned) * wpo_weight(fixed, "rejected", aligned)
     return -weight * np.log(sigmoid(0.1 * (w(x) - l(x))))
 
 
@@ -124,12 +125,12 @@ def rao_kupper(x, theta):
 
 def kwise(x):
     out = []
-    for scores, ranks, here in zip(x["scores"], x["ranks"], x["candidates"], strict=True):
+    for scores, ranks, present in zip(x["scores"], x["ranks"], x["candidates"], strict=True):
         pairs = [
             -np.log(sigmoid(scores[i] - scores[j]))
             for i in range(len(scores))
             for j in range(len(scores))
-            if here[i] and here[j] and ranks[i] < ranks[j]
+            if present[i] and present[j] and ranks[i] < ranks[j]
         ]
         out.append(np.mean(pairs) if pairs else 0.0)
     return np.array(out)
@@ -173,8 +174,8 @@ LOSSES = {
     ),
     "ld_dpo(alpha=0.3)": lambda x, _: ld(x, 0.1, 0.3),
     "beta_dpo(beta=0.2)": lambda x, _: -np.log(sigmoid((1 + 0.6 * (0.2 * 1.3 - 0.2 * 0.6)) * 0.2 * (w(x) - l(x)))),
-    "wpo": lambda x, kept: wpo(x, kept, True),
-    "wpo_unaligned": lambda x, kept: wpo(x, kept, False),
+    "wpo": lambda x, fixed: wpo(x, fixed, True),
+    "wpo_unaligned": lambda x, fixed: wpo(x, fixed, False),
     "aot(beta=0.2)": lambda x, _: aot(x, 0.2),
     "aot_unpaired(beta=0.2)": lambda x, _: -np.log(sigmoid(0.2 * (np.sort(w(x)) - np.sort(l(x))))),
     "dpo_forward_kl": lambda x, _: -np.log(sigmoid(0.1 * (1 / u(x, "rejected") - 1 / u(x, "chosen")))),
@@ -220,7 +221,7 @@ LOSSES = {
 
 
 def derivative(loss, name, step=1e-6):
-    """Of the sum of the loss by each element of one input."""
+    """Derivatives of the sum of the loss by the elements of one input."""
     slope = np.zeros_like(inputs[name])
     for i in np.ndindex(slope.shape):
         sides = []

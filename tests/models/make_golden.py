@@ -2,7 +2,7 @@
 
     python tests/models/make_golden.py        # needs torch
 
-They keep the facts of test_families.py where torch is absent. One file a family: `config` (config.json as text), the
+test_families.py compares with them where torch is absent. One file per family: `config` (config.json as text), the
 tensors under `tensor:<name>` in float16 (their exact values), and `logits` of `tokens` in float32.
 """
 

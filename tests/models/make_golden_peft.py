@@ -2,7 +2,7 @@
 
     python tests/models/make_golden_peft.py        # needs torch and peft
 
-They keep the facts of test_peft.py where torch is absent. One file a variant: `config` and `adapter_config` as text,
+test_peft.py compares with them where torch is absent. One file per variant: `config` and `adapter_config` as text,
 the tensors under `base:<name>` and `adapter:<name>` in float16 (their exact values), and `logits` in float32.
 """
 
@@ -46,7 +46,7 @@ def _load(base: Path) -> torch.nn.Module:
 
 
 def _make_adapter(base: Path, adapter: Path, settings: dict) -> None:
-    """Every parameter random, and such that float16 holds it exactly."""
+    """Writes an adapter with random parameters that float16 represents exactly."""
     torch.manual_seed(1)
     modules = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
     model = get_peft_model(_load(base), LoraConfig(r=3, lora_alpha=5, target_modules=modules, **settings))
