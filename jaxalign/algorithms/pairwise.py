@@ -104,7 +104,8 @@ def dpo(
 
         def total(stats: Stats) -> jax.Array:
             values = pair_inputs(stats, batch)
-            return jnp.sum(contract.apply(loss, {n: v if v.ndim == 0 else v[first] for n, v in values.items()}))
+            values = {name: value if value.ndim == 0 else value[first] for name, value in values.items()}
+            return jnp.sum(contract.checked(loss, values, first.shape))
 
         value, slopes = jax.value_and_grad(total)(old)
         batch = with_columns(batch, SLOPES, slopes)
@@ -115,7 +116,8 @@ def dpo(
         if compares:
             values = batch.columns[VALUE] + _linear(policy, batch)
         else:
-            values = contract.apply(loss, pair_inputs(policy, batch)).reshape(batch.valid.shape)
+            values = contract.checked(loss, pair_inputs(policy, batch), (batch.valid.size,))
+            values = values.reshape(batch.valid.shape)
         return Average.of(values, batch.valid), _metrics(policy, batch, beta)
 
     carry = memory.start(momenta) if momenta else ()

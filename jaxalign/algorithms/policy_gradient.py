@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.algorithms.base import Algorithm
+from jaxalign.losses import contract
 from jaxalign.losses.policy import ppo_clip, sequence_logps, truncated_weights
 from jaxalign.mistake import Mistake
 from jaxalign.models.reading import token_logps
@@ -87,6 +88,7 @@ def policy_gradient(
     Raises:
       Mistake: an unknown estimator, level or aggregate, or what they need is missing.
     """
+    contract.check_inputs(loss, contract.POLICY_INPUTS)
     _check(kl_coef, kl_estimator, level, aggregate, longest, ref_graphdef, importance_cap)
     has_reference = ref_graphdef is not None
 
@@ -105,7 +107,7 @@ def policy_gradient(
     def token_loss(params: PyTree, batch: RolloutBatch) -> tuple[Average, dict[str, Average]]:
         logps, mask, old = logps_of(graphdef, params, batch), batch.sequences.mask, batch.columns[OLD]
         judged = sequence_logps(logps, old, mask) if level == "sequence" else logps
-        values = loss(judged, old, batch.columns[ADVANTAGES])
+        values = contract.checked(loss, policy_inputs(judged, batch), mask.shape)
         if kl_coef:
             values = values + kl_coef * KL_ESTIMATORS[kl_estimator](logps - batch.columns[REF])
         if WEIGHTS in batch.columns:
@@ -113,6 +115,12 @@ def policy_gradient(
         return _aggregated(values, mask, aggregate, longest), rollout_metrics(jax.lax.stop_gradient(logps), batch)
 
     return Algorithm(loss=token_loss, prepare=prepare, epochs=epochs, minibatches=minibatches)
+
+
+def policy_inputs(logps: jax.Array, batch: RolloutBatch) -> dict[str, jax.Array]:
+    """The inputs of a loss by the names of POLICY_INPUTS [B T]; `ref_logps` only where there is a reference."""
+    columns = {name: batch.columns[name] for name in (OLD, ADVANTAGES, REF) if name in batch.columns}
+    return {"logps": logps, "mask": batch.sequences.mask, **columns}
 
 
 def _check(

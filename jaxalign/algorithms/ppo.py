@@ -56,7 +56,8 @@ from jax.sharding import Mesh
 from jaxalign.algorithms.base import Algorithm
 from jaxalign.algorithms.critic import critic_values
 from jaxalign.algorithms.memory import Spread, next_kl_coef
-from jaxalign.algorithms.policy_gradient import ADVANTAGES, OLD, REF, SCORES, rollout_metrics
+from jaxalign.algorithms.policy_gradient import ADVANTAGES, OLD, REF, SCORES, policy_inputs, rollout_metrics
+from jaxalign.losses import contract
 from jaxalign.losses.policy import ppo_clip, value_clip
 from jaxalign.mistake import Mistake
 from jaxalign.models.reading import hidden_states, shards_of
@@ -142,6 +143,7 @@ def ppo(
     https://arxiv.org/abs/2203.02155, eq. 2. Score normalisation and clipping: Zheng et al. 2023,
     https://arxiv.org/abs/2307.04964.
     """
+    contract.check_inputs(loss, contract.POLICY_INPUTS)
     check(
         kl_coef=kl_coef,
         kl_target=kl_target,
@@ -215,7 +217,7 @@ def ppo(
         model, hidden = hidden_states(graphdef, params["policy"], rows)
         found = logps_of(model, hidden, rows, at=temperature, entropy=True)
         values = critic_values(critic_graphdef, params["critic"], rows, hidden)
-        surrogate = loss(found.logps, columns[OLD], columns[ADVANTAGES])
+        surrogate = contract.checked(loss, policy_inputs(found.logps, batch), rows.mask.shape)
         errors = value_clip(values, columns[VALUES], columns[RETURNS], clip_epsilon=value_clip_epsilon)
         each = surrogate + value_coef * errors - entropy_coef * found.entropy
         if kl_in == "loss":

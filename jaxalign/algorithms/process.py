@@ -16,7 +16,6 @@ from jaxalign.losses.ranking import process
 from jaxalign.models import heads
 from jaxalign.types import Average, PyTree, ResponseBatch
 
-STEP_INPUTS = ("step_scores", "step_labels")
 ENDS, LABELS = (
     "step_ends",
     "step_labels",
@@ -36,15 +35,14 @@ def process_reward(graphdef: Any, *, loss: Callable = process) -> Algorithm:
     Raises:
       Mistake: the loss asks for anything else.
     """
-    check_loss(loss)
+    contract.check_inputs(loss, contract.STEP_INPUTS)
 
     def step_loss(params: PyTree, batch: ResponseBatch) -> tuple[Average, dict[str, Average]]:
         found, labels = step_scores(graphdef, params, batch), batch.columns[LABELS]
         here = (labels >= 0) & batch.valid[..., None]
         labels = jnp.where(here, labels, 0.0)
-        members = [
-            contract.apply(loss, {"step_scores": found[..., m], "step_labels": labels}) for m in range(found.shape[-1])
-        ]
+        inputs = [{"step_scores": found[..., m], "step_labels": labels} for m in range(found.shape[-1])]
+        members = [contract.checked(loss, values, labels.shape) for values in inputs]
         together = heads.combine(found)
         metrics = {
             "accuracy": Average.of((together > 0) == (labels > 0.5), here),
@@ -55,11 +53,6 @@ def process_reward(graphdef: Any, *, loss: Callable = process) -> Algorithm:
         return Average.of(sum(members) / len(members), here), metrics
 
     return Algorithm(loss=step_loss, assemble=laid_over)
-
-
-def check_loss(loss: Callable) -> None:
-    """Raises Mistake unless the loss is one of steps."""
-    contract.check_inputs(loss, {name: contract.RANKING_INPUTS[name] for name in STEP_INPUTS})
 
 
 def step_scores(graphdef: Any, params: PyTree, batch: ResponseBatch) -> jax.Array:

@@ -15,16 +15,6 @@ from jaxalign.losses.ranking import bradley_terry
 from jaxalign.models import heads
 from jaxalign.types import Average, PyTree, ResponseBatch
 
-OUTCOME_INPUTS = (
-    "chosen_scores",
-    "rejected_scores",
-    "margins",
-    "preferences",
-    "ties",
-    "scores",
-    "ranks",
-    "candidates",
-)
 COLUMNS = {"margin": "margins", "preference": "preferences", "tie": "ties"}  # of a batch, and what losses call them
 
 
@@ -43,11 +33,12 @@ def reward(graphdef: Any, *, loss: Callable = bradley_terry) -> Algorithm:
     Raises:
       Mistake: the loss names an input that a batch of responses does not have.
     """
-    check_loss(loss)
+    contract.check_inputs(loss, contract.OUTCOME_INPUTS)
 
     def group_loss(params: PyTree, batch: ResponseBatch) -> tuple[Average, dict[str, Average]]:
         found = response_scores(graphdef, params, batch)
-        members = [contract.apply(loss, _inputs(found[..., m], batch)) for m in range(found.shape[-1])]
+        shape, inputs = (batch.valid.size,), [_inputs(found[..., m], batch) for m in range(found.shape[-1])]
+        members = [contract.checked(loss, values, shape) for values in inputs]
         values = sum(members) / len(members)
         return Average.of(values.reshape(batch.valid.shape), _compared(batch)), _metrics(found, batch)
 
@@ -57,11 +48,6 @@ def reward(graphdef: Any, *, loss: Callable = bradley_terry) -> Algorithm:
 def laid_over(trained: PyTree, frozen: PyTree) -> PyTree:
     """Whole params: the heads, and the adapters or the trunk, over a frozen trunk where there is one."""
     return {**(frozen or {}), **trained}
-
-
-def check_loss(loss: Callable) -> None:
-    """Raises Mistake unless all inputs of the loss are known of whole responses."""
-    contract.check_inputs(loss, {name: contract.RANKING_INPUTS[name] for name in OUTCOME_INPUTS})
 
 
 def response_scores(graphdef: Any, params: PyTree, batch: ResponseBatch) -> jax.Array:

@@ -52,7 +52,7 @@ def kto(
     """
     names = contract.check_inputs(loss, contract.UNPAIRED_INPUTS)
     needs_ref = contract.needs_reference(loss)
-    needs_kl = "kl" in names or any("mismatched" in name for name in names)
+    needs_kl = "kl" in names
     needs_means = any(name in (*RATIO_MEANS, *RUNNING_MEANS) for name in names)
     beta, momenta = contract.keyword(loss, "beta", 1.0), contract.momenta(loss)
 
@@ -95,7 +95,8 @@ def kto(
         values |= {name: rated.columns[name][0, 0] for name in SCALARS if name in rated.columns}
         if "kl" in values:
             metrics["kl"] = Average.of(rated.columns["kl"], rated.valid)
-        return Average.of(contract.apply(loss, values).reshape(rated.valid.shape), rated.valid), metrics
+        values = contract.checked(loss, values, (rated.valid.size,)).reshape(rated.valid.shape)
+        return Average.of(values, rated.valid), metrics
 
     carry = memory.start(momenta) if momenta else ()
     return Algorithm(loss=response_loss, prepare=prepare, across=across, carry=carry, remember=remember)

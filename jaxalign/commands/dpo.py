@@ -15,9 +15,7 @@ from jaxalign.data.batches.groups import GroupBatches, Responses, eval_batches
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.sets import preferences
 from jaxalign.data.sets.split import Set
-from jaxalign.losses import contract
-from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
-from jaxalign.losses.sums import select_loss
+from jaxalign.losses import PAIR, contract, select_loss
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.run import final, reference_logps
@@ -89,9 +87,7 @@ def batches(run: Run, plan: Plan, sets: Set[Responses], parts: Sequence[Response
 
 
 def _loss(config: DPOConfig) -> Callable:
-    loss = select_loss(config.algorithm.loss, PREFERENCE_LOSSES)
-    contract.check_inputs(loss, contract.PAIR_INPUTS)
-    return loss
+    return select_loss(config.algorithm.loss, PAIR)
 
 
 def _full_batches(responses: Responses, plan: Plan) -> Responses:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxalign.algorithms.policy_gradient import policy_gradient
 from jaxalign.commands import name_of, on_policy
 from jaxalign.config.on_policy import GRPOConfig
-from jaxalign.losses.policy import POLICY_LOSSES
+from jaxalign.losses import POLICY, select_loss
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.ops.advantages import decoupled_advantages, group_advantages, leave_one_out
@@ -22,7 +22,6 @@ from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.scored import Drawn, differ
 from jaxalign.run import final
 from jaxalign.run.run import Run
-from jaxalign.select import select
 from jaxalign.training import part
 from jaxalign.training.program import Recipe, implementation
 from jaxalign.types import RolloutBatch
@@ -132,7 +131,7 @@ def to_batch(
 
 
 def _loss(config: GRPOConfig) -> Callable:
-    return select(config.algorithm.loss, POLICY_LOSSES)
+    return select_loss(config.algorithm.loss, POLICY)
 
 
 def _is_corrected(config: GRPOConfig) -> bool:

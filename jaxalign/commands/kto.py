@@ -16,9 +16,7 @@ from jaxalign.data.batches.groups import Responses, UnpairedBatches, unpaired_ev
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.sets import preferences
 from jaxalign.data.sets.split import Set
-from jaxalign.losses import contract, unpaired
-from jaxalign.losses.sums import select_loss
-from jaxalign.losses.unpaired import UNPAIRED_LOSSES
+from jaxalign.losses import UNPAIRED, select_loss, unpaired
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.run import final, reference_logps
@@ -88,9 +86,7 @@ def batches(run: Run, plan: Plan, sets: Set[Responses], parts: Sequence[Response
 
 
 def _loss(config: KTOConfig) -> Callable:
-    loss = select_loss(config.algorithm.loss, UNPAIRED_LOSSES)
-    contract.check_inputs(loss, contract.UNPAIRED_INPUTS)
-    return loss
+    return select_loss(config.algorithm.loss, UNPAIRED)
 
 
 def _log_balance(labels: np.ndarray) -> None:

@@ -18,9 +18,7 @@ from jaxalign.commands import on_policy
 from jaxalign.config.on_policy import OnlineDPOConfig
 from jaxalign.data.batches.groups import BatchShapes
 from jaxalign.data.batches.plan import Plan
-from jaxalign.losses import contract
-from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
-from jaxalign.losses.sums import select_loss
+from jaxalign.losses import PAIR, contract, select_loss
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.rollout.batches import best_and_worst, pairs_of
@@ -106,6 +104,4 @@ def to_batch(
 
 
 def _loss(config: OnlineDPOConfig) -> Callable:
-    loss = select_loss(config.algorithm.loss, PREFERENCE_LOSSES)
-    contract.check_inputs(loss, contract.PAIR_INPUTS)
-    return loss
+    return select_loss(config.algorithm.loss, PAIR)

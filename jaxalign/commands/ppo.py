@@ -16,7 +16,7 @@ from jaxalign.config.on_policy import PPOConfig
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.batches.rows import TrainBatches
 from jaxalign.data.sets import supervised
-from jaxalign.losses.policy import POLICY_LOSSES
+from jaxalign.losses import POLICY, select_loss
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files import huggingface
@@ -26,7 +26,6 @@ from jaxalign.rollout.rollouts import SourceFn
 from jaxalign.rollout.scored import Drawn
 from jaxalign.run import final
 from jaxalign.run.run import Run
-from jaxalign.select import select
 from jaxalign.training import part
 from jaxalign.training.program import Recipe, implementation
 from jaxalign.types import RolloutBatch
@@ -139,7 +138,7 @@ def _of_policy(responses: SourceFn) -> SourceFn:
 
 
 def _loss(config: PPOConfig) -> Callable:
-    return select(config.algorithm.loss, POLICY_LOSSES)
+    return select_loss(config.algorithm.loss, POLICY)
 
 
 def _check_tokenizer(config: PPOConfig, source: str) -> None:

@@ -10,9 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.algorithms import process
 from jaxalign.algorithms.process import process_reward
-from jaxalign.algorithms.reward import check_loss, response_scores, reward
+from jaxalign.algorithms.reward import response_scores, reward
 from jaxalign.config import limits
 from jaxalign.config.offline import RewardConfig
 from jaxalign.config.shared import MeshConfig
@@ -20,9 +19,8 @@ from jaxalign.data.batches.groups import GroupBatches, Responses, eval_batches
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.sets import preferences, solutions, supervised
 from jaxalign.data.sets.split import Set
+from jaxalign.losses import OUTCOME, STEPS, select_loss
 from jaxalign.losses.contract import input_names
-from jaxalign.losses.ranking import RANKING_LOSSES
-from jaxalign.losses.sums import select_loss
 from jaxalign.mistake import Mistake
 from jaxalign.models import heads
 from jaxalign.models.decoder.config import ModelConfig
@@ -141,13 +139,11 @@ def load_feedback(config: RewardConfig, vocabulary: Vocabulary) -> Set[Responses
 
 def scores_steps(config: RewardConfig) -> bool:
     """Whether the loss is of steps, not of whole responses."""
-    return "step_scores" in input_names(select_loss(config.algorithm.loss, RANKING_LOSSES))
+    return "step_scores" in input_names(_loss(config))
 
 
 def _loss(config: RewardConfig) -> Callable:
-    loss = select_loss(config.algorithm.loss, RANKING_LOSSES)
-    (process.check_loss if scores_steps(config) else check_loss)(loss)
-    return loss
+    return select_loss(config.algorithm.loss, OUTCOME, STEPS)
 
 
 def _with_trunk(run: Run) -> Run:

@@ -6,17 +6,16 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh
 
-from jaxalign.algorithms.supervised import check_loss, sft
+from jaxalign.algorithms.supervised import sft
 from jaxalign.config import limits
 from jaxalign.config.offline import SFTConfig
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.batches.rows import TrainBatches, eval_batches
 from jaxalign.data.sets import supervised
-from jaxalign.losses.language import LANGUAGE_LOSSES
+from jaxalign.losses import LANGUAGE, select_loss
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.run import final
 from jaxalign.run.run import Data, Run
-from jaxalign.select import select
 from jaxalign.training import part
 from jaxalign.training.program import Recipe, implementation
 from jaxalign.training.sharding import check_batch_size
@@ -25,7 +24,7 @@ from jaxalign.training.sharding import check_batch_size
 def main(config: SFTConfig) -> int:
     """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
     limits.check(config)
-    select_loss(config)
+    _loss(config)
     run = Run.open(config, "sft")
     check_batch_size(config.batch_size, config.microbatches, run.mesh)
     data = load_data(config, run)
@@ -40,15 +39,12 @@ def main(config: SFTConfig) -> int:
 def recipe(config: SFTConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
     """All parameters or adapters, and the mean loss over tokens."""
     policy = part.language_model(config, model, mesh)
-    algorithm = sft(policy.graphdef, loss=select_loss(config), implementation=implementation(config))
+    algorithm = sft(policy.graphdef, loss=_loss(config), implementation=implementation(config))
     return Recipe(policy, algorithm)
 
 
-def select_loss(config: SFTConfig) -> Callable:
-    """The loss of a token. Raises Mistake where it cannot be used."""
-    loss = select(config.algorithm.loss, LANGUAGE_LOSSES)
-    check_loss(loss, config.algorithm.loss)
-    return loss
+def _loss(config: SFTConfig) -> Callable:
+    return select_loss(config.algorithm.loss, LANGUAGE)
 
 
 def load_data(config: SFTConfig, run: Run) -> Data:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxalign.losses.contract import LANGUAGE_INPUTS, Kind
+
 
 def cross_entropy(
     logps: Float[Array, "*tokens"],
@@ -40,17 +42,13 @@ def cross_entropy(
     return loss + z_loss * log_normalizer**2 if z_loss else loss
 
 
-def dft(
-    logps: Float[Array, "*tokens"], log_normalizer: Float[Array, "*tokens"], mean_logit: Float[Array, "*tokens"]
-) -> Float[Array, "*tokens"]:
+def dft(logps: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
     """Dynamic fine-tuning: cross-entropy weighted by the token's own probability, which carries no gradient.
 
     -sg(p(token)) log p(token)
 
     Args:
       logps: log p(token) in nats.
-      log_normalizer: not used; every language loss takes the same three.
-      mean_logit: not used.
 
     Reference: Wu et al. 2025, https://arxiv.org/abs/2508.05629, eq. 9.
     """
@@ -58,3 +56,4 @@ def dft(
 
 
 LANGUAGE_LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
+LANGUAGE = Kind("token", LANGUAGE_LOSSES, LANGUAGE_INPUTS, "B T")

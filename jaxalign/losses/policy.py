@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxalign.losses.contract import POLICY_INPUTS, Kind
 from jaxalign.mistake import Mistake
 
 PerToken = Float[Array, "*tokens"]
@@ -135,3 +136,4 @@ def value_clip(
 
 
 POLICY_LOSSES = {"ppo_clip": ppo_clip, "reinforce": reinforce, "cispo": cispo}
+POLICY = Kind("token of a response", POLICY_LOSSES, POLICY_INPUTS, "B T")

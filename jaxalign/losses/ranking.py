@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from jaxalign.losses.contract import OUTCOME_INPUTS, STEP_INPUTS, Kind, PerPair
 from jaxalign.mistake import Mistake
-
-PerPair = Float[Array, "B"]
 
 
 def bradley_terry(
@@ -170,12 +169,14 @@ def process_mse(step_scores: Float[Array, "*steps"], step_labels: Num[Array, "*s
     return (jax.nn.sigmoid(step_scores) - step_labels) ** 2
 
 
-RANKING_LOSSES = {
+OUTCOME_LOSSES = {
     "bradley_terry": bradley_terry,
     "graded_bradley_terry": graded_bradley_terry,
     "soft_bradley_terry": soft_bradley_terry,
     "rao_kupper": rao_kupper,
     "kwise": kwise,
-    "process": process,
-    "process_mse": process_mse,
 }
+STEP_LOSSES = {"process": process, "process_mse": process_mse}
+RANKING_LOSSES = OUTCOME_LOSSES | STEP_LOSSES
+OUTCOME = Kind("group of responses", OUTCOME_LOSSES, OUTCOME_INPUTS, "B")
+STEPS = Kind("step", STEP_LOSSES, STEP_INPUTS, "B G S")

@@ -1,33 +1,37 @@
-"""Weighted sums of losses, written as text: "dpo(beta=0.1) + 0.2*sft"."""
+"""Losses chosen by text: one of a table, one of your own, or a weighted sum "dpo(beta=0.1) + 0.2*sft"."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxalign.losses.contract import apply, input_names, loss_name, needs_whole_batch
+from jaxalign.losses.contract import Kind, apply, check_loss, input_names, loss_name, needs_whole_batch
 from jaxalign.select import select_sum
 
 
-def select_loss(text: str, table: Mapping[str, Callable]) -> Callable:
-    """The loss that `text` names: one of the table, one of your own, or a weighted sum of several.
+def select_loss(text: str, *kinds: Kind) -> Callable:
+    """The loss that `text` names, checked without device work.
 
     Args:
       text: as in "ipo(beta=0.05)", "my_lab.losses:slic(delta=1.0)" or "dpo(beta=0.1) + 0.2*sft".
-      table: the losses known by a bare name.
+      kinds: that of the command. Of several, the loss's is the one that has most of its inputs.
 
     Raises:
-      Mistake: what `select` refuses in a term; the message lists what exists.
+      Mistake: a refusal of `select` or `check_loss`, for any term; the message lists what exists.
     """
-    terms = select_sum(text, table)
+    terms = select_sum(text, {name: loss for kind in kinds for name, loss in kind.losses.items()})
+    names = {name for _, loss in terms for name in input_names(loss)}
+    kind = max(kinds, key=lambda kind: len(names & kind.inputs.keys()))
+    for _, loss in terms:
+        check_loss(loss, kind)
     return terms[0][1] if len(terms) == 1 and terms[0][0] == 1.0 else mixture(terms)
 
 
 def mixture(terms: Sequence[tuple[float, Callable]]) -> Callable:
     """Σ weight · loss, element by element: a loss whose inputs are those of all its terms.
 
-    It is called by name, and asks for the whole batch if a term does. Weights are not normalised.
+    It is called by name, and needs the whole batch if a term does. Weights are not normalised.
 
     Reference: as in mixed preference optimisation, Wang et al. 2024, https://arxiv.org/abs/2411.10442.
     """

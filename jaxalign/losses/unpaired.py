@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxalign.losses.contract import UNPAIRED_INPUTS, Kind
 from jaxalign.mistake import Mistake
 
 PerRow = Float[Array, "B"]
@@ -148,3 +149,4 @@ def balanced_lambdas(desirable: int, undesirable: int, *, ratio: float = 1.0) ->
 
 
 UNPAIRED_LOSSES = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired, "bco": bco}
+UNPAIRED = Kind("rated response", UNPAIRED_LOSSES, UNPAIRED_INPUTS, "B")

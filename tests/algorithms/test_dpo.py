@@ -12,9 +12,7 @@ from jaxalign.algorithms.pairwise import dpo
 from jaxalign.algorithms.responses import COLLISION, LOGPS, PUBLIC, response_logps
 from jaxalign.data.batches.groups import BatchShapes
 from jaxalign.data.batches.plan import Plan
-from jaxalign.losses import contract
-from jaxalign.losses.pairs import margin
-from jaxalign.losses.sums import select_loss
+from jaxalign.losses import PAIR, contract, select_loss
 from jaxalign.models import places
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.training import sharding
@@ -48,7 +46,7 @@ def policy_logps(tiny, pairs):
 
 
 def loss_of(text):
-    return select_loss(text, margin.PREFERENCE_LOSSES)
+    return select_loss(text, PAIR)
 
 
 def value_and_grads(algorithm, tiny, batch, params=None):

@@ -13,8 +13,7 @@ from jaxalign.algorithms.unpaired import kto
 from jaxalign.data.batches.groups import UnpairedBatches
 from jaxalign.data.batches.plan import Mixture, Plan
 from jaxalign.data.sets.preferences import mismatched
-from jaxalign.losses.sums import select_loss
-from jaxalign.losses.unpaired import UNPAIRED_LOSSES
+from jaxalign.losses import UNPAIRED, select_loss
 from jaxalign.models import places
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
@@ -37,7 +36,7 @@ def batch_of(rated, *, unit=1, packing=True):
 
 def trained(tiny, rated, *, microbatches, mesh_sizes=None, steps=3, text="kto", packing=True, rate=1e-3):
     graphdef, policy, reference = tiny
-    loss = select_loss(text, UNPAIRED_LOSSES)
+    loss = select_loss(text, UNPAIRED)
     optimizer = optax.adamw(rate)
     algorithm = kto(graphdef, loss=loss, ref_graphdef=graphdef)
     step = make_train_step(algorithm, optimizer, microbatches=microbatches)

@@ -50,5 +50,5 @@ def test_the_loss_is_the_mean_over_labelled_steps_of_what_stands_at_their_ends(t
 
 
 def test_a_loss_of_whole_responses_is_refused(tiny):
-    with pytest.raises(ValueError, match="asks for an input 'scores'"):
+    with pytest.raises(ValueError, match="has an unknown input 'scores'"):
         process_reward(tiny[0], loss=kwise)

@@ -178,6 +178,6 @@ def test_the_least_member_is_no_more_than_the_mean_and_one_member_agrees_with_it
 
 
 def test_a_loss_of_steps_is_refused(tiny):
-    with pytest.raises(ValueError, match="asks for an input 'step_scores'"):
+    with pytest.raises(ValueError, match="has an unknown input 'step_scores'"):
         reward(tiny[0], loss=process)
     reward(tiny[0], loss=bradley_terry)

@@ -13,10 +13,7 @@ from jaxalign.algorithms.responses import LOGPS, response_logps
 from jaxalign.algorithms.unpaired import kto
 from jaxalign.data.batches.groups import BatchShapes
 from jaxalign.data.batches.plan import Plan
-from jaxalign.losses import contract
-from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
-from jaxalign.losses.sums import select_loss
-from jaxalign.losses.unpaired import UNPAIRED_LOSSES
+from jaxalign.losses import PAIR, UNPAIRED, contract, select_loss
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
 from jaxalign.types import Average, UnpairedBatch
@@ -49,9 +46,9 @@ def test_a_batch_without_such_elements_moves_nothing(momentum):
 
 
 def test_each_term_of_a_sum_has_its_own_momentum():
-    loss = select_loss("bco_pair + 0.5*beta_dpo(momentum=0.8)", PREFERENCE_LOSSES)
+    loss = select_loss("bco_pair + 0.5*beta_dpo(momentum=0.8)", PAIR)
     assert contract.momenta(loss) == {"running_log_ratio": None, "running_margin": 0.8}
-    assert contract.momenta(select_loss("dpo", PREFERENCE_LOSSES)) == {}
+    assert contract.momenta(select_loss("dpo", PAIR)) == {}
 
 
 def log_ratios(tiny, batch):
@@ -84,9 +81,7 @@ def test_two_steps_of_bco_pair_and_beta_dpo_are_their_formulas_with_means_of_bot
     beta = (1 + 0.6 * 0.1 * (margins[1].mean() - moving)) * 0.1
     softplus = lambda x: np.log1p(np.exp(-x))  # noqa: E731
     bco = softplus(0.1 * second[:, 0] - shift) + softplus(shift - 0.1 * second[:, 1])
-    algorithm = dpo(
-        tiny[0], loss=select_loss("bco_pair + 10*beta_dpo", PREFERENCE_LOSSES), ref_graphdef=tiny[0], groups=8
-    )
+    algorithm = dpo(tiny[0], loss=select_loss("bco_pair + 10*beta_dpo", PAIR), ref_graphdef=tiny[0], groups=8)
     state, metrics = steps_without_learning(tiny, algorithm, batches)
     assert metrics["loss"] == pytest.approx((bco + 10 * softplus(beta * margins[1])).mean(), abs=1e-4)
     assert state.carry["running_margin"].compute() == pytest.approx(moving, abs=1e-4)
@@ -100,6 +95,6 @@ def test_two_steps_of_bco_shift_by_the_middle_of_both_classes_over_both_batches(
     labels = np.concatenate([x.columns["label"] for x in made])
     middle = (ratios[labels].mean() + ratios[~labels].mean()) / 2
     logits = np.where(labels, 1, -1) * 0.1 * (ratios - middle)
-    algorithm = kto(tiny[0], loss=select_loss("bco", UNPAIRED_LOSSES), ref_graphdef=tiny[0])
+    algorithm = kto(tiny[0], loss=select_loss("bco", UNPAIRED), ref_graphdef=tiny[0])
     _, metrics = steps_without_learning(tiny, algorithm, [UnpairedBatch(batch, batch) for batch in rated])
     assert metrics["loss"] == pytest.approx(np.log1p(np.exp(-logits[8:])).mean(), abs=1e-5)

@@ -11,8 +11,7 @@ from jaxalign.algorithms.pairwise import dpo
 from jaxalign.algorithms.responses import LOGPS, PUBLIC, response_logps
 from jaxalign.data.batches.groups import BatchShapes
 from jaxalign.data.batches.plan import Plan
-from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
-from jaxalign.losses.sums import select_loss
+from jaxalign.losses import PAIR, select_loss
 from jaxalign.models.decoder.attention import Coordinates, attention
 from jaxalign.models.decoder.decoder import init_params, make_decoder
 from jaxalign.models.files.families import model_config
@@ -61,7 +60,7 @@ def test_log_probs_are_those_of_responses_that_stand_alone(family, data):
 
 def test_the_gradient_is_that_of_responses_that_stand_alone(tiny, data):
     graphdef, policy, reference = tiny
-    loss = select_loss("dpo + 0.1*sft + ld_dpo", PREFERENCE_LOSSES)
+    loss = select_loss("dpo + 0.1*sft + ld_dpo", PAIR)
     algorithm = dpo(graphdef, loss=loss, ref_graphdef=graphdef)
 
     def mean(params, batch):

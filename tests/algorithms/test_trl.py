@@ -22,10 +22,7 @@ from jaxalign.algorithms.unpaired import kto
 from jaxalign.data.batches.groups import BatchShapes, Responses
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.read.tokens import Examples
-from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
-from jaxalign.losses.ranking import RANKING_LOSSES
-from jaxalign.losses.sums import select_loss
-from jaxalign.losses.unpaired import UNPAIRED_LOSSES
+from jaxalign.losses import OUTCOME, PAIR, UNPAIRED, select_loss
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files.families import model_config
 from jaxalign.models.files.load import load_params
@@ -111,10 +108,10 @@ def batches(theirs, name):
 
 def algorithm(name, model):
     if name.startswith("reward"):
-        return reward(make_decoder(trunk_config(model))[0], loss=select_loss(LOSSES[name], RANKING_LOSSES))
-    method, table = (kto, UNPAIRED_LOSSES) if name == "kto" else (dpo, PREFERENCE_LOSSES)
+        return reward(make_decoder(trunk_config(model))[0], loss=select_loss(LOSSES[name], OUTCOME))
+    method, kind = (kto, UNPAIRED) if name == "kto" else (dpo, PAIR)
     graphdef = make_decoder(model)[0]
-    return method(graphdef, loss=select_loss(LOSSES[name], table), ref_graphdef=graphdef)
+    return method(graphdef, loss=select_loss(LOSSES[name], kind), ref_graphdef=graphdef)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from jaxalign.config.offline import SFTConfig
 
 ROW = {"prompt": "the cat ?", "completion": "the dog ."}
 LOSSES = """
-def wrong(logps):
+def wrong(logps, targets):
     return -logps
 
 def mean(logps, log_normalizer, mean_logit):
@@ -117,8 +117,8 @@ SFT = {
     "--loss nowhere:mine": ["cannot import 'nowhere'", "PYTHONPATH"],
     "--loss broken_losses:f": ["cannot import 'broken_losses' (SyntaxError: ", "JAXALIGN_TRACEBACK=1"],
     "--loss bad_losses:mine": ["bad_losses has no function 'mine'", "it has mean, wrong"],
-    "--loss bad_losses:wrong": ["cannot be called as loss(logps, log_normalizer, mean_logit)"],
-    "--loss bad_losses:mean": ["gives float32[] for tokens [2, 4]; it must give one float32 a token"],
+    "--loss bad_losses:wrong": ["wrong has an unknown input 'targets'", "logps, log_normalizer, mean_logit, entropy"],
+    "--loss bad_losses:mean": ["returned float32[] for logps float32[5, 7]", "it must return float32[5, 7]"],
     "--model W/nothing": ["W/nothing: no such folder", "hub name"],
     "--model org/nothing": ["'org/nothing' is no local folder and could not be fetched", "Check the spelling"],
     "--model W/mamba": ["architecture MambaForCausalLM is not supported; supported are LlamaForCausalLM"],

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.losses.pairs.margin import PREFERENCE_LOSSES
-from jaxalign.losses.unpaired import UNPAIRED_LOSSES, apo_zero_unpaired, balanced_lambdas, bco, kto
+from jaxalign.losses import PAIR_LOSSES, UNPAIRED_LOSSES, apo_zero_unpaired, bco, kto
+from jaxalign.losses.unpaired import balanced_lambdas
 
 LABELS = jnp.array([True, False])
 REF = jnp.array([-20.0, -20.0])
@@ -30,14 +30,14 @@ def test_a_negative_kl_estimate_counts_as_zero_and_the_estimate_has_no_gradient(
 def test_apo_zero_of_a_pair_is_the_sum_of_its_rows_less_one():
     policy = REF + jnp.array([1.5, -0.5])
     rows = apo_zero_unpaired(policy, REF, LABELS).sum()
-    pair = PREFERENCE_LOSSES["apo_zero"](policy[:1], policy[1:], REF[:1], REF[1:])
+    pair = PAIR_LOSSES["apo_zero"](policy[:1], policy[1:], REF[:1], REF[1:])
     np.testing.assert_allclose(rows - 1, pair[0], rtol=1e-5)
 
 
 def test_bco_of_a_pair_is_bco_pair():
     policy = REF + jnp.array([1.5, -0.5])
     rows = bco(policy, REF, LABELS, jnp.array(1.5), jnp.array(-0.5)).sum()
-    pair = PREFERENCE_LOSSES["bco_pair"](policy[:1], policy[1:], REF[:1], REF[1:], jnp.array(0.5))
+    pair = PAIR_LOSSES["bco_pair"](policy[:1], policy[1:], REF[:1], REF[1:], jnp.array(0.5))
     np.testing.assert_allclose(rows, pair[0], rtol=1e-6)
 
 

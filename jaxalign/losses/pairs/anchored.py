@@ -9,9 +9,8 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float
 
+from jaxalign.losses.contract import PerPair
 from jaxalign.losses.ranking import bradley_terry
-
-PerPair = Float[Array, "B"]
 
 
 def nca_pair(

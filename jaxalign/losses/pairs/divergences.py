@@ -7,27 +7,14 @@ nats, where it is 1e13: finite, and still with a gradient, in float32.
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from jaxalign.losses.contract import input_names, needs_whole_batch
+from jaxalign.losses.contract import PerPair
 from jaxalign.losses.ranking import bradley_terry
 from jaxalign.mistake import Mistake
 
-PerPair = Float[Array, "B"]
-
 LINEAR_FROM = 30.0  # nats
-
-
-def reverse_kl(log_ratios: PerPair) -> PerPair:
-    """f(u) = u log u, f'(u) - f'(1) = log u: the log-ratios as they are."""
-    return log_ratios
 
 
 def forward_kl(log_ratios: PerPair) -> PerPair:
@@ -40,7 +27,7 @@ def js(log_ratios: PerPair) -> PerPair:
     return jnp.log(2.0) + jax.nn.log_sigmoid(log_ratios)
 
 
-def alpha(log_ratios: PerPair, *, alpha: float = 0.5) -> PerPair:
+def alpha_divergence(log_ratios: PerPair, *, alpha: float = 0.5) -> PerPair:
     """f'(u) - f'(1) = (1 - u^-α)/α: the reverse KL as α goes to 0, the forward KL at 1.
 
     Args:
@@ -124,37 +111,11 @@ def dpo_alpha(
 
     Reference: Wang et al. 2023, f-DPO, https://arxiv.org/abs/2309.16240, its loss with f' of the α-divergence.
     """
-    transform = DIVERGENCES["alpha"]
-    chosen = transform(policy_chosen_logps - ref_chosen_logps, alpha=alpha)
-    rejected = transform(policy_rejected_logps - ref_rejected_logps, alpha=alpha)
+    chosen = alpha_divergence(policy_chosen_logps - ref_chosen_logps, alpha=alpha)
+    rejected = alpha_divergence(policy_rejected_logps - ref_rejected_logps, alpha=alpha)
     return bradley_terry(beta * chosen, beta * rejected, label_smoothing=label_smoothing)
-
-
-def under_divergence(loss: Callable, divergence: Callable) -> Callable:
-    """The loss with every log-ratio transformed: `under_divergence(dpo, js)` is `dpo_js`, and so for any other.
-
-    Args:
-      loss: one that sees policies through log π - log π_ref alone, as all that ask for both do but `aot` and `wpo`.
-      divergence: of DIVERGENCES, its hyperparameters bound.
-    """
-
-    @functools.wraps(loss)
-    def transformed(*args: Any, **values: Any) -> Any:
-        values |= dict(zip(input_names(loss), args, strict=False))
-        for side in ("chosen", "rejected"):
-            policy, ref = f"policy_{side}_logps", f"ref_{side}_logps"
-            values[policy] = divergence(values[policy] - values[ref])
-            values[ref] = jnp.zeros_like(values[ref])
-        return loss(**values)
-
-    transformed.__signature__ = inspect.signature(loss)
-    transformed.whole_batch = needs_whole_batch(loss)
-    return transformed
 
 
 def _exp(x: PerPair) -> PerPair:
     """exp x, and its tangent beyond LINEAR_FROM."""
     return jnp.exp(jnp.minimum(x, LINEAR_FROM)) * (1 + jnp.maximum(x - LINEAR_FROM, 0))
-
-
-DIVERGENCES = {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "js": js, "alpha": alpha}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Num
 
+from jaxalign.losses.contract import PerPair
 from jaxalign.losses.ranking import bradley_terry
-
-PerPair = Float[Array, "B"]
 
 
 def sigmoid_norm(

@@ -1,26 +1,16 @@
-"""Losses on pairs of responses: how far the policy prefers the chosen one beyond what the reference does.
+"""Losses of the margin h = log π/π_ref(chosen) - log π/π_ref(rejected): the policy's preference beyond the reference's.
 
-Here the losses of the margin alone, h = log π/π_ref(chosen) - log π/π_ref(rejected); at the foot the table of all
-losses on pairs, with those on each response's own reward (anchored.py), with lengths in them (lengths.py), adapted to
-the data (adaptive.py), between sorted batches (transport.py), under other divergences (divergences.py) and without a
-reference (reference_free.py). What the inputs mean is said once, in inputs.py.
+DPO is one of them, and others are functions of the same h.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Num
 
-from jaxalign.losses.pairs.adaptive import beta_dpo, wpo, wpo_unaligned
-from jaxalign.losses.pairs.anchored import apo_down, apo_zero, bco_pair, dpop, nca_pair, sppo_hard
-from jaxalign.losses.pairs.divergences import dpo_alpha, dpo_forward_kl, dpo_js
-from jaxalign.losses.pairs.lengths import ld_dpo, rdpo, sigmoid_norm
-from jaxalign.losses.pairs.reference_free import cpo, orpo, sft, sft_norm, simpo, slic
-from jaxalign.losses.pairs.transport import aot, aot_unpaired
+from jaxalign.losses.contract import PerPair
 from jaxalign.mistake import Mistake
-
-PerPair = Float[Array, "B"]
 
 
 def dpo(
@@ -213,36 +203,3 @@ def discopop(
     logistic = jax.nn.sigmoid(-margin / temperature) * -jax.nn.log_sigmoid(margin)
     # w exp(-m) in log space: its factors are 0 and infinity for a pair that is badly lost
     return logistic + jnp.exp(jax.nn.log_sigmoid(margin / temperature) - margin)
-
-
-PREFERENCE_LOSSES = {
-    "dpo": dpo,
-    "robust": robust,
-    "ipo": ipo,
-    "hinge": hinge,
-    "exo_pair": exo_pair,
-    "discopop": discopop,
-    "nca_pair": nca_pair,
-    "bco_pair": bco_pair,
-    "sppo_hard": sppo_hard,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "dpop": dpop,
-    "sigmoid_norm": sigmoid_norm,
-    "rdpo": rdpo,
-    "ld_dpo": ld_dpo,
-    "beta_dpo": beta_dpo,
-    "wpo": wpo,
-    "wpo_unaligned": wpo_unaligned,
-    "aot": aot,
-    "aot_unpaired": aot_unpaired,
-    "dpo_forward_kl": dpo_forward_kl,
-    "dpo_js": dpo_js,
-    "dpo_alpha": dpo_alpha,
-    "sft": sft,
-    "sft_norm": sft_norm,
-    "simpo": simpo,
-    "orpo": orpo,
-    "cpo": cpo,
-    "slic": slic,
-}

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+from jaxalign.losses.contract import PerPair
 from jaxalign.losses.ranking import bradley_terry
-
-PerPair = Float[Array, "B"]
 
 
 def sft(policy_chosen_logps: PerPair, mean_chosen_length: Float[Array, ""]) -> PerPair:

@@ -7,12 +7,9 @@ one piece. Under jit a batch that is sharded over devices is one piece, and the 
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from jaxalign.losses.contract import whole_batch
+from jaxalign.losses.contract import PerPair, whole_batch
 from jaxalign.losses.ranking import bradley_terry
-
-PerPair = Float[Array, "B"]
 
 
 @whole_batch
