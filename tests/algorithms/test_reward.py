@@ -109,7 +109,7 @@ def adapted(params):
     """(graphdef, heads with adapters whose B is not 0, for three members, their trunk)"""
     config = model_config(TINY)
     graphdef, abstract = make_decoder(config, lora=Lora(2, 4.0, resolve_targets("q_proj,down_proj", config)))
-    adapter = split(abstract)[1]
+    _, adapter = split(abstract)
     rng = np.random.default_rng(3)
     drawn = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=(3, *leaf.shape)), leaf.dtype), adapter)
     return graphdef, {"head": params["head"], "members": drawn}, {"model": params["model"]}
