@@ -17,9 +17,9 @@ from jaxalign.losses import POLICY, select_loss
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.ops.advantages import decoupled_advantages, group_advantages, leave_one_out
-from jaxalign.rollout.batches import rollout_batch
+from jaxalign.rollout.batches import to_rollout_batch
 from jaxalign.rollout.engine.slots import Sampling
-from jaxalign.rollout.scored import Drawn, differ
+from jaxalign.rollout.scored import ScoredResponses, has_spread
 from jaxalign.run import final
 from jaxalign.run.run import Run
 from jaxalign.training import part
@@ -104,7 +104,7 @@ def to_batch(
     config: GRPOConfig,
     weights: Mapping[str, float],
     rows: int,
-    responses: Drawn,
+    responses: ScoredResponses,
     prompts: Sequence[tuple[int, ...]],
     width: int,
     step: int,
@@ -116,17 +116,10 @@ def to_batch(
         advantages = decoupled_advantages(terms, jnp.asarray([*weights.values()], jnp.float32))
     else:
         advantages = ADVANTAGES[config.algorithm.advantages](jnp.asarray(groups, jnp.float32))
-    batch = rollout_batch(
-        prompts,
-        responses.responses,
-        scores=responses.scores,
-        advantages=np.asarray(advantages).reshape(-1),
-        width=width,
-        rows=rows,
-    )
+    batch = to_rollout_batch(responses, prompts, advantages=np.asarray(advantages).reshape(-1), width=width, rows=rows)
     return batch, {
         "score_std": float(groups.std(axis=1).mean()),
-        "same_scores": float(np.mean(~differ(groups))),
+        "same_scores": float(np.mean(~has_spread(groups))),
     }
 
 

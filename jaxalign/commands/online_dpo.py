@@ -21,8 +21,8 @@ from jaxalign.data.batches.plan import Plan
 from jaxalign.losses import PAIR, contract, select_loss
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
-from jaxalign.rollout.batches import best_and_worst, pairs_of
-from jaxalign.rollout.scored import Drawn
+from jaxalign.rollout.batches import best_and_worst, to_pairs
+from jaxalign.rollout.scored import ScoredResponses
 from jaxalign.run import final
 from jaxalign.run.run import Run
 from jaxalign.training import part
@@ -80,7 +80,7 @@ def check(config: OnlineDPOConfig) -> None:
 def to_batch(
     config: OnlineDPOConfig,
     rows: int,
-    responses: Drawn,
+    responses: ScoredResponses,
     prompts: Sequence[tuple[int, ...]],
     width: int,
     step: int,
@@ -88,7 +88,7 @@ def to_batch(
     """A pair a row; a prompt whose responses are all worth the same has none, and its row is empty."""
     groups = responses.scores.reshape(-1, config.n)
     chosen = best_and_worst(groups)
-    pairs = pairs_of(prompts, responses.responses, chosen)
+    pairs = to_pairs(responses, prompts, chosen)
     plan = Plan(rows, config.max_length, packing=False)
     batch = BatchShapes(plan, responses=2, max_groups=1, row_counts=(rows,)).batch(pairs)
     best, worst = (responses.scores[side] for side in chosen.T)

@@ -20,10 +20,10 @@ from jaxalign.losses import POLICY, select_loss
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files import huggingface
-from jaxalign.rollout.batches import rollout_batch
+from jaxalign.rollout.batches import to_rollout_batch
 from jaxalign.rollout.rewards.rewards import Rewards
 from jaxalign.rollout.rollouts import SourceFn
-from jaxalign.rollout.scored import Drawn
+from jaxalign.rollout.scored import ScoredResponses
 from jaxalign.run import final
 from jaxalign.run.run import Run
 from jaxalign.training import part
@@ -125,10 +125,15 @@ def critic_source(config: PPOConfig) -> str:
 
 
 def to_batch(
-    text: TrainBatches | None, rows: int, responses: Drawn, prompts: Sequence[tuple[int, ...]], width: int, step: int
+    text: TrainBatches | None,
+    rows: int,
+    responses: ScoredResponses,
+    prompts: Sequence[tuple[int, ...]],
+    width: int,
+    step: int,
 ) -> tuple[RolloutBatch, dict[str, float]]:
     """Responses behind their prompts and, for PPO-ptx, as many rows of text."""
-    batch = rollout_batch(prompts, responses.responses, scores=responses.scores, width=width, rows=rows)
+    batch = to_rollout_batch(responses, prompts, width=width, rows=rows)
     return dataclasses.replace(batch, pretraining=None if text is None else text[step]), {}
 
 

@@ -21,7 +21,7 @@ from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.respond import text_after, without_terminator
 from jaxalign.rollout.rewards import on_hosts
 from jaxalign.rollout.rewards.rewards import Rewards
-from jaxalign.rollout.scored import Drawn
+from jaxalign.rollout.scored import ScoredResponses
 from jaxalign.types import PyTree
 
 log = logging.getLogger(__name__)
@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 SAMPLES = 3  # folded into a run's key, for what draws responses
 
 # (scored responses, ids of the prompt of each, tokens of a row, step) -> (batch, metrics)
-BatchFn = Callable[[Drawn, Sequence[tuple[int, ...]], int, int], tuple[Any, dict[str, float]]]
+BatchFn = Callable[[ScoredResponses, Sequence[tuple[int, ...]], int, int], tuple[Any, dict[str, float]]]
 # (step, scored responses, their prompts as the data have them): writes a few of them
 # (params of the policy, step) -> (batch, metrics)
 SourceFn = Callable[[PyTree, int], tuple[Any, dict[str, float]]]
-SamplesFn = Callable[[int, Drawn, Sequence[Any]], None]
+SamplesFn = Callable[[int, ScoredResponses, Sequence[Any]], None]
 
 
 class Rollouts:
@@ -77,12 +77,12 @@ class Rollouts:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), SAMPLES), step)
         seconds = Seconds()
 
-        def draw(numbers: np.ndarray, drawn_before: int) -> Drawn:
+        def draw(numbers: np.ndarray, drawn_before: int) -> ScoredResponses:
             return self._draw(params, numbers, drawn_before, key, seconds)
 
         if self._rounds:
-            others = scored.stand_ins(len(self._prompts), numbers, seed=config.seed, step=step)
-            responses, metrics = scored.fill(draw, numbers, others, n=config.n, rounds=self._rounds)
+            others = scored.replacements(len(self._prompts), numbers, seed=config.seed, step=step)
+            responses, metrics = scored.draw_with_spread(draw, numbers, others, n=config.n, rounds=self._rounds)
         else:
             responses, metrics = draw(numbers, 0), {}
         self._write_samples(step, responses, [self._prompts.raw[i] for i in responses.prompts])
@@ -93,7 +93,9 @@ class Rollouts:
         batch, batch_metrics = self._to_batch(responses, ids, width, step)
         return hosts.share(batch), metrics | batch_metrics | seconds.metrics()
 
-    def _draw(self, params: PyTree, numbers: np.ndarray, drawn_before: int, key: jax.Array, seconds: Seconds) -> Drawn:
+    def _draw(
+        self, params: PyTree, numbers: np.ndarray, drawn_before: int, key: jax.Array, seconds: Seconds
+    ) -> ScoredResponses:
         """n scored responses to each of the prompts; `drawn_before` of this step were drawn in earlier rounds."""
         prompts = np.repeat(numbers, self._config.n)
         requests = [Request(self._prompts.ids[i], drawn_before + k) for k, i in enumerate(prompts)]
@@ -102,7 +104,7 @@ class Rollouts:
         began = time.perf_counter()
         scores, terms = self._score(prompts, responses, texts)
         seconds.add(self._engine.stats, time.perf_counter() - began)
-        return Drawn(prompts, responses, texts, scores, terms)
+        return ScoredResponses(prompts, responses, texts, scores, terms)
 
     def _score(
         self, prompts: np.ndarray, responses: list[Response], texts: list[str]

@@ -1,8 +1,9 @@
-"""Dynamic sampling: prompts whose responses are all worth the same teach a comparison nothing, and give way to others.
+"""Scored responses, and dynamic sampling: prompts whose responses all score the same are replaced by others.
 
-Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476, section 3.2. The paper takes the next prompts of the data; here
-those that stand in follow from the seed and the step alone, so that a run which resumes needs no cursor besides the
-step, and the order of an epoch stays what it is without them: every prompt has its turn, and may stand in besides.
+Equal scores give a comparison nothing to learn from. Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476, section
+3.2, take the next prompts of the data. Here the replacements follow from the seed and the step alone, so a run that
+resumes needs no cursor besides the step, and the order of an epoch is the same with or without them: every prompt has
+its turn, and may be a replacement besides.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from jaxalign.rollout.engine.engine import Response
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """Responses and what they are worth, those to one prompt side by side."""
+class ScoredResponses:
+    """N responses and their scores, those to one prompt side by side."""
 
-    prompts: np.ndarray  # Int64[N], numbers
+    prompts: np.ndarray  # Int64[N], the number of each one's prompt in the data
     responses: list[Response]
     texts: list[str]
     scores: np.ndarray  # Float32[N]
-    terms: dict[str, np.ndarray]  # Float64[N], of each reward function
+    terms: dict[str, np.ndarray]  # Float64[N] by reward function: its own scores, before weights
 
     @classmethod
-    def joined(cls, parts: Sequence[Drawn]) -> Drawn:
+    def concatenate(cls, parts: Sequence[ScoredResponses]) -> ScoredResponses:
         """All of them, in order."""
         return cls(
             np.concatenate([part.prompts for part in parts]),
@@ -37,50 +38,64 @@ class Drawn:
             {name: np.concatenate([part.terms[name] for part in parts]) for name in parts[0].terms},
         )
 
-    def take(self, rows: np.ndarray) -> Drawn:
-        """Some of the responses, in the order given."""
-        pick = lambda values: [values[i] for i in rows]  # noqa: E731
-        terms = {name: values[rows] for name, values in self.terms.items()}
-        return Drawn(self.prompts[rows], pick(self.responses), pick(self.texts), self.scores[rows], terms)
+    def take(self, rows: np.ndarray) -> ScoredResponses:
+        """The responses at `rows`, in that order."""
+        return ScoredResponses(
+            self.prompts[rows],
+            [self.responses[i] for i in rows],
+            [self.texts[i] for i in rows],
+            self.scores[rows],
+            {name: values[rows] for name, values in self.terms.items()},
+        )
 
 
-def differ(scores: np.ndarray) -> np.ndarray:
-    """Bool[G], of scores [G n]: the responses to the prompt are not all worth the same."""
+def has_spread(scores: np.ndarray) -> np.ndarray:
+    """Bool[G], of scores [G n]: whether a prompt's n responses have different scores."""
     return scores.max(axis=1) > scores.min(axis=1)
 
 
-def stand_ins(count: int, chosen: np.ndarray, *, seed: int, step: int) -> np.ndarray:
-    """The numbers of all prompts but the chosen, in an order of this step's own."""
+def replacements(count: int, chosen: np.ndarray, *, seed: int, step: int) -> np.ndarray:
+    """Numbers of all `count` prompts but the chosen, in an order of this step's own."""
     order = np.random.default_rng((seed, step, 1)).permutation(count)
     return order[~np.isin(order, chosen)]
 
 
-def fill(
-    draw: Callable[[np.ndarray, int], Drawn], chosen: np.ndarray, others: np.ndarray, *, n: int, rounds: int
-) -> tuple[Drawn, dict[str, float]]:
-    """As many groups of unequal scores as prompts were chosen, or fewer, and what is said of how they were found.
+def draw_with_spread(
+    draw: Callable[[np.ndarray, int], ScoredResponses],
+    chosen: np.ndarray,
+    others: np.ndarray,
+    *,
+    n: int,
+    rounds: int,
+) -> tuple[ScoredResponses, dict[str, float]]:
+    """(responses to as many prompts as were chosen, or fewer, each prompt's scores with a spread; metrics).
 
-    Each round asks for as many prompts as should fill the rest by the share kept so far, and at most for as many as
-    were chosen. Where no round finds any group, the chosen prompts' own are the answer: what they say of the policy
-    is true, and their advantages are 0. `score_drawn` is the mean over all that was drawn, kept or not.
+    A round draws as many prompts as should fill the rest, at the share with a spread so far, and at most as many as
+    were chosen. If no round finds any, the chosen prompts' own responses are returned: they are the policy's, and their
+    advantages are 0. Metrics: `sampling_rounds`; `kept_share`, that of drawn prompts whose scores have a spread; and
+    `score_drawn`, the mean over all drawn responses, whether they are returned or not.
 
     Args:
-      draw: (numbers of prompts, how many responses were drawn before) -> n responses to each.
+      draw: (numbers of prompts, count of responses drawn before) -> n responses to each.
       chosen: numbers of the step's prompts.
-      others: that may stand in, the first first.
-      n: responses to each.
-      rounds: calls of `draw` at most.
+      others: numbers of the replacements, in the order in which they are used.
+      n: responses to each prompt.
+      rounds: largest number of calls of `draw`.
     """
-    wanted, parts, asked = len(chosen), [draw(chosen, 0)], len(chosen)
+    wanted, parts, prompts_drawn = len(chosen), [draw(chosen, 0)], len(chosen)
     while True:
-        drawn = Drawn.joined(parts)
-        kept = np.flatnonzero(differ(drawn.scores.reshape(-1, n)))
-        if len(kept) >= wanted or len(parts) == rounds or not len(others):
+        drawn = ScoredResponses.concatenate(parts)
+        groups = np.flatnonzero(has_spread(drawn.scores.reshape(-1, n)))
+        if len(groups) >= wanted or len(parts) == rounds or not len(others):
             break
-        more = math.ceil((wanted - len(kept)) * asked / max(len(kept), 1))
-        count = min(more, wanted, len(others))
-        parts.append(draw(others[:count], asked * n))
-        others, asked = others[count:], asked + count
-    said = {"sampling_rounds": len(parts), "kept_share": len(kept) / asked, "score_drawn": float(drawn.scores.mean())}
-    groups = kept[:wanted] if len(kept) else np.arange(wanted)
-    return drawn.take((groups[:, None] * n + np.arange(n)).reshape(-1)), said
+        expected = math.ceil((wanted - len(groups)) * prompts_drawn / max(len(groups), 1))
+        count = min(expected, wanted, len(others))
+        parts.append(draw(others[:count], prompts_drawn * n))
+        others, prompts_drawn = others[count:], prompts_drawn + count
+    metrics = {
+        "sampling_rounds": len(parts),
+        "kept_share": len(groups) / prompts_drawn,
+        "score_drawn": float(drawn.scores.mean()),
+    }
+    groups = groups[:wanted] if len(groups) else np.arange(wanted)
+    return drawn.take((groups[:, None] * n + np.arange(n)).reshape(-1)), metrics

@@ -13,7 +13,7 @@ from jaxalign.config.on_policy import RolloutConfig
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.respond import generate_ids
-from jaxalign.rollout.scored import Drawn
+from jaxalign.rollout.scored import ScoredResponses
 from jaxalign.run.terminal import visible
 from jaxalign.run.vocabulary import Vocabulary
 from jaxalign.training.metrics import JsonLines
@@ -67,7 +67,7 @@ class RolloutSamples:
     def __init__(self, config: RolloutConfig):
         self._config, self._lines = config, None
 
-    def __call__(self, step: int, scored: Drawn, prompts: Sequence[Any]) -> None:
+    def __call__(self, step: int, scored: ScoredResponses, prompts: Sequence[Any]) -> None:
         """Writes and logs them.
 
         Args:

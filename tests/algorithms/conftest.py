@@ -7,8 +7,9 @@ import pytest
 
 from jaxalign.models.decoder.decoder import init_params, make_decoder
 from jaxalign.models.files.families import model_config
-from jaxalign.rollout.batches import rollout_batch
+from jaxalign.rollout.batches import to_rollout_batch
 from jaxalign.rollout.engine.engine import Response
+from jaxalign.rollout.scored import ScoredResponses
 from tests.algorithms.shared import TINY, make_responses
 
 
@@ -36,5 +37,6 @@ def rolled_out():
         for n in lengths
     ]
     scores, advantages = rng.normal(size=(2, count - 1)).astype(np.float32)
-    made = rollout_batch(prompts, responses, scores=scores, advantages=advantages, width=12, rows=count)
-    return jax.tree.map(jnp.asarray, made)
+    scored = ScoredResponses(np.arange(count - 1), responses, [""] * (count - 1), scores, {})
+    batch = to_rollout_batch(scored, prompts, advantages=advantages, width=12, rows=count)
+    return jax.tree.map(jnp.asarray, batch)
