@@ -1,4 +1,4 @@
-"""Several hosts as one run: they join, and agree before the first step that they run the same thing."""
+"""Several hosts as one run: they join, compare their settings, share work, and fail together with the same message."""
 
 from __future__ import annotations
 
@@ -12,126 +12,143 @@ import numpy as np
 from jaxalign.mistake import Mistake
 from jaxalign.types import PyTree
 
+MESSAGE_BYTES = 2000  # length of an error message, in UTF-8, as other hosts receive it; the rest is cut off
+
 
 def join() -> None:
     """Joins the other processes of the run.
 
-    TPU pods, Slurm, Open MPI and Kubernetes tell JAX who they are; elsewhere JAX_COORDINATOR_ADDRESS (host:port of the
-    first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
+    TPU pods, Slurm, Open MPI and Kubernetes provide JAX with their addresses; elsewhere JAX_COORDINATOR_ADDRESS
+    (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
 
     Raises:
-      Mistake: there is no sign of others, only some of the three are set, or one is not a number.
+      Mistake: no other processes are found, only some of the three variables are set, or one is not a number.
     """
     if jax.distributed.is_initialized():
         return
     names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-    given = [os.environ.get(name) for name in names]
-    if not any(given):
+    address, count, index = values = [os.environ.get(name) for name in names]
+    if not any(values):
         try:
             jax.distributed.initialize()
         except ValueError as error:
             raise Mistake(
-                f"`distributed` found no other processes ({error}); a TPU pod or Slurm tells them, elsewhere set "
+                f"`distributed` found no other processes ({error}); a TPU pod or Slurm provides them, elsewhere set "
                 f"{', '.join(names)}"
             ) from None
         return
-    absent = [name for name, value in zip(names, given, strict=True) if not value]
+    absent = [name for name, value in zip(names, values, strict=True) if not value]
     if absent:
         raise Mistake(f"`distributed`: {', '.join(absent)} is not set, though others of {', '.join(names)} are")
-    if not (given[1].isdigit() and given[2].isdigit()):
-        raise Mistake(f"`distributed`: JAX_NUM_PROCESSES={given[1]} and JAX_PROCESS_ID={given[2]} must be numbers")
-    jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
+    if not (count.isdigit() and index.isdigit()):
+        raise Mistake(f"`distributed`: JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={index} must be numbers")
+    jax.distributed.initialize(address, int(count), int(index))
 
 
 def agree(**values: str | int) -> None:
-    """Raises Mistake on every host when one of `values` is not the same on all of them.
+    """Raises Mistake on every host if one of `values` is not the same on all of them.
 
-    Hosts that run other settings, or read other data, would train on without a word, or hang in the first collective.
+    Without it, hosts with other settings or data would train on unnoticed, or hang in the first collective.
     """
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils
 
     digests = np.array([zlib.crc32(str(value).encode()) for value in values.values()], np.uint32)
-    seen = multihost_utils.process_allgather(digests)
-    names = np.array(list(values))
-    others, which = np.flatnonzero((seen != seen[0]).any(1)), (seen != seen[0]).any(0)
+    of_hosts = multihost_utils.process_allgather(digests)
+    names, differs = np.array(list(values)), of_hosts != of_hosts[0]
+    others = np.flatnonzero(differs.any(1))
     if others.size:
         raise Mistake(
-            f"the hosts differ in {', '.join(names[which])}: hosts {', '.join(map(str, others))} have another than "
-            f"host 0 (this is host {jax.process_index()}). Start the same command on the same files everywhere"
+            f"the hosts differ in {', '.join(names[differs.any(0)])}: hosts {', '.join(map(str, others))} have another "
+            f"than host 0 (this is host {jax.process_index()}). Start the same command on the same files everywhere"
         )
 
 
 def first_decides(decide: Callable[[], bool]) -> bool:
-    """What `decide` says on the first host, on all of them: it alone looks at a folder while it makes it.
+    """The answer of `decide`, which runs on host 0 only, on every host: one host inspects a folder it may be creating.
 
     Raises:
-      RuntimeError: it raised there.
+      Exception: on host 0, what `decide` raised.
+      Mistake: on the other hosts, with host 0's message.
     """
     if jax.process_count() == 1:
         return decide()
     from jax.experimental import multihost_utils
 
-    said, error = -1, None
+    answer, error = False, None
     if jax.process_index() == 0:
         try:
-            said = int(decide())
-        except (ValueError, OSError) as raised:
+            answer = decide()
+        except Exception as raised:
             error = raised
-    said = int(multihost_utils.broadcast_one_to_all(np.int32(said)))
+    reply = np.concatenate([np.array([error is not None, answer], np.uint8), _as_bytes(error)])
+    failed, answer, *message = multihost_utils.broadcast_one_to_all(reply)
     if error is not None:
         raise error
-    if said < 0:
-        raise Mistake("host 0 refused to start; its message says why")
-    return bool(said)
+    if failed:
+        raise Mistake(f"host 0 stopped: {_as_text(message)}")
+    return bool(answer)
 
 
-def from_first(make: Callable[[], np.ndarray], kinds: int, count: int) -> np.ndarray:
-    """Float32[kinds count] that `make` gives on the first host, on all of them: what it asks others for is asked once.
+def run_on_first(compute: Callable[[], np.ndarray], rows: int, columns: int) -> np.ndarray:
+    """Float32[rows columns], which `compute` returns on host 0 only (it may call a paid service), on every host.
 
-    Raises what `from_each` does.
+    Raises as `run_on_each` does.
     """
-    others = [slice(count, count)] * (jax.process_count() - 1)
-    return _gathered(lambda _: make(), kinds, [slice(0, count), *others])
+    others = [slice(columns, columns)] * (jax.process_count() - 1)
+    return _gathered(lambda _: compute(), rows, [slice(0, columns), *others])
 
 
-def from_each(make: Callable[[slice], np.ndarray], kinds: int, count: int) -> np.ndarray:
-    """Float32[kinds count] of which `make` gives each host its own columns, [kinds, those], on all of them.
+def run_on_each(compute: Callable[[slice], np.ndarray], rows: int, columns: int) -> np.ndarray:
+    """Float32[rows columns] on every host; `compute` returns [rows, those] for a slice, each host's share of columns.
 
     Raises:
-      RuntimeError: it raised on another host; where it did, it raises what it raised.
+      Exception: on a host where `compute` failed, what it raised.
+      Mistake: on the other hosts, with that host's message.
     """
-    return _gathered(make, kinds, [_own(count, host) for host in range(jax.process_count())])
+    return _gathered(compute, rows, [_share_of(columns, host) for host in range(jax.process_count())])
 
 
-def _gathered(make: Callable[[slice], np.ndarray], kinds: int, parts: list[slice]) -> np.ndarray:
-    """What `make` gives of every host's part, side by side; a host whose part is empty does not call it."""
+def _gathered(compute: Callable[[slice], np.ndarray], rows: int, shares: list[slice]) -> np.ndarray:
+    """The results for all shares of columns side by side; a host whose share is empty does not compute."""
     from jax.experimental import multihost_utils
 
-    mine, error = parts[jax.process_index()], None
-    said = np.zeros((kinds, max(part.stop - part.start for part in parts) + 1), np.float32)
+    own, error = shares[jax.process_index()], None
+    widest = max(s.stop - s.start for s in shares)
+    result, succeeded = np.zeros((rows, widest), np.float32), np.ones((rows, 1), np.float32)
     try:
-        if mine.stop > mine.start:
-            said[:, : mine.stop - mine.start] = make(mine)
-        said[:, -1] = 1.0  # says that it did not fail
+        if own.stop > own.start:
+            result[:, : own.stop - own.start] = compute(own)
     except Exception as raised:
-        error = raised
-    all_said = np.asarray(multihost_utils.process_allgather(said))
-    if error is not None:
-        raise error
-    failed = [host for host, found in enumerate(all_said) if not found[0, -1]]
-    if failed:
-        raise Mistake(f"host {failed[0]} has failed; its message says why")
-    return np.concatenate([found[:, : part.stop - part.start] for found, part in zip(all_said, parts, strict=True)], 1)
+        error, succeeded[:] = raised, 0.0
+    of_hosts = np.asarray(multihost_utils.process_allgather(np.concatenate([result, succeeded], axis=1)))
+    failed = np.flatnonzero(of_hosts[:, 0, -1] == 0)
+    if failed.size:
+        messages = multihost_utils.process_allgather(_as_bytes(error))
+        if error is not None:
+            raise error
+        raise Mistake(f"host {failed[0]} has failed: {_as_text(messages[failed[0]])}")
+    return np.concatenate([part[:, : s.stop - s.start] for part, s in zip(of_hosts, shares, strict=True)], axis=1)
+
+
+def _as_bytes(error: Exception | None) -> np.ndarray:
+    """Uint8[MESSAGE_BYTES], the message of an error, filled up with zeros; with its type unless it is a Mistake."""
+    text = "" if error is None else str(error) if isinstance(error, Mistake) else f"{type(error).__name__}: {error}"
+    return np.frombuffer(text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0"), np.uint8)
+
+
+def _as_text(message: np.ndarray | list[int]) -> str:
+    """The inverse of `_as_bytes`; a character that was cut through is left out."""
+    return bytes(np.asarray(message, np.uint8)).rstrip(b"\0").decode(errors="ignore")
 
 
 def share(batch: PyTree) -> PyTree:
     """This host's rows of a batch that all hosts have."""
-    return jax.tree.map(lambda x: x[_own(len(x), jax.process_index())], batch)
+    return jax.tree.map(lambda x: x[_share_of(len(x), jax.process_index())], batch)
 
 
-def _own(count: int, host: int) -> slice:
-    """Which of `count` rows are a host's."""
+def _share_of(count: int, host: int) -> slice:
+    """The rows of a host, of `count`."""
     hosts = jax.process_count()
     return slice(host * count // hosts, (host + 1) * count // hosts)

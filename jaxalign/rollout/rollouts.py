@@ -114,8 +114,8 @@ class Rollouts:
         columns = {name: [values[i] for i in prompts] for name, values in self._prompts.columns.items()}
         finished, tokens = [r.finished for r in responses], [len(r.tokens) for r in responses]
         columns |= {"finished": finished, "tokens": tokens}
-        terms = on_hosts.by_name(self._rewards, [self._prompts.raw[i] for i in prompts], texts, columns)
-        scores = self._rewards.summed(terms)
+        terms = on_hosts.scores_by_function(self._rewards, [self._prompts.raw[i] for i in prompts], texts, columns)
+        scores = self._rewards.weighted_sum(terms)
         if config.reward_clip is not None:
             scores = np.clip(scores, -config.reward_clip, config.reward_clip)
         if config.missing_end_penalty:

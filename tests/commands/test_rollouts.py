@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jaxalign.runs import generate
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.cli.main import main
@@ -118,7 +119,10 @@ def test_two_hosts_generate_and_learn_together_what_one_does(local, tiny_model, 
         for process in pair:
             process.kill()
     assert [process.returncode for process in pair] == [2, 2], said
-    assert "the judge has gone home" in said[0] and "host 0 has failed; its message says why" in said[1]
+    assert (
+        "the judge has gone home" in said[0]
+        and "host 0 has failed: the reward fails_later raised RuntimeError: the judge has gone home" in said[1]
+    )
     found, expected = rows(tmp_path / "run"), rows(local)[:2]
     same_step(found[0], expected[0], abs=1e-4)
     assert [row["ratio"] for row in found] == pytest.approx([1.0, 1.0], abs=1e-4)

@@ -1,4 +1,4 @@
-"""Two real processes judge responses: each reads its share with a reward model, the first alone asks a function."""
+"""Two real processes score responses: each scores its share with a reward model, the first alone calls a function."""
 
 import json
 import os
@@ -15,23 +15,23 @@ from tests.shared import free_port
 PROMPTS = ["one cat", "two", "one dog sees", "two", "one"]
 RESPONSES = ["sees", "dogs run", "", "to the cat", "runs to"]
 
-# what a host knows of the scores, and which responses its reward model read
+# prints a host's scores and the responses that its reward model read
 HOST = """
 import json, sys
 from jaxalign import hosts
 hosts.join()
 import jax, numpy as np
-from jaxalign.rollout import rewards, score
-from jaxalign.rollout.rewards import on_hosts
+from jaxalign.rollout.rewards import on_hosts, rewards, scorer
 prompts, responses, reward = json.loads(sys.argv[1])
-read, members = [], score.Scorer.members
-score.Scorer.members = lambda self, p, r, **more: (read.extend(r), members(self, p, r, **more))[1]
+read, members = [], scorer.Scorer.members
+scorer.Scorer.members = lambda self, p, r, **options: (read.extend(r), members(self, p, r, **options))[1]
+columns = {"finished": [True] * len(responses)}
 try:
-    found = on_hosts.by_name(rewards.Rewards(reward), prompts, responses, {"finished": [True] * len(responses)})
-    said = [{name: values.tolist() for name, values in found.items()}, read]
+    scores = on_hosts.scores_by_function(rewards.Rewards(reward), prompts, responses, columns)
+    result = [{name: values.tolist() for name, values in scores.items()}, read]
 except Exception as error:
-    said = f"{type(error).__name__}: {error}"
-print("said", json.dumps(said))
+    result = f"{type(error).__name__}: {error}"
+print("result", json.dumps(result))
 """
 
 
@@ -42,14 +42,14 @@ def folder(tiny_model, tmp_path_factory):
     for file in tiny_model.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
     config = json.loads((path / "config.json").read_text())
-    held = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
-    (path / "config.json").write_text(json.dumps(config | held))
+    classifier = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    (path / "config.json").write_text(json.dumps(config | classifier))
     head = np.random.default_rng(0).normal(size=(1, 32)).astype(np.float32)
     save_file(load_file(path / "model.safetensors") | {"score.weight": head}, path / "model.safetensors")
     return path
 
 
-def ask_both(reward, prompts=PROMPTS, responses=RESPONSES):
+def score_on_both(reward, prompts=PROMPTS, responses=RESPONSES):
     joint = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
     joint |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     run = [sys.executable, "-c", HOST, json.dumps([prompts, responses, reward])]
@@ -59,29 +59,34 @@ def ask_both(reward, prompts=PROMPTS, responses=RESPONSES):
     ]
     try:
         printed = [process.communicate(timeout=240)[0].splitlines() for process in pair]
-        return [json.loads(line.removeprefix("said ")) for lines in printed for line in lines if line[:5] == "said "]
+        return [
+            json.loads(line.removeprefix("result ")) for lines in printed for line in lines if line[:7] == "result "
+        ]
     finally:
         for process in pair:
             process.kill()
 
 
 def test_hosts_share_what_a_reward_model_reads_and_know_all_scores(folder):
-    reward = f"reward_model(path={str(folder)!r}) + 0.5*tests.commands.rewards:first_host_only"
-    (found, first), (again, second) = ask_both(reward)
-    assert found == again and list(found) == ["reward_model", "first_host_only"]
-    assert (first, second) == (RESPONSES[:2], RESPONSES[2:])
+    reward = f"reward_model(path={str(folder)!r}) + 0.5*tests.runs.rewards:first_host_only"
+    (scores, read), (scores_of_second, read_by_second) = score_on_both(reward)
+    assert scores == scores_of_second and list(scores) == ["reward_model", "first_host_only"]
+    assert (read, read_by_second) == (RESPONSES[:2], RESPONSES[2:])
     expected = Rewards(f"reward_model(path={str(folder)!r})")(PROMPTS, RESPONSES, {"finished": [True] * 5})
-    np.testing.assert_allclose(found["reward_model"], expected, atol=1e-5)
-    assert found["first_host_only"] == [float(len(said)) for said in RESPONSES]
+    np.testing.assert_allclose(scores["reward_model"], expected, atol=1e-5)
+    assert scores["first_host_only"] == [float(len(response)) for response in RESPONSES]
 
 
 def test_a_host_with_nothing_to_read_waits(folder):
-    (found, first), (again, second) = ask_both(f"reward_model(path={str(folder)!r})", PROMPTS[:1], RESPONSES[:1])
-    assert found == again and (first, second) == ([], RESPONSES[:1])
+    (scores, read), (scores_of_second, read_by_second) = score_on_both(
+        f"reward_model(path={str(folder)!r})", PROMPTS[:1], RESPONSES[:1]
+    )
+    assert scores == scores_of_second and (read, read_by_second) == ([], RESPONSES[:1])
 
 
-def test_a_host_that_fails_ends_all(folder):
+def test_a_host_that_fails_ends_all_with_its_message(folder):
     prompts = ["one", "cat " * 80]
-    said = ask_both(f"reward_model(path={str(folder)!r})", prompts, RESPONSES[:2])
-    assert said[0] == "RuntimeError: host 1 has failed; its message says why"
-    assert "RewardError: the reward reward_model raised ValueError: a prompt fills all 64 tokens" in said[1]
+    first, second = score_on_both(f"reward_model(path={str(folder)!r})", prompts, RESPONSES[:2])
+    message = "the reward reward_model raised Mistake: a prompt fills all 64 tokens"
+    assert second.startswith(f"RewardError: {message}")
+    assert first == second.replace("RewardError: ", "Mistake: host 1 has failed: ")

@@ -1,4 +1,4 @@
-"""Rewards: what each function says, sums, the data's columns, and every way to be wrong."""
+"""Rewards: the scores of each function, sums, the data's columns, and every way to be wrong."""
 
 import re
 import subprocess
@@ -41,24 +41,24 @@ def test_a_row_without_an_answer_is_named_before_anything_is_drawn(name, answer)
 
 
 def test_what_the_other_rewards_say(tmp_path):
-    said = ["yes ", "no", '{"a": 1}']
-    assert REWARDS["exact_match"]("???", said, answer=["yes", "yes", "x"]) == [1, 0, 0]
+    responses = ["yes ", "no", '{"a": 1}']
+    assert REWARDS["exact_match"]("???", responses, answer=["yes", "yes", "x"]) == [1, 0, 0]
     assert REWARDS["exact_match"]("?", ["4 "], answer=[4]) == [1]
-    assert REWARDS["regex"]("???", said, pattern=r"^y|n.$") == [1, 1, 0]
-    assert REWARDS["json_schema"]("???", said, required=["a"]) == [0, 0, 1]
+    assert REWARDS["regex"]("???", responses, pattern=r"^y|n.$") == [1, 1, 0]
+    assert REWARDS["json_schema"]("???", responses, required=["a"]) == [0, 0, 1]
     assert REWARDS["length"]("??", ["a b c", "a"], target=2) == [-0.5, -0.5]
-    worth = REWARDS["overlong"]("????", said, tokens=[6, 8, 9, 12], max_length=10, buffer=4)
-    assert worth == [0, -0.5, -0.75, -1]  # DAPO's eq. 13
+    penalties = REWARDS["overlong"]("????", responses, tokens=[6, 8, 9, 12], max_length=10, buffer=4)
+    assert penalties == [0, -0.5, -0.75, -1]  # DAPO's eq. 13
     (tmp_path / "words.txt").write_text("good\t1.5\tmore\nbad\t-2.0\n")
     path = str(tmp_path / "words.txt")
     assert REWARDS["lexicon"]("??", ["Good, good dog", "not bad"], path=path) == [3.0, -2.0]
 
 
 def test_a_sum_is_weighted_and_columns_go_to_those_who_name_them():
-    rewards = Rewards("0.5*tests.commands.rewards:answered(worth=4.0) + tests.commands.rewards:dogs")
-    found = rewards(["?", "?"], ["a dog", "a cat"], {"answer": ["dog", "dog"], "other": [1, 2]})
-    np.testing.assert_allclose(found, [2.5, 0.0])
-    assert found.dtype == np.float32
+    rewards = Rewards("0.5*tests.runs.rewards:answered(worth=4.0) + tests.runs.rewards:dogs")
+    scores = rewards(["?", "?"], ["a dog", "a cat"], {"answer": ["dog", "dog"], "other": [1, 2]})
+    np.testing.assert_allclose(scores, [2.5, 0.0])
+    assert scores.dtype == np.float32
 
 
 @pytest.mark.parametrize("what", ["numpy bool", "numpy half", "jax scalar", "jax bool", "jax bfloat16"])
@@ -67,7 +67,7 @@ def test_a_score_is_a_number_of_any_library(what):
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "shown"),
     [
         ("complex", "1j"),
         ("numpy complex", "np.complex64(1+0j)"),
@@ -79,41 +79,41 @@ def test_a_score_is_a_number_of_any_library(what):
         ("nothing", "None"),
     ],
 )
-def test_what_is_not_one_real_number_of_float32_is_no_score(what, said):
-    with pytest.raises(RewardError, match=re.escape(f"the reward gives gave {said}")) as raised:
-        Rewards(f"tests.commands.rewards:gives(what={what!r})")(["?"], ["a"], {})
-    assert str(raised.value).endswith(" for response 0; a score is a finite number, as float32 holds it")
+def test_what_is_not_one_real_number_of_float32_is_no_score(what, shown):
+    with pytest.raises(RewardError, match=re.escape(f"the reward gives gave {shown}")) as raised:
+        Rewards(f"tests.runs.rewards:gives(what={what!r})")(["?"], ["a"], {})
+    assert str(raised.value).endswith(" for response 0; a score must be a finite number in float32")
 
 
 def test_rewards_that_add_up_to_more_than_float32_holds_are_refused():
-    with pytest.raises(RewardError, match=r"the rewards of response 0 add up to 6e\+38; a float32 holds 3.4e\+38"):
-        Rewards("2*tests.commands.rewards:huge")(["?"], ["a"], {})
+    with pytest.raises(RewardError, match=r"the scores of response 0 add up to 6e\+38; a float32 holds 3.4e\+38"):
+        Rewards("2*tests.runs.rewards:huge")(["?"], ["a"], {})
 
 
 def test_what_is_awaited_is_a_reward_like_others_and_single_responses_are_judged_at_once():
     rewards = Rewards("tests.commands.rewards:asked + 10*tests.commands.rewards:asked_each")
     began = time.monotonic()
-    found = rewards(["?"] * 50, ["a dog", "a cat"] * 25, {"answer": ["dog"] * 50, "response": ["x"] * 50})
+    scores = rewards(["?"] * 50, ["a dog", "a cat"] * 25, {"answer": ["dog"] * 50, "response": ["x"] * 50})
     assert time.monotonic() - began < 10  # one after the other they would take 25 s
-    np.testing.assert_allclose(found, [15.0, 5.0] * 25)
+    np.testing.assert_allclose(scores, [15.0, 5.0] * 25)
 
 
 def test_terms_are_told_apart_by_name():
-    rewards = Rewards("2*length(target=2) + length(target=4) + tests.commands.rewards:dogs")
-    found = rewards.by_name(["?"], ["a dog"], {})
-    assert {name: values.tolist() for name, values in found.items()} == {
+    rewards = Rewards("2*length(target=2) + length(target=4) + tests.runs.rewards:dogs")
+    scores = rewards.scores_by_function(["?"], ["a dog"], {})
+    assert {name: values.tolist() for name, values in scores.items()} == {
         "length": [0.0],
         "length_2": [-0.5],
         "dogs": [0.5],
     }
-    assert rewards.summed(found).tolist() == [0.0]
+    assert rewards.weighted_sum(scores).tolist() == [0.0]
 
 
 def test_a_reward_that_hangs_does_not_keep_the_process_from_its_end():
     code = (
-        "from jaxalign.rollout.rewards import Rewards\n"
-        "try: Rewards('tests.commands.rewards:hangs(seconds=300.0)', seconds=0.2)(['?'], ['a'], {})\n"
-        "except RuntimeError as error: print(error)"
+        "from jaxalign.rollout.rewards.rewards import Rewards\n"
+        "try: Rewards('tests.runs.rewards:hangs(seconds=300.0)', seconds=0.2)(['?'], ['a'], {})\n"
+        "except ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
     assert "took longer than 0.2 s" in done.stdout
@@ -144,7 +144,7 @@ def test_what_a_reward_is_told_wrongly_is_said_before_it_is_asked(text, message)
         ("raises", "the reward raises raised ZeroDivisionError: division by zero"),
         ("each", "the reward each raised ZeroDivisionError for response 1: division by zero"),
         ("short", "the reward short gave 1 scores for 2 responses"),
-        ("undefined", "the reward undefined gave nan for response 1; a score is a finite number"),
+        ("undefined", "the reward undefined gave nan for response 1; a score must be a finite number"),
         ("leaves", r"the reward leaves raised RuntimeError: it called sys.exit\(3\)"),
         ("times_out", "the reward times_out raised TimeoutError: no answer from the judge"),
         ("hangs", r"the reward hangs took longer than 0.2 s for 2 responses"),

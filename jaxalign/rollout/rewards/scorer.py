@@ -43,16 +43,15 @@ def load_reward_model(
     Args:
       source: the folder or name.
       dtype: of the trunk's parameters and activations; scores are float32.
-      batch_size: rows that are scored together, or some more, so that devices get equally many.
-      quantise: the trunk's kernels, as `read_reward_model` has it.
+      batch_size: rows that are scored together; rounded up to a multiple of the devices.
+      quantise: format of the trunk's kernels, as in `read_reward_model`.
       offload: keep the parameters in the host's memory, and on the device only while texts are scored.
-      devices: of this host, which hold equal shares of the parameters and score equally many rows; None: its first.
+      devices: of this host; each holds an equal share of the parameters and scores as many rows. None: the first one.
 
     Raises:
-      Mistake: not a reward model, or its tokenizer has nothing that ends a response.
+      Mistake: not a reward model, or its tokenizer has no token that ends a response.
     """
-    spread = devices is not None and len(devices) > 1
-    mesh = make_mesh(devices=list(devices)) if spread else None
+    mesh = make_mesh(devices=list(devices)) if devices is not None and len(devices) > 1 else None
     model = read_reward_model(
         source,
         compute_dtype=jnp.dtype(dtype),
@@ -72,47 +71,47 @@ def load_reward_model(
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Scores of responses to prompts, in rows whose widths are powers of two, so that few programs are compiled."""
+    """A reward model that scores texts. Rows are padded to powers of two, so that few programs are compiled."""
 
     model: RewardModel
     params: PyTree
     tokenizer: Any
     terminators: tuple[int, ...]
     batch_size: int = 16
-    offload: bool = False  # the params are in the host's memory
+    offload: bool = False  # whether the params are in the host's memory
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **options: Any) -> np.ndarray:
-        """Float32[N], by the model's rule of combination; the options are those of `members`."""
+        """Float32[N], the members combined by the model's rule; options as for `members`."""
         return np.asarray(heads.combine(self.members(prompts, responses, **options), self.model.rule))
 
     def members(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: Sequence[bool] | None = None
     ) -> np.ndarray:
-        """Float32[N M].
+        """Float32[N M], the score of each member.
 
         Args:
-          prompts: texts or messages. Texts become turns of a conversation if they were in training.
+          prompts: texts or messages. Texts become turns of a conversation if they did so in training.
           responses: one to each prompt; an empty one has a score like any other.
-          finished: False where a response was cut off: it is read without a terminator. By default all have ended.
+          finished: False where a response was cut off, which is read without a terminator. Default: all True.
 
         Raises:
-          Mistake: a prompt that leaves no room for a response.
+          Mistake: a prompt leaves no room for a response.
         """
         ended = [True] * len(responses) if finished is None else finished
-        return self.rows([self.ids(*one) for one in zip(prompts, responses, ended, strict=True)])
+        return self.rows([self.ids(*texts) for texts in zip(prompts, responses, ended, strict=True)])
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raises Mistake, with their number and the first of them, on prompts that leave no room for a response."""
+        """Raises Mistake, with the count and the first of them, if prompts leave no room for a response."""
         full = [prompt for prompt in prompts if not self._encoded(prompt, "a")]  # whatever the response is
         if full:
             raise Mistake(f"{len(full)} of {len(prompts)} prompts are too long: {self._fills(full[0])}")
 
     def ids(self, prompt: Prompt, response: str, ended: bool = True) -> np.ndarray:
         """Int32[T]: prompt and response as the model was trained on them, cut at its `max_length`."""
-        found = self._encoded(prompt, response)
-        if not found:
+        examples = self._encoded(prompt, response)
+        if not examples:
             raise Mistake(self._fills(prompt))
-        ids = found[0][0]
+        ids = examples[0][0]
         return ids if ended or ids[-1] not in self.terminators else ids[:-1]
 
     def _encoded(self, prompt: Prompt, response: str) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -125,7 +124,7 @@ class Scorer:
         )
 
     def rows(self, rows: Sequence[np.ndarray]) -> np.ndarray:
-        """Float32[N M] of rows of ids, in their order; the longest are read together."""
+        """Float32[N M] of rows of ids, in their order; rows of similar length are scored together."""
         scores = np.zeros((len(rows), self.params["head"].shape[0]), np.float32)
         order, params = sorted(range(len(rows)), key=lambda i: -len(rows[i])), self._on_device()
         for at in range(0, len(order), self.batch_size):
@@ -138,29 +137,36 @@ class Scorer:
         return scores
 
     def steps(self, prompt: str, steps: Sequence[str]) -> np.ndarray:
-        """Float32[S M]: of a process reward model, the logit that each step of a solution is right.
+        """Float32[S M], logits of a process reward model that each of a solution's S steps is right.
 
         Raises:
-          Mistake: the model is of whole responses, or the solution is longer than it reads.
+          Mistake: the model scores whole responses, or the solution is longer than it reads.
         """
         if self.model.separator is None:
-            raise Mistake(f"{self.model.folder} scores whole responses; `jaxalign reward` with the loss process "
-                             "trains a model of steps")  # fmt: skip
+            raise Mistake(
+                f"{self.model.folder} scores whole responses; train a model of steps with jaxalign reward, "
+                "`algorithm.loss` process"
+            )
         ids, ends = encode(self._encoder, prompt, steps, self.model.separator)
         if len(ids) > self.model.max_length:
-            raise Mistake(f"a solution of {len(ids)} tokens, and the model reads {self.model.max_length}")
+            raise Mistake(
+                f"a solution of {len(ids)} tokens, and the model reads {self.model.max_length}; shorten it, or train "
+                "the model with a greater `max_length`"
+            )
         tokens = np.zeros((1, self._width(len(ids))), np.int32)
         tokens[0, : len(ids)] = ids
-        places = np.zeros((1, MOST_STEPS * -(-len(ends) // MOST_STEPS)), np.int32)  # of few shapes
+        places = np.zeros(
+            (1, MOST_STEPS * -(-len(ends) // MOST_STEPS)), np.int32
+        )  # padded, so that few programs are compiled
         places[0, : len(ends)] = ends
-        found = self._compiled_at(self._on_device(), tokens, np.array([len(ids)], np.int32), places)
-        return np.asarray(found)[0, : len(ends)]
+        scores = self._compiled_at(self._on_device(), tokens, np.array([len(ids)], np.int32), places)
+        return np.asarray(scores)[0, : len(ends)]
 
     def _on_device(self) -> PyTree:
         return fetched(self.params) if self.offload else self.params
 
     def _width(self, longest: int) -> int:
-        """The next power of two, and no more than the model reads, unless a row is longer."""
+        """The next power of two, at most what the model reads, or the longest row if that is more."""
         return min(max(16, 1 << (longest - 1).bit_length()), max(self.model.max_length, longest))
 
     @functools.cached_property
