@@ -50,7 +50,7 @@ class ScoredResponses:
 
 
 def has_spread(scores: np.ndarray) -> np.ndarray:
-    """Bool[G], of scores [G n]: whether a prompt's n responses have different scores."""
+    """Bool[G], of scores [G n], True where a prompt's n responses have different scores."""
     return scores.max(axis=1) > scores.min(axis=1)
 
 

@@ -32,9 +32,9 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder, *, slots=8):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.lock, self.seen = threading.Lock(), []  # paths that were asked for
+        self.lock, self.seen = threading.Lock(), []  # requested paths
         self.failures = []  # (status, text) of the next answers
-        self.edit = lambda answer: answer  # what is changed in an answer
+        self.edit = lambda answer: answer  # changes an answer
         config = huggingface.read_config(str(folder))
         self.config, self.engine = config, Wired(make_decoder(config, remat="none")[0], slots=slots)
         self.load(folder)
@@ -54,9 +54,8 @@ class Server(http.server.ThreadingHTTPServer):
         )
         with self.lock:
             self.engine.seed = seed
-            return self.engine.generate(self.params, [Request(tuple(prompt), 0)], jax.random.key(0), sampling=sampling)[
-                0
-            ]
+            requests = [Request(tuple(prompt), 0)]
+            return self.engine.generate(self.params, requests, jax.random.key(0), sampling=sampling)[0]
 
     def __enter__(self):
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
@@ -69,7 +68,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address):
-        """A client that has left is no news."""
+        """Logs nothing when a client has left."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -83,10 +82,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.seen.append(self.path)
         if self.server.failures:
             return self.send(*self.server.failures.pop(0))
-        found = PATHS.get(self.path)
-        if found is None:
+        respond = PATHS.get(self.path)
+        if respond is None:
             return self.send(404, '{"detail":"Not Found"}')
-        return self.send(200, json.dumps(self.server.edit(found(self.server, body))))
+        return self.send(200, json.dumps(self.server.edit(respond(self.server, body))))
 
     def send(self, status, text):
         self.send_response(status)
@@ -95,7 +94,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def log_message(self, *message):
-        """Nothing."""
+        """Logs nothing."""
 
 
 def models(server, body):
@@ -105,15 +104,15 @@ def models(server, body):
 def completions(server, body):
     assert body["model"] == "tiny" and body["n"] == 1 and body["return_token_ids"]
     drawn = server.respond(body["prompt"], body["seed"], body["max_tokens"], body)
-    said = {"token_logprobs": drawn.logps.tolist(), "tokens": [f"token_id:{t}" for t in drawn.tokens]}
+    logprobs = {"token_logprobs": drawn.logps.tolist(), "tokens": [f"token_id:{t}" for t in drawn.tokens]}
     reason = "stop" if drawn.finished else "length"
-    return {"choices": [{"token_ids": drawn.tokens.tolist(), "logprobs": said, "finish_reason": reason}]}
+    return {"choices": [{"token_ids": drawn.tokens.tolist(), "logprobs": logprobs, "finish_reason": reason}]}
 
 
 def sglang_generate(server, body):
     assert body["return_logprob"]
-    asked = body["sampling_params"]
-    drawn = server.respond(body["input_ids"], asked["sampling_seed"], asked["max_new_tokens"], asked)
+    settings = body["sampling_params"]
+    drawn = server.respond(body["input_ids"], settings["sampling_seed"], settings["max_new_tokens"], settings)
     pairs = [[p, t, None] for p, t in zip(drawn.logps.tolist(), drawn.tokens.tolist(), strict=True)]
     return {
         "meta_info": {

@@ -105,9 +105,9 @@ def test_rings_that_grow_give_what_one_that_is_long_at_once_gives(model, options
     monkeypatch.setattr(engine_module, "FIRST_RING", 4)
     grown = generate(model, sampling, **coded)
     assert ids(grown) == ids(expected)
-    for found, one in zip(grown, expected, strict=True):
-        np.testing.assert_allclose(found.logps, one.logps, atol=1e-5)
-        np.testing.assert_allclose(found.model_logps, one.model_logps, atol=1e-5)
+    for ours, theirs in zip(grown, expected, strict=True):
+        np.testing.assert_allclose(ours.logps, theirs.logps, atol=1e-5)
+        np.testing.assert_allclose(ours.model_logps, theirs.model_logps, atol=1e-5)
 
 
 def test_a_ring_that_grows_keeps_each_step_where_the_clock_will_look_for_it(model):
@@ -130,8 +130,8 @@ def test_rings_do_not_grow_for_responses_that_might_be_long(model, monkeypatch):
     monkeypatch.setattr(device, "grow", lambda *_: pytest.fail("no response has more than one token"))
     requests = [request._replace(max_new_tokens=None) for request in REQUESTS]
     everything = tuple(range(TINY["llama"]["vocab_size"]))
-    found = generate(model, Sampling(18, terminators=everything), requests=requests)
-    assert [len(response.tokens) for response in found] == [1] * len(requests)
+    responses = generate(model, Sampling(18, terminators=everything), requests=requests)
+    assert [len(response.tokens) for response in responses] == [1] * len(requests)
 
 
 def test_the_number_of_slots_changes_nothing(model):
@@ -142,8 +142,8 @@ def test_the_number_of_slots_changes_nothing(model):
 def test_samples_of_one_prompt_differ_by_their_seeds_alone(model):
     requests = [Request((5, 6, 7), seed) for seed in (1, 2, 1, 3)]
     engine = LocalEngine(model[0], slots=4)
-    found = ids(engine.generate(model[1], requests, KEY, sampling=Sampling(12)))
-    assert found[0] == found[2] and len({tuple(x) for x in found}) == 3
+    samples = ids(engine.generate(model[1], requests, KEY, sampling=Sampling(12)))
+    assert samples[0] == samples[2] and len({tuple(x) for x in samples}) == 3
     assert engine.stats.prompt_tokens == 3  # read once
 
 
@@ -162,19 +162,23 @@ def test_all_rows_may_end_at_once(model):
     greedy = Sampling(18, temperature=0.0)
     request = Request((5, 6, 7), 0)
     first = int(generate(model, greedy, requests=[request], slots=4)[0].tokens[0])
-    found = generate(model, greedy._replace(terminators=(first,)), requests=[request] * 6)
-    assert ids(found) == [[first]] * 6 and all(r.finished for r in found)
+    responses = generate(model, greedy._replace(terminators=(first,)), requests=[request] * 6)
+    assert ids(responses) == [[first]] * 6 and all(r.finished for r in responses)
 
 
 def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(model):
-    to_text = lambda tokens: "".join(f"<{t}>" for t in tokens)  # noqa: E731
-    after = lambda prompt, tokens: to_text(tokens)  # noqa: E731
-    free = generate(model, Sampling(18), decode_text=after)
+    def to_text(tokens):
+        return "".join(f"<{t}>" for t in tokens)
+
+    def decode_text(prompt, tokens):
+        return to_text(tokens)
+
+    free = generate(model, Sampling(18), decode_text=decode_text)
     third, fourth = free[3].tokens[2:4]
     stop = f"{third}><{fourth}>"  # no token holds it
-    found = generate(model, Sampling(18, stop=(stop, "never")), decode_text=after)
-    assert found[3].tokens.tolist() == free[3].tokens[:4].tolist() and found[3].finished
-    for before, after in zip(free, found, strict=True):
+    stopped = generate(model, Sampling(18, stop=(stop, "never")), decode_text=decode_text)
+    assert stopped[3].tokens.tolist() == free[3].tokens[:4].tolist() and stopped[3].finished
+    for before, after in zip(free, stopped, strict=True):
         assert after.finished == (stop in to_text(before.tokens))
         assert before.tokens[: len(after.tokens)].tolist() == after.tokens.tolist()
 
@@ -196,9 +200,9 @@ def test_bad_words_are_never_completed_and_their_beginnings_may_be(model):
     request = Request((5, 6, 7), 0)
     free = generate(model, greedy, requests=[request])[0].tokens.tolist()
     pair = (free[0], free[1])
-    found = generate(model, greedy._replace(bad_words=(pair, (62,))), requests=[request])[0].tokens.tolist()
-    assert found[0] == free[0] and found[1] != free[1] and 62 not in found
-    assert pair not in list(itertools.pairwise(found))
+    banned = generate(model, greedy._replace(bad_words=(pair, (62,))), requests=[request])[0].tokens.tolist()
+    assert banned[0] == free[0] and banned[1] != free[1] and 62 not in banned
+    assert pair not in list(itertools.pairwise(banned))
     # a bad word that the prompt has begun
     prompt_pair = (7, free[0])
     assert generate(model, greedy._replace(bad_words=(prompt_pair,)), requests=[request])[0].tokens[0] != free[0]
@@ -216,7 +220,7 @@ def test_a_penalty_on_repetition_counts_prompt_and_response(model):
 def test_sampled_frequencies_are_the_distribution_of_the_model(model):
     """Chi-square over 2,000 draws of a first token: below the 99.9% point for the degrees of freedom."""
     requests = [Request((5, 6, 7), seed, 1) for seed in range(2000)]
-    found = np.concatenate([r.tokens for r in generate(model, Sampling(1), requests=requests, slots=512)])
+    tokens = np.concatenate([r.tokens for r in generate(model, Sampling(1), requests=requests, slots=512)])
 
     @jax.jit
     def probabilities(params):
@@ -225,7 +229,7 @@ def test_sampled_frequencies_are_the_distribution_of_the_model(model):
         return jax.nn.softmax(hidden[0, -1] @ decoder.unembed().weight.T)
 
     expected = 2000 * np.asarray(probabilities(model[1]), np.float64)
-    counts = np.bincount(found, minlength=len(expected))
+    counts = np.bincount(tokens, minlength=len(expected))
     chi_square = ((counts - expected) ** 2 / expected).sum()
     freedom = len(expected) - 1
     assert chi_square < freedom + 3.1 * np.sqrt(2 * freedom) + 10

@@ -1,4 +1,4 @@
-"""The engine of a server: what our local engine draws, over HTTP, through failures, with the weights it was given."""
+"""The engine of a server: the local engine's responses, over HTTP, through failures, with published params."""
 
 import functools
 import socket
@@ -32,8 +32,8 @@ def engine_of(server, **options):
     return HttpEngine(server.url, **{"concurrency": 3, "pause": 0.01, "seconds": 60, **options})
 
 
-def same(found, expected):
-    for ours, theirs in zip(found, expected, strict=True):
+def same(responses, expected):
+    for ours, theirs in zip(responses, expected, strict=True):
         assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.finished == theirs.finished
         np.testing.assert_allclose(ours.logps, theirs.logps, rtol=1e-6, atol=1e-6)
     return True
@@ -44,9 +44,9 @@ def test_a_server_draws_what_the_local_engine_draws(local, server, kind):
     params, engine = local
     for sampling in (SAMPLING, SAMPLING._replace(temperature=0.5)):
         expected = engine.generate(params, REQUESTS, KEY, sampling=sampling)
-        found = engine_of(server, kind=kind).generate(None, REQUESTS, KEY, sampling=sampling)
-        assert same(found, expected)
-        for ours, theirs in zip(found, expected, strict=True):
+        responses = engine_of(server, kind=kind).generate(None, REQUESTS, KEY, sampling=sampling)
+        assert same(responses, expected)
+        for ours, theirs in zip(responses, expected, strict=True):
             known = theirs.model_logps if sampling.temperature == 1 else np.full(len(theirs.tokens), np.nan)
             np.testing.assert_allclose(ours.model_logps, known, atol=1e-6)
 
@@ -63,8 +63,8 @@ def test_params_travel_through_a_folder_and_are_loaded_before_a_token_is_drawn(
         save_pretrained(tmp_path / "policy", params, config, huggingface.read_hf_config(str(tiny_model)))
         return tmp_path / "policy"
 
-    found = engine_of(server, kind=kind, publish=publish).generate(params, REQUESTS, KEY, sampling=SAMPLING)
-    assert same(found, engine.generate(params, REQUESTS, KEY, sampling=SAMPLING))
+    responses = engine_of(server, kind=kind, publish=publish).generate(params, REQUESTS, KEY, sampling=SAMPLING)
+    assert same(responses, engine.generate(params, REQUESTS, KEY, sampling=SAMPLING))
     assert server.folder == tmp_path / "policy"
     loading = {"vllm": ["/collective_rpc", "/reset_prefix_cache"], "sglang": ["/update_weights_from_disk"]}[kind]
     assert server.seen[1 : 1 + len(loading)] == loading
@@ -73,8 +73,8 @@ def test_params_travel_through_a_folder_and_are_loaded_before_a_token_is_drawn(
 def test_a_server_that_stumbles_is_asked_again(local, server):
     params, engine = local
     server.failures = [(503, "starting"), (500, "out of memory"), (429, "busy")]
-    found = engine_of(server).generate(None, REQUESTS, KEY, sampling=SAMPLING)
-    assert same(found, engine.generate(params, REQUESTS, KEY, sampling=SAMPLING))
+    responses = engine_of(server).generate(None, REQUESTS, KEY, sampling=SAMPLING)
+    assert same(responses, engine.generate(params, REQUESTS, KEY, sampling=SAMPLING))
     assert len(server.seen) == 1 + len(REQUESTS) + 3
 
 
@@ -138,7 +138,7 @@ def ended_by_another(answer):
     [
         (without("logprobs"), "answers without 'logprobs', so tokens or log-probs are unknown"),
         (without("token_logprobs"), "answers without 'token_logprobs'"),
-        (log_probs_of_nothing, r"tokens with the log-probs \[null\]; one each is due"),
+        (log_probs_of_nothing, r"tokens with the log-probs \[null\]; there must be one for each"),
         (ended_by_another, r"ended a response with token 5, which is none of the terminators \[2\]"),
     ],
 )
@@ -151,15 +151,15 @@ def test_an_answer_that_cannot_be_learned_from_is_refused(server, edit, message)
 def test_older_servers_name_tokens_in_the_log_probs(local, server):
     params, engine = local
     server.edit = without("token_ids")
-    found = engine_of(server).generate(None, REQUESTS, KEY, sampling=SAMPLING)
-    assert same(found, engine.generate(params, REQUESTS, KEY, sampling=SAMPLING))
+    responses = engine_of(server).generate(None, REQUESTS, KEY, sampling=SAMPLING)
+    assert same(responses, engine.generate(params, REQUESTS, KEY, sampling=SAMPLING))
 
 
 def test_what_a_server_cannot_be_asked_is_refused(server):
     ask = functools.partial(engine_of(server).generate, key=KEY)
     with pytest.raises(ValueError, match="bad_words are sequences of ids"):
         ask(None, REQUESTS, sampling=SAMPLING._replace(bad_words=((3,),)))
-    with pytest.raises(ValueError, match="was not told how to load params"):
+    with pytest.raises(ValueError, match="has no way to load params"):
         ask({}, REQUESTS, sampling=SAMPLING)
     for url in ("localhost:8000", "file:///etc/passwd", "http://"):
         with pytest.raises(ValueError, match="is no address of a server; give one like http://localhost:8000"):

@@ -45,7 +45,7 @@ def test_prompts_are_refused_before_weights_are_read(tiny_model):
 
 def test_a_server_answers_as_the_model_here_with_the_tokenizer_alone(tiny_model):
     sampling, prompts = Sampling(6, temperature=0.0), ["the cat sees", "a dog"]
-    here = respond(load_model(str(tiny_model), dtype="float32"), prompts, sampling)
+    local = respond(load_model(str(tiny_model), dtype="float32"), prompts, sampling)
     with Server(tiny_model) as server:
         model = load_tokenizer_only(str(tiny_model))
-        assert respond(model, prompts, sampling, engine=HttpEngine(server.url)) == here
+        assert respond(model, prompts, sampling, engine=HttpEngine(server.url)) == local

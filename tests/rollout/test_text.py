@@ -35,8 +35,8 @@ def test_a_response_keeps_the_blank_before_its_first_word(sentencepiece):
 
 def test_a_prompt_that_ends_within_a_character_is_left_out_of_account(sentencepiece):
     """Its bytes and the response's make one character, which neither has alone."""
-    found = text_after(sentencepiece, numbers("▁Once", "<0xC3>"), numbers("<0xA9>", "▁a"))
-    assert found == sentencepiece.decode(numbers("<0xA9>", "▁a"))
+    text = text_after(sentencepiece, numbers("▁Once", "<0xC3>"), numbers("<0xA9>", "▁a"))
+    assert text == sentencepiece.decode(numbers("<0xA9>", "▁a"))
 
 
 def test_a_real_story_goes_on_with_a_blank_and_stops_at_one(shared_data):

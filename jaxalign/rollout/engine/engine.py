@@ -1,4 +1,4 @@
-"""Engines: requests in, responses out, in order. The local one keeps its slots full; a remote one may stand in.
+"""Engines, which draw a response to each request: `LocalEngine` here, on the training devices; `HttpEngine` in http.py.
 
     engine = LocalEngine(graphdef, slots=32)
     responses = engine.generate(params, requests, key, sampling=Sampling(max_new_tokens=256, terminators=(2,)))
@@ -22,47 +22,47 @@ import numpy as np
 from jaxalign.mistake import Mistake
 from jaxalign.models.files.save import gather
 from jaxalign.rollout.engine import slots as device
-from jaxalign.rollout.engine.params import LAYOUTS, Weights, weights_of
+from jaxalign.rollout.engine.params import LAYOUTS, DecodingParams, decoding_params
 from jaxalign.rollout.engine.slots import Admitted, Sampling, Slots
 from jaxalign.types import PyTree
 
-PROMPT_BUCKET = 32  # prompts are padded to a power of two of at least it, so that few programs are compiled
-FIRST_RING = 64  # tokens that every slot has room for at first; it doubles when a response needs it
-STOP_EVERY = 16  # tokens between two looks for stop strings
-SHOW_EVERY = 4  # tokens between two looks of who watches
+PROMPT_BUCKET = 32  # prompts are padded to a power of two, at least this one, so that few programs are compiled
+FIRST_RING = 64  # response tokens that every slot first has room for; doubled when a response needs more
+STOP_EVERY = 16  # tokens between two searches for stop strings
+SHOW_EVERY = 4  # tokens between two calls of `watch`
 
 
 class Request(NamedTuple):
-    """A prompt, and what is drawn from it."""
+    """A prompt, and the seed and length limit of a response to it."""
 
     prompt: tuple[int, ...]
-    seed: int  # with the key of the call decides every draw
-    max_new_tokens: int | None = None  # at most sampling.max_new_tokens, which stands for None
+    seed: int  # together with the key of the call, it decides every draw
+    max_new_tokens: int | None = None  # at most sampling.max_new_tokens; None means that
 
 
 class Response(NamedTuple):
-    """What was drawn. Log-probabilities in nats, one a token."""
+    """A drawn response. Log-probabilities in nats, one per token."""
 
     tokens: np.ndarray  # Int32[R], the terminator included
     logps: np.ndarray  # Float32[R], under the distribution that the tokens were drawn from
     model_logps: np.ndarray  # Float32[R], under the model itself, at temperature 1
-    finished: bool  # by a terminator or a stop string, not by the limit
+    finished: bool  # it ended with a terminator or a stop string, not at the limit
 
 
 WatchFn = Callable[[int, np.ndarray], None]  # (number of a request, its tokens so far)
 
 
 class Stats(NamedTuple):
-    """Of the last call."""
+    """Time and counts of an engine's last call."""
 
     seconds: float
     tokens: int  # drawn
-    steps: int  # of all slots at once
+    steps: int  # one draws a token for every slot
     prompt_tokens: int  # read, without padding
 
 
 class Engine(Protocol):
-    """What draws responses: `LocalEngine`, or `HttpEngine`, whose params may be None if its server has some."""
+    """Interface of engines: `LocalEngine`, or `HttpEngine`, whose params may be None if its server has some."""
 
     stats: Stats
 
@@ -74,7 +74,7 @@ class Engine(Protocol):
 class LocalEngine:
     """Generates with the model that trains, on the devices that its parameters are on.
 
-    Where those are of several hosts, all of them make the same call: they take every step together, and know all.
+    If those belong to several hosts, all hosts make the same call, take every step together, and return all responses.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class LocalEngine:
         """
         Args:
           graphdef: of a decoder.
-          slots: requests in flight; a multiple of the devices that rows are cut over.
-          refill: a slot that is free takes the next request at once; else all wait for the longest response.
-          prompt_room: tokens that every call has room for in a prompt, so that calls with others share programs.
-          cache_dtype: of keys and values: the compute dtype, another float, or int8.
-          layout: of the parameters while a call lasts, of weights.py's: "training" is frugal, "tensor" fast on a mesh.
-          decode_text: (ids of a prompt, ids of its response) to the response's text, for stop strings.
+          slots: requests in flight; a multiple of the devices that rows are split over.
+          refill: whether a free slot takes the next request at once; if not, all wait for the longest response.
+          prompt_room: smallest room for a prompt, in tokens; calls whose prompts fit in it share compiled programs.
+          cache_dtype: of cached keys and values: a float or int8; None is the dtype of computation.
+          layout: of the parameters during a call, as in params.py: "training" saves memory, "tensor" time on a mesh.
+          decode_text: (ids of a prompt, ids of its response) -> the response's text, to search for stop strings.
         """
         if slots < 1:
             raise Mistake(f"slots={slots} must be at least 1")
@@ -117,17 +117,17 @@ class LocalEngine:
         sampling: Sampling,
         watch: WatchFn | None = None,
     ) -> list[Response]:
-        """A response to each request, in their order; `watch` is shown those that are not yet finished.
+        """A response to each request, in their order; `watch` is called with those that are not yet finished.
 
         Raises:
-          Mistake: an empty prompt, a limit that cannot be, or stop strings without `decode_text`.
+          Mistake: an empty prompt, an impossible limit, or stop strings without `decode_text`.
         """
         self._check(requests, sampling)
         if not requests:
             return []
         began = time.perf_counter()
         longest = max(_limit(r, sampling) for r in requests)
-        weights = weights_of(self._graphdef, params, layout=self._layout)
+        decoding = decoding_params(self._graphdef, params, layout=self._layout)
         slots = device.empty_slots(
             self._graphdef,
             params,
@@ -140,10 +140,10 @@ class LocalEngine:
         table = _Table(requests, sampling, self._slots)
         while True:
             if table.may_take(self._refill):
-                slots = self._admit(weights, slots, table, key)
-            if not table.held:
+                slots = self._admit(decoding, slots, table, key)
+            if not table.active:
                 break
-            slots = self._decode(weights, slots, table, sampling, watched=watch is not None)
+            slots = self._decode(decoding, slots, table, sampling, watched=watch is not None)
             slots, full = self._collect(slots, table, sampling, watch)
             if full:
                 slots = device.grow(slots, min(2 * slots.tokens.shape[1], longest))
@@ -161,56 +161,63 @@ class LocalEngine:
                     f"{sampling.max_new_tokens}"
                 )
         if sampling.stop and self._decode_text is None:
-            raise Mistake(f"stop strings {sampling.stop} need decode_text, which makes text of ids")
+            raise Mistake(f"stop strings {sampling.stop} need decode_text, which decodes ids to text")
 
-    def _admit(self, weights: Weights, slots: Slots, table: _Table, key: jax.Array) -> Slots:
+    def _admit(self, params: DecodingParams, slots: Slots, table: _Table, key: jax.Array) -> Slots:
         numbers, places = table.take()
-        distinct = list(dict.fromkeys(table.requests[n].prompt for n in numbers))  # one prompt, many samples: read once
-        rows, asked = _power(len(distinct)), _power(len(numbers))
+        distinct = list(
+            dict.fromkeys(table.requests[n].prompt for n in numbers)
+        )  # a prompt of several requests is read once
+        rows, entries = _power(len(distinct)), _power(len(numbers))
         width = _bucket(max(map(len, distinct)))
         prompts, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
         for row, prompt in enumerate(distinct):
             prompts[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, True
         table.prompt_tokens += int(mask.sum())
-        where = {prompt: row for row, prompt in enumerate(distinct)}
-        fill = lambda values, nobody: np.array([*values, *[nobody] * (asked - len(values))], np.int32)  # noqa: E731
-        chosen = [table.requests[n] for n in numbers]
+        row_of = {prompt: row for row, prompt in enumerate(distinct)}
+        requests = [table.requests[n] for n in numbers]
+
+        def padded(values: Sequence[int], padding: int) -> np.ndarray:
+            return np.array([*values, *[padding] * (entries - len(values))], np.int32)
+
         new = Admitted(
             prompts,
             mask,
-            slot=fill(places, self._slots),
-            source=fill([where[r.prompt] for r in chosen], 0),
-            keys=self.request_keys(key, fill([r.seed for r in chosen], 0)),
-            limit=fill([_limit(r, table.sampling) for r in chosen], 1),
+            slot=padded(places, self._slots),
+            source=padded([row_of[r.prompt] for r in requests], 0),
+            keys=self.request_keys(key, padded([r.seed for r in requests], 0)),
+            limit=padded([_limit(r, table.sampling) for r in requests], 1),
         )
-        return device.admit(self._graphdef, weights, slots, new)
+        return device.admit(self._graphdef, params, slots, new)
 
     def request_keys(self, key: jax.Array, seeds: np.ndarray) -> jax.Array:
-        """Typed keys [A]: what decides the draws of requests with these seeds."""
+        """Typed keys [A], which decide the draws of requests with these seeds."""
         return request_keys(key, seeds)
 
-    def _decode(self, weights: Weights, slots: Slots, table: _Table, sampling: Sampling, *, watched: bool) -> Slots:
-        """Until enough slots are free that reading prompts for them pays, or all are when nobody waits."""
+    def _decode(
+        self, params: DecodingParams, slots: Slots, table: _Table, sampling: Sampling, *, watched: bool
+    ) -> Slots:
+        """The slots once another eighth of them is free, enough for a prefill, or all if no request waits."""
         want = self._slots + 1
         if table.waiting and self._refill:
-            want = self._slots - len(table.held) + max(1, self._slots // 8)
+            want = self._slots - len(table.active) + max(1, self._slots // 8)
         most = SHOW_EVERY if watched else STOP_EVERY if sampling.stop else np.iinfo(np.int32).max // 2
-        return device.decode(self._graphdef, weights, slots, want, most, sampling=sampling)
+        return device.decode(self._graphdef, params, slots, want, most, sampling=sampling)
 
     def _collect(self, slots: Slots, table: _Table, sampling: Sampling, watch: WatchFn | None) -> tuple[Slots, bool]:
-        """Fetches what has ended; (the slots without it, whether a response that goes on fills its ring)."""
-        held = slots.alive, slots.count, slots.start, slots.tokens, slots.logps, slots.model_logps
-        alive, count, start, *rings = jax.device_get(held) if self._alone else map(gather, held)
+        """Fetches ended responses; (the slots without them, whether a response that goes on fills its ring)."""
+        arrays = slots.alive, slots.count, slots.start, slots.tokens, slots.logps, slots.model_logps
+        alive, count, start, *rings = jax.device_get(arrays) if self._alone else map(gather, arrays)
         stopped, full = [], False
-        for place in list(table.held):
+        for place in list(table.active):
             order = (start[place] + np.arange(count[place])) % rings[0].shape[1]
             tokens, logps, model_logps = (ring[place, order] for ring in rings)
-            request = table.requests[table.held[place]]
+            request = table.requests[table.active[place]]
             cut = self._stop(request.prompt, tokens, sampling.stop) if sampling.stop else None
             if cut is None and alive[place]:
                 full |= len(tokens) == rings[0].shape[1]
                 if watch is not None:
-                    watch(table.held[place], tokens)
+                    watch(table.active[place], tokens)
                 continue
             ended = cut is not None or int(tokens[-1]) in sampling.terminators
             cut = len(tokens) if cut is None else cut
@@ -221,46 +228,49 @@ class LocalEngine:
         return slots, full
 
     def _stop(self, prompt: Sequence[int], tokens: np.ndarray, stop: Iterable[str]) -> int | None:
-        """How many tokens complete the first stop string; None if there is none."""
+        """Number of tokens at which the first stop string is complete; None if there is none."""
         assert self._decode_text is not None
-        said = lambda count: self._decode_text(prompt, tokens[:count].tolist())  # noqa: E731
-        holds = lambda count: any(text in said(count) for text in stop)  # noqa: E731
-        if not holds(len(tokens)):
+
+        def stops(count: int) -> bool:
+            response = self._decode_text(prompt, tokens[:count].tolist())
+            return any(text in response for text in stop)
+
+        if not stops(len(tokens)):
             return None
-        return next(count for count in range(1, len(tokens) + 1) if holds(count))
+        return next(count for count in range(1, len(tokens) + 1) if stops(count))
 
 
 class _Table:
-    """Which request is where: waiting, held in a slot, or answered."""
+    """Place of each request: waiting, active in a slot, or finished."""
 
     def __init__(self, requests: Sequence[Request], sampling: Sampling, slots: int):
         self.requests, self.sampling = requests, sampling
         self.waiting = collections.deque(range(len(requests)))
-        self.held: dict[int, int] = {}  # slot -> request
+        self.active: dict[int, int] = {}  # slot -> number of its request
         self.responses: dict[int, Response] = {}
         self.prompt_tokens = 0
         self._free = collections.deque(range(slots))
 
     def may_take(self, refill: bool) -> bool:
-        """Somebody waits and a slot is free; or all are, where slots are not refilled one by one."""
-        return bool(self.waiting and self._free) and (refill or not self.held)
+        """True if a request waits and a slot is free, or all slots are, unless they are refilled one by one."""
+        return bool(self.waiting and self._free) and (refill or not self.active)
 
     def take(self) -> tuple[list[int], list[int]]:
         """The next requests, and a free slot for each."""
         count = min(len(self._free), len(self.waiting))
         numbers = [self.waiting.popleft() for _ in range(count)]
         places = [self._free.popleft() for _ in range(count)]
-        self.held.update(zip(places, numbers, strict=True))
+        self.active.update(zip(places, numbers, strict=True))
         return numbers, places
 
     def finish(self, place: int, response: Response) -> None:
-        self.responses[self.held.pop(place)] = response
+        self.responses[self.active.pop(place)] = response
         self._free.append(place)
 
 
 @jax.jit
 def request_keys(key: jax.Array, seeds: jax.Array) -> jax.Array:
-    """Typed keys [A], one for each seed: whatever draws the responses, these decide."""
+    """Typed keys [A], one for each seed; they decide the draws of every engine."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, seeds)
 
 

@@ -1,11 +1,11 @@
-"""The engine of a server: requests over HTTP, weights through a folder that both can read.
+"""The engine of a server: requests over HTTP, params through a folder that both can read.
 
     engine = HttpEngine("http://localhost:8000", publish=write_policy)   # params -> the folder they were written to
     responses = engine.generate(params, requests, key, sampling=sampling)
 
-`servers.py` says what the server must be started with. As with the local engine a response depends on its
-prompt, its seed, the key and the sampling alone, as far as the server keeps its seeds; its draws are its own. Standard
-library only.
+`servers.py` describes how the server must be started. As with the local engine, a response depends only on its prompt,
+its seed, the key and the sampling, if the server obeys seeds; but its random numbers are other ones than the local
+engine's. Standard library only.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from jaxalign.rollout.engine.servers import SERVERS, Post
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.types import PyTree
 
-KEY_VARIABLE = "JAXALIGN_ENGINE_KEY"  # what the server was given as --api-key
+KEY_VARIABLE = "JAXALIGN_ENGINE_KEY"  # environment variable with the key that the server requires (--api-key)
 WAYS_OUT = {
     401: f"put its key into {KEY_VARIABLE}",
     403: f"put its key into {KEY_VARIABLE}",
-    404: "it does not know this path; rollout/engine/servers.py says how it must be started",
+    404: "it does not know this path; rollout/engine/servers.py describes how it must be started",
 }
 PublishFn = Callable[[PyTree], Path]
 CheckFn = Callable[[PyTree, Sequence[Request], Sequence[Response], Sampling], None]
 
 
 class EngineError(Mistake):
-    """A server did not answer, or not as agreed; the message names the address, what it said, and the way out."""
+    """A failed request to a server, or an unusable answer; the message has its address, its words and the way out."""
 
 
 class HttpEngine:
@@ -66,17 +66,18 @@ class HttpEngine:
         """
         Args:
           url: http://host:port of the server; /v1 behind it is ignored.
-          kind: of SERVERS.
-          publish: writes params as a folder that the server reads; None: it serves what it was started with.
-          reload: the requests that make it read the folder; None: those of its kind.
-          check: of (params, requests, responses, sampling), after every call with params; raises where they disagree.
+          kind: a name in SERVERS.
+          publish: writes params to a folder that the server reads; None: it serves what it was started with.
+          reload: requests that make it read the folder; None: those of its kind.
+          check: called with (params, requests, responses, sampling) after every call with params; raises EngineError
+            where responses are not those of the params.
           concurrency: requests in flight.
-          seconds: that the server may take for one answer.
-          attempts: on a lost connection, or a server that says that it is at fault or busy.
-          pause: seconds before the second attempt; it doubles with each.
+          seconds: time limit of one answer.
+          attempts: number of tries when the connection is lost, or the server answers that it is at fault or busy.
+          pause: seconds before the second try; doubled before each further one.
 
         Raises:
-          Mistake: no http address, or no such kind.
+          Mistake: not an http address, or an unknown kind.
         """
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
@@ -85,112 +86,115 @@ class HttpEngine:
             raise Mistake(f"engine kind {kind!r} is not one of {', '.join(SERVERS)}")
         self._url, self._server = url.rstrip("/").removesuffix("/v1"), SERVERS[kind]
         self._publish, self._reload = publish, self._server.reload if reload is None else reload
-        self._agrees, self._concurrency, self._seconds = check, concurrency, seconds
+        self._check, self._concurrency, self._seconds = check, concurrency, seconds
         self._attempts, self._pause = attempts, pause
         self._model: str | None = None
         self.stats = Stats(0.0, 0, 0, 0)
 
     def served(self) -> dict[str, Any]:
-        """What the server says of its model: `id`, and maybe `max_model_len` in tokens. Raises EngineError."""
+        """The server's description of its model: `id`, and maybe `max_model_len` in tokens. Raises EngineError."""
         answer = self._send("/v1/models", None, threading.Event())
         try:
-            found = answer["data"][0]
-            self._model = str(found["id"])
+            model = answer["data"][0]
+            self._model = str(model["id"])
         except (KeyError, IndexError, TypeError):
             raise EngineError(f"{self._url}/v1/models names no model, but says {_shown(answer)}") from None
-        return found
+        return model
 
     def generate(
         self, params: PyTree | None, requests: Sequence[Request], key: jax.Array, *, sampling: Sampling
     ) -> list[Response]:
-        """A response to each request, in their order; with params, by a server that has loaded them first.
+        """A response to each request, in their order. Params are first published, and loaded by the server.
 
-        `model_logps` are NaN where a server's log-probs do not tell them: at a temperature other than 1, or truncated.
+        `model_logps` are NaN where servers do not return them: at a temperature other than 1, or with truncation.
 
         Raises:
-          Mistake: bad words, which servers know as texts only; or params, and nothing to publish them with.
-          EngineError: the server failed in spite of several attempts, or its log-probs are not the policy's.
+          Mistake: sampling has bad words, which servers accept as texts only; or params, but no `publish`.
+          EngineError: the server failed in all attempts, or its log-probs are not the policy's.
         """
         if sampling.bad_words:
-            raise Mistake("bad_words are sequences of ids, which servers cannot be told; generate locally")
+            raise Mistake("bad_words are sequences of ids, which servers do not accept; generate locally")
         if params is not None and self._publish is None:
-            raise Mistake(f"{self._url} was not told how to load params; give HttpEngine publish")
+            raise Mistake(f"{self._url} has no way to load params; give HttpEngine a `publish` function, or no params")
         began = time.perf_counter()
         if self._model is None:
             self.served()
         if params is not None:
-            self._hand_over(params)
+            self._load(params)
         seeds = _wire_seeds(key, requests) if requests else []
-        responses = self._ask_all(requests, seeds, sampling)
-        if params is not None and self._agrees is not None and requests:
-            self._agrees(params, requests, responses, sampling)
-        tokens, read = sum(len(r.tokens) for r in responses), sum(len(r.prompt) for r in requests)
-        self.stats = Stats(time.perf_counter() - began, tokens, 0, read)
+        responses = self._respond_to_all(requests, seeds, sampling)
+        if params is not None and self._check is not None and requests:
+            self._check(params, requests, responses, sampling)
+        tokens, prompt_tokens = sum(len(r.tokens) for r in responses), sum(len(r.prompt) for r in requests)
+        self.stats = Stats(time.perf_counter() - began, tokens, 0, prompt_tokens)
         return responses
 
-    def _hand_over(self, params: PyTree) -> None:
+    def _load(self, params: PyTree) -> None:
         folder = str(self._publish(params))
         for post in self._reload:
             self._send(post.path, post.of(folder), threading.Event())
 
-    def _ask_all(self, requests: Sequence[Request], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
-        """Side by side; the first that fails stops those that have not begun."""
+    def _respond_to_all(self, requests: Sequence[Request], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+        """Responses in the order of the requests, sent concurrently; one that fails stops those that have not begun."""
         stopped = threading.Event()
         pool = concurrent.futures.ThreadPoolExecutor(max_workers=self._concurrency)
         try:
-            calls = [pool.submit(self._ask, r, s, sampling, stopped) for r, s in zip(requests, seeds, strict=True)]
+            calls = [pool.submit(self._respond, r, s, sampling, stopped) for r, s in zip(requests, seeds, strict=True)]
             done, _ = concurrent.futures.wait(calls, return_when=concurrent.futures.FIRST_EXCEPTION)
             for call in done:
-                call.result()  # raises what failed, which need not be the first in order
+                call.result()  # raises the error of a failed one, which need not be the first in order
             return [call.result() for call in calls]
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, request: Request, seed: int, sampling: Sampling, stopped: threading.Event) -> Response:
+    def _respond(self, request: Request, seed: int, sampling: Sampling, stopped: threading.Event) -> Response:
         limit = sampling.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-        body = self._server.ask(self._model or "", request, limit, seed, sampling)
+        body = self._server.body(self._model or "", request, limit, seed, sampling)
         answer = self._send(self._server.path, body, stopped)
         where = self._url + self._server.path
         try:
             tokens, logps, finished = self._server.read(answer)
         except (KeyError, IndexError, TypeError) as error:
             raise EngineError(
-                f"{where} answers without {error}, so tokens or log-probs are unknown ({_shown(answer)}); is it the "
-                "kind of server that it was said to be, and new enough?"
+                f"{where} answers without {error}, so tokens or log-probs are unknown ({_shown(answer)}); is it a "
+                "server of `engine_kind`, and new enough?"
             ) from None
         if not tokens or len(tokens) != len(logps) or not all(map(_is_finite, logps)):
-            raise EngineError(f"{where} gives {len(tokens)} tokens with the log-probs {_shown(logps)}; one each is due")
+            raise EngineError(
+                f"{where} gives {len(tokens)} tokens with the log-probs {_shown(logps)}; there must be one for each"
+            )
         if finished and not sampling.stop and tokens[-1] not in sampling.terminators:
             raise EngineError(
                 f"{where} ended a response with token {tokens[-1]}, which is none of the terminators "
                 f"{list(sampling.terminators)}; its model's eos_token_id must be among those of `model`"
             )
-        drawn = np.array(logps, np.float32)
-        known = not sampling.truncates and sampling.temperature == 1
-        model_logps = drawn if known else np.full_like(drawn, np.nan)
-        return Response(np.array(tokens, np.int32), drawn, model_logps, finished or tokens[-1] in sampling.terminators)
+        drawn_logps = np.array(logps, np.float32)
+        same = not sampling.truncates and sampling.temperature == 1
+        model_logps = drawn_logps if same else np.full_like(drawn_logps, np.nan)
+        finished = finished or tokens[-1] in sampling.terminators
+        return Response(np.array(tokens, np.int32), drawn_logps, model_logps, finished)
 
     def _send(self, path: str, body: dict[str, Any] | None, stopped: threading.Event) -> Any:
-        """The JSON that a path answers; None where it answers nothing."""
+        """The JSON that the server answers at a path; None for an empty answer."""
         where = self._url + path
         for attempt in range(1, self._attempts + 1):
-            lasting, said = True, ""
+            permanent, problem = True, ""
             try:
                 return _exchange(where, body, self._seconds)
             except urllib.error.HTTPError as error:
                 with error:
-                    said = f"says {error.code} {error.reason}: {_first_line(error)}"
-                lasting = error.code < 500 and error.code != 429
-                said += f"; {WAYS_OUT.get(error.code, 'the log of the server says more')}"
+                    problem = f"says {error.code} {error.reason}: {_first_line(error)}"
+                permanent = error.code < 500 and error.code != 429
+                problem += f"; {WAYS_OUT.get(error.code, 'the log of the server says more')}"
             except (OSError, http.client.HTTPException) as error:
-                lasting = False
-                said = f"cannot be reached ({_reason(error)}); is the server up, and its port open to this host?"
+                permanent = False
+                problem = f"cannot be reached ({_reason(error)}); is the server up, and its port open to this host?"
             except ValueError as error:
-                said = f"answers what is no JSON ({error}); is it a server of this kind?"
-            if lasting or attempt == self._attempts or stopped.is_set():
+                problem = f"answers what is no JSON ({error}); is it a server of this kind?"
+            if permanent or attempt == self._attempts or stopped.is_set():
                 tries = f" (attempt {attempt})" if attempt > 1 else ""
-                raise EngineError(f"{where} {said}{tries}") from None
+                raise EngineError(f"{where} {problem}{tries}") from None
             stopped.wait(self._pause * 2 ** (attempt - 1))
         raise AssertionError("the last attempt returns or raises")
 
@@ -206,7 +210,7 @@ def _exchange(where: str, body: dict[str, Any] | None, seconds: float) -> Any:
 
 
 def _wire_seeds(key: jax.Array, requests: Sequence[Request]) -> list[int]:
-    """The first 64 bits of each request's key, as a signed integer: what the local engine draws with."""
+    """The first 64 bits of each request's key, which is the key of the local engine, as a signed integer."""
     keys = request_keys(key, np.array([r.seed for r in requests], np.uint32))
     words = np.asarray(jax.random.key_data(keys), np.uint32)[:, :2]
     return [int.from_bytes(row.astype(">u4").tobytes(), "big", signed=True) for row in words]
@@ -225,7 +229,7 @@ def _first_line(error: urllib.error.HTTPError) -> str:
 
 
 def _shown(value: Any) -> str:
-    """The beginning of what a server said, without what a terminal would obey."""
+    """The beginning of a server's words, without characters that a terminal would obey."""
     text = value if isinstance(value, str) else json.dumps(value)
     return "".join(c if c.isprintable() else " " for c in text[:200])
 

@@ -1,4 +1,4 @@
-"""What servers that generate are told and what they say: token ids and a seed in, token ids and log-probs out.
+"""Requests to servers that generate, and their answers: token ids and a seed in, token ids and log-probs out.
 
 vLLM, POST /v1/completions:
 
@@ -6,8 +6,8 @@ vLLM, POST /v1/completions:
 
 Its log-probs are by default the model's own, before the temperature; policies are trained on those of the distribution
 that the tokens were drawn from, which --logprobs-mode gives. The variable opens /collective_rpc, whose reload_weights
-reads a folder, and /reset_prefix_cache, for what is cached of prompts is of the old weights. They let anybody who
-reaches the server run its methods, so its port belongs behind a wall.
+reads a folder, and /reset_prefix_cache, needed because cached prompts were computed with the old weights. Anybody who
+can reach these paths can run the server's methods, so keep its port behind a firewall.
 https://docs.vllm.ai/en/latest/features/sleep_mode/, https://github.com/vllm-project/vllm/pull/32133
 
 SGLang, POST /generate:
@@ -18,8 +18,8 @@ Its log-probs are of the tempered distribution, unless SGLANG_RETURN_ORIGINAL_LO
 only. /update_weights_from_disk reads a folder and empties the cache.
 https://docs.sglang.io/advanced_features/sglang_for_rl.html
 
-Everything is said in full, since servers take what is not from the model's generation_config.json. Both must see the
-folder that the policy is written to under the same path.
+Requests state every sampling setting, because servers take absent ones from the model's generation_config.json. The
+run and the server must see the folder of the policy under the same path.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from jaxalign.rollout.engine.engine import Request
 from jaxalign.rollout.engine.slots import Sampling
 
 
-class Said(NamedTuple):
-    """A server's response to one request."""
+class Completion(NamedTuple):
+    """A server's answer to one request."""
 
     tokens: list[int]  # the terminator included
-    logps: list[float]  # nats, one a token
-    finished: bool  # not by the limit
+    logps: list[float]  # nats, one per token
+    finished: bool  # it did not end at the limit
 
 
 class Post(NamedTuple):
-    """A request that makes a server load a policy; {folder} in its values stands for the folder."""
+    """A request that makes a server load a policy; {folder} in its values is replaced by the policy's folder."""
 
     path: str
     body: dict[str, Any]
@@ -61,20 +61,20 @@ def _filled(value: Any, folder: str) -> Any:
 class Server(NamedTuple):
     """A kind of server."""
 
-    path: str
-    ask: Callable[[str, Request, int, int, Sampling], dict]  # (model, request, its limit, seed, sampling) -> body
-    read: Callable[[Any], Said]  # (answer) -> what it says; KeyError, IndexError or TypeError on another shape
-    reload: tuple[Post, ...]
+    path: str  # of generation
+    body: Callable[[str, Request, int, int, Sampling], dict]  # (model, request, its limit, seed, sampling) -> body
+    read: Callable[[Any], Completion]  # (answer) -> completion; KeyError, IndexError or TypeError on another shape
+    reload: tuple[Post, ...]  # load a new policy
 
 
-def _ask_vllm(model: str, request: Request, limit: int, seed: int, sampling: Sampling) -> dict[str, Any]:
+def _vllm_body(model: str, request: Request, limit: int, seed: int, sampling: Sampling) -> dict[str, Any]:
     return {
         "model": model,
         "prompt": list(request.prompt),
         "n": 1,
         "seed": seed,
         "max_tokens": limit,
-        "logprobs": 0,  # of the drawn token alone
+        "logprobs": 0,  # only that of the drawn token
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,  # for versions that do not know the line above
         "include_stop_str_in_output": True,
@@ -84,9 +84,9 @@ def _ask_vllm(model: str, request: Request, limit: int, seed: int, sampling: Sam
     }
 
 
-def _ask_sglang(model: str, request: Request, limit: int, seed: int, sampling: Sampling) -> dict[str, Any]:
-    asked = {"max_new_tokens": limit, "sampling_seed": seed, "stop": list(sampling.stop), **_shared(sampling)}
-    return {"input_ids": list(request.prompt), "sampling_params": asked, "return_logprob": True}
+def _sglang_body(model: str, request: Request, limit: int, seed: int, sampling: Sampling) -> dict[str, Any]:
+    settings = {"max_new_tokens": limit, "sampling_seed": seed, "stop": list(sampling.stop), **_shared(sampling)}
+    return {"input_ids": list(request.prompt), "sampling_params": settings, "return_logprob": True}
 
 
 def _shared(sampling: Sampling) -> dict[str, Any]:
@@ -102,26 +102,27 @@ def _shared(sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def _read_vllm(answer: Any) -> Said:
+def _read_vllm(answer: Any) -> Completion:
     choice = answer["choices"][0]
     tokens = choice.get("token_ids")
     if tokens is None:
         tokens = [text.removeprefix("token_id:") for text in choice["logprobs"]["tokens"]]
         if not all(text.isdecimal() for text in tokens):
             raise KeyError("token_ids")
-    return Said([int(t) for t in tokens], choice["logprobs"]["token_logprobs"], choice["finish_reason"] == "stop")
+    return Completion([int(t) for t in tokens], choice["logprobs"]["token_logprobs"], choice["finish_reason"] == "stop")
 
 
-def _read_sglang(answer: Any) -> Said:
-    said = answer["meta_info"]
-    pairs = said["output_token_logprobs"]
-    return Said([int(pair[1]) for pair in pairs], [pair[0] for pair in pairs], said["finish_reason"]["type"] == "stop")
+def _read_sglang(answer: Any) -> Completion:
+    info = answer["meta_info"]
+    pairs = info["output_token_logprobs"]
+    ended = info["finish_reason"]["type"] == "stop"
+    return Completion([int(pair[1]) for pair in pairs], [pair[0] for pair in pairs], ended)
 
 
 SERVERS: dict[str, Server] = {
     "vllm": Server(
         "/v1/completions",
-        _ask_vllm,
+        _vllm_body,
         _read_vllm,
         (
             Post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": "{folder}"}}),
@@ -129,7 +130,7 @@ SERVERS: dict[str, Server] = {
         ),
     ),
     "sglang": Server(
-        "/generate", _ask_sglang, _read_sglang, (Post("/update_weights_from_disk", {"model_path": "{folder}"}),)
+        "/generate", _sglang_body, _read_sglang, (Post("/update_weights_from_disk", {"model_path": "{folder}"}),)
     ),
 }
 
@@ -138,7 +139,7 @@ def parse_reload(text: str) -> tuple[Post, ...]:
     """Requests that load a policy, as text: '/load {"path": "{folder}"} /reset_cache'.
 
     Raises:
-      Mistake: no path, or what follows one is no JSON object; the message shows the form.
+      Mistake: the text has no path, or a path is followed by something other than a JSON object.
     """
     form = f"""{text!r} is not of the form '/load {{"path": "{{folder}}"}} /reset_cache'"""
     posts, rest = [], text.strip()

@@ -1,12 +1,12 @@
-"""The device's side of generation: slots that each hold one request, a token more of each per step.
+"""The device's side of generation: B slots with one request each; a step draws one token for every slot.
 
-Every slot has room for one prompt, padded on the left, and behind it a ring of R tokens that all slots fill at one
-common place, clock mod R. What a slot's place holds is told by positions and segment ids, so a slot can be given the
-next request at any time, and a token is written by one slice whatever the slots' ages. A ring starts short, and all
-stop before one of R tokens would run into itself, until `grow` has made them longer: so memory and reading follow the
-responses that come, not those that may.
+A slot has room for one prompt, padded on the left, and behind it a ring of R tokens, which all slots write at the same
+place, clock mod R. Positions and segment ids record what each place of a slot holds. So a slot can take its next
+request at any time, and a step writes its tokens by one slice, however old the slots' requests are. Rings start short;
+before one would overwrite the beginning of its own response, all slots stop until `grow` has made the rings longer.
+Memory and attention thus cost what responses need, not what they may need at most.
 
-Axis letters: B slots, P prompt, R response, V vocabulary, D model width.
+Axis letters: B slots, P prompt, R ring, V vocabulary, D model width; F prompts and A requests that are admitted.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from jax.sharding import PartitionSpec as P
 from jaxalign.models.decoder.cache import Cache, empty_cache
 from jaxalign.models.places import Layout
 from jaxalign.ops.sampling import Drawn, sample
-from jaxalign.rollout.engine.params import Weights
+from jaxalign.rollout.engine.params import DecodingParams
 from jaxalign.types import PyTree, Unembedding
 
 
 class Sampling(NamedTuple):
-    """How responses are drawn; hashable. The order: penalty, bans, temperature, top-k, top-p, min-p."""
+    """How tokens are drawn, in order: repetition penalty, bad words, temperature, top-k, top-p, min-p. Hashable."""
 
     max_new_tokens: int = 128
-    temperature: float = 1.0  # 0: the most likely token
-    top_k: int = 0  # 0: all
+    temperature: float = 1.0  # 0 always takes the most likely token
+    top_k: int = 0  # 0 draws from all tokens
     top_p: float = 1.0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0  # for tokens of the prompt and of the response so far
+    repetition_penalty: float = 1.0  # of tokens in the prompt or in the response so far; 1 is none
     terminators: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()  # texts that end a response, which holds them; the engine looks for them
-    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of ids that are never completed
+    stop: tuple[str, ...] = ()  # texts that end a response and are part of it
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of ids that are never drawn
 
     @classmethod
     def of(cls, config: Any, terminators: Sequence[int] = (), stop: Sequence[str] = ()) -> Sampling:
@@ -51,7 +51,7 @@ class Sampling(NamedTuple):
 
     @property
     def truncates(self) -> bool:
-        """Tokens are drawn from another distribution than softmax(logits / temperature)."""
+        """True if tokens are drawn from another distribution than softmax(logits / temperature)."""
         return (
             bool(self.top_k or self.bad_words)
             or self.top_p < 1
@@ -64,31 +64,31 @@ class Sampling(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """State of the engine between two calls."""
+    """State of the slots between two calls of `decode`."""
 
     cache: Cache
-    hidden: jax.Array  # [B D], what the next token is drawn from
-    keys: jax.Array  # typed keys [B], one a request
+    hidden: jax.Array  # [B D], the hidden state that the next token is drawn from
+    keys: jax.Array  # typed keys [B], one for each request
     position: jax.Array  # Int32[B], of the next token
     count: jax.Array  # Int32[B], tokens drawn
-    limit: jax.Array  # Int32[B], of tokens to draw
-    alive: jax.Array  # Bool[B]
-    start: jax.Array  # Int32[B], the clock when the request came
+    limit: jax.Array  # Int32[B], largest number of tokens
+    alive: jax.Array  # Bool[B], whether the response goes on
+    start: jax.Array  # Int32[B], the clock when the request was admitted
     clock: jax.Array  # Int32[], steps since the engine began
-    tokens: jax.Array  # Int32[B R], in the ring's order
+    tokens: jax.Array  # Int32[B R], in the order of the ring
     logps: jax.Array  # Float32[B R]
     model_logps: jax.Array  # Float32[B R]
-    seen: jax.Array  # Bool[B V], or [B 0] where no penalty is asked for
-    recent: jax.Array  # Int32[B W], the last tokens, as many as the longest bad word has before its last; -1: none
+    seen: jax.Array  # Bool[B V], tokens of prompt and response; [B 0] without a repetition penalty
+    recent: jax.Array  # Int32[B W], the last W tokens, W = length of the longest bad word - 1; -1: none
 
 
 class Admitted(NamedTuple):
-    """Requests for free slots. Several slots may take one prompt; a slot number of B stands for nobody."""
+    """Requests for free slots. Several may share a prompt; those with slot number B are padding."""
 
     prompts: jax.Array  # Int32[F P], padded on the left
     mask: jax.Array  # Bool[F P]
-    slot: jax.Array  # Int32[A], which slot
-    source: jax.Array  # Int32[A], which prompt it continues
+    slot: jax.Array  # Int32[A], number of the slot
+    source: jax.Array  # Int32[A], number of the prompt
     keys: jax.Array  # typed keys [A]
     limit: jax.Array  # Int32[A]
 
@@ -97,22 +97,21 @@ class Admitted(NamedTuple):
 def empty_slots(
     graphdef: Any, params: PyTree, *, slots: int, prompt: int, response: int, sampling: Sampling, cache_dtype: Any
 ) -> Slots:
-    """All slots free; `prompt` is the room of each for a prompt, `response` the length of its ring, in tokens."""
+    """Free slots, with room for prompts of `prompt` tokens and rings of `response` tokens."""
     model = nnx.merge(graphdef, params)
     dtype = model.compute.dtype if cache_dtype is None else cache_dtype
-    ring = lambda kind: jnp.zeros((slots, response), kind)  # noqa: E731
-    each = lambda kind: jnp.zeros(slots, kind)  # noqa: E731
+    ring, column = functools.partial(jnp.zeros, (slots, response)), functools.partial(jnp.zeros, slots)
     width = max((len(word) - 1 for word in sampling.bad_words), default=0)
     return _placed(
         Slots(
             cache=empty_cache(model.config, slots, prompt + response, dtype),
             hidden=jnp.zeros((slots, model.config.hidden_size), model.compute.dtype),
             keys=jax.random.split(jax.random.key(0), slots),
-            position=each(jnp.int32),
-            count=each(jnp.int32),
-            limit=each(jnp.int32),
-            alive=each(bool),
-            start=each(jnp.int32),
+            position=column(jnp.int32),
+            count=column(jnp.int32),
+            limit=column(jnp.int32),
+            alive=column(bool),
+            start=column(jnp.int32),
             clock=jnp.int32(0),
             tokens=ring(jnp.int32),
             logps=ring(jnp.float32),
@@ -124,78 +123,83 @@ def empty_slots(
     )
 
 
-def admit(graphdef: Any, weights: Weights, slots: Slots, new: Admitted) -> Slots:
-    """Reads the prompts and gives each to its slots: two programs, so that a ring's length is none of the first's."""
-    read = _read(graphdef, weights, new.prompts, new.mask, dtype=slots.cache.layers[0].key.dtype)
-    return _seat(graphdef, weights, slots, new, *read)
+def admit(graphdef: Any, params: DecodingParams, slots: Slots, new: Admitted) -> Slots:
+    """The slots with new requests, their prompts in the cache.
+
+    Prefill and insertion are jitted separately, so that prefill is not recompiled when the rings grow.
+    """
+    hidden, cache = _prefill(graphdef, params, new.prompts, new.mask, dtype=slots.cache.layers[0].key.dtype)
+    return _insert(graphdef, params, slots, new, hidden, cache)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def _read(
-    graphdef: Any, weights: Weights, prompts: jax.Array, mask: jax.Array, *, dtype: Any
+def _prefill(
+    graphdef: Any, params: DecodingParams, prompts: jax.Array, mask: jax.Array, *, dtype: Any
 ) -> tuple[jax.Array, Cache]:
-    """Each prompt's last hidden state [F D], and a cache of the prompts alone."""
-    model = nnx.merge(graphdef, weights.params)
+    """(the last hidden state [F D] of each prompt, a cache of the prompts alone)."""
+    model = nnx.merge(graphdef, params.tree)
     segments = mask.astype(jnp.int32)
     hidden, cache = model(
         prompts,
         positions=jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0),
         segment_ids=segments,
         cache=empty_cache(model.config, *prompts.shape, dtype),
-        layers=model.layers(weights.layers),
+        layers=model.layers(params.layers),
     )
     return hidden[:, -1], cache
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="slots")
-def _seat(graphdef: Any, weights: Weights, slots: Slots, new: Admitted, hidden: jax.Array, read: Cache) -> Slots:
-    """The slots with what was read of their prompts."""
+def _insert(
+    graphdef: Any, params: DecodingParams, slots: Slots, new: Admitted, hidden: jax.Array, cache: Cache
+) -> Slots:
+    """The slots with the new requests, given the last hidden states and the cache of their prompts."""
     width = new.prompts.shape[1]
     room = slots.cache.positions.shape[1] - slots.tokens.shape[1]
 
-    def put(held: jax.Array, values: jax.Array) -> jax.Array:
-        return held.at[new.slot].set(values, mode="drop")
+    def put(array: jax.Array, values: jax.Array) -> jax.Array:
+        return array.at[new.slot].set(values, mode="drop")
 
-    def put_prompt(held: jax.Array, values: jax.Array) -> jax.Array:
-        """Keys or values [F Hk width K], at the end of the prompt's room."""
-        return held.at[new.slot, :, room - width : room].set(values[new.source], mode="drop")
+    def put_prompt(array: jax.Array, values: jax.Array) -> jax.Array:
+        """Writes keys or values [F Hk width K] at the end of the prompt's room."""
+        return array.at[new.slot, :, room - width : room].set(values[new.source], mode="drop")
 
-    def put_whole(held: jax.Array, values: jax.Array) -> jax.Array:
-        """Positions or segments [F width] there, and 0 in the rest of the slot, which empties the ring."""
-        return put(held, jnp.pad(values[new.source], ((0, 0), (room - width, held.shape[1] - room))))
+    def put_whole(array: jax.Array, values: jax.Array) -> jax.Array:
+        """Writes positions or segments [F width] there, and 0 in the rest of the slot, which empties the ring."""
+        return put(array, jnp.pad(values[new.source], ((0, 0), (room - width, array.shape[1] - room))))
 
-    layers = jax.tree.map(put_prompt, slots.cache.layers, read.layers)
+    layers = jax.tree.map(put_prompt, slots.cache.layers, cache.layers)
     seen, recent = _history(slots, new)
-    last = read.positions[:, -1][new.source]
-    everyone = lambda value: jnp.full(new.slot.shape, value)  # noqa: E731
+    last = cache.positions[:, -1][new.source]
+    repeated = functools.partial(jnp.full, new.slot.shape)
     return _placed(
         dataclasses.replace(
             slots,
             cache=dataclasses.replace(
                 slots.cache,
                 layers=layers,
-                positions=put_whole(slots.cache.positions, read.positions),
-                segment_ids=put_whole(slots.cache.segment_ids, read.segment_ids),
+                positions=put_whole(slots.cache.positions, cache.positions),
+                segment_ids=put_whole(slots.cache.segment_ids, cache.segment_ids),
             ),
             hidden=put(slots.hidden, hidden[new.source]),
             keys=put(slots.keys, new.keys),
             position=put(slots.position, last + 1),
-            count=put(slots.count, everyone(0)),
+            count=put(slots.count, repeated(0)),
             limit=put(slots.limit, new.limit),
-            alive=put(slots.alive, everyone(True)),
-            start=put(slots.start, everyone(slots.clock)),
+            alive=put(slots.alive, repeated(True)),
+            start=put(slots.start, repeated(slots.clock)),
             seen=put(slots.seen, seen),
             recent=put(slots.recent, recent),
         ),
-        nnx.merge(graphdef, weights.params).compute.layout,
+        nnx.merge(graphdef, params.tree).compute.layout,
     )
 
 
 def _history(slots: Slots, new: Admitted) -> tuple[jax.Array, jax.Array]:
-    """`seen` [A V] and `recent` [A W] of the prompts."""
+    """`seen` [A V] and `recent` [A W] after the prompts."""
     tokens, mask = new.prompts[new.source], new.mask[new.source]
     vocabulary, width = slots.seen.shape[1], slots.recent.shape[1]
-    ids = jnp.where(mask, tokens, vocabulary)  # padding is out of bounds
+    ids = jnp.where(mask, tokens, vocabulary)  # padding is out of bounds, and dropped
     rows = jnp.arange(len(ids))[:, None]
     seen = jnp.zeros((len(ids), vocabulary), bool).at[rows, ids].set(True, mode="drop")
     marked = jnp.pad(jnp.where(mask, tokens, -1), ((0, 0), (width, 0)), constant_values=-1)
@@ -204,15 +208,15 @@ def _history(slots: Slots, new: Admitted) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="slots")
 def decode(
-    graphdef: Any, weights: Weights, slots: Slots, want_free: jax.Array, most: jax.Array, *, sampling: Sampling
+    graphdef: Any, params: DecodingParams, slots: Slots, want_free: jax.Array, most: jax.Array, *, sampling: Sampling
 ) -> Slots:
-    """Draws tokens until `want_free` slots are free, none is alive, a ring is full, or `most` steps were taken."""
-    model = nnx.merge(graphdef, weights.params)
-    layers = model.layers(weights.layers)
+    """The slots after steps until `want_free` are free, none is alive, a ring is full, or `most` steps were taken."""
+    model = nnx.merge(graphdef, params.tree)
+    layers = model.layers(params.layers)
     terminators = jnp.array(sampling.terminators, jnp.int32)
     end = slots.clock + most
 
-    def more(slots: Slots) -> jax.Array:
+    def goes_on(slots: Slots) -> jax.Array:
         free, full = jnp.sum(~slots.alive), jnp.any(_full(slots))
         return jnp.any(slots.alive) & (free < want_free) & ~full & (slots.clock < end)
 
@@ -231,10 +235,10 @@ def decode(
             layers=layers,
         )
 
-        def put(held: jax.Array, new: jax.Array) -> jax.Array:
-            """A column of the ring, where the slot is alive: a response waits untouched until it is fetched."""
-            old = jax.lax.dynamic_slice_in_dim(held, place, 1, axis=1)[:, 0]
-            return jax.lax.dynamic_update_slice(held, jnp.where(alive, new, old)[:, None], (0, place))
+        def put(rings: jax.Array, new: jax.Array) -> jax.Array:
+            """Writes a column of the rings of slots that are alive; an ended response stays until it is fetched."""
+            old = jax.lax.dynamic_slice_in_dim(rings, place, 1, axis=1)[:, 0]
+            return jax.lax.dynamic_update_slice(rings, jnp.where(alive, new, old)[:, None], (0, place))
 
         rows = jnp.arange(len(alive))
         return dataclasses.replace(
@@ -252,27 +256,27 @@ def decode(
             recent=jnp.concatenate([slots.recent, drawn.tokens[:, None]], axis=1)[:, 1:],
         )
 
-    return jax.lax.while_loop(more, step, slots)
+    return jax.lax.while_loop(goes_on, step, slots)
 
 
 def _full(slots: Slots) -> jax.Array:
-    """Bool[B]: a response goes on, and its next token would take the place of its first."""
+    """Bool[B], True where a response goes on and its next token would overwrite its first."""
     return slots.alive & (slots.count >= slots.tokens.shape[1])
 
 
 def grow(slots: Slots, response: int) -> Slots:
-    """With rings of `response` tokens. One array after the other, and each old one is freed: no two caches at once."""
+    """The slots with rings of `response` tokens. Arrays grow one by one, each freed before the next: no two caches."""
     ring = slots.tokens.shape[1]
 
-    def stretch(held: jax.Array, axis: int) -> jax.Array:
-        found = _stretching(axis, ring, response, held.sharding)(held, slots.clock)
-        held.delete()
-        return found
+    def stretch(array: jax.Array, axis: int) -> jax.Array:
+        longer = _stretching(axis, ring, response, array.sharding)(array, slots.clock)
+        array.delete()
+        return longer
 
     rings = {name: stretch(getattr(slots, name), 1) for name in ("tokens", "logps", "model_logps")}
     cache = dataclasses.replace(
         slots.cache,
-        layers=jax.tree.map(lambda held: stretch(held, 2), slots.cache.layers),
+        layers=jax.tree.map(lambda array: stretch(array, 2), slots.cache.layers),
         positions=stretch(slots.cache.positions, 1),
         segment_ids=stretch(slots.cache.segment_ids, 1),
     )
@@ -281,15 +285,15 @@ def grow(slots: Slots, response: int) -> Slots:
 
 @functools.cache
 def _stretching(axis: int, ring: int, response: int, sharding: Any) -> Any:
-    """A program by which the last `ring` places of an axis become `response`; what has not been written yet is 0."""
+    """A jitted function that makes the last `ring` places of an axis `response` places; those not yet written are 0."""
 
-    def stretch(held: jax.Array, clock: jax.Array) -> jax.Array:
-        room = held.shape[axis] - ring
-        steps = clock - 1 - (clock - 1 - jnp.arange(response)) % response  # the last that wrote to each place
-        shape = [response if i == axis else 1 for i in range(held.ndim)]
-        taken = jnp.take(held, room + steps % ring, axis=axis)
+    def stretch(array: jax.Array, clock: jax.Array) -> jax.Array:
+        room = array.shape[axis] - ring
+        steps = clock - 1 - (clock - 1 - jnp.arange(response)) % response  # the last step that wrote each place
+        shape = [response if i == axis else 1 for i in range(array.ndim)]
+        taken = jnp.take(array, room + steps % ring, axis=axis)
         taken = jnp.where((steps >= clock - ring).reshape(shape), taken, 0)
-        return jnp.concatenate([jax.lax.slice_in_dim(held, 0, room, axis=axis), taken], axis=axis)
+        return jnp.concatenate([jax.lax.slice_in_dim(array, 0, room, axis=axis), taken], axis=axis)
 
     return jax.jit(stretch, out_shardings=sharding)
 
@@ -311,7 +315,7 @@ def _draw(slots: Slots, unembedding: Unembedding, sampling: Sampling) -> Drawn:
 
 
 def _allowed(recent: jax.Array, bad_words: tuple[tuple[int, ...], ...], vocabulary: int) -> jax.Array | None:
-    """Bool[B V], False on the last token of each bad word whose others were just drawn."""
+    """Bool[B V], False on the last token of each bad word whose other tokens were just drawn; None without any."""
     if not bad_words:
         return None
     allowed = jnp.ones((len(recent), vocabulary), bool)
@@ -323,7 +327,7 @@ def _allowed(recent: jax.Array, bad_words: tuple[tuple[int, ...], ...], vocabula
 
 
 def _logits(hidden: jax.Array, unembedding: Unembedding) -> jax.Array:
-    """Float32[B V] of one position; a sampler needs them all."""
+    """Float32[B V], of one position; sampling needs the whole vocabulary."""
     weight = unembedding.weight.astype(hidden.dtype)
     logits = jnp.einsum("bd,vd->bv", hidden, weight, preferred_element_type=jnp.float32)
     if unembedding.bias is not None:
@@ -333,7 +337,7 @@ def _logits(hidden: jax.Array, unembedding: Unembedding) -> jax.Array:
 
 
 def _placed(slots: Slots, layout: Layout | None) -> Slots:
-    """Slots cut over the mesh as rows of a batch are, key heads as heads are."""
+    """The slots sharded as the rows of a batch are, and the cache's key heads as heads are."""
     if layout is None:
         return slots
 

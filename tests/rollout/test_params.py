@@ -1,4 +1,4 @@
-"""Weights as generation reads them: cast once, gathered once, and never copied where they are right as they lie."""
+"""Params as generation reads them: cast once, gathered once, and not copied where nothing changes."""
 
 import re
 
@@ -12,7 +12,7 @@ from jaxalign.models.decoder.decoder import init_params, make_decoder
 from jaxalign.models.files.families import model_config
 from jaxalign.models.places import Layout
 from jaxalign.rollout.engine import slots as device
-from jaxalign.rollout.engine.params import weights_of
+from jaxalign.rollout.engine.params import decoding_params
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.types import leaf_names
 from tests.models.tiny import TINY
@@ -33,27 +33,27 @@ def named(tree):
 
 def test_kernels_and_embeddings_are_whole_but_for_tensor_and_in_the_dtype_of_compute():
     graphdef, params = on_a_mesh()
-    weights = weights_of(graphdef, params, layout="tensor")
-    assert weights.params["blocks"] is params["blocks"]
-    found = named(weights.layers[1]) | named({"embed": weights.params["embed"], "norm": weights.params["norm"]})
-    for name, x in found.items():
+    tree, layers = decoding_params(graphdef, params, layout="tensor")
+    assert tree["blocks"] is params["blocks"]
+    leaves = named(layers[1]) | named({"embed": tree["embed"], "norm": tree["norm"]})
+    for name, x in leaves.items():
         cast = name.endswith(("kernel", "embedding"))
         assert x.dtype == (jnp.bfloat16 if cast else jnp.float32), name
         shares = {shard.data.size for shard in x.addressable_shards}
         assert shares == {x.size // 2 if cast else x.size}, name  # of tensor=2; norms are whole in any layout
     up = params["blocks"]["mlp"]["up"]["kernel"][1].astype(jnp.bfloat16)
-    assert (weights.layers[1]["mlp"]["up"]["kernel"] == up).all()
+    assert (layers[1]["mlp"]["up"]["kernel"] == up).all()
 
 
 @pytest.mark.parametrize("layout", ["training", "tensor"])
 def test_a_token_gathers_weights_in_the_layout_of_training_alone(layout):
     """Read from the compiled loop over tokens: the shares of kernels that tensor=2 leaves, gathered over fsdp=2."""
     graphdef, params = on_a_mesh()
-    weights, sampling = weights_of(graphdef, params, layout=layout), Sampling(8)
+    decoding, sampling = decoding_params(graphdef, params, layout=layout), Sampling(8)
     slots = device.empty_slots(
         graphdef, params, slots=4, prompt=8, response=8, sampling=sampling, cache_dtype=jnp.bfloat16
     )
-    text = device.decode.lower(graphdef, weights, slots, 5, 8, sampling=sampling).compile().as_text()
+    text = device.decode.lower(graphdef, decoding, slots, 5, 8, sampling=sampling).compile().as_text()
     results = [line.split(" all-gather", 1)[0] for line in text.splitlines() if re.search(r" all-gather\S*\(", line)]
     gathered = {tuple(map(int, dims.split(","))) for line in results for dims in re.findall(r"\w\d+\[([\d,]+)\]", line)}
     kernels = {(32, 16), (32, 8), (16, 32), (32, 24), (24, 32)}
@@ -63,14 +63,14 @@ def test_a_token_gathers_weights_in_the_layout_of_training_alone(layout):
 def test_what_is_right_as_it_lies_is_not_copied():
     graphdef, _ = make_decoder(CONFIG)
     params = init_params(CONFIG, jax.random.key(0))
-    held = named({name: x for name, x in params.items() if name != "blocks"})
-    found = named({name: x for name, x in weights_of(graphdef, params).params.items() if name != "blocks"})
-    assert all(found[name].unsafe_buffer_pointer() == x.unsafe_buffer_pointer() for name, x in held.items())
+    before = named({name: x for name, x in params.items() if name != "blocks"})
+    after = named({name: x for name, x in decoding_params(graphdef, params).tree.items() if name != "blocks"})
+    assert all(after[name].unsafe_buffer_pointer() == x.unsafe_buffer_pointer() for name, x in before.items())
 
 
 def test_kernels_whose_norms_dora_takes_keep_their_dtype():
     lora = Lora(2, 4.0, ("mlp/down",), dora=True)
     graphdef, abstract = make_decoder(CONFIG, compute_dtype=jnp.bfloat16, lora=lora)
     adapter = init_adapter(split(abstract)[1], jax.random.key(1), base=PARAMS)
-    layer = weights_of(graphdef, join(adapter, PARAMS)).layers[0]["mlp"]
+    layer = decoding_params(graphdef, join(adapter, PARAMS)).layers[0]["mlp"]
     assert layer["down"]["kernel"].dtype == jnp.float32 and layer["up"]["kernel"].dtype == jnp.bfloat16
