@@ -10,7 +10,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jaxalign.runs import generate
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.cli.main import main
