@@ -67,7 +67,7 @@ def save_model(folder: Path, run: Run, params: PyTree, step: int) -> None:
 
 def save_lora(folder: Path, run: Run, adapter: PyTree, step: int) -> None:
     """Writes the adapter after `step` in PEFT's format, with the mark that `final/` carries."""
-    base = huggingface.lasting(run.config.model)
+    base = huggingface.absolute_source(run.config.model)
     save_adapter(folder, adapter, run.lora, run.model, base_model=base, extra={MARK_FILE: mark(step)})
 
 
@@ -105,7 +105,7 @@ def reward_model(
     if separator is not None:
         description["separator"] = separator
     if is_ensemble_of_adapters:
-        description |= {"base": huggingface.lasting(config.model), "quantise": config.lora.quantise}
+        description |= {"base": huggingface.absolute_source(config.model), "quantise": config.lora.quantise}
 
     def write_members(partial: Path) -> None:
         if jax.process_index() == 0:

@@ -148,10 +148,11 @@ def critic(
     lora = lora_of(config.lora, model)
     if lora is not None:
         return _adapted_critic(config, model, mesh, lora)
-    source = source or config.model
-    if not huggingface.is_random(source) and is_classifier(source):
+    if source in (None, config.model):
+        return _critic_from_language_model(config, model, mesh, config.model)
+    if is_classifier(source):
         return _critic_from_reward_model(config, mesh, source)
-    return _critic_from_language_model(config, mesh, source)
+    return _critic_from_language_model(config, huggingface.read_config(source), mesh, source)
 
 
 def beside(policy: Part, critic: Part) -> Part:
@@ -207,8 +208,8 @@ def _adapted_critic(config: PPOConfig, model: ModelConfig, mesh: Mesh, lora: Lor
     return Part(graphdef, like, None, init, _nothing, assemble, flops=2 / 3)
 
 
-def _critic_from_language_model(config: PPOConfig, mesh: Mesh, source: str) -> Part:
-    model = heads.trunk_config(huggingface.read_config(source))
+def _critic_from_language_model(config: PPOConfig, model: ModelConfig, mesh: Mesh, source: str) -> Part:
+    model = heads.trunk_config(model)
     graphdef, abstract = decoder_for(config, model, mesh)
 
     def init(key: jax.Array, like: PyTree, frozen: PyTree) -> PyTree:

@@ -74,7 +74,7 @@ def test_a_conversation_is_what_the_model_answers_to_all_turns_before(chat_model
         turns.append({"role": "assistant", "content": greedy(chat_model, turns)})
         expected.append(turns[-1]["content"])
     assert said.out.splitlines() == [*expected, expected[0]]  # /reset makes the first question the first again
-    assert "what was said is forgotten" in said.err and "(cut off after --max-new-tokens 6)" in said.err
+    assert "the conversation is forgotten" in said.err and "(cut off after --max-new-tokens 6)" in said.err
 
 
 def test_the_system_message_stands_before_everything(chat_model, say):
@@ -84,7 +84,7 @@ def test_the_system_message_stands_before_everything(chat_model, say):
 
 def test_a_model_without_a_template_continues_the_text_and_says_so(plain_model, say):
     said = say(plain_model, "the cat\na dog\n/nonsense\n")
-    assert "no chat template, so what you write is continued" in said.err and "/nonsense is no command" in said.err
+    assert "no chat template, so your text is continued" in said.err and "/nonsense is no command" in said.err
     first = greedy(plain_model, "the cat").removeprefix(" ")  # on a line of its own
     assert len(first.split()) == 6
     assert said.out.splitlines() == [first, greedy(plain_model, f"the cat {first}\na dog").removeprefix(" ")]

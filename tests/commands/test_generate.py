@@ -131,7 +131,7 @@ def test_the_best_of_n_is_the_response_with_the_highest_score(tiny_model, tmp_pa
     for number, row in enumerate(found["best"]):
         assert row["prompt"] == PROMPTS[number] and row in found["all"]
         assert row["score"] == max(other["score"] for other in found["all"][4 * number : 4 * number + 4])
-    with pytest.raises(ValueError, match="--keep best needs --reward"):
+    with pytest.raises(ValueError, match="`keep` best needs `reward`"):
         generate.main(GenerateConfig(str(tiny_model), "the cat", keep="best"))
 
 
@@ -149,7 +149,7 @@ def test_responses_that_could_not_be_scored_are_kept_without_scores(tiny_model, 
     assert "took longer than 0.2 s for 6 responses; --reward-seconds allows more" in said
     assert said.endswith(f". The 6 responses are in {output}, all without scores")
     output.unlink()
-    monkeypatch.setattr(generate, "_scored", interrupted)
+    monkeypatch.setattr(generate, "scored", interrupted)
     assert main(["generate", *given, "--output", str(output)]) == 130
     assert [json.loads(line) for line in output.read_text().splitlines()] == rows
 

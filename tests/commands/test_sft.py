@@ -71,7 +71,7 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(tiny_model, tiny_
     del older["config"]["lora"], older["config"]["turns"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(older))
     assert sft.main(config) == 0  # a run of before these settings is the same run
-    with pytest.raises(ValueError, match="holds a run already and --no-resume was given"):
+    with pytest.raises(ValueError, match="holds a run already and `resume` is off"):
         sft.main(dataclasses.replace(config, resume=False))
 
 
