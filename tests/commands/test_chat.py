@@ -74,7 +74,7 @@ def test_a_conversation_is_what_the_model_answers_to_all_turns_before(chat_model
         turns.append({"role": "assistant", "content": greedy(chat_model, turns)})
         expected.append(turns[-1]["content"])
     assert said.out.splitlines() == [*expected, expected[0]]  # /reset makes the first question the first again
-    assert "the conversation is forgotten" in said.err and "(cut off after --max-new-tokens 6)" in said.err
+    assert "the conversation is forgotten" in said.err and "(cut off after 6 tokens)" in said.err
 
 
 def test_the_system_message_stands_before_everything(chat_model, say):

@@ -144,4 +144,4 @@ def _answer(
         return
     talk.answer(ids, stream.text)
     if not response.finished:
-        log.info("(cut off after `max_new_tokens` %d)", sampling.max_new_tokens)
+        log.info("(cut off after %d tokens)", sampling.max_new_tokens)
