@@ -30,7 +30,7 @@ def test_slots_find_the_responses_of_the_drawing():
     sequences = TokenBatch(np.zeros_like(segment_ids), mask, np.zeros_like(segment_ids), segment_ids)
     batch = ResponseBatch(sequences, np.array([[[1, 2], [5, 3]]], np.int32), {}, stride=4)
     np.testing.assert_array_equal(batch.per_response(mask), [[[2, 1], [3, 1]]])  # lengths of c, r; c, r
-    groups = batch.to_tokens(np.array([[[10, 11], [20, 21]]]))  # group and response of each token
+    groups = batch.to_tokens(jnp.array([[[10, 11], [20, 21]]]))  # group and response of each token
     np.testing.assert_array_equal(groups[0, 0], [10] * 5 + [11] * 4 + [21] * 3 + [0])
     np.testing.assert_array_equal(groups[0, 1], [20] * 5 + [0] * 8)
 
