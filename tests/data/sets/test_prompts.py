@@ -1,4 +1,4 @@
-"""Which prompts on-policy commands answer, and what is said of rows that hold none."""
+"""Prompts that on-policy commands answer, and the errors of rows that hold none."""
 
 import json
 

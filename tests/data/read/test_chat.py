@@ -1,4 +1,4 @@
-"""Which stretches of a rendered conversation are learned."""
+"""Stretches of a rendered conversation that are learned."""
 
 import jinja2
 import pytest
@@ -33,8 +33,8 @@ TALK = [
 
 
 def test_every_assistant_turn_is_learned_up_to_and_with_its_terminator():
-    found = spans(Renderer(TEMPLATES["chatml"]), TALK, terminators=["<|im_end|>"])
-    assert found == [
+    stretches = spans(Renderer(TEMPLATES["chatml"]), TALK, terminators=["<|im_end|>"])
+    assert stretches == [
         Span("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", False),
         Span("hello<|im_end|>", True),
         Span("\n<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n", False),
@@ -43,30 +43,32 @@ def test_every_assistant_turn_is_learned_up_to_and_with_its_terminator():
 
 
 def test_only_the_last_turn_is_learned_on_request():
-    found = spans(Renderer(TEMPLATES["chatml"]), TALK, terminators=["<|im_end|>"], turns="last")
-    assert [span.text for span in found if span.learned] == ["so long<|im_end|>"]
+    stretches = spans(Renderer(TEMPLATES["chatml"]), TALK, terminators=["<|im_end|>"], turns="last")
+    assert [span.text for span in stretches if span.learned] == ["so long<|im_end|>"]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_named_template_gives_back_the_whole_conversation(name):
     tokenizer = Renderer(TEMPLATES[name])
-    found = spans(tokenizer, TALK, terminators=["</s>", "<|im_end|>", "<|eot_id|>"])
+    stretches = spans(tokenizer, TALK, terminators=["</s>", "<|im_end|>", "<|eot_id|>"])
     whole = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=False)
-    assert whole.startswith("".join(span.text for span in found))
-    answers = [span.text for span in found if span.learned]
+    assert whole.startswith("".join(span.text for span in stretches))
+    answers = [span.text for span in stretches if span.learned]
     assert [a.startswith(m["content"]) for a, m in zip(answers, TALK[1::2], strict=True)] == [True, True]
     assert all(a.endswith(("</s>", "<|im_end|>", "<|eot_id|>")) for a in answers)
 
 
 def test_what_follows_the_last_answer_is_left_out():
-    found = spans(Renderer(TEMPLATES["chatml"]), [*TALK, {"role": "user", "content": "?"}], terminators=["<|im_end|>"])
-    assert found[-1] == Span("so long<|im_end|>", True)
+    stretches = spans(
+        Renderer(TEMPLATES["chatml"]), [*TALK, {"role": "user", "content": "?"}], terminators=["<|im_end|>"]
+    )
+    assert stretches[-1] == Span("so long<|im_end|>", True)
 
 
 def test_an_answer_that_names_the_terminator_ends_at_the_last_one():
     talk = [TALK[0], {"role": "assistant", "content": "say <|im_end|> now"}]
-    found = spans(Renderer(TEMPLATES["chatml"]), talk, terminators=["<|im_end|>"])
-    assert found[-1].text == "say <|im_end|> now<|im_end|>"
+    stretches = spans(Renderer(TEMPLATES["chatml"]), talk, terminators=["<|im_end|>"])
+    assert stretches[-1].text == "say <|im_end|> now<|im_end|>"
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():

@@ -37,9 +37,9 @@ def sums(data):
 def read(batch, values=None):
     """{margin: Σ learned ids [K]} of a batch."""
     values = np.where(batch.sequences.mask, batch.sequences.tokens, 0) if values is None else values
-    found = np.asarray(batch.per_response(jax.numpy.asarray(values)))
+    per_response = np.asarray(batch.per_response(jax.numpy.asarray(values)))
     valid = np.asarray(batch.slots).any(2)
-    return {float(m): tuple(s) for m, s in zip(batch.columns["margin"][valid], found[valid], strict=True)}
+    return {float(m): tuple(s) for m, s in zip(batch.columns["margin"][valid], per_response[valid], strict=True)}
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -49,8 +49,8 @@ def test_a_batch_holds_its_groups_once_and_sums_over_responses_are_theirs(packin
     plan = Plan(batch_size=6, max_length=20, packing=packing, shuffle=False)
     mixture = Mixture.of(data, [len(data)], [None])
     batches = GroupBatches(mixture, plan, steps=2)
-    found = {key: value for step in range(2) for key, value in read(batches[step]).items()}
-    assert found == {float(m): tuple(s) for m, s in zip(data.columns["margin"], sums(data), strict=True)}
+    read_sums = {key: value for step in range(2) for key, value in read(batches[step]).items()}
+    assert read_sums == {float(m): tuple(s) for m, s in zip(data.columns["margin"], sums(data), strict=True)}
 
 
 def test_packed_rows_are_fewer_and_no_plane_overflows():

@@ -1,4 +1,4 @@
-"""Which rows a step holds: the same on every machine, disjoint between hosts, and after a resume."""
+"""Rows of each step: the same on every machine and after a resume, and disjoint between hosts."""
 
 import jax
 import numpy as np
@@ -39,9 +39,9 @@ def test_rows_are_side_by_side_with_positions_and_segments_of_their_own():
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_an_epoch_holds_every_example_once_and_epochs_follow_without_a_gap(packing):
-    made = batches(packing=packing, steps=100)
-    rows = [row for step in range(100) for row in made[step].tokens]
-    first, seen = round(made.steps_per_epoch * 4), np.zeros(len(RAGGED) + 1, int)
+    source = batches(packing=packing, steps=100)
+    rows = [row for step in range(100) for row in source[step].tokens]
+    first, seen = round(source.steps_per_epoch * 4), np.zeros(len(RAGGED) + 1, int)
     for row in rows[:first]:
         seen += np.bincount(row, minlength=len(seen))
     assert seen[1:].tolist() == RAGGED
@@ -94,9 +94,9 @@ def test_the_seed_decides_the_order_and_without_shuffling_rows_come_as_they_are(
 
 def test_rows_of_one_sequence_are_padded_to_the_smallest_width_that_holds_the_batch():
     assert bucket_widths(16) == [4, 8, 12, 16] and bucket_widths(3) == [1, 2, 3]
-    made = batches(packing=False)
+    source = batches(packing=False)
     for step in range(15):
-        batch = made[step]
+        batch = source[step]
         longest = int((batch.segment_ids > 0).sum(1).max())
         assert batch.tokens.shape[1] == min(w for w in bucket_widths(16) if w >= longest)
     widths = {batches(packing=False, host=(i, 2))[0].tokens.shape[1] for i in range(2)}
@@ -119,10 +119,10 @@ def test_weights_decide_what_an_epoch_takes_of_each_set():
 @pytest.mark.parametrize("packing", [True, False])
 def test_evaluation_sees_every_example_once_in_full_batches(packing):
     plan = Plan(batch_size=4, max_length=16, packing=packing)
-    made = eval_batches(examples(RAGGED), plan)
-    counted = sum(np.bincount(batch.tokens.ravel(), minlength=len(RAGGED) + 1) for batch in made)
+    held_out = eval_batches(examples(RAGGED), plan)
+    counted = sum(np.bincount(batch.tokens.ravel(), minlength=len(RAGGED) + 1) for batch in held_out)
     assert counted[1:].tolist() == RAGGED
-    assert {len(batch.tokens) for batch in made} == {4}
+    assert {len(batch.tokens) for batch in held_out} == {4}
     halves = [eval_batches(examples(RAGGED), plan, process_index=i, process_count=2) for i in range(2)]
-    for whole, *parts in zip(made, *halves, strict=True):
+    for whole, *parts in zip(held_out, *halves, strict=True):
         assert equal(jax.tree.map(lambda a, b: np.concatenate([a, b]), *parts), whole)

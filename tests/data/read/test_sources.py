@@ -1,4 +1,4 @@
-"""What `--data` may say, which part of a set is taken, and what is said of a file that cannot be read."""
+"""Specs of `data`, the part of a source that is read, and the errors of files that cannot be read."""
 
 import gzip
 import json

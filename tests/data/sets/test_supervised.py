@@ -1,4 +1,4 @@
-"""From `--data` to examples: what is read, held out, dropped and refused."""
+"""From `data` to examples: what is read, held out, dropped and refused."""
 
 import json
 import logging
@@ -15,8 +15,8 @@ def write(path, rows):
     return str(path)
 
 
-def pairs(count, **more):
-    return [{"prompt": "the cat", "completion": " ".join(["sees"] * (1 + i % 4)), **more} for i in range(count)]
+def pairs(count, **columns):
+    return [{"prompt": "the cat", "completion": " ".join(["sees"] * (1 + i % 4)), **columns} for i in range(count)]
 
 
 def read(path, tokenizer, *, eval_spec=None, **options):
@@ -27,32 +27,32 @@ def read(path, tokenizer, *, eval_spec=None, **options):
 
 def test_a_share_is_held_out_by_the_seed_and_never_trained_on(tokenizer, tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "the", "completion": f"{'cat ' * i}dog"} for i in range(1, 13)])
-    found, again, other = (read(path, tokenizer, eval_share=0.25, seed=seed) for seed in (0, 0, 1))
-    held, kept = set(found.held_out.lengths), set(found.train.examples.lengths)
-    assert len(held) == 3 and held | kept == set(range(4, 16)) and not held & kept
-    assert held == set(again.held_out.lengths) != set(other.held_out.lengths)
+    first, again, other = (read(path, tokenizer, eval_share=0.25, seed=seed) for seed in (0, 0, 1))
+    held_out, train = set(first.held_out.lengths), set(first.train.examples.lengths)
+    assert len(held_out) == 3 and held_out | train == set(range(4, 16)) and not held_out & train
+    assert held_out == set(again.held_out.lengths) != set(other.held_out.lengths)
 
 
 def test_held_out_rows_come_from_their_own_file_or_split_before_a_share(tokenizer, tmp_path):
     rows = [*pairs(8, split="train"), *pairs(3, split="test")]
     path = write(tmp_path / "rows.jsonl", rows)
-    found = read(path, tokenizer, eval_share=0.5)
-    assert (len(found.train.examples), len(found.held_out)) == (8, 3)
-    held = write(tmp_path / "held.jsonl", pairs(5))
-    assert len(read(path, tokenizer, eval_spec=held).held_out) == 5
+    data = read(path, tokenizer, eval_share=0.5)
+    assert (len(data.train.examples), len(data.held_out)) == (8, 3)
+    eval_data = write(tmp_path / "held.jsonl", pairs(5))
+    assert len(read(path, tokenizer, eval_spec=eval_data).held_out) == 5
     assert len(read(path, tokenizer, eval_spec=f"{path}:train").held_out) == 8
 
 
 def test_a_mixture_holds_out_a_share_of_every_set_and_weighs_the_rest(tokenizer, tmp_path):
     a, b = write(tmp_path / "a.jsonl", pairs(20)), write(tmp_path / "b.jsonl", pairs(60))
-    found = read(f"{a}*0.5,{b}*0.5", tokenizer, eval_share=0.1)
-    assert found.train.sizes == (18, 54) and found.train.per_epoch == (36, 36)
-    assert len(found.held_out) == 8
+    data = read(f"{a}*0.5,{b}*0.5", tokenizer, eval_share=0.1)
+    assert data.train.sizes == (18, 54) and data.train.per_epoch == (36, 36)
+    assert len(data.held_out) == 8
 
 
 def test_prompts_for_samples_end_where_learning_begins(tokenizer, tmp_path):
-    found = read(write(tmp_path / "rows.jsonl", pairs(4)), tokenizer, eval_share=0.5)
-    assert [tokenizer.decode(prompt) for prompt in found.prompts] == ["the cat", "the cat"]
+    data = read(write(tmp_path / "rows.jsonl", pairs(4)), tokenizer, eval_share=0.5)
+    assert [tokenizer.decode(prompt) for prompt in data.prompts] == ["the cat", "the cat"]
 
 
 def test_plain_text_files_are_split_into_windows_and_rows_of_text_only_on_request(tokenizer, tmp_path):
@@ -68,13 +68,13 @@ def test_the_log_says_what_was_read_dropped_and_shortened_and_shows_an_example(t
     long = {"prompt": "the cat", "completion": "sees " * 30}
     path = write(tmp_path / "rows.jsonl", [*pairs(18), {"prompt": "a", "completion": ""}, long])
     with caplog.at_level(logging.INFO, "jaxalign"):
-        found = read(path, tokenizer)
-    assert len(found.train.examples) == 19
-    said = caplog.text
-    assert "format prompt+completion, 20 rows, 19 examples" in said
-    assert f"dropped 1 rows: 1 x empty response (first: {path}, row 19)" in said
-    assert "1 rows longer than 16 tokens were shortened to their first tokens" in said
-    assert "the cat⟦sees </s>⟧" in said
+        data = read(path, tokenizer)
+    assert len(data.train.examples) == 19
+    text = caplog.text
+    assert "format prompt+completion, 20 rows, 19 examples" in text
+    assert f"dropped 1 rows: 1 x empty response (first: {path}, row 19)" in text
+    assert "1 rows longer than 16 tokens were shortened to their first tokens" in text
+    assert "the cat⟦sees </s>⟧" in text
 
 
 def test_losing_many_rows_stops_the_run_unless_allowed(tokenizer, tmp_path):
@@ -123,10 +123,10 @@ def test_real_files_are_recognised_and_their_masks_hold_what_is_answered(shared_
     tokenizer = load_tokenizer(str(shared_data / "tokenizers" / "mistral-v1"))
     choose_template(tokenizer, "alpaca")
     with caplog.at_level(logging.INFO, "jaxalign"):
-        found = read(shared_data / name, tokenizer, max_length=512, max_dropped=0.3, eval_share=0.1)
+        data = read(shared_data / name, tokenizer, max_length=512, max_dropped=0.3, eval_share=0.1)
     assert f"format {REAL[name]}," in caplog.text
-    examples = found.train.examples
-    assert len(found.held_out) and examples.lengths.max() <= 512
+    examples = data.train.examples
+    assert len(data.held_out) and examples.lengths.max() <= 512
     starts, ends = examples.offsets[:-1], examples.offsets[1:] - 1
     whole = examples.lengths < 512
     assert not examples.mask[starts].any()
