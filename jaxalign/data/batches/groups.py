@@ -44,7 +44,7 @@ class Responses:
         return Responses(self.examples, self.groups[chosen], columns)
 
     def fingerprint(self) -> int:
-        """Changes when any token, mask, group or column does."""
+        """Number that changes with any token, mask, group or column."""
         parts = [self.groups, *(self.columns[name] for name in sorted(self.columns))]
         whole = Examples(
             self.examples.ids, self.examples.mask, np.concatenate([self.examples.offsets, *map(_bits, parts)])
@@ -75,8 +75,8 @@ class BatchShapes:
         responses_per_group = responses.groups.shape[1]
         if not plan.packing:
             return cls(plan, responses_per_group, 1, (in_units(plan.batch_size),))
-        mean = max(float(_lengths_to_pack(responses, plan)[0].sum()) / max(len(responses), 1), 1.0)
-        max_groups = int(np.clip(2 * responses_per_group * plan.max_length / mean, 1, plan.batch_size))
+        mean_tokens = max(float(_lengths_to_pack(responses, plan)[0].sum()) / max(len(responses), 1), 1.0)
+        max_groups = int(np.clip(2 * responses_per_group * plan.max_length / mean_tokens, 1, plan.batch_size))
         counts = sorted({in_units(-(-plan.batch_size * i // ROW_BUCKETS)) for i in range(1, ROW_BUCKETS + 1)})
         return cls(plan, responses_per_group, max_groups, tuple(counts))
 

@@ -22,13 +22,11 @@ class Plan:
 
     batch_size: int  # rows of a batch, or groups of responses, over all hosts
     max_length: int  # tokens of a row, or of each plane of a row of groups
-    unit: int = 1  # rows of groups are a multiple of it: the parts that devices and microbatches cut a batch into
-    packing: bool = (
-        True  # a row holds as many sequences as fit; without, one sequence or group, in rows that are padded
-    )
-    shuffle: bool = True  # every epoch has a random order of its own; without, examples come as they stand in the data
+    unit: int = 1  # rows of groups come in multiples of it: the parts that devices and microbatches cut a batch into
+    packing: bool = True  # a row holds as many sequences or groups as fit; without, it holds one and is padded
+    shuffle: bool = True  # every epoch has a random order of its own; without, that of the data
     seed: int = 0  # of the orders
-    share_prompt: bool = False  # with packing: the prompt of a group stands once, if all of it then fits in one plane
+    share_prompt: bool = False  # with packing: the prompt of a group stands once, if the group then fits in one plane
 
     @classmethod
     def of(cls, config: TrainConfig, *, unit: int = 1) -> Plan:

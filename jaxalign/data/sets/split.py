@@ -62,12 +62,9 @@ def load(
     themselves; a seeded share of the items, of which those with one number stay together.
 
     Args:
-      spec: as in `sources.parse`.
-      eval_spec: held-out data of their own.
-      read: rows of a source -> its items.
-      join: items of several sources -> all of them, in order.
-      eval_share: share of the items to hold out.
-      seed: of that share.
+      spec: as in `sources.parse`, and so `eval_spec`.
+      read: makes items of the rows of a source.
+      join: all items of several sources, in order.
       numbers: Int64[N] of items, equal where they must not be parted.
     """
     train_sources, eval_sources = sources.parse(spec), sources.parse(eval_spec) if eval_spec is not None else []

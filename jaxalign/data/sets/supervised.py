@@ -45,10 +45,7 @@ class Options:
 
 
 def load(spec: str, tokenizer: Any, options: Options, *, eval_spec: str | None = None) -> Set[Examples]:
-    """Training and held-out examples.
-
-    Held out are, in this order of preference: the rows of `eval_spec`; the test or validation split of the data
-    themselves; a seeded share of the examples.
+    """Training and held-out examples, as `split.load` divides them.
 
     Raises:
       Mistake: a source is malformed or empty, has unknown columns, or loses more than `max_dropped` of its rows.
