@@ -186,13 +186,9 @@ class UnpairedBatches(GroupBatches):
 def _unpaired(
     pair: tuple[Responses, Responses], shapes: tuple[BatchShapes, BatchShapes], *, host: int, hosts: int
 ) -> UnpairedBatch:
-    min_rows = max(len(shape.rows(part)) for part, shape in zip(pair, shapes, strict=True))
-    return UnpairedBatch(
-        *(
-            shape.batch(part, min_rows=min_rows, host=host, hosts=hosts)
-            for part, shape in zip(pair, shapes, strict=True)
-        )
-    )
+    both = list(zip(shapes, pair, strict=True))
+    min_rows = max(len(layout.rows(part)) for layout, part in both)
+    return UnpairedBatch(*(layout.batch(part, min_rows=min_rows, host=host, hosts=hosts) for layout, part in both))
 
 
 def eval_batches(
@@ -200,9 +196,8 @@ def eval_batches(
 ) -> list[ResponseBatch]:
     """Every group once; the last batch is filled up with empty rows."""
     shapes = BatchShapes.of(responses, plan)
-    return [
-        shapes.batch(responses.take(part), host=process_index, hosts=process_count) for part in _parts(responses, plan)
-    ]
+    parts = (responses.take(part) for part in _parts(responses, plan))
+    return [shapes.batch(part, host=process_index, hosts=process_count) for part in parts]
 
 
 def unpaired_eval_batches(
@@ -217,5 +212,6 @@ def unpaired_eval_batches(
 
 
 def _parts(responses: Responses, plan: Plan) -> list[range]:
+    """The indices of the groups of each batch, in order."""
     count, size = len(responses), plan.batch_size
     return [range(at, min(at + size, count)) for at in range(0, count, size)]

@@ -147,9 +147,9 @@ class Batches:
         return self._epoch(epoch)[number - self._starts[epoch]]
 
 
-def iterate(batches: Batches, *, threads: int = 2, ahead: int = 4) -> Iterator[Any]:
-    """A Grain iterator that reads ahead; get_state() and set_state() hold the number of the next step."""
+def iterate(batches: Batches) -> Iterator[Any]:
+    """A Grain iterator that reads 4 batches ahead; get_state() and set_state() hold the number of the next step."""
     import grain
 
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(options))

@@ -49,8 +49,7 @@ class Loaded:
     """Rows of a source, and the split of it that they are."""
 
     rows: Sequence[Row]
-    split: str | None = None  # the split that was taken
-    splits: tuple[str, ...] = ()  # the splits there are
+    split: str | None = None
 
 
 def parse(spec: str) -> list[Source]:
@@ -134,21 +133,21 @@ def _nearby(path: Path) -> str:
 
 
 def _pick(source: Source, splits: dict[str | None, Sequence[Row]], held_out: bool) -> Loaded:
-    names = tuple(name for name in splits if name is not None)
+    names = [name for name in splits if name is not None]
     if source.split is not None:
         if source.split not in splits:
             raise Mistake(f"{source.name} has no split {source.split!r}; it has {', '.join(names) or 'no splits'}")
-        return Loaded(splits[source.split], source.split, names)
+        return Loaded(splits[source.split], source.split)
     if not names:
-        return Loaded([] if held_out else splits[None], None, ())
+        return Loaded([] if held_out else splits[None])
     wanted = HELD_OUT_NAMES if held_out else TRAIN_NAMES
     split = next((name for name in wanted if name in splits), None)
     if split is None and held_out:
-        return Loaded([], None, names)
+        return Loaded([])
     if split is None and len(names) > 1:
         raise Mistake(f"{source.name} has splits {', '.join(names)}; choose one: {source.name}:{names[0]}")
     split = split or names[0]
-    return Loaded(splits[split], split, names)
+    return Loaded(splits[split], split)
 
 
 def repaired(text: str) -> str:

@@ -110,12 +110,8 @@ class _Reader:
         if lost:
             log.warning("%s: dropped %d groups: %s", where, lost, reasons)
         if encoder.shortened:
-            log.warning(
-                "%s: %d responses were cut at %d tokens; a cut response has no terminator",
-                where,
-                encoder.shortened,
-                self.options.max_length,
-            )
+            text = "%s: %d responses were cut at %d tokens; a cut response has no terminator"
+            log.warning(text, where, encoder.shortened, self.options.max_length)
 
 
 class _Builder:
