@@ -91,9 +91,10 @@ def jaxalign_preferences(
     import numpy as np
     from jaxalign.runs.program import Method, make_program
 
-    from jaxalign.algorithms.pairwise import dpo
+    from jaxalign import losses
+    from jaxalign.algorithms.pairwise import pairwise
     from jaxalign.algorithms.reward import reward
-    from jaxalign.algorithms.unpaired import kto
+    from jaxalign.algorithms.unpaired import unpaired
     from jaxalign.config.offline import DPOConfig
     from jaxalign.config.shared import OptimizerConfig
     from jaxalign.data.batches.groups import GroupBatches, Responses, UnpairedBatches
@@ -115,9 +116,9 @@ def jaxalign_preferences(
     config = dataclasses.replace(config, packing=packing, optimizer=optimizer)
     mesh, model = places.make_mesh(), model_config(hf_config().to_dict() | {"architectures": ["LlamaForCausalLM"]})
     methods = {
-        "dpo": Method(lambda graphdef, ref: dpo(graphdef, ref_graphdef=ref), reference=True),
-        "kto": Method(lambda graphdef, ref: kto(graphdef, ref_graphdef=ref), reference=True),
-        "reward": Method(lambda graphdef, _: reward(graphdef), heads=1),
+        "dpo": Method(lambda graphdef, ref: pairwise(graphdef, ref, loss=losses.dpo), reference=True),
+        "kto": Method(lambda graphdef, ref: unpaired(graphdef, ref, loss=losses.kto), reference=True),
+        "reward": Method(lambda graphdef, _: reward(graphdef, loss=losses.bradley_terry), heads=1),
     }
     program = make_program(config, model, mesh, methods[method], steps=1)
     params = init_params(model, jax.random.key(0))

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign.algorithms.pairwise import dpo
+from jaxalign.algorithms.pairwise import pairwise
 from jaxalign.data.batches.groups import BatchShapes, Responses
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.read.tokens import Examples
+from jaxalign.losses import dpo
 from jaxalign.models.decoder.decoder import init_params, make_decoder
 from jaxalign.models.files.families import model_config
 from jaxalign.training.state import TrainState
@@ -91,7 +92,7 @@ def prepared(options: argparse.Namespace, data: Responses, share: bool):
     graphdef, _ = make_decoder(config, attention="xla", remat="blocks")
     policy, reference = (init_params(config, jax.random.key(seed)) for seed in (0, 1))
     optimizer = optax.adamw(1e-5)
-    step = jax.jit(make_train_step(dpo(graphdef, ref_graphdef=graphdef), optimizer), donate_argnums=0)
+    step = jax.jit(make_train_step(pairwise(graphdef, graphdef, loss=dpo), optimizer), donate_argnums=0)
     state = TrainState.create(policy, optimizer, jax.random.key(0))
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""What a training method is: a differentiated loss, and a preparation without gradient."""
+"""The contract of a training method: a differentiated loss, and a preparation without gradient."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ def trained_only(params: PyTree, frozen: PyTree) -> PyTree:
 class Algorithm(NamedTuple):
     """Pure functions made by a factory, as an optimizer is in optax.
 
-    `loss` sees only params and batch, so it can be tested without a reference model, and what frozen models say
-    about a batch can equally come from disk.
+    `loss` sees only params and batch, so it can be tested without a reference model, and the outputs of frozen models
+    can equally come from disk.
 
-    What needs all rows at once (KTO's KL, a sort, whitening) is computed by `across` from what `prepare` found, and
-    travels to each row as a column: microbatches then change nothing.
+    Values that need all rows at once (KTO's KL, a sort, whitening) are computed by `across` from the columns that
+    `prepare` added, and travel to each row as a column: microbatches then change nothing.
 
-    What must outlive a step (the running means of BCO and β-DPO) is a small tree of scalars, `carry`, which the train
-    state holds. `remember` sees the whole batch before `across` does; it makes the next carry, and leaves in the batch
-    what the loss wants to know of it.
+    Values that must outlive a step (the running means of BCO and β-DPO) are a small tree of scalars, `carry`, in the
+    train state. `remember` sees the whole batch before `across` does; it makes the next carry, and adds columns to the
+    batch where the loss needs it.
 
-    A reference that moves is a part of the train state: `prepare` is given `state.reference` for `frozen`, and after
-    the update `follow` makes the next one of it and of the new params.
+    A reference that moves is a part of the train state: `prepare` gets `state.reference` for `frozen`, and after the
+    update `follow` makes the next one of it and of the new params.
 
-    Where only a part of the model is trained (adapters), `assemble` lays the trained leaves over the frozen ones:
-    `loss` and `prepare` see whole params, and the gradient stays with the trained leaves.
+    Where only a part of the model is trained (adapters), `assemble` combines the trained leaves with the frozen ones:
+    `loss` and `prepare` see whole params, and only the trained leaves have a gradient.
     """
 
     loss: LossFn  # differentiated with respect to params

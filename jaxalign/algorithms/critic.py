@@ -18,8 +18,8 @@ from jaxalign.types import PyTree, TokenBatch
 
 def token_values(critic: PyTree, hidden: jax.Array) -> jax.Array:
     """Float32[B T]: values[:, t] = hidden[:, t - 1] · head + bias; the first token of a row has none, 0."""
-    found = heads.scores(hidden, critic["head"])[..., 0] + critic["bias"][0].astype(jnp.float32)
-    return jnp.pad(found[:, :-1], ((0, 0), (1, 0)))
+    values = heads.scores(hidden, critic["head"])[..., 0] + critic["bias"][0].astype(jnp.float32)
+    return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
 
 def critic_values(graphdef: Any, critic: PyTree, rows: TokenBatch, policy_hidden: jax.Array | None) -> jax.Array:

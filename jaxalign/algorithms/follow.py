@@ -29,9 +29,12 @@ def follow(*, alpha: float, every: int) -> FollowFn:
     if every < 1:
         raise Mistake(f"every={every} must be at least 1 step")
 
+    def mixed_leaf(ref: jax.Array, new: jax.Array) -> jax.Array:
+        mean = alpha * new.astype(jnp.float32) + (1 - alpha) * ref.astype(jnp.float32)
+        return mean.astype(ref.dtype)
+
     def mixed(reference: PyTree, params: PyTree) -> PyTree:
-        mean = lambda ref, new: alpha * new.astype(jnp.float32) + (1 - alpha) * ref.astype(jnp.float32)  # noqa: E731
-        return jax.tree.map(lambda ref, new: mean(ref, new).astype(ref.dtype), reference, params)
+        return jax.tree.map(mixed_leaf, reference, params)
 
     def move(reference: PyTree, params: PyTree, step: jax.Array) -> PyTree:
         return jax.lax.cond(step % every == 0, mixed, lambda reference, params: reference, reference, params)

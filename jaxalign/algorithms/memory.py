@@ -1,6 +1,7 @@
-"""Means that a loss remembers from batch to batch, as Averages in the train state's carry.
+"""Memory from batch to batch, in the train state's carry.
 
-What PPO remembers from batch to batch: the KL coefficient that seeks a target, and the mean and spread of scores.
+Running means of the statistics that a loss names, as Averages; for PPO the KL coefficient that seeks a target, and the
+mean and variance of all scores.
 """
 
 from __future__ import annotations
@@ -15,27 +16,28 @@ import numpy as np
 from jaxalign.types import Average
 
 Momenta = Mapping[str, float | None]  # by the loss's `running_` inputs (losses/contract.py: momenta)
-Carry = dict[str, Average]
+Means = dict[str, Average]  # by the same names
 
 RUNNING = "running_"
 MEAN = "mean_"
+GAIN, BOUND = 0.1, 0.2  # Ziegler et al.'s K_β, and how far an error counts
 
 
-def start(momenta: Momenta) -> Carry:
-    """Nothing seen, a mean of 0: true of every log-ratio before the first step."""
+def start_means(momenta: Momenta) -> Means:
+    """Means of nothing, 0: true of every log-ratio before the first step."""
     return {name: Average(np.float32(0), np.float32(0)) for name in momenta}
 
 
-def advance(carry: Carry, found: Mapping[str, Average], momenta: Momenta) -> Carry:
-    """The carry after a batch.
+def advance_means(means: Means, batch_means: Mapping[str, Average], momenta: Momenta) -> Means:
+    """The means after a batch.
 
     Args:
-      carry: by the names `running_x`.
-      found: of the whole batch, by the names `mean_x`.
+      means: by the names `running_x`.
+      batch_means: of the whole batch, by the names `mean_x`.
       momenta: None: the mean over all elements of all batches so far, as the count grows. m: m · (the mean so far) +
         (1 - m) · (the batch's mean).
     """
-    return {name: _after(carry[name], found[MEAN + name.removeprefix(RUNNING)], m) for name, m in momenta.items()}
+    return {name: _after(means[name], batch_means[MEAN + name.removeprefix(RUNNING)], m) for name, m in momenta.items()}
 
 
 def _after(so_far: Average, batch: Average, momentum: float | None) -> Average:
@@ -43,18 +45,15 @@ def _after(so_far: Average, batch: Average, momentum: float | None) -> Average:
         return so_far + batch
     mean = momentum * so_far.compute() + (1 - momentum) * batch.compute()
     moved = Average(mean, jnp.ones((), jnp.float32))
-    # a batch without a single desirable response says nothing of them
+    # a batch without a single desirable response does not move their mean
     return jax.tree.map(lambda old, new: jnp.where(batch.count > 0, new, old), so_far, moved)
-
-
-GAIN, BOUND = 0.1, 0.2  # Ziegler et al.'s K_β, and how far an error counts
 
 
 def next_kl_coef(kl_coef: jax.Array, kl: jax.Array, *, target: float) -> jax.Array:
     """β (1 + 0.1 clip(KL / target - 1, ±0.2)): log β moves in proportion to the error, by at most 2 % a batch.
 
     Args:
-      kl_coef: β, that this batch was rewarded with.
+      kl_coef: β, the coefficient of this batch's rewards.
       kl: KL(π‖π_ref) of this batch, in nats a response.
       target: the KL that is sought.
 
@@ -72,20 +71,20 @@ class Spread(NamedTuple):
 
     @classmethod
     def start(cls) -> Spread:
-        """Of nothing."""
+        """The spread of no scores."""
         return cls(*np.zeros(3, np.float32))
 
-    def seen(self, scores: jax.Array, here: jax.Array) -> Spread:
-        """With the scores [B] of a batch, where `here`.
+    def seen(self, scores: jax.Array, present: jax.Array) -> Spread:
+        """The spread with the scores [B] of a batch added, those where `present` is True.
 
         Reference: Chan, Golub and LeVeque 1983, https://doi.org/10.1080/00031305.1983.10483115, eq. 2.1.
         """
-        new = jnp.sum(here, dtype=jnp.float32)
-        first = scores[jnp.argmax(here)]  # measured from it, equal scores do not differ by a rounding
-        apart = jnp.where(here, scores - first, 0.0)
-        apart_mean = jnp.sum(apart) / jnp.maximum(new, 1)
-        batch_mean = jnp.where(new > 0, first + apart_mean, 0.0)
-        batch_squares = jnp.sum(jnp.where(here, (apart - apart_mean) ** 2, 0.0))
+        new = jnp.sum(present, dtype=jnp.float32)
+        first = scores[jnp.argmax(present)]  # measured from it, equal scores do not differ by a rounding
+        distance = jnp.where(present, scores - first, 0.0)
+        mean_distance = jnp.sum(distance) / jnp.maximum(new, 1)
+        batch_mean = jnp.where(new > 0, first + mean_distance, 0.0)
+        batch_squares = jnp.sum(jnp.where(present, (distance - mean_distance) ** 2, 0.0))
         count, gap = self.count + new, batch_mean - self.mean
         share = new / jnp.maximum(count, 1)
         return Spread(count, self.mean + gap * share, self.squares + batch_squares + gap**2 * self.count * share)

@@ -8,14 +8,14 @@ https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/. Core:
      1 vectorised architecture     the prompts of a step, answered side by side (rollout/engine/engine.py)
      2 orthogonal initialisation   no: the models are pretrained; the critic's head starts from the reward model, else 0
      3 Adam's epsilon 1e-5         no: 1e-8, as in RLHF since; config/shared.py: OptimizerConfig
-     4 annealed learning rate      --optimizer.schedule
+     4 annealed learning rate      `optimizer.schedule`
      5 GAE                         ops/advantages.py: gae; γ = 1, λ = 0.95
      6 minibatch updates           epochs x minibatches, rows dealt anew in each epoch (training/step.py)
      7 normalised advantages       `whiten_advantages`, over the batch, not the minibatch, so that cuts change nothing
      8 clipped surrogate           losses/policy.py: ppo_clip
      9 clipped value loss          losses/policy.py: value_clip
     10 overall loss, entropy bonus `value_coef`, `entropy_coef`
-    11 global gradient clipping    --optimizer.max-grad-norm, of policy and critic apart
+    11 global gradient clipping    `optimizer.max_grad_norm`, of policy and critic apart
     12 debug variables             the metrics below
     13 shared or separate critic   both: algorithms/critic.py
 
@@ -31,8 +31,8 @@ Huang et al. 2024, "The N+ implementation details of RLHF with PPO", https://arx
 al.'s code, https://arxiv.org/abs/1909.08593:
 
     the reward model is read at the terminator, from lengths, not ids       models/files/reward.py
-    the critic starts from the reward model                                 runs/critics.py
-    a response without a terminator is penalised                            --missing-end-penalty
+    the critic starts from the reward model                                 training/part.py: critic
+    a response without a terminator is penalised                            `missing_end_penalty`
     the KL is paid token by token, the score at the last token              ops/advantages.py: shaped_rewards
     log-probs at sampling temperature, for π, π_old and π_ref alike         `temperature`
     no dropout, so the first ratio is 1                                     logged as first/ratio
@@ -54,48 +54,41 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.base import Algorithm
+from jaxalign.algorithms.columns import with_columns
 from jaxalign.algorithms.critic import critic_values
 from jaxalign.algorithms.memory import Spread, next_kl_coef
-from jaxalign.algorithms.policy_gradient import ADVANTAGES, OLD, REF, SCORES, policy_inputs, rollout_metrics
+from jaxalign.algorithms.policy_gradient import (
+    ADVANTAGES,
+    REF_LOGPS,
+    SCORES,
+    log_ratio,
+    policy_inputs,
+    rollout_metrics,
+)
+from jaxalign.config import limits
+from jaxalign.config.on_policy import PPOAlgorithm
 from jaxalign.losses import contract
-from jaxalign.losses.policy import ppo_clip, value_clip
+from jaxalign.losses.policy import value_clip
 from jaxalign.mistake import Mistake
-from jaxalign.models.reading import hidden_states, shards_of
+from jaxalign.models.reading import hidden_states, token_logps, token_stats
 from jaxalign.ops import masked
 from jaxalign.ops.advantages import gae, returns, shaped_rewards
 from jaxalign.ops.kl import KL_ESTIMATORS
-from jaxalign.ops.logprobs import TokenLogps, next_token_logps
 from jaxalign.types import Average, PyTree, RolloutBatch
 
-VALUES, RETURNS, GIVEN = "old_values", "returns", "given_scores"
-KL_COEF, EXPLAINED, SHARE = "kl_coef", "explained_variance", "pretraining_share"
-KL_PLACES = ("reward", "loss")
+VALUES, RETURNS = "old_values", "returns"  # columns [B T]
+REWARDED_SCORES, KL_COEF = "rewarded_scores", "kl_coef"  # columns [B]; the scores are normalised and clipped
+EXPLAINED, SHARE = "explained_variance", "pretraining_share"  # columns [B], of the whole batch
 
 
 def ppo(
-    graphdef: Any,
-    critic_graphdef: Any,
+    config: PPOAlgorithm,
+    policy: Any,
+    critic: Any,
+    reference: Any,
     *,
-    ref_graphdef: Any,
-    loss: Callable = ppo_clip,
-    kl_coef: float = 0.05,
-    kl_target: float | None = None,
-    kl_estimator: str = "k1",
-    kl_in: str = "reward",
-    gamma: float = 1.0,
-    gae_lambda: float = 0.95,
-    value_coef: float = 0.1,
-    value_clip_epsilon: float | None = 0.2,
-    entropy_coef: float = 0.0,
-    whiten_advantages: bool = True,
-    whiten_rewards: bool = False,
-    normalise_scores: bool = False,
-    clip_scores: float | None = None,
-    pretraining_coef: float = 0.0,
-    halt_kl: float | None = None,
+    loss: Callable,
     temperature: float = 1.0,
-    epochs: int = 4,
-    minibatches: int = 1,
     implementation: str | None = None,
     mesh: Mesh | None = None,
 ) -> Algorithm:
@@ -105,29 +98,13 @@ def ppo(
     advantages before that.
 
     Args:
-      graphdef: the policy's structure.
-      critic_graphdef: that of the critic's own trunk; not read where the critic shares the policy's.
-      ref_graphdef: of the reference.
-      loss: one value per token, of `losses/policy.py` or your own.
-      kl_coef: reward, or loss, for a nat of KL(π‖π_ref).
-      kl_target: nats a response that an adaptive kl_coef seeks (`controls.py`); None: it is fixed.
-      kl_estimator: k1, k2 or k3 of `ops/kl.py`, of each token. In the loss k1 does nothing on average; see there.
-      kl_in: "reward", where the critic learns to expect it, or "loss".
-      gamma: discount of a token.
-      gae_lambda: 1 trusts the returns, 0 the critic.
-      value_coef: weight of the value loss; with optimizers of their own it matters to a shared trunk alone.
-      value_clip_epsilon: how far values may move from those of the rollout, in the unit of rewards; None: freely.
-      entropy_coef: weight of the entropy bonus, per nat.
-      whiten_advantages: to mean 0 and variance 1 over the batch's response tokens.
-      whiten_rewards: the same of rewards, whose mean stays.
-      normalise_scores: by mean and standard deviation of all scores so far, which the train state carries.
-      clip_scores: to ± this, after that.
-      pretraining_coef: weight of the mean cross-entropy of `batch.pretraining` (InstructGPT's γ, PPO-ptx).
-      halt_kl: no more updates of a batch once k3 of the old policy is beyond 1.5 times this, in nats a token.
-      temperature: that the tokens were drawn at.
-      epochs: passes over a batch.
-      minibatches: optimizer updates in each pass.
-      implementation: of the log-probabilities; "pallas" is also of GAE.
+      config: coefficients and choices.
+      policy: graphdef of the model that is trained.
+      critic: graphdef of the critic's own trunk; not read where the critic shares the policy's.
+      reference: graphdef of the frozen reference.
+      loss: one value per token; its parameters name its inputs (`losses/contract.py`: POLICY_INPUTS).
+      temperature: of sampling. Ratios are of tempered policies, so the first is 1.
+      implementation: an implementation of `ops/logprobs.py`; "pallas" is also that of GAE. None is the default.
       mesh: the mesh of the arrays.
 
     Params are {"policy": ..., "critic": ...}, as `critic.py` says. Batches are `RolloutBatch`es with the columns
@@ -137,156 +114,149 @@ def ppo(
     `returns`, and with pretraining `pretraining_loss`.
 
     Raises:
-      Mistake: an option that cannot be.
+      Mistake: a setting outside its limits, or settings that exclude each other.
 
     Reference: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 9; Ouyang et al. 2022 (InstructGPT),
     https://arxiv.org/abs/2203.02155, eq. 2. Score normalisation and clipping: Zheng et al. 2023,
     https://arxiv.org/abs/2307.04964.
     """
     contract.check_inputs(loss, contract.POLICY_INPUTS)
-    check(
-        kl_coef=kl_coef,
-        kl_target=kl_target,
-        kl_estimator=kl_estimator,
-        kl_in=kl_in,
-        clip_scores=clip_scores,
-        halt_kl=halt_kl,
-        pretraining_coef=pretraining_coef,
+    check(config)
+    update = _Update(config, policy, critic, reference, loss, temperature, implementation, mesh)
+    carry: dict[str, Any] = {"scores": Spread.start()} if config.normalise_scores else {}
+    if config.kl_target is not None:
+        carry["kl_coef"] = np.float32(config.kl_coef)
+    return Algorithm(
+        loss=update.token_loss,
+        prepare=update.prepare,
+        across=update.across,
+        epochs=config.epochs,
+        minibatches=config.minibatches,
+        halt=None if config.halt_kl is None else update.halt,
+        at_first=("ratio",),
+        carry=carry,
+        remember=update.remember,
     )
-    estimate = KL_ESTIMATORS[kl_estimator]
 
-    def logps_of(model: Any, hidden: jax.Array, rows: Any, *, at: float, entropy: bool = False) -> TokenLogps:
-        return next_token_logps(
-            hidden,
-            model.unembed(),
-            rows.tokens,
-            rows.mask,
-            temperature=at,
-            entropy=entropy,
-            implementation=implementation,
-            shards=shards_of(model),
+
+def check(config: PPOAlgorithm) -> None:
+    """Raises Mistake on a setting outside its limits, and on settings that exclude each other."""
+    limits.check(config, prefix="algorithm.")
+    if config.kl_in == "loss" and config.kl_estimator == "k1" and config.kl_coef:
+        raise Mistake(
+            "`algorithm.kl_in` loss needs `algorithm.kl_estimator` k2 or k3: the gradient of k1 is 0 on average"
+        )
+    if config.kl_target is not None and config.kl_coef == 0:
+        raise Mistake(
+            f"`algorithm.kl_target` {config.kl_target:g} is sought by a factor on `algorithm.kl_coef`, which must be "
+            "above 0"
         )
 
-    def prepare(params: PyTree, frozen: PyTree, batch: RolloutBatch) -> RolloutBatch:
-        rows, own = batch.sequences, "model" in params["critic"]
-        reference, hidden = hidden_states(ref_graphdef, frozen, rows)
-        ref_logps = logps_of(reference, hidden, rows, at=temperature).logps
-        policy_hidden = None if own else hidden_states(graphdef, params["policy"], rows)[1]
-        values = critic_values(critic_graphdef, params["critic"], rows, policy_hidden)
-        found = {REF: ref_logps, VALUES: jnp.where(rows.mask, values, 0.0)}
-        return with_columns(batch, jax.lax.stop_gradient(found))
 
-    def remember(carry: PyTree, batch: RolloutBatch) -> tuple[PyTree, RolloutBatch]:
-        here, scores = jnp.any(batch.sequences.mask, axis=1), batch.columns[SCORES].astype(jnp.float32)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Update:
+    """The functions of PPO's `Algorithm`, in the order in which they run; the fields are `ppo`'s arguments."""
+
+    config: PPOAlgorithm
+    policy: Any
+    critic: Any
+    reference: Any
+    loss: Callable
+    temperature: float
+    implementation: str | None
+    mesh: Mesh | None
+
+    def prepare(self, params: PyTree, frozen: PyTree, batch: RolloutBatch) -> RolloutBatch:
+        """Adds the reference's log-probabilities and the critic's values."""
+        rows, has_trunk = batch.sequences, "model" in params["critic"]
+        ref_logps = token_logps(
+            self.reference, frozen, rows, temperature=self.temperature, implementation=self.implementation
+        )
+        policy_hidden = None if has_trunk else hidden_states(self.policy, params["policy"], rows)[1]
+        values = critic_values(self.critic, params["critic"], rows, policy_hidden)
+        columns = {REF_LOGPS: ref_logps, VALUES: jnp.where(rows.mask, values, 0.0)}
+        return with_columns(batch, jax.lax.stop_gradient(columns))
+
+    def remember(self, carry: PyTree, batch: RolloutBatch) -> tuple[PyTree, RolloutBatch]:
+        """Adds the scores that are rewarded and the KL coefficient, and moves both statistics on."""
+        config = self.config
+        present, scores = jnp.any(batch.sequences.mask, axis=1), batch.columns[SCORES].astype(jnp.float32)
         after = dict(carry)
-        if normalise_scores:
-            after["scores"] = carry["scores"].seen(scores, here)
+        if config.normalise_scores:
+            after["scores"] = carry["scores"].seen(scores, present)
             scores = after["scores"].normalised(scores)
-        if clip_scores is not None:
-            scores = jnp.clip(scores, -clip_scores, clip_scores)
-        coef = jnp.float32(kl_coef)
-        if kl_target is not None:
+        if config.clip_scores is not None:
+            scores = jnp.clip(scores, -config.clip_scores, config.clip_scores)
+        coef = jnp.float32(config.kl_coef)
+        if config.kl_target is not None:
             coef = carry["kl_coef"]
-            kl = jnp.sum(log_ratio(batch)) / jnp.maximum(jnp.sum(here), 1)
-            after["kl_coef"] = next_kl_coef(coef, kl, target=kl_target)
-        return after, with_columns(batch, {GIVEN: scores, KL_COEF: jnp.full(here.shape, coef)})
+            kl = jnp.sum(log_ratio(batch)) / jnp.maximum(jnp.sum(present), 1)
+            after["kl_coef"] = next_kl_coef(coef, kl, target=config.kl_target)
+        return after, with_columns(batch, {REWARDED_SCORES: scores, KL_COEF: jnp.full(present.shape, coef)})
 
-    def across(batch: RolloutBatch) -> RolloutBatch:
-        mask, values, coef = batch.sequences.mask, batch.columns[VALUES], batch.columns[KL_COEF][0]
-        kl = estimate(log_ratio(batch)) if kl_in == "reward" else jnp.zeros_like(values)
-        rewards = shaped_rewards(batch.columns[GIVEN], kl, mask, kl_coef=coef)
-        if whiten_rewards:
+    def across(self, batch: RolloutBatch) -> RolloutBatch:
+        """Adds advantages and returns, whitened over all response tokens, and statistics of the whole batch."""
+        config, mask, values = self.config, batch.sequences.mask, batch.columns[VALUES]
+        coef = batch.columns[KL_COEF][0]
+        kl = self.kl(log_ratio(batch)) if config.kl_in == "reward" else jnp.zeros_like(values)
+        rewards = shaped_rewards(batch.columns[REWARDED_SCORES], kl, mask, kl_coef=coef)
+        if config.whiten_rewards:
             rewards = masked.whiten(rewards, mask, shift_mean=False)
-        kernel = "pallas" if implementation == "pallas" else None
-        advantages = gae(rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda, implementation=kernel, mesh=mesh)
+        advantages = gae(
+            rewards,
+            values,
+            mask,
+            gamma=config.gamma,
+            gae_lambda=config.gae_lambda,
+            implementation="pallas" if self.implementation == "pallas" else None,
+            mesh=self.mesh,
+        )
         targets = returns(advantages, values, mask)
-        spread = masked.masked_var(targets, mask)
-        explained = 1 - masked.masked_var(targets - values, mask) / jnp.where(spread > 0, spread, 1.0)
-        found = {
-            ADVANTAGES: masked.whiten(advantages, mask) if whiten_advantages else advantages,
+        variance = masked.masked_var(targets, mask)
+        explained = 1 - masked.masked_var(targets - values, mask) / jnp.where(variance > 0, variance, 1.0)
+        columns = {
+            ADVANTAGES: masked.whiten(advantages, mask) if config.whiten_advantages else advantages,
             RETURNS: targets,
-            EXPLAINED: jnp.full(mask.shape[:1], jnp.where(spread > 0, explained, 0.0)),
+            EXPLAINED: jnp.full(mask.shape[:1], jnp.where(variance > 0, explained, 0.0)),
         }
         if batch.pretraining is not None:
             tokens = jnp.sum(batch.pretraining.mask)
-            found[SHARE] = jnp.full(mask.shape[:1], jnp.sum(mask) / jnp.maximum(tokens, 1))
-        return with_columns(batch, found)
+            columns[SHARE] = jnp.full(mask.shape[:1], jnp.sum(mask) / jnp.maximum(tokens, 1))
+        return with_columns(batch, columns)
 
-    def token_loss(params: PyTree, batch: RolloutBatch) -> tuple[Average, dict[str, Average]]:
-        rows, columns = batch.sequences, batch.columns
-        model, hidden = hidden_states(graphdef, params["policy"], rows)
-        found = logps_of(model, hidden, rows, at=temperature, entropy=True)
-        values = critic_values(critic_graphdef, params["critic"], rows, hidden)
-        surrogate = contract.checked(loss, policy_inputs(found.logps, batch), rows.mask.shape)
-        errors = value_clip(values, columns[VALUES], columns[RETURNS], clip_epsilon=value_clip_epsilon)
-        each = surrogate + value_coef * errors - entropy_coef * found.entropy
-        if kl_in == "loss":
-            each = each + columns[KL_COEF][:, None] * estimate(found.logps - columns[REF])
-        total = Average.of(each, rows.mask)
-        said = rollout_metrics(jax.lax.stop_gradient(found.logps), batch)
-        said |= _ppo_metrics(batch, surrogate, errors, values, found.entropy, value_clip_epsilon)
-        if pretraining_coef:
+    def token_loss(self, params: PyTree, batch: RolloutBatch) -> tuple[Average, dict[str, Average]]:
+        """(the loss, the metrics)"""
+        config, rows, columns = self.config, batch.sequences, batch.columns
+        model, hidden = hidden_states(self.policy, params["policy"], rows)
+        token = token_stats(
+            model, hidden, rows, temperature=self.temperature, entropy=True, implementation=self.implementation
+        )
+        values = critic_values(self.critic, params["critic"], rows, hidden)
+        surrogate = contract.checked(self.loss, policy_inputs(token.logps, batch), rows.mask.shape)
+        errors = value_clip(values, columns[VALUES], columns[RETURNS], clip_epsilon=config.value_clip_epsilon)
+        losses = surrogate + config.value_coef * errors - config.entropy_coef * token.entropy
+        if config.kl_in == "loss":
+            losses = losses + columns[KL_COEF][:, None] * self.kl(token.logps - columns[REF_LOGPS])
+        total = Average.of(losses, rows.mask)
+        metrics = rollout_metrics(jax.lax.stop_gradient(token.logps), batch)
+        metrics |= _ppo_metrics(batch, surrogate, errors, values, token.entropy, config.value_clip_epsilon)
+        if config.pretraining_coef:
             text = batch.pretraining
-            model, hidden = hidden_states(graphdef, params["policy"], text)
-            kept = -logps_of(model, hidden, text, at=1.0).logps
-            weight = pretraining_coef * jnp.where(text.mask, columns[SHARE][:, None], 0.0)
-            total = Average(total.total + jnp.sum(weight * kept), total.count)
-            said["pretraining_loss"] = Average.of(kept, text.mask)
-        return total, jax.lax.stop_gradient(said)
+            text_losses = -token_logps(
+                self.policy, params["policy"], text, temperature=1.0, implementation=self.implementation
+            )
+            weight = config.pretraining_coef * jnp.where(text.mask, columns[SHARE][:, None], 0.0)
+            total = Average(total.total + jnp.sum(weight * text_losses), total.count)
+            metrics["pretraining_loss"] = Average.of(text_losses, text.mask)
+        return total, jax.lax.stop_gradient(metrics)
 
-    def halt(averages: dict[str, Average]) -> jax.Array:
-        return averages["approx_kl"].compute() > 1.5 * halt_kl
+    def halt(self, averages: dict[str, Average]) -> jax.Array:
+        """True once k3 of the old policy is beyond 1.5 times `halt_kl`."""
+        return averages["approx_kl"].compute() > 1.5 * self.config.halt_kl
 
-    carry: dict[str, Any] = {"scores": Spread.start()} if normalise_scores else {}
-    if kl_target is not None:
-        carry["kl_coef"] = np.float32(kl_coef)
-    return Algorithm(
-        loss=token_loss,
-        prepare=prepare,
-        across=across,
-        epochs=epochs,
-        minibatches=minibatches,
-        halt=None if halt_kl is None else halt,
-        at_first=("ratio",),
-        carry=carry,
-        remember=remember,
-    )
-
-
-def with_columns(batch: RolloutBatch, found: dict[str, jax.Array]) -> RolloutBatch:
-    """The batch that knows more of its tokens and responses."""
-    return dataclasses.replace(batch, columns={**batch.columns, **found})
-
-
-def log_ratio(batch: RolloutBatch) -> jax.Array:
-    """log π_old - log π_ref of response tokens [B T], 0 elsewhere: what the policy that drew them had moved."""
-    return jnp.where(batch.sequences.mask, batch.columns[OLD] - batch.columns[REF], 0.0)
-
-
-def check(
-    *,
-    kl_coef: float,
-    kl_target: float | None,
-    kl_estimator: str,
-    kl_in: str,
-    clip_scores: float | None,
-    halt_kl: float | None,
-    pretraining_coef: float,
-    **others: Any,
-) -> None:
-    """Raises Mistake on options of `ppo` that cannot be; those named here are the ones that are looked at."""
-    for name, value, known in (("kl_estimator", kl_estimator, tuple(KL_ESTIMATORS)), ("kl_in", kl_in, KL_PLACES)):
-        if value not in known:
-            raise Mistake(f"{name}={value!r} is not one of {', '.join(known)}")
-    if kl_in == "loss" and kl_estimator == "k1" and kl_coef:
-        raise Mistake("kl_in='loss' needs k2 or k3: as a loss k1 does nothing on average")
-    if kl_coef < 0 or pretraining_coef < 0:
-        raise Mistake(f"kl_coef={kl_coef} and pretraining_coef={pretraining_coef} must be at least 0")
-    for name, bound in (("kl_target", kl_target), ("clip_scores", clip_scores), ("halt_kl", halt_kl)):
-        if bound is not None and bound <= 0:
-            raise Mistake(f"{name}={bound} must be above 0, or None")
-    if kl_target is not None and kl_coef == 0:
-        raise Mistake(f"kl_target={kl_target} is sought by a factor on kl_coef, which must be above 0")
+    def kl(self, log_ratios: jax.Array) -> jax.Array:
+        """The KL's estimate from each token's log-ratio."""
+        return KL_ESTIMATORS[self.config.kl_estimator](log_ratios)
 
 
 def _ppo_metrics(
@@ -297,17 +267,17 @@ def _ppo_metrics(
     entropy: jax.Array,
     clip_epsilon: float | None,
 ) -> dict[str, Average]:
-    mask, here = batch.sequences.mask, jnp.any(batch.sequences.mask, axis=1)
+    mask, present = batch.sequences.mask, jnp.any(batch.sequences.mask, axis=1)
     columns = batch.columns
-    paid = columns[KL_COEF] * jnp.sum(log_ratio(batch), axis=1)
+    penalty = columns[KL_COEF] * jnp.sum(log_ratio(batch), axis=1)
     beyond = jnp.zeros_like(mask) if clip_epsilon is None else jnp.abs(values - columns[VALUES]) > clip_epsilon
     return {
-        "entropy": Average.of(entropy, mask),  # exact: the distribution is at hand
-        "rlhf_reward": Average.of(columns[GIVEN] - paid, here),
-        "kl_coef": Average.of(columns[KL_COEF], here),
+        "entropy": Average.of(entropy, mask),  # exact, from the whole distribution
+        "rlhf_reward": Average.of(columns[REWARDED_SCORES] - penalty, present),
+        "kl_coef": Average.of(columns[KL_COEF], present),
         "policy_loss": Average.of(surrogate, mask),
         "value_loss": Average.of(errors, mask),
         "value_clip_fraction": Average.of(beyond, mask),
-        "explained_variance": Average.of(columns[EXPLAINED], here),
+        "explained_variance": Average.of(columns[EXPLAINED], present),
         "returns": Average.of(columns[RETURNS], mask),
     }

@@ -9,53 +9,50 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.algorithms.base import Algorithm
-from jaxalign.algorithms.responses import hidden_states
-from jaxalign.algorithms.reward import laid_over
 from jaxalign.losses import contract
-from jaxalign.losses.ranking import process
 from jaxalign.models import heads
+from jaxalign.models.reading import hidden_of
 from jaxalign.types import Average, PyTree, ResponseBatch
 
-ENDS, LABELS = (
-    "step_ends",
-    "step_labels",
-)  # columns [B G S]: index in the sequence, and label; -1 where there is no step
+# Columns [B G S]: index of the step's last token in its sequence, and label; -1 where there is no step
+ENDS, LABELS = "step_ends", "step_labels"
 
 
-def process_reward(graphdef: Any, *, loss: Callable = process) -> Algorithm:
+def process_reward(trunk: Any, *, loss: Callable) -> Algorithm:
     """Minimise the mean over steps and members of `loss`; every step counts once, however long its solution is.
 
     Args:
-      graphdef: the trunk's structure; params are those of `algorithms/reward.py`.
-      loss: one value per step, of (step_scores, step_labels).
+      trunk: graphdef; params are those of `algorithms/reward.py`.
+      loss: one value per step; its parameters name its inputs (`losses/contract.py`: STEP_INPUTS).
 
     Batches are `ResponseBatch`es of K = 1 with the columns ENDS and LABELS. Logs `accuracy`, the share of steps whose
     score is above 0 where the label is above 1/2, and elsewhere not; `mean_reward`; and `disagreement` of members.
 
     Raises:
-      Mistake: the loss asks for anything else.
+      Mistake: the loss has any other input.
     """
     contract.check_inputs(loss, contract.STEP_INPUTS)
 
     def step_loss(params: PyTree, batch: ResponseBatch) -> tuple[Average, dict[str, Average]]:
-        found, labels = step_scores(graphdef, params, batch), batch.columns[LABELS]
-        here = (labels >= 0) & batch.valid[..., None]
-        labels = jnp.where(here, labels, 0.0)
-        inputs = [{"step_scores": found[..., m], "step_labels": labels} for m in range(found.shape[-1])]
-        members = [contract.checked(loss, values, labels.shape) for values in inputs]
-        together = heads.combine(found)
+        member_scores, labels = step_scores(trunk, params, batch), batch.columns[LABELS]
+        labelled = (labels >= 0) & batch.valid[..., None]
+        labels = jnp.where(labelled, labels, 0.0)
+        count = member_scores.shape[-1]
+        inputs = [{"step_scores": member_scores[..., m], "step_labels": labels} for m in range(count)]
+        members = [contract.checked(loss, member_inputs, labels.shape) for member_inputs in inputs]
+        scores = heads.combine(member_scores)
         metrics = {
-            "accuracy": Average.of((together > 0) == (labels > 0.5), here),
-            "mean_reward": Average.of(together, here),
+            "accuracy": Average.of((scores > 0) == (labels > 0.5), labelled),
+            "mean_reward": Average.of(scores, labelled),
         }
-        if len(members) > 1:
-            metrics["disagreement"] = Average.of(heads.disagreement(found), here)
-        return Average.of(sum(members) / len(members), here), metrics
+        if count > 1:
+            metrics["disagreement"] = Average.of(heads.disagreement(member_scores), labelled)
+        return Average.of(sum(members) / count, labelled), metrics
 
-    return Algorithm(loss=step_loss, assemble=laid_over)
+    return Algorithm(loss=step_loss)
 
 
-def step_scores(graphdef: Any, params: PyTree, batch: ResponseBatch) -> jax.Array:
+def step_scores(trunk: Any, params: PyTree, batch: ResponseBatch) -> jax.Array:
     """Float32[B G S M], each member's score at the end of each step; of any number where there is none."""
     rows, _, length = batch.sequences.tokens.shape
     time = jnp.broadcast_to(jnp.arange(length), batch.sequences.tokens.shape)
@@ -65,8 +62,8 @@ def step_scores(graphdef: Any, params: PyTree, batch: ResponseBatch) -> jax.Arra
     places = starts[..., None] + jnp.maximum(batch.columns[ENDS], 0)
 
     def read(model: Any, head: jax.Array) -> jax.Array:
-        every = heads.scores(hidden_states(model, batch), head)
-        flat = every.reshape(rows, -1, head.shape[0])
+        scores = heads.scores(hidden_of(model, batch.flat()), head)
+        flat = scores.reshape(rows, -1, head.shape[0])
         return jnp.take_along_axis(flat, places.reshape(rows, -1, 1), axis=1).reshape(*places.shape, -1)
 
-    return heads.each_member(graphdef, params, read)
+    return heads.each_member(trunk, params, read)

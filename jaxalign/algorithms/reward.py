@@ -9,57 +9,53 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.algorithms.base import Algorithm
-from jaxalign.algorithms.responses import ends, hidden_states
 from jaxalign.losses import contract
-from jaxalign.losses.ranking import bradley_terry
 from jaxalign.models import heads
+from jaxalign.models.reading import hidden_of, last_tokens
 from jaxalign.types import Average, PyTree, ResponseBatch
 
-COLUMNS = {"margin": "margins", "preference": "preferences", "tie": "ties"}  # of a batch, and what losses call them
+COLUMNS = {"margin": "margins", "preference": "preferences", "tie": "ties"}  # column of a batch -> input of losses
 
 
-def reward(graphdef: Any, *, loss: Callable = bradley_terry) -> Algorithm:
+def reward(trunk: Any, *, loss: Callable) -> Algorithm:
     """Minimise the mean over groups and members of `loss`.
 
     Args:
-      graphdef: the trunk's structure; params are {"model": the trunk's, "head": [M D]}, with {"members": [M ...]} where
-        each member has adapters of its own.
-      loss: one value per group; its parameters name what it is given (OUTCOME_INPUTS).
+      trunk: graphdef; params are {"model": the trunk's, "head": [M D]}, with {"members": [M ...]} where each member
+        has adapters of its own.
+      loss: one value per group; its parameters name its inputs (`losses/contract.py`: OUTCOME_INPUTS).
 
-    Batches are `ResponseBatch`es, the best response first, unless columns["ranks"] says otherwise; COLUMNS of pairs,
-    if there are any, are for losses that ask for them. Logs, in TRL's names: `accuracy`, `margin` and `mean_reward` of
-    the members' mean (over all pairs of different rank that are no tie), and `disagreement` where there are several.
+    Batches are `ResponseBatch`es, the best response first, unless columns["ranks"] says otherwise; COLUMNS of pairs
+    are optional. Logs, in TRL's names: `accuracy`, `margin` and `mean_reward` of the members' mean (over all pairs of
+    different rank that are no tie), and `disagreement` where there are several.
 
     Raises:
-      Mistake: the loss names an input that a batch of responses does not have.
+      Mistake: the loss has an input that a batch of responses does not have.
     """
     contract.check_inputs(loss, contract.OUTCOME_INPUTS)
 
     def group_loss(params: PyTree, batch: ResponseBatch) -> tuple[Average, dict[str, Average]]:
-        found = response_scores(graphdef, params, batch)
-        shape, inputs = (batch.valid.size,), [_inputs(found[..., m], batch) for m in range(found.shape[-1])]
-        members = [contract.checked(loss, values, shape) for values in inputs]
+        scores = response_scores(trunk, params, batch)
+        shape, inputs = (batch.valid.size,), [_inputs(scores[..., m], batch) for m in range(scores.shape[-1])]
+        members = [contract.checked(loss, member_inputs, shape) for member_inputs in inputs]
         values = sum(members) / len(members)
-        return Average.of(values.reshape(batch.valid.shape), _compared(batch)), _metrics(found, batch)
+        return Average.of(values.reshape(batch.valid.shape), _compared(batch)), _metrics(scores, batch)
 
-    return Algorithm(loss=group_loss, assemble=laid_over)
-
-
-def laid_over(trained: PyTree, frozen: PyTree) -> PyTree:
-    """Whole params: the heads, and the adapters or the trunk, over a frozen trunk where there is one."""
-    return {**(frozen or {}), **trained}
+    return Algorithm(loss=group_loss)
 
 
-def response_scores(graphdef: Any, params: PyTree, batch: ResponseBatch) -> jax.Array:
+def response_scores(trunk: Any, params: PyTree, batch: ResponseBatch) -> jax.Array:
     """Float32[B G K M], each member's score at the last token of each response; 0 where there is none."""
-    last = ends(batch)
+    last = last_tokens(batch)
+
+    def of_member(scores: jax.Array) -> jax.Array:
+        return batch.per_response(jnp.where(last, batch.unflat(scores), 0.0))
 
     def read(model: Any, head: jax.Array) -> jax.Array:
-        every = heads.scores(hidden_states(model, batch), head)  # [B·Q T M]
-        one = lambda member: batch.per_response(jnp.where(last, batch.unflat(member), 0.0))  # noqa: E731
-        return jax.vmap(one, in_axes=-1, out_axes=-1)(every)
+        scores = heads.scores(hidden_of(model, batch.flat()), head)  # [B·Q T M]
+        return jax.vmap(of_member, in_axes=-1, out_axes=-1)(scores)
 
-    return heads.each_member(graphdef, params, read)
+    return heads.each_member(trunk, params, read)
 
 
 def _ranks(batch: ResponseBatch) -> jax.Array:
@@ -69,31 +65,31 @@ def _ranks(batch: ResponseBatch) -> jax.Array:
 
 def _compared(batch: ResponseBatch) -> jax.Array:
     """Bool[B G], True where two responses of different rank exist."""
-    ranks, here = _ranks(batch), batch.present
-    low = jnp.min(jnp.where(here, ranks, jnp.iinfo(jnp.int32).max), axis=2)
-    return batch.valid & (jnp.max(jnp.where(here, ranks, -1), axis=2) > low)
+    ranks, present = _ranks(batch), batch.present
+    low = jnp.min(jnp.where(present, ranks, jnp.iinfo(jnp.int32).max), axis=2)
+    return batch.valid & (jnp.max(jnp.where(present, ranks, -1), axis=2) > low)
 
 
 def _inputs(scores: jax.Array, batch: ResponseBatch) -> dict[str, jax.Array]:
-    flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-    found = {"scores": flat(scores), "ranks": flat(_ranks(batch)), "candidates": flat(batch.present)}
+    candidates = {"scores": scores, "ranks": _ranks(batch), "candidates": batch.present}
+    inputs = {name: value.reshape(-1, value.shape[-1]) for name, value in candidates.items()}
     if scores.shape[2] == 2:
-        found |= {"chosen_scores": scores[..., 0].reshape(-1), "rejected_scores": scores[..., 1].reshape(-1)}
-    return found | {ours: batch.columns[name].reshape(-1) for name, ours in COLUMNS.items() if name in batch.columns}
+        inputs |= {"chosen_scores": scores[..., 0].reshape(-1), "rejected_scores": scores[..., 1].reshape(-1)}
+    return inputs | {ours: batch.columns[name].reshape(-1) for name, ours in COLUMNS.items() if name in batch.columns}
 
 
-def _metrics(found: jax.Array, batch: ResponseBatch) -> dict[str, Average]:
+def _metrics(member_scores: jax.Array, batch: ResponseBatch) -> dict[str, Average]:
     """Accuracy and margin over all pairs of different rank, of which a pair of responses has one."""
-    scores, ranks, here = heads.combine(found), _ranks(batch), batch.present
-    better = (ranks[..., :, None] < ranks[..., None, :]) & here[..., :, None] & here[..., None, :]
+    scores, ranks, present = heads.combine(member_scores), _ranks(batch), batch.present
+    better = (ranks[..., :, None] < ranks[..., None, :]) & present[..., :, None] & present[..., None, :]
     if "tie" in batch.columns:
         better &= ~batch.columns["tie"][..., None, None]
     margins = scores[..., :, None] - scores[..., None, :]
     metrics = {
         "accuracy": Average.of(margins > 0, better),
         "margin": Average.of(margins, better),
-        "mean_reward": Average.of(scores, here),
+        "mean_reward": Average.of(scores, present),
     }
-    if found.shape[-1] > 1:
-        metrics["disagreement"] = Average.of(heads.disagreement(found), here)
+    if member_scores.shape[-1] > 1:
+        metrics["disagreement"] = Average.of(heads.disagreement(member_scores), present)
     return metrics

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from jax.sharding import Mesh
 
-from jaxalign.algorithms.pairwise import dpo
+from jaxalign.algorithms.pairwise import pairwise
 from jaxalign.commands import feedback
 from jaxalign.config.offline import DPOConfig
 from jaxalign.data.batches.groups import GroupBatches, Responses, eval_batches
@@ -48,11 +48,11 @@ def recipe(config: DPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
     """The policy, whole or as adapters, its reference if the loss needs one, and the mean loss over pairs."""
     loss = _loss(config)
     policy, reference, follow = feedback.parts(config, model, mesh, loss)
-    algorithm = dpo(
+    algorithm = pairwise(
         policy.graphdef,
+        None if reference is None else reference.graphdef,
         loss=loss,
-        ref_graphdef=None if reference is None else reference.graphdef,
-        groups=config.batch_size if contract.needs_whole_batch(loss) else None,
+        pairs=config.batch_size,
         implementation=implementation(config),
     )
     return Recipe(policy, algorithm._replace(follow=follow), reference, forwards=int(reference is not None))

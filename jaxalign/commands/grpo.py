@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign.algorithms.policy_gradient import check as check_algorithm
 from jaxalign.algorithms.policy_gradient import policy_gradient
 from jaxalign.commands import name_of, on_policy
 from jaxalign.config.on_policy import GRPOConfig
@@ -61,18 +62,13 @@ def recipe(config: GRPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
     algorithm, policy = config.algorithm, part.language_model(config, model, mesh)
     reference = part.frozen_copy(config, model, mesh, policy) if algorithm.reference else None
     gradient = policy_gradient(
+        algorithm,
         policy.graphdef,
+        None if reference is None else reference.graphdef,
         loss=_loss(config),
-        ref_graphdef=None if reference is None else reference.graphdef,
-        kl_coef=algorithm.kl_coef,
-        kl_estimator=algorithm.kl_estimator,
-        level=algorithm.level,
-        aggregate=algorithm.aggregate,
         longest=config.max_new_tokens,
         temperature=config.temperature,
-        importance_cap=algorithm.importance_cap if _is_corrected(config) else None,
-        epochs=algorithm.epochs,
-        minibatches=algorithm.minibatches,
+        corrected=_is_corrected(config),
         implementation=implementation(config),
     )
     forwards = int(reference is not None)
@@ -82,12 +78,10 @@ def recipe(config: GRPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
 def check(config: GRPOConfig) -> None:
     """Raises Mistake on a loss that cannot be used, or on settings that exclude each other."""
     on_policy.check(config)
-    _loss(config)
     algorithm = config.algorithm
+    check_algorithm(algorithm, _loss(config))
     if config.n < 2:
         raise Mistake("`n` 1: a response is judged beside others to its prompt; draw 2 or more")
-    if algorithm.kl_coef and not algorithm.reference:
-        raise Mistake(f"`algorithm.kl_coef` {algorithm.kl_coef} needs the reference; leave `algorithm.reference` on")
     if config.offload_reference and not algorithm.reference:
         raise Mistake("`offload_reference` with `algorithm.reference` off: there is none to keep")
     if config.kl_budget is not None and not algorithm.reference:

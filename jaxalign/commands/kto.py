@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.algorithms.unpaired import kto
+from jaxalign.algorithms.unpaired import unpaired
 from jaxalign.commands import feedback
 from jaxalign.config.offline import KTOConfig
 from jaxalign.data.batches.groups import Responses, UnpairedBatches, unpaired_eval_batches
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.sets import preferences
 from jaxalign.data.sets.split import Set
-from jaxalign.losses import UNPAIRED, select_loss, unpaired
+from jaxalign.losses import UNPAIRED, select_loss
+from jaxalign.losses.unpaired import balanced_lambdas
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.run import final, reference_logps
@@ -51,10 +52,10 @@ def recipe(config: KTOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
     """The policy, whole or as adapters, its reference if the loss needs one, and the mean loss over responses."""
     loss = _loss(config)
     policy, reference, follow = feedback.parts(config, model, mesh, loss)
-    algorithm = kto(
+    algorithm = unpaired(
         policy.graphdef,
+        None if reference is None else reference.graphdef,
         loss=loss,
-        ref_graphdef=None if reference is None else reference.graphdef,
         implementation=implementation(config),
     )
     return Recipe(policy, algorithm._replace(follow=follow), reference, forwards=int(reference is not None))
@@ -92,6 +93,6 @@ def _loss(config: KTOConfig) -> Callable:
 def _log_balance(labels: np.ndarray) -> None:
     desirable, undesirable = int(labels.sum()), int((~labels).sum())
     log.info("%d desirable and %d undesirable responses", desirable, undesirable)
-    weights = unpaired.balanced_lambdas(desirable, undesirable)
+    weights = balanced_lambdas(desirable, undesirable)
     if max(weights) > 1:
         log.info("the paper's rule would weigh them kto(lambda_d=%.3g, lambda_u=%.3g)", *weights)

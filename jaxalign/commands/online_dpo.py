@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.algorithms.pairwise import dpo
+from jaxalign.algorithms.pairwise import pairwise
 from jaxalign.commands import on_policy
 from jaxalign.config.on_policy import OnlineDPOConfig
 from jaxalign.data.batches.groups import BatchShapes
@@ -51,13 +51,14 @@ def recipe(config: OnlineDPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
     """The policy, whole or as adapters, its reference if the loss needs one, and the mean loss over pairs."""
     loss, policy = _loss(config), part.language_model(config, model, mesh)
     reference = part.frozen_copy(config, model, mesh, policy) if contract.needs_reference(loss) else None
-    algorithm = dpo(
+    algorithm = pairwise(
         policy.graphdef,
+        None if reference is None else reference.graphdef,
         loss=loss,
-        ref_graphdef=None if reference is None else reference.graphdef,
         implementation=implementation(config),
+        epochs=config.algorithm.epochs,
+        minibatches=config.algorithm.minibatches,
     )
-    algorithm = algorithm._replace(epochs=config.algorithm.epochs, minibatches=config.algorithm.minibatches)
     forwards = int(reference is not None)
     return Recipe(policy, algorithm, reference, forwards=forwards, offload=config.offload_reference)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.follow import follow
+from jaxalign.algorithms.ppo import check as check_algorithm
 from jaxalign.algorithms.ppo import ppo
 from jaxalign.commands import on_policy
 from jaxalign.config.on_policy import PPOConfig
@@ -60,11 +61,11 @@ def recipe(config: PPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
     reference = part.frozen_copy(config, model, mesh, policy)
     critic = part.critic(config, model, mesh, policy, source=critic_source(config))
     algorithm = ppo(
+        config.algorithm,
         policy.graphdef,
         critic.graphdef,
-        ref_graphdef=reference.graphdef,
-        **{f.name: getattr(config.algorithm, f.name) for f in dataclasses.fields(config.algorithm)}
-        | {"loss": _loss(config)},
+        reference.graphdef,
+        loss=_loss(config),
         temperature=config.temperature,
         implementation=implementation(config),
         mesh=mesh,
@@ -88,6 +89,7 @@ def check(config: PPOConfig) -> None:
     on_policy.check(config)
     _loss(config)
     algorithm = config.algorithm
+    check_algorithm(algorithm)
     if config.critic.model and (config.critic.shared or config.lora.rank):
         other = "`critic.shared`" if config.critic.shared else f"`lora.rank` {config.lora.rank}"
         raise Mistake(f"`critic.model` {config.critic.model} is a model of its own; leave out {other}, or it")

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh
 
-from jaxalign.algorithms.supervised import sft
+from jaxalign.algorithms.supervised import supervised
 from jaxalign.config import limits
 from jaxalign.config.offline import SFTConfig
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.batches.rows import TrainBatches, eval_batches
-from jaxalign.data.sets import supervised
+from jaxalign.data.sets.supervised import Options, load
 from jaxalign.losses import LANGUAGE, select_loss
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.run import final
@@ -39,7 +39,7 @@ def main(config: SFTConfig) -> int:
 def recipe(config: SFTConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
     """All parameters or adapters, and the mean loss over tokens."""
     policy = part.language_model(config, model, mesh)
-    algorithm = sft(policy.graphdef, loss=_loss(config), implementation=implementation(config))
+    algorithm = supervised(policy.graphdef, loss=_loss(config), implementation=implementation(config))
     return Recipe(policy, algorithm)
 
 
@@ -49,8 +49,8 @@ def _loss(config: SFTConfig) -> Callable:
 
 def load_data(config: SFTConfig, run: Run) -> Data:
     """Rows of tokens for training, and those held out."""
-    options = supervised.Options.of(config, run.vocabulary.terminators, turns=config.turns, long_text=config.long_text)
-    sets = supervised.load(config.data, run.vocabulary.tokenizer, options, eval_spec=config.eval_data)
+    options = Options.of(config, run.vocabulary.terminators, turns=config.turns, long_text=config.long_text)
+    sets = load(config.data, run.vocabulary.tokenizer, options, eval_spec=config.eval_data)
     plan = Plan.of(config)
     batches = run.counted(TrainBatches(sets.train, plan, **run.host))
     return Data(

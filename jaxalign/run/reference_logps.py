@@ -16,13 +16,14 @@ import numpy as np
 from flax import nnx
 
 from jaxalign import hosts
-from jaxalign.algorithms.responses import LOGPS, REF, response_logps
+from jaxalign.algorithms.columns import REF
 from jaxalign.data.batches.groups import BatchShapes, Responses
 from jaxalign.data.batches.plan import Plan
 from jaxalign.models import places
 from jaxalign.models.decoder.decoder import compute_dtype, decoder_for
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
+from jaxalign.models.reading import LOGPS, response_logps
 from jaxalign.run.run import Run
 from jaxalign.training import sharding
 from jaxalign.training.program import implementation

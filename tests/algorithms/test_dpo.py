@@ -8,12 +8,12 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxalign.algorithms.pairwise import dpo
-from jaxalign.algorithms.responses import COLLISION, LOGPS, PUBLIC, response_logps
+from jaxalign.algorithms.pairwise import pairwise
 from jaxalign.data.batches.groups import BatchShapes
 from jaxalign.data.batches.plan import Plan
-from jaxalign.losses import PAIR, contract, select_loss
+from jaxalign.losses import PAIR, contract, dpo, select_loss
 from jaxalign.models import places
+from jaxalign.models.reading import COLLISION, LOGPS, PUBLIC, response_logps
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
@@ -76,7 +76,7 @@ def test_log_probs_of_responses_are_those_of_each_alone(tiny, pairs, policy_logp
 def test_where_policy_and_reference_agree_the_loss_is_log_two_and_rewards_are_zero(tiny, pairs):
     graphdef, policy, _ = tiny
     value, _, metrics = value_and_grads(
-        dpo(graphdef, ref_graphdef=graphdef), (graphdef, policy, policy), batch_of(pairs)
+        pairwise(graphdef, graphdef, loss=dpo), (graphdef, policy, policy), batch_of(pairs)
     )
     assert value == pytest.approx(np.log(2), abs=1e-6)
     assert abs(metrics["rewards/chosen"]) < 1e-5 and abs(metrics["rewards/margins"]) < 1e-5
@@ -86,7 +86,7 @@ def test_the_loss_is_the_mean_over_pairs_of_the_formula(tiny, pairs, policy_logp
     graphdef, _, reference = tiny
     ratio = policy_logps - alone(reference, graphdef, pairs)
     expected = np.mean(np.log1p(np.exp(-0.1 * (ratio[:, 0] - ratio[:, 1]))))
-    value, _, metrics = value_and_grads(dpo(graphdef, ref_graphdef=graphdef), tiny, batch_of(pairs))
+    value, _, metrics = value_and_grads(pairwise(graphdef, graphdef, loss=dpo), tiny, batch_of(pairs))
     assert value == pytest.approx(expected, abs=1e-5)
     assert metrics["rewards/accuracies"] == np.mean(ratio[:, 0] > ratio[:, 1])
     assert metrics["logps/chosen"] == pytest.approx(policy_logps[:, 0].mean(), abs=1e-4)
@@ -95,7 +95,7 @@ def test_the_loss_is_the_mean_over_pairs_of_the_formula(tiny, pairs, policy_logp
 @pytest.mark.parametrize("text", LOSSES)
 def test_packed_rows_give_the_gradient_of_padded_ones(tiny, pairs, text):
     graphdef = tiny[0]
-    algorithm = dpo(graphdef, loss=loss_of(text), ref_graphdef=graphdef, groups=COUNT)
+    algorithm = pairwise(graphdef, graphdef, loss=loss_of(text), pairs=COUNT)
     packed, padded = (value_and_grads(algorithm, tiny, batch_of(pairs, packing=p)) for p in (True, False))
     assert packed[0] == pytest.approx(float(padded[0]), abs=1e-5)
     chex.assert_trees_all_close(packed[1], padded[1], atol=1e-5)
@@ -113,7 +113,7 @@ def test_a_whole_batch_loss_has_the_gradient_of_the_loss_itself(tiny, pairs, pol
         return jnp.mean(loss(logps[:, 0], logps[:, 1], ref[:, 0], ref[:, 1]))
 
     value, grads = jax.jit(jax.value_and_grad(direct))(policy)
-    algorithm = dpo(graphdef, loss=loss, ref_graphdef=graphdef, groups=COUNT)
+    algorithm = pairwise(graphdef, graphdef, loss=loss, pairs=COUNT)
     found, found_grads, _ = value_and_grads(algorithm, tiny, batch)
     assert found == pytest.approx(float(value), abs=1e-5)
     chex.assert_trees_all_close(found_grads, grads, atol=1e-6)
@@ -121,7 +121,7 @@ def test_a_whole_batch_loss_has_the_gradient_of_the_loss_itself(tiny, pairs, pol
 
 def trained(tiny, pairs, text, *, microbatches, mesh_sizes=None, steps=3):
     graphdef, policy, reference = tiny
-    algorithm = dpo(graphdef, loss=loss_of(text), ref_graphdef=graphdef, groups=COUNT)
+    algorithm = pairwise(graphdef, graphdef, loss=loss_of(text), pairs=COUNT)
     # Not more than 1e-3: one weight of 1,024 has a gradient of 5.06e-8 where others have up to 6e-3. Float32 sums in
     # another order make it 4.94e-8, and Adam's g / (|g| + 1e-8) 0.8315 in place of 0.8349, which is 3.3e-5 at a rate of
     # 1e-2. SGD at a rate of 0.1 moves weights by up to 1.5e-2 in these three steps, and there all agree to 3e-8.
@@ -155,12 +155,12 @@ def test_microbatches_and_meshes_give_the_same_parameters_and_running_means(tiny
 
 def test_log_probs_that_come_with_the_batch_are_taken_and_the_reference_not_run(tiny, pairs):
     graphdef, _, reference = tiny
-    algorithm = dpo(graphdef, ref_graphdef=None)
+    algorithm = pairwise(graphdef, loss=dpo)
     batch = batch_of(pairs)
     ref = response_logps(nnx.merge(graphdef, reference), batch)[LOGPS]
     given = jax.tree.map(lambda x: x, batch)
     given.columns["ref_logps"] = ref
-    expected, _, _ = value_and_grads(dpo(graphdef, ref_graphdef=graphdef), tiny, batch)
+    expected, _, _ = value_and_grads(pairwise(graphdef, graphdef, loss=dpo), tiny, batch)
     found, _, _ = value_and_grads(algorithm, (graphdef, tiny[1], None), given)
     assert found == pytest.approx(float(expected), abs=1e-6)
 
@@ -170,7 +170,7 @@ def test_eight_pairs_are_learned_by_heart(tiny, pairs):
     few = pairs.take(range(8))
     batch = jax.tree.map(jnp.asarray, BatchShapes.of(few, Plan(8, LENGTH)).batch(few))
     optimizer = optax.adamw(3e-3)
-    step = jax.jit(make_train_step(dpo(graphdef, ref_graphdef=graphdef), optimizer))
+    step = jax.jit(make_train_step(pairwise(graphdef, graphdef, loss=dpo), optimizer))
     state = TrainState.create(policy, optimizer, jax.random.key(0))
     for _ in range(40):
         state, metrics = step(state, policy, batch)
@@ -182,4 +182,4 @@ def test_an_input_that_does_not_exist_is_named():
         return policy_chosen_logps
 
     with pytest.raises(ValueError, match=r"policy_rejectd_logps.*did you mean 'policy_rejected_logps'"):
-        dpo(None, loss=mine)
+        pairwise(None, loss=mine)

@@ -8,13 +8,13 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxalign.algorithms.responses import LOGPS, response_logps
-from jaxalign.algorithms.unpaired import kto
+from jaxalign.algorithms.unpaired import unpaired
 from jaxalign.data.batches.groups import UnpairedBatches
 from jaxalign.data.batches.plan import Mixture, Plan
 from jaxalign.data.sets.preferences import mismatched
 from jaxalign.losses import UNPAIRED, select_loss
 from jaxalign.models import places
+from jaxalign.models.reading import LOGPS, response_logps
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
@@ -38,7 +38,7 @@ def trained(tiny, rated, *, microbatches, mesh_sizes=None, steps=3, text="kto", 
     graphdef, policy, reference = tiny
     loss = select_loss(text, UNPAIRED)
     optimizer = optax.adamw(rate)
-    algorithm = kto(graphdef, loss=loss, ref_graphdef=graphdef)
+    algorithm = unpaired(graphdef, graphdef, loss=loss)
     step = make_train_step(algorithm, optimizer, microbatches=microbatches)
     batch = batch_of(rated, unit=16, packing=packing)
     copy = jax.tree.map(jnp.copy, policy)  # the step donates it

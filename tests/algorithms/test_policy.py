@@ -9,6 +9,9 @@ import pytest
 from flax import nnx
 
 from jaxalign.algorithms.policy_gradient import policy_gradient
+from jaxalign.config.on_policy import GRPOAlgorithm
+from jaxalign.losses import ppo_clip
+from jaxalign.mistake import Mistake
 from jaxalign.models import places
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.training import sharding
@@ -36,8 +39,13 @@ def logps(tiny, batch):
     return [np.asarray(score(params), np.float64) for params in tiny[1:]]
 
 
+def made(tiny, *, longest=None, corrected=False, loss=ppo_clip, **settings):
+    config = GRPOAlgorithm(**settings)
+    return policy_gradient(config, tiny[0], tiny[0], loss=loss, longest=longest, corrected=corrected)
+
+
 def loss_of(tiny, batch, **options):
-    algorithm = policy_gradient(tiny[0], ref_graphdef=tiny[0], **options)
+    algorithm = made(tiny, **options)
 
     @jax.jit
     def run(policy, reference):
@@ -79,7 +87,7 @@ def test_losses_are_those_of_a_replay_in_float64(tiny, batch, logps, aggregate, 
 
 def stepped(tiny, batch, *, microbatches, sizes=None, **options):
     optimizer = optax.sgd(0.5)  # linear in the gradient: Adam magnifies rounding where a gradient is near 0
-    algorithm = policy_gradient(tiny[0], ref_graphdef=tiny[0], kl_coef=0.1, aggregate="sequence", **options)
+    algorithm = made(tiny, kl_coef=0.1, aggregate="sequence", **options)
     step = make_train_step(algorithm, optimizer, microbatches=microbatches)
     state = TrainState.create(jax.tree.map(jnp.copy, tiny[1]), optimizer, jax.random.key(0))
     frozen = tiny[2]
@@ -118,7 +126,7 @@ def test_tokens_of_another_distribution_are_weighted_and_the_first_ratio_is_one(
         np.arange(batch.sequences.mask.size).reshape(batch.sequences.mask.shape) % 3
     ]
     columns = {**batch.columns, "old_logps": jnp.asarray(logps[0] - gap, jnp.float32)}
-    found = loss_of(tiny, batch.__class__(batch.sequences, columns), importance_cap=3.0, kl_coef=0.3)
+    found = loss_of(tiny, batch.__class__(batch.sequences, columns), corrected=True, importance_cap=3.0, kl_coef=0.3)
     mask, weights = np.asarray(batch.sequences.mask), np.minimum(np.exp(gap), 3.0)
     gains = np.asarray(batch.columns["advantages"], np.float64)
     values = weights * (-gains + 0.3 * (np.exp(logps[1] - logps[0]) - 1 + logps[0] - logps[1]))
@@ -130,15 +138,26 @@ def test_tokens_of_another_distribution_are_weighted_and_the_first_ratio_is_one(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kl_estimator": "k4"}, "is not one of k1, k2, k3"),
-        ({"aggregate": "mean"}, "is not one of token, sequence, fixed"),
-        ({"level": "word"}, "is not one of token, sequence"),
+        ({"kl_estimator": "k4"}, "`algorithm.kl_estimator` 'k4' is not one of 'k2', 'k3'"),
+        ({"aggregate": "mean"}, "is not one of 'token', 'sequence', 'fixed'"),
+        ({"level": "word"}, "is not one of 'token', 'sequence'"),
         ({"kl_coef": -1.0}, "must be at least 0"),
-        ({"kl_coef": 0.1}, "needs a reference"),
-        ({"aggregate": "fixed"}, "say how long it is"),
+        ({"kl_coef": 0.1}, "needs the reference"),
+        ({"aggregate": "fixed"}, "give longest="),
         ({"importance_cap": 0.0}, "must be above 0"),
     ],
 )
 def test_what_cannot_be_is_refused(tiny, options, message):
     with pytest.raises(ValueError, match=message):
-        policy_gradient(tiny[0], **options)
+        policy_gradient(GRPOAlgorithm(**options), tiny[0], loss=ppo_clip)
+
+
+def test_a_loss_of_ones_own_has_the_reference_where_there_is_one(tiny, batch, logps):
+    def to_reference(logps, ref_logps, mask):
+        return jnp.where(mask, logps - ref_logps, jnp.nan)
+
+    mask = np.asarray(batch.sequences.mask)
+    found = loss_of(tiny, batch, loss=to_reference)
+    assert found["loss"] == pytest.approx((logps[0] - logps[1])[mask].mean(), abs=1e-5)
+    with pytest.raises(Mistake, match="to_reference needs the reference; leave"):
+        policy_gradient(GRPOAlgorithm(), tiny[0], loss=to_reference)

@@ -13,6 +13,8 @@ from flax import nnx
 from jaxalign.algorithms.critic import token_values
 from jaxalign.algorithms.memory import Spread, next_kl_coef
 from jaxalign.algorithms.ppo import ppo
+from jaxalign.config.on_policy import PPOAlgorithm
+from jaxalign.losses import ppo_clip
 from jaxalign.models import places
 from jaxalign.ops.logprobs import next_token_logps
 from jaxalign.training import sharding
@@ -42,7 +44,7 @@ def text():
 
 def made(tiny, **options):
     settings = {"kl_coef": KL_COEF, "gae_lambda": LAMBDA, "value_coef": VALUE_COEF, "epochs": 1} | options
-    return ppo(tiny[0], tiny[0], ref_graphdef=tiny[0], **settings)
+    return ppo(PPOAlgorithm(**settings), tiny[0], tiny[0], tiny[0], loss=ppo_clip)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +207,7 @@ def test_clipped_scores_are_what_the_critic_sees_and_the_given_ones_are_logged(t
     columns, said = said_of(tiny, params, rolled_out, normalise_scores=True, clip_scores=0.5)
     given = np.asarray(rolled_out.columns["scores"])[:15].astype(np.float64)
     expected = np.clip((given - given.mean()) / given.std(ddof=1), -0.5, 0.5)
-    np.testing.assert_allclose(np.asarray(columns["given_scores"])[:15], expected, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(columns["rewarded_scores"])[:15], expected, atol=1e-5)
     assert said["score"] == pytest.approx(given.mean(), abs=1e-6)
 
 
@@ -274,11 +276,11 @@ def test_values_are_about_the_token_that_follows_what_they_read():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kl_estimator": "k4"}, "is not one of k1, k2, k3"),
-        ({"kl_in": "score"}, "is not one of reward, loss"),
-        ({"kl_in": "loss"}, "needs k2 or k3"),
+        ({"kl_estimator": "k4"}, "`algorithm.kl_estimator` 'k4' is not one of 'k1', 'k2', 'k3'"),
+        ({"kl_in": "score"}, "is not one of 'reward', 'loss'"),
+        ({"kl_in": "loss"}, "needs `algorithm.kl_estimator` k2 or k3"),
         ({"kl_coef": -1.0}, "must be at least 0"),
-        ({"kl_target": 0.0}, "kl_target=0.0 must be above 0"),
+        ({"kl_target": 0.0}, "`algorithm.kl_target` 0.0: it must be above 0"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "must be above 0"),
     ],
 )

@@ -18,6 +18,7 @@ from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files.families import model_config
 from jaxalign.training import sharding
 from jaxalign.training.optimizer import is_matrix
+from jaxalign.training.part import laid_over
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
 from tests.algorithms.shared import LENGTH, QUICKLY, TINY, batch_of, make_responses
@@ -52,7 +53,7 @@ def test_a_score_is_read_at_the_last_token_of_its_sequence_alone(tiny, params, p
 
 
 def test_packed_rows_give_the_gradient_of_padded_ones(tiny, params, pairs):
-    mean = lambda params, batch: reward(tiny[0]).loss(params, batch)[0].compute()  # noqa: E731
+    mean = lambda params, batch: reward(tiny[0], loss=bradley_terry).loss(params, batch)[0].compute()  # noqa: E731
     gradient = jax.jit(jax.value_and_grad(mean), compiler_options=QUICKLY)
     packed, padded = (gradient(params, batch_of(pairs, packing=p)) for p in (True, False))
     chex.assert_trees_all_close(packed, padded, atol=1e-5)
@@ -78,7 +79,8 @@ def test_missing_candidates_are_in_no_pair_and_a_lone_response_in_no_mean(tiny, 
 
 def trained(graphdef, params, pairs, *, frozen=None, microbatches=1, sizes=None, steps=3):
     optimizer = optax.sgd(0.1)  # linear in the gradient: Adam magnifies rounding where a gradient is near 0
-    step = make_train_step(reward(graphdef), optimizer, microbatches=microbatches)
+    algorithm = reward(graphdef, loss=bradley_terry)._replace(assemble=laid_over)
+    step = make_train_step(algorithm, optimizer, microbatches=microbatches)
     batch = batch_of(pairs, unit=16)
     state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer, jax.random.key(0))  # the step donates it
     if sizes is None:

@@ -8,12 +8,12 @@ import pytest
 from flax import nnx
 
 from jaxalign.algorithms import memory
-from jaxalign.algorithms.pairwise import dpo
-from jaxalign.algorithms.responses import LOGPS, response_logps
-from jaxalign.algorithms.unpaired import kto
+from jaxalign.algorithms.pairwise import pairwise
+from jaxalign.algorithms.unpaired import unpaired
 from jaxalign.data.batches.groups import BatchShapes
 from jaxalign.data.batches.plan import Plan
 from jaxalign.losses import PAIR, UNPAIRED, contract, select_loss
+from jaxalign.models.reading import LOGPS, response_logps
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
 from jaxalign.types import Average, UnpairedBatch
@@ -22,9 +22,9 @@ from tests.algorithms.shared import make_responses
 
 def after(batches, momentum):
     momenta = {"running_margin": momentum}
-    carry = memory.start(momenta)
+    carry = memory.start_means(momenta)
     for values in batches:
-        carry = memory.advance(carry, {"mean_margin": Average.of(jnp.array(values))}, momenta)
+        carry = memory.advance_means(carry, {"mean_margin": Average.of(jnp.array(values))}, momenta)
     return float(carry["running_margin"].compute())
 
 
@@ -81,7 +81,7 @@ def test_two_steps_of_bco_pair_and_beta_dpo_are_their_formulas_with_means_of_bot
     beta = (1 + 0.6 * 0.1 * (margins[1].mean() - moving)) * 0.1
     softplus = lambda x: np.log1p(np.exp(-x))  # noqa: E731
     bco = softplus(0.1 * second[:, 0] - shift) + softplus(shift - 0.1 * second[:, 1])
-    algorithm = dpo(tiny[0], loss=select_loss("bco_pair + 10*beta_dpo", PAIR), ref_graphdef=tiny[0], groups=8)
+    algorithm = pairwise(tiny[0], tiny[0], loss=select_loss("bco_pair + 10*beta_dpo", PAIR))
     state, metrics = steps_without_learning(tiny, algorithm, batches)
     assert metrics["loss"] == pytest.approx((bco + 10 * softplus(beta * margins[1])).mean(), abs=1e-4)
     assert state.carry["running_margin"].compute() == pytest.approx(moving, abs=1e-4)
@@ -95,6 +95,6 @@ def test_two_steps_of_bco_shift_by_the_middle_of_both_classes_over_both_batches(
     labels = np.concatenate([x.columns["label"] for x in made])
     middle = (ratios[labels].mean() + ratios[~labels].mean()) / 2
     logits = np.where(labels, 1, -1) * 0.1 * (ratios - middle)
-    algorithm = kto(tiny[0], loss=select_loss("bco", UNPAIRED), ref_graphdef=tiny[0])
+    algorithm = unpaired(tiny[0], tiny[0], loss=select_loss("bco", UNPAIRED))
     _, metrics = steps_without_learning(tiny, algorithm, [UnpairedBatch(batch, batch) for batch in rated])
     assert metrics["loss"] == pytest.approx(np.log1p(np.exp(-logits[8:])).mean(), abs=1e-5)

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxalign.algorithms.pairwise import dpo
-from jaxalign.algorithms.responses import LOGPS, PUBLIC, response_logps
+from jaxalign.algorithms.pairwise import pairwise
 from jaxalign.data.batches.groups import BatchShapes
 from jaxalign.data.batches.plan import Plan
 from jaxalign.losses import PAIR, select_loss
 from jaxalign.models.decoder.attention import Coordinates, attention
 from jaxalign.models.decoder.decoder import init_params, make_decoder
 from jaxalign.models.files.families import model_config
+from jaxalign.models.reading import LOGPS, PUBLIC, response_logps
 from tests.algorithms.shared import make_responses
 from tests.models.tiny import TINY
 
@@ -61,7 +61,7 @@ def test_log_probs_are_those_of_responses_that_stand_alone(family, data):
 def test_the_gradient_is_that_of_responses_that_stand_alone(tiny, data):
     graphdef, policy, reference = tiny
     loss = select_loss("dpo + 0.1*sft + ld_dpo", PAIR)
-    algorithm = dpo(graphdef, loss=loss, ref_graphdef=graphdef)
+    algorithm = pairwise(graphdef, graphdef, loss=loss)
 
     def mean(params, batch):
         prepared = algorithm.across(algorithm.prepare(policy, reference, batch))

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxalign.algorithms.pairwise import dpo
+from jaxalign.algorithms.pairwise import pairwise
 from jaxalign.algorithms.reward import reward
-from jaxalign.algorithms.unpaired import kto
+from jaxalign.algorithms.unpaired import unpaired
 from jaxalign.data.batches.groups import BatchShapes, Responses
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.read.tokens import Examples
@@ -109,9 +109,9 @@ def batches(theirs, name):
 def algorithm(name, model):
     if name.startswith("reward"):
         return reward(make_decoder(trunk_config(model))[0], loss=select_loss(LOSSES[name], OUTCOME))
-    method, kind = (kto, UNPAIRED) if name == "kto" else (dpo, PAIR)
+    method, kind = (unpaired, UNPAIRED) if name == "kto" else (pairwise, PAIR)
     graphdef = make_decoder(model)[0]
-    return method(graphdef, loss=select_loss(LOSSES[name], kind), ref_graphdef=graphdef)
+    return method(graphdef, graphdef, loss=select_loss(LOSSES[name], kind))
 
 
 @functools.cache

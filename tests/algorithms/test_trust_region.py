@@ -8,9 +8,10 @@ import optax
 import pytest
 
 from jaxalign.algorithms.follow import follow
-from jaxalign.algorithms.pairwise import dpo
+from jaxalign.algorithms.pairwise import pairwise
 from jaxalign.data.batches.groups import BatchShapes
 from jaxalign.data.batches.plan import Plan
+from jaxalign.losses import dpo
 from jaxalign.models import places
 from jaxalign.training import sharding
 from jaxalign.training.state import TrainState
@@ -32,7 +33,7 @@ def test_an_update_that_cannot_be_is_refused(alpha, every):
 
 def trained(tiny, pairs, moves, *, mesh_sizes=None, steps=4):
     graphdef, policy, _ = tiny
-    algorithm = dpo(graphdef, ref_graphdef=graphdef)._replace(follow=moves)
+    algorithm = pairwise(graphdef, graphdef, loss=dpo)._replace(follow=moves)
     optimizer = optax.adamw(1e-3)
     step = make_train_step(algorithm, optimizer)
     batch = jax.tree.map(jnp.asarray, BatchShapes.of(pairs, Plan(16, 20, unit=16)).batch(pairs))

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.algorithms.supervised import sft
+from jaxalign.algorithms.supervised import supervised
+from jaxalign.losses import cross_entropy
 from jaxalign.models.adapters.lora import (
     Adapter,
     Lora,
@@ -143,7 +144,8 @@ def three_steps(mesh, microbatches):
 
     places = shardings(jax.eval_shape(create, start(DORA)), mesh)
     state = jax.jit(create, out_shardings=places)(start(DORA))
-    train_step = make_train_step(sft(graphdef)._replace(assemble=join), optimizer, microbatches=microbatches)
+    algorithm = supervised(graphdef, loss=cross_entropy)._replace(assemble=join)
+    train_step = make_train_step(algorithm, optimizer, microbatches=microbatches)
     traces = []
     step = jit_step(lambda *args: traces.append(1) or train_step(*args), state, base, mesh)
     losses = []
