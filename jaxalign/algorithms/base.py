@@ -71,7 +71,7 @@ class Algorithm(NamedTuple):
     epochs: int = 1  # passes over a prepared batch (PPO)
     minibatches: int = 1  # optimizer updates in each pass (PPO)
     halt: HaltFn | None = None  # ends the updates of a batch; None: all are applied
-    at_first: tuple[str, ...] = ()  # metrics that are logged of the first update of a batch besides, as `first/<name>`
+    at_first: tuple[str, ...] = ()  # metrics of a batch's first update that are logged too, as `first/<name>`
     assemble: AssembleFn = trained_only  # LoRA: models/adapters/lora.py: join
     carry: PyTree = ()  # of the state at step 0
     remember: RememberFn = nothing_remembered  # on the whole batch, between prepare and across, no gradient

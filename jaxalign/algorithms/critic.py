@@ -1,7 +1,7 @@
 """The critic: a scalar head on a trunk of its own, or on the policy's.
 
 Its parameters are {"model": the trunk, "head": [1 D], "bias": [1]}; without "model" the head reads the policy's hidden
-states. values[:, t] is about the tokens before t: what the response will still earn, before token t is chosen.
+states. values[:, t] is the reward that the response will still earn, before token t is chosen: it reads tokens < t.
 """
 
 from __future__ import annotations

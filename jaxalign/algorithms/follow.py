@@ -1,4 +1,4 @@
-"""A reference that follows the policy (TR-DPO and its like), so that β holds the policy to where it was of late."""
+"""A reference that follows the policy (TR-DPO and its like), so that β penalises distance from a recent policy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def follow(*, alpha: float, every: int) -> FollowFn:
       alpha: the policy's share: the soft update for α < 1; the hard one for α = 1, a copy.
       every: τ, steps from one update to the next.
 
-    The mean is taken in float32 and kept in the reference's dtype.
+    The mean is computed in float32 and stored in the reference's dtype.
 
     Reference: Gorbatovski et al. 2024, https://arxiv.org/abs/2404.09656.
 

@@ -1,4 +1,4 @@
-"""Policy gradients without a critic: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO and REINFORCE++, by what is combined.
+"""Policy gradients without a critic: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO and REINFORCE++, each a choice of parts.
 
 Advantages come with the batch (`ops/advantages.py`); this module makes an update of them. In the papers' names:
 

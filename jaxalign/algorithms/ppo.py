@@ -1,6 +1,6 @@
 """Proximal policy optimisation for language models: a policy, a reference, a reward model and a critic.
 
-The details that decide whether PPO learns, each with where it is or why it is not.
+The details that decide whether PPO learns, each with its place in the code, or the reason why it is absent.
 
 Huang et al. 2022, "The 37 implementation details of PPO",
 https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/. Core:
@@ -15,7 +15,7 @@ https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/. Core:
      8 clipped surrogate           losses/policy.py: ppo_clip
      9 clipped value loss          losses/policy.py: value_clip
     10 overall loss, entropy bonus `value_coef`, `entropy_coef`
-    11 global gradient clipping    `optimizer.max_grad_norm`, of policy and critic apart
+    11 global gradient clipping    `optimizer.max_grad_norm`, of policy and critic separately
     12 debug variables             the metrics below
     13 shared or separate critic   both: algorithms/critic.py
 

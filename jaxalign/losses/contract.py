@@ -7,7 +7,7 @@ function of your own. A loss without a `ref_` input needs no reference model. An
 
 Statistics of the whole batch (KTO's KL, BCO's shift) are inputs too: scalars that are computed without gradient over
 the global batch, so a loss stays a sum over rows and microbatches change nothing. Those that begin with `running_` are
-kept from step to step; the loss's hyperparameter `momentum` says how. A loss that cannot be written so, because it
+kept from step to step; the loss's hyperparameter `momentum` sets how. A loss that cannot be written so, because it
 sorts the batch, is marked by `@whole_batch`.
 
 Axis letters: B rows, T tokens of a row, G groups of a row, S steps of a solution, K candidates.

@@ -83,7 +83,7 @@ def cispo(logps: PerToken, old_logps: PerToken, advantages: PerToken, *, clip_ep
 def sequence_logps(
     logps: Float[Array, "B T"], old_logps: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Log-probs whose ratio to `old_logps` is, at every token, the sequence's geometric mean ratio.
+    """Log-probs whose ratio to `old_logps` is the geometric mean of the sequence's ratios, at every token.
 
     old_logps + sg(m) + logps - sg(logps), with m the mean over the mask of logps - old_logps: any loss above becomes
     one of sequence-level ratios (GSPO), each token with its own gradient.
@@ -96,15 +96,15 @@ def sequence_logps(
 
 
 def truncated_weights(logps: PerToken, drawn_logps: PerToken, cap: float) -> PerToken:
-    """min(π(t)/q(t), cap): what a token's loss is multiplied by where q, not π, drew the token.
+    """min(π(t)/q(t), cap): the importance weight of a token that q, not π, drew.
 
-    The weight of one token, not of its response: the state that it is in stays q's, and with it some bias, for a
-    variance that does not grow with length. Uncapped, Σ_t q w f = Σ_t π f over the tokens that q can draw.
+    A weight per token, not per response: the tokens before it are still distributed as q's, which leaves some bias, but
+    its variance does not grow with length. Uncapped, Σ_t q w f = Σ_t π f over the tokens that q can draw.
 
     Args:
       logps: log π(t).
       drawn_logps: log q(t).
-      cap: C; what it cuts off is biased towards 0.
+      cap: C; terms whose ratio is larger are biased towards 0.
 
     Reference: Ionides 2008, https://doi.org/10.1198/106186008X320456; of tokens, Yao et al. 2025,
     https://fengyao.notion.site/off-policy-rl.

@@ -28,7 +28,7 @@ def bradley_terry(
     Args:
       chosen_scores: r_w, the score of the preferred response.
       rejected_scores: r_l, of the other.
-      margin: m, the lead that is asked of the better response.
+      margin: m, the lead that the better response must have.
       centering_coef: c; 0.01 keeps the scores' mean near 0 without moving their differences.
       label_smoothing: ε, the assumed probability that a pair is labelled the wrong way round.
 
@@ -90,7 +90,7 @@ def soft_bradley_terry(
 def rao_kupper(
     chosen_scores: PerPair, rejected_scores: PerPair, ties: Bool[Array, "B"], *, theta: float = 3.0
 ) -> PerPair:
-    """Minus the log-likelihood of a win or a tie: Bradley-Terry with a threshold below which a difference is not seen.
+    """Minus the log-likelihood of a win or a tie: Bradley-Terry with a threshold below which a difference goes unseen.
 
     -log P(win) = -log σ(d - log θ),  -log P(tie) = -log [(θ² - 1) σ(d - log θ) σ(-d - log θ)],  d = r_w - r_l
 

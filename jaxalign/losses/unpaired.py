@@ -38,7 +38,7 @@ def kto(
       labels: True where the response is desirable.
       kl: estimate of KL(π‖π_ref) in nats: the mean, over the global batch, of x of each prompt with another row's
         response. It is clamped at 0 here, after the mean, and no gradient flows through it. TRL averages over each
-        device's microbatch and then devices, so its z₀ changes with the microbatch; that is for the caller to imitate.
+        device's microbatch and then devices, so its z₀ changes with the microbatch.
       beta: how fast utility saturates, per nat.
       lambda_d: λ of desirable rows.
       lambda_u: λ of undesirable rows. See `balanced_lambdas`.
@@ -104,11 +104,11 @@ def bco(
       labels: True where the response is desirable.
       running_desirable_log_ratio: mean x of the class in nats, over all batches so far; no gradient flows through it.
       running_undesirable_log_ratio: the same of the other class. TRL has one running mean over all rows, so there the
-        larger class draws δ to itself; given for both, it reproduces that.
+        larger class draws δ to itself; that mean, passed for both, reproduces TRL.
       beta: scale of the reward.
       lambda_d: weight of desirable rows.
       lambda_u: weight of undesirable rows.
-      momentum: of both means, for who keeps them: None weighs all batches alike, as TRL does; 0 is the batch alone.
+      momentum: of both running means: None weighs all batches alike, as TRL does; 0 is the batch alone.
 
     Returns:
       One loss per row; λ_y log 2 where βx = δ.
@@ -122,11 +122,11 @@ def bco(
 
 
 def balanced_lambdas(desirable: int, undesirable: int, *, ratio: float = 1.0) -> tuple[float, float]:
-    """(λ_D, λ_U) for so many rows of each kind: the scarcer kind is raised, the other stays at 1.
+    """(λ_D, λ_U) for the rows of each kind: the weight of the scarcer kind is raised, the other stays at 1.
 
-    The rule is 1 ≤ λ_D n_D / (λ_U n_U) ≤ 4/3. Counts that keep it are left at (1, 1); for others the quotient is
-    brought to `ratio`. Its default 1, the lower end, balances the two; the paper's runs with most desirable rows
-    dropped were at the upper end: 1 desirable to 10 undesirable at 4/3 gives λ_D = 13.33.
+    The rule is 1 ≤ λ_D n_D / (λ_U n_U) ≤ 4/3. Counts that fulfil it have weights (1, 1); for others the quotient
+    becomes `ratio`. Its default 1, the lower end, balances the two; the paper's runs with most desirable rows dropped
+    were at the upper end: 1 desirable to 10 undesirable at 4/3 gives λ_D = 13.33.
 
     Args:
       desirable: n_D, rows of the training data.
@@ -142,10 +142,10 @@ def balanced_lambdas(desirable: int, undesirable: int, *, ratio: float = 1.0) ->
         raise Mistake(f"{desirable} desirable and {undesirable} undesirable rows: the rule needs both kinds")
     if not 1 <= ratio <= 4 / 3:
         raise Mistake(f"ratio={ratio} is outside the rule's 1 to 4/3")
-    found = desirable / undesirable
-    if 1 <= found <= 4 / 3:
+    quotient = desirable / undesirable
+    if 1 <= quotient <= 4 / 3:
         return 1.0, 1.0
-    return (ratio / found, 1.0) if found < 1 else (1.0, found / ratio)
+    return (ratio / quotient, 1.0) if quotient < 1 else (1.0, quotient / ratio)
 
 
 UNPAIRED_LOSSES = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired, "bco": bco}

@@ -12,6 +12,7 @@ from jaxalign.algorithms.pairwise import pairwise
 from jaxalign.data.batches.groups import BatchShapes
 from jaxalign.data.batches.plan import Plan
 from jaxalign.losses import PAIR, contract, dpo, select_loss
+from jaxalign.mistake import Mistake
 from jaxalign.models import places
 from jaxalign.models.reading import COLLISION, LOGPS, PUBLIC, response_logps
 from jaxalign.ops.logprobs import next_token_logps
@@ -65,12 +66,12 @@ def value_and_grads(algorithm, tiny, batch, params=None):
 @pytest.mark.parametrize("packing", [True, False])
 def test_log_probs_of_responses_are_those_of_each_alone(tiny, pairs, policy_logps, packing):
     batch = batch_of(pairs, packing=packing)
-    found = response_logps(nnx.merge(tiny[0], tiny[1]), batch, wanted=(LOGPS, PUBLIC, COLLISION))
-    assert sorted(np.asarray(found[LOGPS])[np.asarray(batch.present)]) == pytest.approx(
+    stats = response_logps(nnx.merge(tiny[0], tiny[1]), batch, wanted=(LOGPS, PUBLIC, COLLISION))
+    assert sorted(np.asarray(stats[LOGPS])[np.asarray(batch.present)]) == pytest.approx(
         sorted(policy_logps.ravel()), abs=1e-4
     )
-    shorter = np.asarray(found[PUBLIC] >= found[LOGPS] - 1e-5)  # fewer tokens, each of log-probability below 0
-    assert shorter.all() and (np.asarray(found[COLLISION])[np.asarray(batch.present)] < 0).all()
+    shorter = np.asarray(stats[PUBLIC] >= stats[LOGPS] - 1e-5)  # fewer tokens, each of log-probability below 0
+    assert shorter.all() and (np.asarray(stats[COLLISION])[np.asarray(batch.present)] < 0).all()
 
 
 def test_where_policy_and_reference_agree_the_loss_is_log_two_and_rewards_are_zero(tiny, pairs):
@@ -114,9 +115,9 @@ def test_a_whole_batch_loss_has_the_gradient_of_the_loss_itself(tiny, pairs, pol
 
     value, grads = jax.jit(jax.value_and_grad(direct))(policy)
     algorithm = pairwise(graphdef, graphdef, loss=loss, pairs=COUNT)
-    found, found_grads, _ = value_and_grads(algorithm, tiny, batch)
-    assert found == pytest.approx(float(value), abs=1e-5)
-    chex.assert_trees_all_close(found_grads, grads, atol=1e-6)
+    linear, slopes, _ = value_and_grads(algorithm, tiny, batch)
+    assert linear == pytest.approx(float(value), abs=1e-5)
+    chex.assert_trees_all_close(slopes, grads, atol=1e-6)
 
 
 def trained(tiny, pairs, text, *, microbatches, mesh_sizes=None, steps=3):
@@ -148,8 +149,8 @@ def trained(tiny, pairs, text, *, microbatches, mesh_sizes=None, steps=3):
 def test_microbatches_and_meshes_give_the_same_parameters_and_running_means(tiny, pairs, text):
     expected, metrics = trained(tiny, pairs, text, microbatches=1)
     for microbatches, sizes in ((4, None), (2, {"data": 2, "fsdp": 2, "tensor": 2})):
-        found, others = trained(tiny, pairs, text, microbatches=microbatches, mesh_sizes=sizes)
-        chex.assert_trees_all_close(found, expected, atol=1e-5)
+        result, others = trained(tiny, pairs, text, microbatches=microbatches, mesh_sizes=sizes)
+        chex.assert_trees_all_close(result, expected, atol=1e-5)
         assert others["loss"] == pytest.approx(float(metrics["loss"]), abs=1e-5)
 
 
@@ -158,11 +159,11 @@ def test_log_probs_that_come_with_the_batch_are_taken_and_the_reference_not_run(
     algorithm = pairwise(graphdef, loss=dpo)
     batch = batch_of(pairs)
     ref = response_logps(nnx.merge(graphdef, reference), batch)[LOGPS]
-    given = jax.tree.map(lambda x: x, batch)
-    given.columns["ref_logps"] = ref
+    precomputed = jax.tree.map(lambda x: x, batch)
+    precomputed.columns["ref_logps"] = ref
     expected, _, _ = value_and_grads(pairwise(graphdef, graphdef, loss=dpo), tiny, batch)
-    found, _, _ = value_and_grads(algorithm, (graphdef, tiny[1], None), given)
-    assert found == pytest.approx(float(expected), abs=1e-6)
+    value, _, _ = value_and_grads(algorithm, (graphdef, tiny[1], None), precomputed)
+    assert value == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_eight_pairs_are_learned_by_heart(tiny, pairs):
@@ -175,6 +176,17 @@ def test_eight_pairs_are_learned_by_heart(tiny, pairs):
     for _ in range(40):
         state, metrics = step(state, policy, batch)
     assert metrics["rewards/accuracies"] == 1.0 and metrics["loss"] < 0.3
+
+
+def test_values_that_are_not_one_per_pair_are_refused_where_the_loss_is_traced(tiny, pairs):
+    def mean(policy_chosen_logps):
+        return policy_chosen_logps.mean()
+
+    algorithm = pairwise(tiny[0], loss=mean)
+    with pytest.raises(
+        Mistake, match=r"mean returned float32\[\] .*; it must return float32\[\d+\], one value for each"
+    ):
+        jax.eval_shape(algorithm.loss, tiny[1], batch_of(pairs))
 
 
 def test_an_input_that_does_not_exist_is_named():

@@ -79,8 +79,8 @@ def test_microbatches_meshes_and_packing_give_the_same_parameters(tiny, rated, t
     expected, metrics = trained(tiny, rated, microbatches=1, text=text)
     variants = [{"microbatches": 4}, {"microbatches": 2, "mesh_sizes": {"data": 2, "fsdp": 2, "tensor": 2}}]
     for variant in [*variants, {"microbatches": 1, "packing": False}]:
-        found, others = trained(tiny, rated, text=text, **variant)
-        chex.assert_trees_all_close(found, expected, atol=1e-5)
+        result, others = trained(tiny, rated, text=text, **variant)
+        chex.assert_trees_all_close(result, expected, atol=1e-5)
         assert others["loss"] == pytest.approx(float(metrics["loss"]), abs=1e-5)
 
 

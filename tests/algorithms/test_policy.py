@@ -39,13 +39,13 @@ def logps(tiny, batch):
     return [np.asarray(score(params), np.float64) for params in tiny[1:]]
 
 
-def made(tiny, *, longest=None, corrected=False, loss=ppo_clip, **settings):
+def algorithm_of(tiny, *, longest=None, corrected=False, loss=ppo_clip, **settings):
     config = GRPOAlgorithm(**settings)
     return policy_gradient(config, tiny[0], tiny[0], loss=loss, longest=longest, corrected=corrected)
 
 
 def loss_of(tiny, batch, **options):
-    algorithm = made(tiny, **options)
+    algorithm = algorithm_of(tiny, **options)
 
     @jax.jit
     def run(policy, reference):
@@ -76,18 +76,18 @@ def replayed(batch, policy, reference, *, aggregate, level, kl_coef):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_losses_are_those_of_a_replay_in_float64(tiny, batch, logps, aggregate, level):
     options = {"aggregate": aggregate, "level": level, "kl_coef": 0.3}
-    found = loss_of(tiny, batch, longest=7, **options)
-    assert found["loss"] == pytest.approx(replayed(batch, *logps, **options), abs=2e-6)
+    metrics = loss_of(tiny, batch, longest=7, **options)
+    assert metrics["loss"] == pytest.approx(replayed(batch, *logps, **options), abs=2e-6)
     mask = np.asarray(batch.sequences.mask)
     drawn = np.asarray(batch.columns["old_logps"], np.float64)
-    assert found["kl"] == pytest.approx((drawn - logps[1])[mask].sum() / (COUNT - 1), abs=2e-5)
-    assert found["entropy"] == pytest.approx(-logps[0][mask].mean(), abs=2e-5)
-    assert found["length"] == pytest.approx(mask.sum() / (COUNT - 1), rel=1e-6)
+    assert metrics["kl"] == pytest.approx((drawn - logps[1])[mask].sum() / (COUNT - 1), abs=2e-5)
+    assert metrics["entropy"] == pytest.approx(-logps[0][mask].mean(), abs=2e-5)
+    assert metrics["length"] == pytest.approx(mask.sum() / (COUNT - 1), rel=1e-6)
 
 
 def stepped(tiny, batch, *, microbatches, sizes=None, **options):
     optimizer = optax.sgd(0.5)  # linear in the gradient: Adam magnifies rounding where a gradient is near 0
-    algorithm = made(tiny, kl_coef=0.1, aggregate="sequence", **options)
+    algorithm = algorithm_of(tiny, kl_coef=0.1, aggregate="sequence", **options)
     step = make_train_step(algorithm, optimizer, microbatches=microbatches)
     state = TrainState.create(jax.tree.map(jnp.copy, tiny[1]), optimizer, jax.random.key(0))
     frozen = tiny[2]
@@ -108,8 +108,8 @@ def test_microbatches_and_meshes_give_the_same_parameters(tiny, batch):
     moved = jax.tree.map(lambda new, old: float(np.abs(new - np.asarray(old)).max()), expected, tiny[1])
     assert moved["blocks"]["mlp"]["gate"]["kernel"] > 1e-3
     for microbatches, sizes in ((4, None), (2, {"data": 2, "fsdp": 2, "tensor": 2})):
-        found, _ = stepped(tiny, batch, microbatches=microbatches, sizes=sizes)
-        chex.assert_trees_all_close(found, expected, atol=1e-5)
+        params, _ = stepped(tiny, batch, microbatches=microbatches, sizes=sizes)
+        chex.assert_trees_all_close(params, expected, atol=1e-5)
 
 
 def test_epochs_and_minibatches_are_updates_and_the_second_has_ratios(tiny, batch, logps):
@@ -126,13 +126,13 @@ def test_tokens_of_another_distribution_are_weighted_and_the_first_ratio_is_one(
         np.arange(batch.sequences.mask.size).reshape(batch.sequences.mask.shape) % 3
     ]
     columns = {**batch.columns, "old_logps": jnp.asarray(logps[0] - gap, jnp.float32)}
-    found = loss_of(tiny, batch.__class__(batch.sequences, columns), corrected=True, importance_cap=3.0, kl_coef=0.3)
+    metrics = loss_of(tiny, batch.__class__(batch.sequences, columns), corrected=True, importance_cap=3.0, kl_coef=0.3)
     mask, weights = np.asarray(batch.sequences.mask), np.minimum(np.exp(gap), 3.0)
     gains = np.asarray(batch.columns["advantages"], np.float64)
     values = weights * (-gains + 0.3 * (np.exp(logps[1] - logps[0]) - 1 + logps[0] - logps[1]))
-    assert found["loss"] == pytest.approx(values[mask].mean(), abs=1e-5)
-    assert found["importance_weight"] == pytest.approx(weights[mask].mean(), abs=1e-5)
-    assert found["ratio"] == pytest.approx(1.0, abs=1e-6) and found["clip_fraction"] == 0
+    assert metrics["loss"] == pytest.approx(values[mask].mean(), abs=1e-5)
+    assert metrics["importance_weight"] == pytest.approx(weights[mask].mean(), abs=1e-5)
+    assert metrics["ratio"] == pytest.approx(1.0, abs=1e-6) and metrics["clip_fraction"] == 0
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_loss_of_ones_own_has_the_reference_where_there_is_one(tiny, batch, lo
         return jnp.where(mask, logps - ref_logps, jnp.nan)
 
     mask = np.asarray(batch.sequences.mask)
-    found = loss_of(tiny, batch, loss=to_reference)
-    assert found["loss"] == pytest.approx((logps[0] - logps[1])[mask].mean(), abs=1e-5)
+    metrics = loss_of(tiny, batch, loss=to_reference)
+    assert metrics["loss"] == pytest.approx((logps[0] - logps[1])[mask].mean(), abs=1e-5)
     with pytest.raises(Mistake, match="to_reference needs the reference; leave"):
         policy_gradient(GRPOAlgorithm(), tiny[0], loss=to_reference)

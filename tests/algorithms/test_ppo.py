@@ -42,24 +42,24 @@ def text():
     return jax.tree.map(jnp.asarray, TokenBatch(tokens, mask, positions, segments))
 
 
-def made(tiny, **options):
+def algorithm_of(tiny, **options):
     settings = {"kl_coef": KL_COEF, "gae_lambda": LAMBDA, "value_coef": VALUE_COEF, "epochs": 1} | options
     return ppo(PPOAlgorithm(**settings), tiny[0], tiny[0], tiny[0], loss=ppo_clip)
 
 
 @pytest.fixture(scope="module")
 def dumped(tiny, params, rolled_out):
-    """What the models say of the tokens, as float64 numpy: log π, log π_ref, entropies, the critic's hidden states."""
+    """Outputs of the models, as float64 numpy: log π, log π_ref, entropies, the critic's hidden states."""
 
     @jax.jit
     def run(policy, reference):
-        rows, found = rolled_out.sequences, []
+        rows, outputs = rolled_out.sequences, []
         for weights in (policy, reference):
             model = nnx.merge(tiny[0], weights)
             hidden = model(rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids)
             scored = next_token_logps(hidden, model.unembed(), rows.tokens, rows.mask, entropy=True)
-            found.append((scored.logps, scored.entropy, hidden))
-        return found
+            outputs.append((scored.logps, scored.entropy, hidden))
+        return outputs
 
     (logps, entropy, _), (ref_logps, _, critic_hidden) = run(tiny[1], tiny[2])
     return [np.asarray(x, np.float64) for x in (logps, ref_logps, entropy, critic_hidden)]
@@ -103,29 +103,29 @@ def replay(batch, critic, dumped, *, clip_epsilon=0.2):
 
 
 def test_one_update_is_that_of_a_replay_in_float64(tiny, params, rolled_out, dumped):
-    algorithm = made(tiny)
+    algorithm = algorithm_of(tiny)
 
     def loss_of(params, batch):
-        loss, said = algorithm.loss(params, batch)
-        return loss.compute(), said
+        loss, metrics = algorithm.loss(params, batch)
+        return loss.compute(), metrics
 
     @jax.jit
     def run(params, reference):
         batch = algorithm.prepare(params, reference, rolled_out)
         _, batch = algorithm.remember({}, batch)
         batch = algorithm.across(batch)
-        grads, said = jax.grad(loss_of, has_aux=True)(params, batch)
+        grads, metrics = jax.grad(loss_of, has_aux=True)(params, batch)
         total, _ = algorithm.loss(params, batch)
-        return batch, grads, total.compute(), {name: average.compute() for name, average in said.items()}
+        return batch, grads, total.compute(), {name: average.compute() for name, average in metrics.items()}
 
-    batch, grads, total, said = run(params, tiny[2])
+    batch, grads, total, metrics = run(params, tiny[2])
     advantages, returns, values, losses, (from_logps, from_head, from_bias) = replay(
         rolled_out, params["critic"], dumped
     )
     for name, expected in (("advantages", advantages), ("returns", returns), ("old_values", values)):
         np.testing.assert_allclose(batch.columns[name], expected, atol=2e-5, err_msg=name)
     for name, expected in losses.items():
-        assert said[name] == pytest.approx(expected, abs=2e-5), name
+        assert metrics[name] == pytest.approx(expected, abs=2e-5), name
     assert total == pytest.approx(losses["policy_loss"] + VALUE_COEF * losses["value_loss"], abs=2e-5)
     np.testing.assert_allclose(grads["critic"]["head"][0], from_head, atol=2e-6)
     np.testing.assert_allclose(grads["critic"]["bias"][0], from_bias, atol=2e-6)
@@ -142,9 +142,9 @@ def test_one_update_is_that_of_a_replay_in_float64(tiny, params, rolled_out, dum
     chex.assert_trees_all_close(grads["policy"], expected, atol=1e-6)
 
 
-def said_of(tiny, params, batch, carry=None, **options):
+def metrics_of(tiny, params, batch, carry=None, **options):
     """(columns that the loss sees, what it says), without an update."""
-    algorithm = made(tiny, **options)
+    algorithm = algorithm_of(tiny, **options)
 
     @jax.jit
     def run(params, reference):
@@ -152,49 +152,50 @@ def said_of(tiny, params, batch, carry=None, **options):
             algorithm.carry if carry is None else carry, algorithm.prepare(params, reference, batch)
         )
         seen = algorithm.across(seen)
-        loss, said = algorithm.loss(params, seen)
-        return seen.columns, {"loss": loss.compute()} | {name: average.compute() for name, average in said.items()}
+        loss, metrics = algorithm.loss(params, seen)
+        return seen.columns, {"loss": loss.compute()} | {name: average.compute() for name, average in metrics.items()}
 
-    columns, said = run(params, tiny[2])
-    return columns, {name: float(value) for name, value in said.items()}
+    columns, metrics = run(params, tiny[2])
+    return columns, {name: float(value) for name, value in metrics.items()}
 
 
 def test_a_critic_on_the_policys_trunk_reads_its_hidden_states(tiny, params, rolled_out, dumped):
     shared = params | {"critic": {name: params["critic"][name] for name in ("head", "bias")}}
     own = params | {"critic": shared["critic"] | {"model": tiny[1]}}
-    one, _ = said_of(tiny, shared, rolled_out)
-    two, _ = said_of(tiny, own, rolled_out)
+    one, _ = metrics_of(tiny, shared, rolled_out)
+    two, _ = metrics_of(tiny, own, rolled_out)
     np.testing.assert_allclose(one["old_values"], two["old_values"], atol=1e-5)
     assert np.abs(one["old_values"]).max() > 0.1
 
 
 def test_the_kl_in_the_loss_is_not_in_the_reward(tiny, params, rolled_out):
-    free, plain = said_of(tiny, params, rolled_out, kl_coef=0.0)
-    paid, said = said_of(tiny, params, rolled_out, kl_in="loss", kl_estimator="k3")
+    free, plain = metrics_of(tiny, params, rolled_out, kl_coef=0.0)
+    paid, metrics = metrics_of(tiny, params, rolled_out, kl_in="loss", kl_estimator="k3")
     np.testing.assert_allclose(paid["returns"], free["returns"], atol=1e-6)
     mask = np.asarray(rolled_out.sequences.mask)
-    assert said["loss"] > plain["loss"] + 0.01
-    assert said["kl_coef"] == pytest.approx(KL_COEF)
-    rewarded, _ = said_of(tiny, params, rolled_out)
+    assert metrics["loss"] > plain["loss"] + 0.01
+    assert metrics["kl_coef"] == pytest.approx(KL_COEF)
+    rewarded, _ = metrics_of(tiny, params, rolled_out)
     assert np.abs(np.asarray(rewarded["returns"] - free["returns"])[mask]).max() > 0.1
 
 
 def test_pretraining_adds_its_mean_cross_entropy_once(tiny, params, rolled_out, text):
     both = dataclasses.replace(rolled_out, pretraining=text)
-    _, without = said_of(tiny, params, rolled_out, entropy_coef=ENTROPY_COEF)
-    _, found = said_of(tiny, params, both, entropy_coef=ENTROPY_COEF, pretraining_coef=PRETRAINING_COEF)
-    assert found["loss"] == pytest.approx(without["loss"] + PRETRAINING_COEF * found["pretraining_loss"], abs=1e-5)
-    _, bare = said_of(tiny, params, rolled_out)
+    _, without = metrics_of(tiny, params, rolled_out, entropy_coef=ENTROPY_COEF)
+    _, metrics = metrics_of(tiny, params, both, entropy_coef=ENTROPY_COEF, pretraining_coef=PRETRAINING_COEF)
+    assert metrics["loss"] == pytest.approx(without["loss"] + PRETRAINING_COEF * metrics["pretraining_loss"], abs=1e-5)
+    _, bare = metrics_of(tiny, params, rolled_out)
     assert without["loss"] == pytest.approx(bare["loss"] - ENTROPY_COEF * bare["entropy"], abs=1e-6)
 
 
 def test_scores_are_normalised_by_all_so_far_then_clipped():
-    here, first, second = jnp.array([True, True, True, False]), [1.0, 2.0, 6.0, 99.0], [0.0, -5.0, 3.0, 99.0]
-    spread = Spread.start().seen(jnp.array(first), here).seen(jnp.array(second), here)
-    kept = np.array(first[:3] + second[:3])
-    assert float(spread.mean) == pytest.approx(kept.mean()) and float(spread.std()) == pytest.approx(kept.std(ddof=1))
+    present, first, second = jnp.array([True, True, True, False]), [1.0, 2.0, 6.0, 99.0], [0.0, -5.0, 3.0, 99.0]
+    spread = Spread.start().seen(jnp.array(first), present).seen(jnp.array(second), present)
+    scores = np.array(first[:3] + second[:3])
+    assert float(spread.mean) == pytest.approx(scores.mean())
+    assert float(spread.std()) == pytest.approx(scores.std(ddof=1))
     np.testing.assert_allclose(
-        spread.normalised(jnp.array(second))[:3], (kept[3:] - kept.mean()) / kept.std(ddof=1), 1e-6
+        spread.normalised(jnp.array(second))[:3], (scores[3:] - scores.mean()) / scores.std(ddof=1), 1e-6
     )
     assert Spread.start().seen(jnp.array([4.0]), jnp.array([True])).normalised(jnp.array([4.0]))[0] == 0
     for count in (3, 7, 8):  # of equal scores the mean may be a rounding off them, which is no spread
@@ -204,22 +205,22 @@ def test_scores_are_normalised_by_all_so_far_then_clipped():
 
 
 def test_clipped_scores_are_what_the_critic_sees_and_the_given_ones_are_logged(tiny, params, rolled_out):
-    columns, said = said_of(tiny, params, rolled_out, normalise_scores=True, clip_scores=0.5)
-    given = np.asarray(rolled_out.columns["scores"])[:15].astype(np.float64)
-    expected = np.clip((given - given.mean()) / given.std(ddof=1), -0.5, 0.5)
+    columns, metrics = metrics_of(tiny, params, rolled_out, normalise_scores=True, clip_scores=0.5)
+    scores = np.asarray(rolled_out.columns["scores"])[:15].astype(np.float64)
+    expected = np.clip((scores - scores.mean()) / scores.std(ddof=1), -0.5, 0.5)
     np.testing.assert_allclose(np.asarray(columns["rewarded_scores"])[:15], expected, atol=1e-5)
-    assert said["score"] == pytest.approx(given.mean(), abs=1e-6)
+    assert metrics["score"] == pytest.approx(scores.mean(), abs=1e-6)
 
 
 @pytest.mark.parametrize(("kl", "factor"), [(6.0, 1.0), (6.6, 1.01), (60.0, 1.02), (0.0, 0.98)])
 def test_the_kl_coefficient_moves_by_a_tenth_of_the_error_and_two_percent_at_most(kl, factor):
-    found = next_kl_coef(jnp.float32(0.2), jnp.float32(kl), target=6.0)
-    assert float(found) == pytest.approx(0.2 * factor, rel=1e-5)
+    coef = next_kl_coef(jnp.float32(0.2), jnp.float32(kl), target=6.0)
+    assert float(coef) == pytest.approx(0.2 * factor, rel=1e-5)
 
 
 def stepped(tiny, params, batch, *, microbatches=1, sizes=None, steps=1, rate=0.5, **options):
     optimizer = optax.sgd(rate)
-    algorithm = made(tiny, **options)
+    algorithm = algorithm_of(tiny, **options)
     step = make_train_step(algorithm, optimizer, microbatches=microbatches)
     state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer, jax.random.key(0), carry=algorithm.carry)
     frozen = tiny[2]
@@ -252,19 +253,19 @@ EVERYTHING = {
 def test_microbatches_and_meshes_give_the_same_state(tiny, params, rolled_out, text):
     batch = dataclasses.replace(rolled_out, pretraining=text)
     options = EVERYTHING | {"rate": 0.05}
-    expected, said = stepped(tiny, params, batch, **options)
-    assert said["updates"] == 4
+    expected, metrics = stepped(tiny, params, batch, **options)
+    assert metrics["updates"] == 4
     moved = jax.tree.map(lambda new, old: float(np.abs(new - np.asarray(old)).max()), expected.params, params)
     assert min(moved["policy"]["blocks"]["mlp"]["gate"]["kernel"], moved["critic"]["head"]) > 1e-3
     sizes = {"data": 2, "fsdp": 2, "tensor": 2}
-    found, _ = stepped(tiny, params, batch, microbatches=2, sizes=sizes, **options)
-    chex.assert_trees_all_close((found.params, found.carry), (expected.params, expected.carry), atol=1e-5)
+    state, _ = stepped(tiny, params, batch, microbatches=2, sizes=sizes, **options)
+    chex.assert_trees_all_close((state.params, state.carry), (expected.params, expected.carry), atol=1e-5)
 
 
 @pytest.mark.parametrize(("approx_kl", "halts"), [(0.14, False), (0.16, True)])
 def test_updates_halt_beyond_one_and_a_half_times_the_kl(tiny, approx_kl, halts):
     averages = {"approx_kl": Average.of(jnp.array([approx_kl]))}
-    assert bool(made(tiny, halt_kl=0.1).halt(averages)) == halts
+    assert bool(algorithm_of(tiny, halt_kl=0.1).halt(averages)) == halts
 
 
 def test_values_are_about_the_token_that_follows_what_they_read():
@@ -286,4 +287,4 @@ def test_values_are_about_the_token_that_follows_what_they_read():
 )
 def test_what_cannot_be_is_refused(tiny, options, message):
     with pytest.raises(ValueError, match=message):
-        made(tiny, **options)
+        algorithm_of(tiny, **options)

@@ -40,7 +40,7 @@ def params(tiny):
 def test_a_score_is_read_at_the_last_token_of_its_sequence_alone(tiny, params, pairs, packing):
     """Padding is id 0 here and may as well be a token of the text: the batch's ids are not looked at."""
     model, batch = nnx.merge(tiny[0], params["model"]), batch_of(pairs, packing=packing)
-    found = np.asarray(scores_of(tiny[0], params, batch))[np.asarray(batch.present)]
+    scores = np.asarray(scores_of(tiny[0], params, batch))[np.asarray(batch.present)]
 
     hidden = jax.jit(lambda ids: model(ids), compiler_options=QUICKLY)
 
@@ -48,12 +48,16 @@ def test_a_score_is_read_at_the_last_token_of_its_sequence_alone(tiny, params, p
     for ids, _ in (pairs.examples[int(e)] for e in pairs.groups.ravel()):
         row = np.pad(ids, (0, LENGTH - len(ids)), constant_values=ids[-1])[None].astype(np.int32)
         expected.append(np.asarray(hidden(row))[0, len(ids) - 1] @ np.asarray(params["head"]).T)
-    order = lambda x: np.array(sorted(map(tuple, x)))  # noqa: E731
-    np.testing.assert_allclose(order(found), order(expected), atol=1e-4)
+    in_order = [np.array(sorted(map(tuple, rows))) for rows in (scores, expected)]
+    np.testing.assert_allclose(*in_order, atol=1e-4)
 
 
 def test_packed_rows_give_the_gradient_of_padded_ones(tiny, params, pairs):
-    mean = lambda params, batch: reward(tiny[0], loss=bradley_terry).loss(params, batch)[0].compute()  # noqa: E731
+    algorithm = reward(tiny[0], loss=bradley_terry)
+
+    def mean(params, batch):
+        return algorithm.loss(params, batch)[0].compute()
+
     gradient = jax.jit(jax.value_and_grad(mean), compiler_options=QUICKLY)
     packed, padded = (gradient(params, batch_of(pairs, packing=p)) for p in (True, False))
     chex.assert_trees_all_close(packed, padded, atol=1e-5)
@@ -64,10 +68,10 @@ def test_missing_candidates_are_in_no_pair_and_a_lone_response_in_no_mean(tiny, 
     groups = whole.groups.copy()
     groups[0, 2] = groups[1, 1] = groups[1, 2] = -1
     batch = batch_of(Responses(whole.examples, groups, {}), packing=False)
-    found = np.asarray(scores_of(tiny[0], params, batch))[:, 0]
+    member_scores = np.asarray(scores_of(tiny[0], params, batch))[:, 0]
     losses = []
-    for scores, here in zip(found, groups >= 0, strict=True):
-        count = int(here.sum())
+    for scores, present in zip(member_scores, groups >= 0, strict=True):
+        count = int(present.sum())
         pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
         if pairs:
             losses.append(np.mean([np.log1p(np.exp(scores[j] - scores[i])) for i, j in pairs]))
@@ -102,8 +106,8 @@ def test_microbatches_and_meshes_give_the_same_parameters(tiny, params, pairs):
     moved = jax.tree.map(lambda new, old: float(np.abs(new - np.asarray(old)).max()), expected, params)
     assert min(moved["head"], moved["model"]["blocks"]["mlp"]["gate"]["kernel"]) > 1e-3
     for microbatches, sizes in ((4, None), (2, {"data": 2, "fsdp": 2, "tensor": 2})):
-        found, _ = trained(tiny[0], params, pairs, microbatches=microbatches, sizes=sizes)
-        chex.assert_trees_all_close(found, expected, atol=1e-5)
+        result, _ = trained(tiny[0], params, pairs, microbatches=microbatches, sizes=sizes)
+        chex.assert_trees_all_close(result, expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -129,18 +133,21 @@ def test_members_with_adapters_are_trained_in_one_step_as_each_would_be_alone(ad
     graphdef, start, trunk = adapted
     assert together[1]["disagreement"] > 0.1
     alone = {"head": start["head"][1:2], "members": jax.tree.map(lambda x: x[1:2], start["members"])}
-    found, _ = trained(graphdef, alone, pairs, frozen=trunk, steps=1)
-    moved = lambda after, before, m: jax.tree.map(lambda a, b: a[m] - np.asarray(b)[m], after, before)  # noqa: E731
+    result, _ = trained(graphdef, alone, pairs, frozen=trunk, steps=1)
+
+    def moved(after, before, member):
+        return jax.tree.map(lambda a, b: a[member] - np.asarray(b)[member], after, before)
+
     chex.assert_trees_all_close(
-        jax.tree.map(lambda x: 3 * x, moved(together[0], start, 1)), moved(found, alone, 0), atol=1e-5
+        jax.tree.map(lambda x: 3 * x, moved(together[0], start, 1)), moved(result, alone, 0), atol=1e-5
     )
 
 
 def test_members_on_a_mesh_end_where_they_end_on_one_device(adapted, together, pairs):
     graphdef, start, trunk = adapted
     sizes = {"data": 2, "fsdp": 2, "tensor": 2}
-    found, _ = trained(graphdef, start, pairs, frozen=trunk, sizes=sizes, microbatches=2, steps=1)
-    chex.assert_trees_all_close(found, together[0], atol=1e-5)
+    result, _ = trained(graphdef, start, pairs, frozen=trunk, sizes=sizes, microbatches=2, steps=1)
+    chex.assert_trees_all_close(result, together[0], atol=1e-5)
     mesh = places.make_mesh(**sizes)
     placed = places.shardings(start, mesh)["members"]["blocks"]["attention"]["query"]["adapter"]
     assert placed["a"].spec == P(None, None, "fsdp", None) and placed["b"].spec == P(None, None, None, "tensor")
@@ -158,9 +165,12 @@ def test_ties_and_probabilities_of_a_preference_reach_their_losses(tiny, params)
     responses = make_responses(4, k=2, seed=4)
     columns = {"tie": np.array([0, 1, 0, 1], bool), "preference": np.array([1, 0.5, 0.25, 1], np.float32)}
     batch = batch_of(Responses(responses.examples, responses.groups, columns), packing=False)
-    found = np.asarray(scores_of(tiny[0], params, batch))[:, 0]  # [4 K M]
-    difference = found[:, 0] - found[:, 1]
-    log_sigmoid = lambda x: -np.log1p(np.exp(-x))  # noqa: E731
+    scores = np.asarray(scores_of(tiny[0], params, batch))[:, 0]  # [4 K M]
+    difference = scores[:, 0] - scores[:, 1]
+
+    def log_sigmoid(x):
+        return -np.log1p(np.exp(-x))
+
     p = columns["preference"][:, None]
     soft, _ = loss_of(tiny[0], soft_bradley_terry, params, batch)
     assert soft == pytest.approx(np.mean(-p * log_sigmoid(difference) - (1 - p) * log_sigmoid(-difference)), abs=1e-5)

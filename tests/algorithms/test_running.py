@@ -69,8 +69,8 @@ def steps_without_learning(tiny, algorithm, batches):
 
 @pytest.fixture(scope="module")
 def batches():
-    made = [make_responses(8, k=2, seed=seed) for seed in (1, 2)]
-    return [jax.tree.map(jnp.asarray, BatchShapes.of(x, Plan(8, 20, packing=False)).batch(x)) for x in made]
+    groups = [make_responses(8, k=2, seed=seed) for seed in (1, 2)]
+    return [jax.tree.map(jnp.asarray, BatchShapes.of(x, Plan(8, 20, packing=False)).batch(x)) for x in groups]
 
 
 def test_two_steps_of_bco_pair_and_beta_dpo_are_their_formulas_with_means_of_both_batches(tiny, batches):
@@ -79,7 +79,10 @@ def test_two_steps_of_bco_pair_and_beta_dpo_are_their_formulas_with_means_of_bot
     shift = 0.1 * np.concatenate([first, second]).mean()
     moving = 0.9 * (0.1 * margins[0].mean()) + 0.1 * margins[1].mean()
     beta = (1 + 0.6 * 0.1 * (margins[1].mean() - moving)) * 0.1
-    softplus = lambda x: np.log1p(np.exp(-x))  # noqa: E731
+
+    def softplus(x):
+        return np.log1p(np.exp(-x))
+
     bco = softplus(0.1 * second[:, 0] - shift) + softplus(shift - 0.1 * second[:, 1])
     algorithm = pairwise(tiny[0], tiny[0], loss=select_loss("bco_pair + 10*beta_dpo", PAIR))
     state, metrics = steps_without_learning(tiny, algorithm, batches)
@@ -88,11 +91,11 @@ def test_two_steps_of_bco_pair_and_beta_dpo_are_their_formulas_with_means_of_bot
 
 
 def test_two_steps_of_bco_shift_by_the_middle_of_both_classes_over_both_batches(tiny):
-    made = [make_responses(8, k=1, seed=seed) for seed in (1, 2)]
+    groups = [make_responses(8, k=1, seed=seed) for seed in (1, 2)]
     plan = Plan(8, 20, packing=False)
-    rated = [jax.tree.map(jnp.asarray, BatchShapes.of(x, plan).batch(x)) for x in made]
+    rated = [jax.tree.map(jnp.asarray, BatchShapes.of(x, plan).batch(x)) for x in groups]
     ratios = np.concatenate([log_ratios(tiny, batch)[:, 0] for batch in rated])
-    labels = np.concatenate([x.columns["label"] for x in made])
+    labels = np.concatenate([x.columns["label"] for x in groups])
     middle = (ratios[labels].mean() + ratios[~labels].mean()) / 2
     logits = np.where(labels, 1, -1) * 0.1 * (ratios - middle)
     algorithm = unpaired(tiny[0], tiny[0], loss=select_loss("bco", UNPAIRED))

@@ -34,9 +34,9 @@ def by_response(batch, values):
 
 @pytest.fixture(scope="module")
 def data():
-    made = make_responses(COUNT, k=2, longest=8, seed=4)
-    made.columns["number"] = np.arange(COUNT)
-    return made
+    groups = make_responses(COUNT, k=2, longest=8, seed=4)
+    groups.columns["number"] = np.arange(COUNT)
+    return groups
 
 
 FAMILIES = {"llama": "Llama", "gemma3": "Gemma3", "gemma2": "Gemma2"}
@@ -52,9 +52,9 @@ def test_log_probs_are_those_of_responses_that_stand_alone(family, data):
     read = jax.jit(lambda p, b: response_logps(nnx.merge(graphdef, p), b, wanted=(LOGPS, PUBLIC)))
     apart, shared = batches(data)
     assert (shared.sequences.segment_ids > 0).sum() < (apart.sequences.segment_ids > 0).sum()
-    expected, found = read(params, apart), read(params, shared)
+    expected, stats = read(params, apart), read(params, shared)
     for name in (LOGPS, PUBLIC):
-        ours, alone = by_response(shared, found[name]), by_response(apart, expected[name])
+        ours, alone = by_response(shared, stats[name]), by_response(apart, expected[name])
         np.testing.assert_allclose(ours, alone, rtol=1e-6, atol=1e-5)
 
 
@@ -68,8 +68,8 @@ def test_the_gradient_is_that_of_responses_that_stand_alone(tiny, data):
         return algorithm.loss(params, prepared)[0].compute()
 
     step = jax.jit(jax.value_and_grad(mean))
-    (expected, grads), (found, ours) = (step(policy, batch) for batch in batches(data))
-    assert found == pytest.approx(float(expected), abs=1e-5)
+    (expected, grads), (value, ours) = (step(policy, batch) for batch in batches(data))
+    assert value == pytest.approx(float(expected), abs=1e-5)
     chex.assert_trees_all_close(ours, grads, atol=1e-5)
 
 

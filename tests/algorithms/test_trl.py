@@ -1,4 +1,4 @@
-"""Five optimizer steps of DPO's losses, KTO and reward models agree with TRL's trainers, on the ids those were given.
+"""Five optimizer steps of DPO's losses, KTO and reward models agree with TRL's trainers, on the same ids.
 
 TRL pads, each response in a row of its own; here several stand in a row. What is known to differ: TRL divides by the
 norm + 1e-6 when it clips, a relative 1e-6 that Adam undoes; adds 1 to `apo_zero`; and logs KTO's `kl` clamped at 0.
@@ -50,7 +50,7 @@ WIDTH = 32  # of a row: two to three responses
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory):
-    """What the TRL that is installed does."""
+    """Numbers of the TRL that is installed."""
     if find_spec("trl") is None:
         pytest.skip("trl is not installed; the golden file stands for it")
     file = tmp_path_factory.mktemp("trl") / "live.npz"
@@ -65,15 +65,15 @@ def theirs(request):
 
 @pytest.fixture(scope="module")
 def start(theirs, tmp_path_factory):
-    """What training starts from, policy and reference, by way of files as a user's."""
-    folder, found = tmp_path_factory.mktemp("start"), []
+    """Parameters that training starts from, of policy, reference and reward model, by way of files as a user's."""
+    folder, models = tmp_path_factory.mktemp("start"), []
     for kind in ("policy", "reference"):
         path = folder / kind
         path.mkdir()
         tensors = {n.removeprefix(f"{kind}:"): v.astype(np.float32) for n, v in theirs.items() if n.startswith(kind)}
         save_file(tensors, path / "model.safetensors")
-        found.append(load_params(str(path), model_config(json.loads(str(theirs["config"])))))
-    policy, reference = found
+        models.append(load_params(str(path), model_config(json.loads(str(theirs["config"])))))
+    policy, reference = models
     trunk = {name: leaf for name, leaf in policy.items() if name != "unembedding"}
     return policy, reference, {"model": trunk, "head": jnp.asarray(theirs["head"], jnp.float32)}
 
@@ -148,7 +148,7 @@ def five_steps(name, theirs, start, folder):
 
 
 def of_run(name, theirs):
-    """What TRL logged [STEPS] each, and entries of its final tensors."""
+    """TRL's logs [STEPS] each, and entries of its final tensors."""
     mine = {key.removeprefix(f"{name}:"): value for key, value in theirs.items() if key.startswith(f"{name}:")}
     final = {key.removeprefix("final:"): value for key, value in mine.items() if key.startswith("final:")}
     return {key: value for key, value in mine.items() if not key.startswith("final:")}, final

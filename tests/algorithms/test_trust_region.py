@@ -62,8 +62,8 @@ def test_a_copy_every_two_steps_starts_the_loss_again_from_log_two(tiny, pairs):
 
 def test_a_reference_cut_by_a_mesh_follows_as_a_whole_one_does(tiny, pairs):
     expected, losses = trained(tiny, pairs, follow(alpha=0.5, every=2), steps=3)
-    found, others = trained(
+    result, others = trained(
         tiny, pairs, follow(alpha=0.5, every=2), steps=3, mesh_sizes={"data": 2, "fsdp": 2, "tensor": 2}
     )
-    chex.assert_trees_all_close(found, expected, atol=1e-5)
+    chex.assert_trees_all_close(result, expected, atol=1e-5)
     assert others == pytest.approx(losses, abs=1e-5)

@@ -25,12 +25,14 @@ def test_smoothing_is_the_cross_entropy_with_the_smoothed_target():
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 def test_without_preference_the_loss_is_log_v_whatever_the_smoothing(label_smoothing):
-    found = cross_entropy(*stats(jnp.zeros(4)), label_smoothing=label_smoothing)
-    np.testing.assert_allclose(found, [np.log(4)], rtol=1e-6)
+    loss = cross_entropy(*stats(jnp.zeros(4)), label_smoothing=label_smoothing)
+    np.testing.assert_allclose(loss, [np.log(4)], rtol=1e-6)
 
 
 def test_z_loss_pulls_the_normaliser_to_one_without_moving_the_distribution():
-    shifted = lambda c: cross_entropy(*stats(LOGITS + c), z_loss=0.1)[0]  # noqa: E731
+    def shifted(c):
+        return cross_entropy(*stats(LOGITS + c), z_loss=0.1)[0]
+
     log_z = float(jax.nn.logsumexp(LOGITS))
     np.testing.assert_allclose(jax.grad(shifted)(0.0), 2 * 0.1 * log_z, rtol=1e-5)
     np.testing.assert_allclose(jax.grad(shifted)(-log_z), 0.0, atol=1e-6)

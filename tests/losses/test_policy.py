@@ -41,8 +41,8 @@ def test_the_clipped_surrogate_and_its_gradient(ratio, advantage, loss, slope):
 def test_clip_higher_leaves_room_above_alone_and_dual_clip_bounds_what_a_large_ratio_costs():
     logps, old = LOG(jnp.array([1.25, 1.25, 5.0])), jnp.zeros(3)
     advantages = jnp.array([1.0, -1.0, -1.0])
-    found = ppo_clip(logps, old, advantages, clip_epsilon_high=0.3, dual_clip=3.0)
-    np.testing.assert_allclose(found, [-1.25, 1.25, 3.0], rtol=1e-6)
+    losses = ppo_clip(logps, old, advantages, clip_epsilon_high=0.3, dual_clip=3.0)
+    np.testing.assert_allclose(losses, [-1.25, 1.25, 3.0], rtol=1e-6)
     slopes = gradient(ppo_clip, logps, old, advantages, clip_epsilon_high=0.3, dual_clip=3.0)
     np.testing.assert_allclose(slopes, [-1.25, 1.25, 0.0], rtol=1e-6)
 
@@ -69,8 +69,8 @@ def test_reinforce_weighs_tokens_of_an_older_policy_by_their_ratio():
 def test_a_sequence_has_one_ratio_the_geometric_mean_of_its_tokens():
     ratios, mask = jnp.array([[2.0, 8.0, 9.0], [1.0, 0.25, 7.0]]), jnp.array([[True, True, False]] * 2)
     old = jnp.full((2, 3), -1.0)
-    made = sequence_logps(old + LOG(ratios), old, mask)
-    np.testing.assert_allclose(jnp.exp(made - old)[:, :2], [[4.0, 4.0], [0.5, 0.5]], rtol=1e-6)
+    shared = sequence_logps(old + LOG(ratios), old, mask)
+    np.testing.assert_allclose(jnp.exp(shared - old)[:, :2], [[4.0, 4.0], [0.5, 0.5]], rtol=1e-6)
     np.testing.assert_allclose(jax.grad(lambda x: sequence_logps(x, old, mask).sum())(old), jnp.ones((2, 3)))
 
 

@@ -28,8 +28,8 @@ def test_bradley_terry_by_hand():
 
 
 def test_centering_costs_the_squared_sum_and_is_off_by_default():
-    found = bradley_terry(HIGH, LOW, centering_coef=0.01) - bradley_terry(HIGH, LOW)
-    np.testing.assert_allclose(found, [0.01 * 2.5**2], rtol=1e-4)
+    difference = bradley_terry(HIGH, LOW, centering_coef=0.01) - bradley_terry(HIGH, LOW)
+    np.testing.assert_allclose(difference, [0.01 * 2.5**2], rtol=1e-4)
     np.testing.assert_allclose(bradley_terry(HIGH + 7, LOW + 7), bradley_terry(HIGH, LOW), rtol=1e-5)
 
 

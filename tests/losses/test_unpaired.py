@@ -18,8 +18,8 @@ def test_kto_is_half_its_weight_where_policy_and_reference_agree():
 def test_kto_by_hand_keeps_its_offset():
     gain = 0.5 * (2.0 - 1.0)
     expected = [2.0 - 2.0 / (1 + np.exp(-gain)), 1.0 - 1.0 / (1 + np.exp(gain))]
-    found = kto(REF + 2.0, REF, LABELS, jnp.array(1.0), beta=0.5, lambda_d=2.0)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    losses = kto(REF + 2.0, REF, LABELS, jnp.array(1.0), beta=0.5, lambda_d=2.0)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
 
 def test_a_negative_kl_estimate_counts_as_zero_and_the_estimate_has_no_gradient():
@@ -45,7 +45,10 @@ def test_bco_of_a_pair_is_bco_pair():
 @pytest.mark.parametrize("away", [0.3, 1e4, -1e4])
 def test_losses_raise_desirable_and_lower_undesirable_responses_and_stay_finite(name, away):
     statistics = {"kto": [ZERO], "apo_zero_unpaired": [], "bco": [ZERO, ZERO]}[name]
-    loss = lambda x: UNPAIRED_LOSSES[name](x, REF, LABELS, *statistics).sum()  # noqa: E731
+
+    def loss(x):
+        return UNPAIRED_LOSSES[name](x, REF, LABELS, *statistics).sum()
+
     total, slope = jax.value_and_grad(loss)(REF + away)
     assert np.isfinite(total) and np.isfinite(slope).all() and slope[0] <= 0 <= slope[1]
     if away == 0.3:

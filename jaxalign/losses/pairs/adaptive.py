@@ -34,10 +34,10 @@ def beta_dpo(
       running_margin: M₀/β, the moving average of mean_margin; no gradient either.
       beta: β₀, of a batch with M = M₀.
       alpha: how strongly β follows; with 0 it is `dpo`.
-      min_beta: β_batch is not let below; the formula alone could turn negative.
+      min_beta: lower bound of β_batch, which the formula alone could make negative.
       label_smoothing: as in `dpo`.
-      momentum: m of M₀ ← m M₀ + (1 - m) M, for who keeps it. M₀ starts at 0, where the policy does, and is moved by a
-        batch before the batch is compared with it, as the authors' code does.
+      momentum: m of M₀ ← m M₀ + (1 - m) M. M₀ starts at 0, where the policy does, and a batch moves it before it is
+        compared with it, as in the authors' code.
 
     Returns:
       One loss per pair; log 2 wherever policy and reference agree.
@@ -67,7 +67,7 @@ def wpo(
     label_smoothing: float = 0.0,
     max_weight: float | None = None,
 ) -> PerPair:
-    """DPO in which a pair weighs as much as the policy would have written it ("sampled alignment").
+    """DPO in which a pair is weighted by how likely the policy itself is to write it ("sampled alignment").
 
     w(chosen) w(rejected) · DPO,  w as in `wpo_weights`, without gradient
 
@@ -105,11 +105,11 @@ def wpo_unaligned(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> PerPair:
-    """WPO's first form, weighted by the probability per token alone, which the log-probabilities suffice for.
+    """WPO's first form, weighted by the probability per token alone: it needs log-probabilities and lengths only.
 
     π(chosen)^(1/|chosen|) π(rejected)^(1/|rejected|) · DPO, the weight without gradient
 
-    Even what the policy samples itself weighs less than 1, and less the more entropy it has; `wpo` mends that.
+    Even the policy's own samples weigh less than 1, and less the higher its entropy; `wpo` corrects that.
 
     Args:
       policy_chosen_logps: log-probabilities as in `dpo`, summed.
@@ -138,7 +138,7 @@ def wpo_unaligned(
 def wpo_weights(
     policy_logps: PerPair, lengths: Num[Array, "B"], policy_collision_logps: PerPair | None = None
 ) -> PerPair:
-    """How likely the policy is to write a response, per token and beside what it would rather write; no gradient.
+    """Probability of a response per token, relative to that of the policy's own samples; no gradient.
 
     exp(1/|y| Σ_t [log π(y_t) - log Σ_v π(v)²])
 

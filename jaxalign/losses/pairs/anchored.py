@@ -1,7 +1,7 @@
-"""Losses on pairs that look at each response's own reward, so they say where both go and not only how far apart.
+"""Losses on pairs of each response's own reward, which determine where both go and not only how far apart.
 
-The reward is r = β log π/π_ref, of the chosen response r_w and of the rejected r_l. DPO is content when both fall, if
-the rejected one falls faster; these are not.
+The reward is r = β log π/π_ref, of the chosen response r_w and of the rejected r_l. DPO's loss also falls when both
+rewards fall, if the rejected one falls faster.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def bco_pair(
       policy_chosen_logps: log-probabilities as in `dpo`.
       running_log_ratio: over chosen and rejected responses of all batches so far, in nats; without gradient.
       beta: scale of the reward.
-      momentum: of running_log_ratio, for who keeps it: None weighs all batches alike, as TRL; 0 is the batch alone.
+      momentum: of running_log_ratio: None weighs all batches alike, as TRL does; 0 is the batch alone.
 
     Returns:
       One loss per pair; 2 log 2 wherever policy and reference agree and δ = 0.
@@ -172,7 +172,7 @@ def dpop(
       label_smoothing: as in `dpo`.
 
     Returns:
-      One loss per pair; log 2 wherever policy and reference agree, and what `dpo` is wherever chosen has risen.
+      One loss per pair; log 2 wherever policy and reference agree, and that of `dpo` wherever chosen has risen.
 
     Reference: Pal et al. 2024, https://arxiv.org/abs/2402.13228.
     """

@@ -1,8 +1,8 @@
 """DPO under divergences other than the reverse KL: the implicit reward is β f'(π/π_ref), not β log π/π_ref.
 
-Each divergence is given by the transformation of log-ratios x = log π/π_ref that it stands for, f'(exp x) - f'(1), so
-it is 0 where policy and reference agree. What is exponential in the log-ratio goes on in a straight line beyond 30
-nats, where it is 1e13: finite, and still with a gradient, in float32.
+Each divergence is given by its transformation of log-ratios x = log π/π_ref, f'(exp x) - f'(1), which is 0 where
+policy and reference agree. Exponentials of log-ratios continue as straight lines beyond 30 nats, where they are 1e13:
+finite in float32, and still with a gradient.
 """
 
 from __future__ import annotations

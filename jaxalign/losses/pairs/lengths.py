@@ -1,4 +1,4 @@
-"""DPO that does not teach verbosity: normalised by length, penalised for it, or blind to what only one response has."""
+"""DPO that does not teach verbosity: normalised by length, penalised for it, or with less weight on extra tokens."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def rdpo(
     alpha: float = 0.01,
     label_smoothing: float = 0.0,
 ) -> PerPair:
-    """DPO for the reward r - α |response|: what length explains of a preference is not learnt.
+    """DPO for the reward r - α |response|: preferences that length explains are not learnt.
 
     -log σ(β h + α |chosen| - α |rejected|)
 
-    The sign is that of the paper: a longer chosen response counts as partly won already, so its pair teaches less.
+    The sign is that of the paper: a longer chosen response is partly won already, so its pair has a smaller gradient.
 
     Args:
       policy_chosen_logps: log-probabilities as in `dpo`, summed.
@@ -106,7 +106,7 @@ def ld_dpo(
       One loss per pair; log 2 wherever policy and reference agree.
 
     Reference: Liu et al. 2024, https://arxiv.org/abs/2409.06411. The reference is treated as the policy is;
-    to leave it whole, as some versions of TRL do, give its whole log-probabilities as its public ones.
+    to leave it whole, as some versions of TRL do, pass its whole log-probabilities as its public ones.
     """
     policy_chosen = desensitised(policy_chosen_logps, policy_chosen_public_logps, alpha=alpha)
     policy_rejected = desensitised(policy_rejected_logps, policy_rejected_public_logps, alpha=alpha)

@@ -59,7 +59,7 @@ def robust(
 
     [-(1 - ε) log σ(β h) + ε log σ(-β h)] / (1 - 2ε)
 
-    Against cDPO the second sign is turned and the whole rescaled: an unbiased estimate, which may be negative.
+    Unlike in cDPO the second term is subtracted, and the sum rescaled: an unbiased estimate, which may be negative.
 
     Args:
       policy_chosen_logps: inputs as in `dpo`.
@@ -72,7 +72,7 @@ def robust(
     Reference: Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409, section 3.1.
     """
     if not 0 <= label_smoothing < 0.5:
-        raise Mistake(f"label_smoothing={label_smoothing} must be in [0, 0.5): at one half labels say nothing")
+        raise Mistake(f"label_smoothing={label_smoothing} must be in [0, 0.5): at one half labels carry no information")
     margin = beta * (policy_chosen_logps - ref_chosen_logps - policy_rejected_logps + ref_rejected_logps)
     right, wrong = -jax.nn.log_sigmoid(margin), -jax.nn.log_sigmoid(-margin)
     return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
@@ -97,9 +97,9 @@ def ipo(
       policy_chosen_logps: the four log-probabilities as in `dpo`, summed.
       chosen_lengths: response tokens of chosen.
       rejected_lengths: response tokens of rejected.
-      beta: the paper's τ. Lower asks for a wider margin.
-      average: h is a difference of log-ratios per token, as the authors told other implementers and TRL has it. False:
-        of summed ones, as the paper is usually read; the goal is then nats per response.
+      beta: the paper's τ. Lower means a wider margin.
+      average: h is a difference of log-ratios per token, the authors' advice to other implementers and TRL's choice.
+        False: of summed ones, as the paper is usually read; the goal is then nats per response.
 
     Returns:
       One loss per pair; 1/(4β²) wherever policy and reference agree.
@@ -121,7 +121,7 @@ def hinge(
     *,
     beta: float = 0.1,
 ) -> PerPair:
-    """Hinge on the margin, which lets go of a pair once it is won by 1/β nats: max(0, 1 - β h).
+    """Hinge on the margin, without gradient once a pair is won by 1/β nats: max(0, 1 - β h).
 
     SLiC's ranking loss measured against a reference; the one without is `slic`.
 

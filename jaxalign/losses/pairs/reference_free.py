@@ -1,4 +1,4 @@
-"""Losses on pairs that no reference model is needed for: half the memory and half the forward passes."""
+"""Losses on pairs that need no reference model: half the memory and half the forward passes."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def cpo(
     sft_coef: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> PerPair:
-    """DPO with a uniform reference, and the likelihood of the chosen response to hold it up.
+    """DPO with a uniform reference, plus cross-entropy of the chosen response, so that its likelihood does not fall.
 
     -log σ(β log π(chosen) - β log π(rejected)) - c log π(chosen)
 
@@ -152,12 +152,12 @@ def cpo(
 def slic(policy_chosen_logps: PerPair, policy_rejected_logps: PerPair, *, delta: float = 1.0) -> PerPair:
     """Hinge on the two log-probabilities: max(0, δ - log π(chosen) + log π(rejected)).
 
-    The paper adds cross-entropy of a supervised target: "slic(delta=1.0) + 0.1*sft_norm" takes chosen for it.
+    The paper adds cross-entropy of a supervised target: "slic(delta=1.0) + 0.1*sft_norm" uses chosen as the target.
 
     Args:
       policy_chosen_logps: log π(chosen | prompt) in nats, summed over response tokens.
       policy_rejected_logps: the same for the rejected response.
-      delta: the lead in nats from which on a pair is left alone.
+      delta: the lead in nats beyond which a pair has no gradient.
 
     Returns:
       One loss per pair; δ for two responses of one probability.

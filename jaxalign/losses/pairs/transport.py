@@ -22,7 +22,7 @@ def aot(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> PerPair:
-    """Asks that the margins be larger than the reference's in distribution: the k-th largest against the k-th largest.
+    """Preference for margins above the reference's in distribution: the k-th largest against the k-th largest.
 
     -log σ(β [sort(log π(chosen)/π(rejected)) - sort(log π_ref(chosen)/π_ref(rejected))])
 
@@ -51,7 +51,7 @@ def aot_unpaired(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> PerPair:
-    """Asks that chosen rewards be larger than rejected ones in distribution, whichever prompts they answer.
+    """Preference for chosen rewards above rejected ones in distribution, whichever prompts they belong to.
 
     -log σ(β [sort(log π/π_ref(chosen)) - sort(log π/π_ref(rejected))])
 
