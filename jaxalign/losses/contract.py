@@ -43,7 +43,6 @@ class Input(NamedTuple):
 class Kind(NamedTuple):
     """The losses of one sort of element: a token, a pair, a rated response, a group of candidates, a step."""
 
-    element: str
     losses: Mapping[str, Callable]  # those known by a bare name
     inputs: Mapping[str, Input]
     axes: str  # of the values

@@ -56,4 +56,4 @@ def dft(logps: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
 
 
 LANGUAGE_LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
-LANGUAGE = Kind("token", LANGUAGE_LOSSES, LANGUAGE_INPUTS, "B T")
+LANGUAGE = Kind(LANGUAGE_LOSSES, LANGUAGE_INPUTS, "B T")

@@ -136,4 +136,4 @@ def value_clip(
 
 
 POLICY_LOSSES = {"ppo_clip": ppo_clip, "reinforce": reinforce, "cispo": cispo}
-POLICY = Kind("token of a response", POLICY_LOSSES, POLICY_INPUTS, "B T")
+POLICY = Kind(POLICY_LOSSES, POLICY_INPUTS, "B T")

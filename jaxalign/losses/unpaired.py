@@ -149,4 +149,4 @@ def balanced_lambdas(desirable: int, undesirable: int, *, ratio: float = 1.0) ->
 
 
 UNPAIRED_LOSSES = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired, "bco": bco}
-UNPAIRED = Kind("rated response", UNPAIRED_LOSSES, UNPAIRED_INPUTS, "B")
+UNPAIRED = Kind(UNPAIRED_LOSSES, UNPAIRED_INPUTS, "B")

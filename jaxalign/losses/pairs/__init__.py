@@ -49,4 +49,4 @@ PAIR_LOSSES = {
     "cpo": cpo,
     "slic": slic,
 }
-PAIR = Kind("pair", PAIR_LOSSES, PAIR_INPUTS, "B")
+PAIR = Kind(PAIR_LOSSES, PAIR_INPUTS, "B")
