@@ -30,12 +30,12 @@ Observed:  (0e2d622, two CPU cores with other work beside it, 30 minutes: refere
 """
 
 from imdb_frontier import Setup, feedback_config, start, trace
-from jaxalign.runs.preferences import run_dpo
 
+from jaxalign.commands import dpo
 from jaxalign.config.offline import DPOAlgorithm, DPOConfig
 
 
-def dpo(setup: Setup, beta: float) -> DPOConfig:
+def dpo_config(setup: Setup, beta: float) -> DPOConfig:
     """DPO on the best and the worst sample of each prompt."""
     algorithm = DPOAlgorithm(f"dpo(beta={beta})")
     return feedback_config(
@@ -45,7 +45,7 @@ def dpo(setup: Setup, beta: float) -> DPOConfig:
 
 def main() -> int:
     setup = start(__doc__)
-    trace("dpo", setup, run_dpo, lambda beta: dpo(setup, beta))
+    trace("dpo", setup, dpo.main, lambda beta: dpo_config(setup, beta))
     return 0
 
 

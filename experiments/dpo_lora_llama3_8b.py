@@ -38,6 +38,6 @@ RUN = DPOConfig(
 )
 
 if __name__ == "__main__":
-    from jaxalign.runs.preferences import run_dpo
+    from jaxalign.commands.dpo import main
 
-    raise SystemExit(run_dpo(RUN))
+    raise SystemExit(main(RUN))

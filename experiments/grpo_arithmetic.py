@@ -34,11 +34,11 @@ import json
 import random
 from pathlib import Path
 
-from jaxalign.runs import devices, rl, sft
-
+from jaxalign.commands import grpo, sft
 from jaxalign.config.offline import SFTConfig
 from jaxalign.config.on_policy import GRPOAlgorithm, GRPOConfig
 from jaxalign.config.shared import BestCheckpointConfig, CheckpointConfig, OptimizerConfig
+from jaxalign.models.decoder.decoder import compute_dtype
 from jaxalign.rollout.respond import Sampling, load_model, respond
 
 HELD_OUT, COPIES, SLIPS = 500, 4, 0.6
@@ -147,7 +147,7 @@ def grpo_config(folder: Path, seed: int) -> GRPOConfig:
 def accuracy(model: Path, problems: list[dict], *, temperature: float) -> dict[str, float]:
     """Shares of right answers, of all held-out problems and of those with a carry."""
     prompts = [row["prompt"] for row in problems]
-    loaded = load_model(str(model), dtype=devices.compute_dtype("auto"))
+    loaded = load_model(str(model), dtype=compute_dtype("auto"))
     responses = respond(loaded, prompts, Sampling(5, temperature), batch_size=128)
     right = [text == row["answer"] for (text, _), row in zip(responses, problems, strict=True)]
     carries = [int(prompt[1]) + int(prompt[4]) >= 10 for prompt in prompts]
@@ -164,11 +164,11 @@ def main() -> None:
     write_start(folder / "start")
     write_data(folder, args.seed)
     problems = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
-    for name, run, config in (
-        ("sft", sft.run, sft_config(folder, args.seed)),
-        ("grpo", rl.run_grpo, grpo_config(folder, args.seed)),
+    for name, command, config in (
+        ("sft", sft, sft_config(folder, args.seed)),
+        ("grpo", grpo, grpo_config(folder, args.seed)),
     ):
-        if status := run(config):
+        if status := command.main(config):
             raise SystemExit(status)
         for temperature in (0.0, 1.0):
             shares = accuracy(folder / name / "final", problems, temperature=temperature)

@@ -24,8 +24,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxalign.runs import rl
-
+from jaxalign.commands import grpo
 from jaxalign.config.on_policy import GRPOAlgorithm, GRPOConfig, RLOOAlgorithm, RLOOConfig
 from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
 
@@ -91,7 +90,7 @@ def main() -> None:
         steps=args.steps,
         seed=args.seed,
     )
-    raise SystemExit((rl.run_grpo if args.method == "grpo" else rl.run_rloo)(settings))
+    raise SystemExit(grpo.main(settings))
 
 
 if __name__ == "__main__":

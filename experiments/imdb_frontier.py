@@ -21,11 +21,12 @@ import numpy as np
 from flax import nnx
 from imdb_sentiment import LENGTH, QUICK, Policy, Sample, Size, Task, load_policy, prepare, sample
 
+from jaxalign.commands import export
 from jaxalign.config.inference import ExportConfig
 from jaxalign.config.offline import FeedbackConfig
 from jaxalign.config.shared import BestCheckpointConfig, OptimizerConfig
 from jaxalign.ops.logprobs import next_token_logps
-from jaxalign.run import devices, export
+from jaxalign.run import devices
 
 log = logging.getLogger("jaxalign.experiments")
 
@@ -143,7 +144,7 @@ def exported(config: FeedbackConfig, step: int) -> Path:
     """Hugging Face folder of a step's checkpoint, exported on the first call."""
     folder = Path(config.output) / f"step-{step}"
     if not folder.exists():
-        export.run(ExportConfig(run=Path(config.output), output=folder, step=step))
+        export.main(ExportConfig(run=Path(config.output), output=folder, step=step))
     return folder
 
 

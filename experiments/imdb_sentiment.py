@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import imdb_scorer
 import jax
 import numpy as np
-from jaxalign.runs import sft
 
+from jaxalign.commands import sft
 from jaxalign.config.offline import SFTConfig
 from jaxalign.config.shared import OptimizerConfig
 from jaxalign.models.decoder.decoder import make_decoder
@@ -164,7 +164,7 @@ def _train_reference(output: Path, learned: list[Piece], held_out: list[Piece], 
         remat="none",
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=size.sft_steps // 10, weight_decay=0.1, b2=0.95),
     )
-    _finish(sft.run(config))
+    _finish(sft.main(config))
     return output / "sft" / "final"
 
 

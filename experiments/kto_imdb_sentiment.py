@@ -24,12 +24,12 @@ Observed:  (0e2d622, two CPU cores with other work beside it; 13 minutes after t
 """
 
 from imdb_frontier import Setup, feedback_config, start, trace
-from jaxalign.runs.preferences import run_kto
 
+from jaxalign.commands import kto
 from jaxalign.config.offline import KTOAlgorithm, KTOConfig
 
 
-def kto(setup: Setup, beta: float) -> KTOConfig:
+def kto_config(setup: Setup, beta: float) -> KTOConfig:
     """KTO on all samples, good if they score above the median. A batch has as many responses as one of DPO."""
     algorithm = KTOAlgorithm(f"kto(beta={beta})")
     return feedback_config(
@@ -39,7 +39,7 @@ def kto(setup: Setup, beta: float) -> KTOConfig:
 
 def main() -> int:
     setup = start(__doc__)
-    trace("kto", setup, run_kto, lambda beta: kto(setup, beta))
+    trace("kto", setup, kto.main, lambda beta: kto_config(setup, beta))
     return 0
 
 

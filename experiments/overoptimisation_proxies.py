@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxalign.runs import reward
 from overoptimisation_rewards import gold, members
 
+from jaxalign.commands import reward
 from jaxalign.config.offline import RewardConfig
 from jaxalign.config.shared import BestCheckpointConfig, OptimizerConfig
 from jaxalign.models import heads
@@ -121,7 +121,7 @@ def train_proxy(task: Task, width: int, seed: int) -> str:
         optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=5, weight_decay=0.1),
         checkpoint=BestCheckpointConfig(every=0),
     )
-    finish(reward.run(config))
+    finish(reward.main(config))
     return str(config.output / "final")
 
 

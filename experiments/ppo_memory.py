@@ -39,10 +39,8 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "CUDA_VISIBLE_
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxalign.runs import critics, ppo, train
-from jaxalign.runs.adapters import lora_of
-from jaxalign.runs.program import Critic, decoder, make_program
 
+from jaxalign.commands.ppo import recipe
 from jaxalign.config.on_policy import CriticConfig, PPOConfig
 from jaxalign.config.shared import LoraConfig, MeshConfig
 from jaxalign.models import places
@@ -51,6 +49,7 @@ from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files.families import model_config
 from jaxalign.models.heads import trunk_config
 from jaxalign.training import sharding
+from jaxalign.training.program import compile_step
 from jaxalign.types import RolloutBatch, TokenBatch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -79,10 +78,10 @@ LLAMA_3_2_1B = {
     "tie_word_embeddings": True,
 }
 RUN = PPOConfig(
-    model="meta-llama/Llama-3.2-1B-Instruct",
+    model="config:Llama-3.2-1B",  # no file is read
     data="prompts.jsonl",
     output=Path("runs/ppo-llama3-1b"),
-    reward="reward_model(path='runs/rm-llama3-1b/final')",
+    reward="length(target=256)",
     batch_size=64,
     microbatches=16,
     max_length=1024,
@@ -103,17 +102,6 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 
-def critic_of(config: PPOConfig, base: train.Base) -> critics.Plan:
-    """The critic that `critics.plan` makes for a model of the policy's size, without reading the model's folder."""
-    if config.critic.shared or base.lora is not None:
-        return critics.plan(config, base, [])
-    model = trunk_config(base.model)
-    graphdef, abstract = decoder(config, model, base.mesh, None)
-    head = {"head": (1, model.hidden_size), "bias": (1,)}
-    like = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in head.items()} | {"model": abstract}
-    return critics.Plan(Critic(like, lambda params, frozen: params, critics.plan, own_trunk=True), graphdef)
-
-
 def memory(chips: str, choice: str) -> tuple[float, float, float]:
     """GiB of (arguments on a device, temporaries on a device, arguments in its host's memory)."""
     on_gpu = ":" not in chips
@@ -121,8 +109,7 @@ def memory(chips: str, choice: str) -> tuple[float, float, float]:
     devices = [device(chips)] if on_gpu else tpu_devices(chips)
     mesh = places.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     model = model_config(LLAMA_3_2_1B)
-    base = train.Base(mesh, model, vocabulary=None, lora=lora_of(config.lora, model))  # type: ignore[arg-type]
-    program = make_program(config, model, mesh, ppo.method_of(config, mesh, critic_of(config, base)), steps=1000)
+    program = compile_step(config, recipe(config, model, mesh), mesh, steps=1000)
     rows = NamedSharding(mesh, sharding.ROWS)
 
     def column(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:

@@ -23,8 +23,8 @@ import argparse
 from pathlib import Path
 
 from grpo_tinystories_sentiment import OPENINGS, story_teller, write_openings
-from jaxalign.runs import ppo
 
+from jaxalign.commands import ppo
 from jaxalign.config.on_policy import CriticConfig, PPOAlgorithm, PPOConfig
 from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
 
@@ -62,7 +62,7 @@ def main() -> None:
     settings = config(
         args.folder, args.output, kl_coef=args.kl_coef, kl_budget=args.kl_budget, steps=args.steps, seed=args.seed
     )
-    raise SystemExit(ppo.run(settings))
+    raise SystemExit(ppo.main(settings))
 
 
 if __name__ == "__main__":

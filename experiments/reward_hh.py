@@ -55,14 +55,13 @@ def reward_model(folder: Path, output: Path, name: str) -> RewardConfig:
 
 def report(config: RewardConfig) -> dict[str, float]:
     """Accuracy on held-out pairs by each rule of combination, with its standard error over prompts."""
-    from jaxalign.runs.reward import feedback
-
+    from jaxalign.commands import reward
     from jaxalign.models import heads
     from jaxalign.models.files.huggingface import read_config
     from jaxalign.rollout.rewards.scorer import load_reward_model
     from jaxalign.run.vocabulary import load_vocabulary
 
-    held_out = feedback(config, load_vocabulary(config, read_config(config.model))).held_out
+    held_out = reward.load_feedback(config, load_vocabulary(config, read_config(config.model))).held_out
     scorer = load_reward_model(str(config.output / "final"))
     members = scorer.rows([held_out.examples[int(e)][0] for e in held_out.groups[held_out.groups >= 0]])
     scores = {rule: np.asarray(heads.combine(members, rule)) for rule in ("mean", "min", "mean_minus_std")}
@@ -89,7 +88,7 @@ def _share_right(values: np.ndarray, held_out: Responses) -> np.ndarray:
 
 
 def main() -> int:
-    from jaxalign.runs.reward import run
+    from jaxalign.commands import reward
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -97,7 +96,7 @@ def main() -> int:
     args = parser.parse_args()
     for name in SETS:
         config = reward_model(args.folder, args.output, name)
-        if status := run(config):
+        if status := reward.main(config):
             return status
         print(name, json.dumps(report(config), indent=2))
     return 0

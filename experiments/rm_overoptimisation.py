@@ -62,9 +62,10 @@ from overoptimisation_proxies import (
     write,
 )  # fmt: skip
 
+from jaxalign.commands import grpo
 from jaxalign.config.on_policy import RLOOConfig
 from jaxalign.config.shared import CheckpointConfig, OptimizerConfig
-from jaxalign.run import devices, rl
+from jaxalign.run import devices
 from jaxalign.training.metrics import read_rows
 
 log = logging.getLogger("jaxalign.experiments")
@@ -95,7 +96,7 @@ def optimise(task: Task, name: str, folders: list[str], rule: str) -> list[dict]
         optimizer=OptimizerConfig(learning_rate=1.5e-4, schedule="constant", warmup_steps=2),
         checkpoint=CheckpointConfig(every=0),
     )
-    finish(rl.run_rloo(config))
+    finish(grpo.main(config))
     steps = read_rows(output / "metrics.jsonl")
     rows = [json.loads(row) for row in notes.read_text().splitlines()][
         -len(steps) :

@@ -53,6 +53,6 @@ RUN = SFTConfig(
 )
 
 if __name__ == "__main__":
-    from jaxalign.runs.sft import run
+    from jaxalign.commands.sft import main
 
-    raise SystemExit(run(RUN))
+    raise SystemExit(main(RUN))

@@ -18,6 +18,7 @@ Observed:  (da3444d, two CPU cores) stories: 0.679 at the start, 0.671, 0.668, 0
 import argparse
 from pathlib import Path
 
+from jaxalign.commands import sft
 from jaxalign.config.offline import SFTConfig
 from jaxalign.config.shared import BestCheckpointConfig, OptimizerConfig
 
@@ -53,13 +54,11 @@ def shakespeare(folder: Path, output: Path) -> SFTConfig:
 
 
 def main() -> int:
-    from jaxalign.runs.sft import run
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs"))
     args = parser.parse_args()
-    return run(stories(args.folder, args.output)) or run(shakespeare(args.folder, args.output))
+    return sft.main(stories(args.folder, args.output)) or sft.main(shakespeare(args.folder, args.output))
 
 
 if __name__ == "__main__":

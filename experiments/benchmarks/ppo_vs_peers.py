@@ -65,13 +65,12 @@ def words(ids: list[int]) -> str:
 def jaxalign(passes: list, mark, *, remat: str) -> None:
     import dataclasses
 
-    from jaxalign.runs import ppo, train
-    from jaxalign.runs.program import make_program
-
+    from jaxalign.commands import on_policy, ppo
     from jaxalign.config.on_policy import PPOAlgorithm, PPOConfig
     from jaxalign.config.shared import MeshConfig, OptimizerConfig
-    from jaxalign.data.batches.plan import iterate
+    from jaxalign.run.run import Run
     from jaxalign.training.compiled import CompiledStep
+    from jaxalign.training.program import compile_step, load_frozen, new_state
     from jaxalign.training.sharding import put_batch
 
     mark("imported", 0)
@@ -95,17 +94,19 @@ def jaxalign(passes: list, mark, *, remat: str) -> None:
             algorithm=PPOAlgorithm(epochs=EPOCHS),
         )
         config.output.mkdir()
-        task = ppo._gather(config, True)
-        endless = task.base.vocabulary._replace(terminators=())
-        task = dataclasses.replace(task, base=dataclasses.replace(task.base, vocabulary=endless))
-        program = make_program(config, task.base.model, task.base.mesh, task.method, steps=len(passes))
-        frozen = train.load_frozen(task, program)
-        state = train._new_state(task, program, frozen)
-        source = task.source(task, program, frozen, iterate(task.batches), 0)
+        run = Run.read(config, "ppo", exists=False)
+        run = dataclasses.replace(run, vocabulary=run.vocabulary._replace(terminators=()))
+        recipe = ppo.recipe(config, run.model, run.mesh)
+        prompting = on_policy.load_prompts(config, run, updates=recipe.updates)
+        to_batch = functools.partial(ppo.to_batch, None, on_policy.count_rows(config, run.mesh, responses=config.n))
+        responses = on_policy.rollouts(config, run, recipe, prompting, to_batch)
+        program = compile_step(config, recipe, run.mesh, steps=len(passes))
+        frozen = load_frozen(program)
+        state = new_state(config, program, frozen)
         step = CompiledStep(program.step)
-        for _ in passes:
-            batch, _ = source(state)
-            state, metrics = step(state, frozen, put_batch(batch, task.base.mesh))
+        for number in range(len(passes)):
+            batch, _ = responses(state.params["policy"], number)
+            state, metrics = step(state, frozen, put_batch(batch, run.mesh))
             assert int(metrics["tokens"]) == TOKENS  # waits for the device
             mark("step", TOKENS)
 

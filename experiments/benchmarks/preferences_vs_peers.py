@@ -37,7 +37,6 @@ import functools
 import tempfile
 
 from side_by_side import (
-    HIDDEN,
     LEARNING_RATE,
     LENGTH,
     VOCABULARY,
@@ -83,50 +82,44 @@ def side_of(number: int) -> str:
 def jaxalign_preferences(
     rows: list[dict], mark, *, method: str, remat: str, packing: bool, share_prompt: bool = False
 ) -> None:
-    import dataclasses
     from pathlib import Path
 
-    import jax
-    import jax.numpy as jnp
     import numpy as np
-    from jaxalign.runs.program import Method, make_program
 
-    from jaxalign import losses
-    from jaxalign.algorithms.pairwise import pairwise
-    from jaxalign.algorithms.reward import reward
-    from jaxalign.algorithms.unpaired import unpaired
-    from jaxalign.config.offline import DPOConfig
+    from jaxalign.commands import dpo, kto, reward
+    from jaxalign.config.offline import DPOConfig, KTOConfig, RewardConfig
     from jaxalign.config.shared import OptimizerConfig
     from jaxalign.data.batches.groups import GroupBatches, Responses, UnpairedBatches
     from jaxalign.data.batches.plan import Mixture, Plan, iterate
     from jaxalign.data.read.tokens import Examples
     from jaxalign.data.sets.preferences import mismatched
     from jaxalign.models import places
-    from jaxalign.models.decoder.decoder import init_params
     from jaxalign.models.files.families import model_config
-    from jaxalign.models.heads import init_head
     from jaxalign.training import sharding
-    from jaxalign.training.state import TrainState
+    from jaxalign.training.program import compile_step, load_frozen, new_state
 
     mark("imported", 0)
     rated = method == "kto"
     size = RATED if rated else PAIRS
-    optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant")
-    config = DPOConfig(model="", data="", output=Path(), remat=remat, batch_size=size, max_length=LENGTH)
-    config = dataclasses.replace(config, packing=packing, optimizer=optimizer)
+    kinds = {"dpo": (DPOConfig, dpo), "kto": (KTOConfig, kto), "reward": (RewardConfig, reward)}
+    kind, command = kinds[method]
+    config = kind(
+        model="config:random",  # no file is read
+        data="",
+        output=Path(),
+        batch_size=size,
+        # the width of the longest pair; the last token of its prompt is repeated before each response
+        max_length=2 * LENGTH - PROMPT + 1 if share_prompt else LENGTH,
+        shuffle=False,
+        packing=packing or share_prompt,
+        remat=remat,
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"),
+        **({"share_prompt": True} if share_prompt else {}),
+    )
     mesh, model = places.make_mesh(), model_config(hf_config().to_dict() | {"architectures": ["LlamaForCausalLM"]})
-    methods = {
-        "dpo": Method(lambda graphdef, ref: pairwise(graphdef, ref, loss=losses.dpo), reference=True),
-        "kto": Method(lambda graphdef, ref: unpaired(graphdef, ref, loss=losses.kto), reference=True),
-        "reward": Method(lambda graphdef, _: reward(graphdef, loss=losses.bradley_terry), heads=1),
-    }
-    program = make_program(config, model, mesh, methods[method], steps=1)
-    params = init_params(model, jax.random.key(0))
-    frozen = jax.tree.map(jnp.copy, params) if methods[method].reference else None
-    if method == "reward":
-        params = {"model": params, "head": init_head(jax.random.key(2), 1, HIDDEN)}
-    create = jax.jit(lambda p, k: TrainState.create(p, program.adamw, k), donate_argnums=0)
-    state = create(params, jax.random.key(1))
+    program = compile_step(config, command.recipe(config, model, mesh), mesh, steps=1)
+    frozen = load_frozen(program)
+    state = new_state(config, program, frozen)
 
     def example(row: dict, side: str) -> tuple[np.ndarray, np.ndarray]:
         whole = [*row["prompt"], *row[side]]
@@ -136,11 +129,7 @@ def jaxalign_preferences(
     examples = Examples.of([example(row, side) for row, wanted in zip(rows, sides, strict=True) for side in wanted])
     columns = {"label": np.array([wanted == ["chosen"] for wanted in sides])} if rated else {}
     responses = Responses(examples, np.arange(len(examples)).reshape(len(rows), -1), columns)
-    mixture = Mixture.of(responses, [len(rows)], [None])
-    # the width of the longest pair; the last token of its prompt is repeated before each response
-    width = 2 * LENGTH - PROMPT + 1 if share_prompt else LENGTH
-    plan = Plan(size, width, packing=packing or share_prompt, shuffle=False, share_prompt=share_prompt)
-    steps = len(rows) // size
+    mixture, plan, steps = Mixture.of(responses, [len(rows)], [None]), Plan.of(config), len(rows) // size
     source = (
         UnpairedBatches(mixture, mismatched(responses, seed=0), plan, steps=steps)
         if rated

@@ -52,39 +52,40 @@ def rows_of(kind: str, steps: int) -> list[list[int]]:
 
 
 def jaxalign_sft(rows: list[list[int]], mark, *, remat: str, packing: bool) -> None:
-    import dataclasses
     from pathlib import Path
 
-    import jax
     import numpy as np
-    from jaxalign.runs.sft import make_program
 
+    from jaxalign.commands.sft import recipe
     from jaxalign.config.offline import SFTConfig
     from jaxalign.config.shared import OptimizerConfig
     from jaxalign.data.batches.plan import Mixture, Plan, iterate
     from jaxalign.data.batches.rows import TrainBatches
     from jaxalign.data.read.tokens import Examples
-    from jaxalign.losses.language import cross_entropy
     from jaxalign.models import places
-    from jaxalign.models.decoder.decoder import init_params
     from jaxalign.models.files.families import model_config
     from jaxalign.training import sharding
-    from jaxalign.training.state import TrainState
+    from jaxalign.training.program import compile_step, new_state
 
     mark("imported", 0)
-    optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant")
-    config = SFTConfig(model="", data="", output=Path(), remat=remat, batch_size=BATCH, max_length=LENGTH)
-    config = dataclasses.replace(config, packing=packing, optimizer=optimizer)
+    config = SFTConfig(
+        model="config:random",  # no file is read
+        data="",
+        output=Path(),
+        batch_size=BATCH,
+        max_length=LENGTH,
+        shuffle=False,
+        packing=packing,
+        remat=remat,
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"),
+    )
     mesh = places.make_mesh()
     model = model_config(hf_config().to_dict() | {"architectures": ["LlamaForCausalLM"]})
-    program = make_program(config, model, mesh, loss=cross_entropy, steps=1)
-    create = jax.jit(lambda p, k: TrainState.create(p, program.adamw, k), donate_argnums=0)
-    state = create(init_params(model, jax.random.key(0)), jax.random.key(1))
+    program = compile_step(config, recipe(config, model, mesh), mesh, steps=1)
+    state = new_state(config, program, None)
 
     examples = Examples.of([(np.array(row), np.ones(len(row), bool)) for row in rows])
-    plan = Plan(BATCH, LENGTH, packing=packing, shuffle=False)
-    mixture = Mixture.of(examples, [len(examples)], [None])
-    source = TrainBatches(mixture, plan)
+    source = TrainBatches(Mixture.of(examples, [len(examples)], [None]), Plan.of(config))
     source = source.with_steps(int(source.steps_per_epoch))
     previous = None
     for batch in iterate(source):

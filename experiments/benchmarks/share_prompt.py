@@ -18,21 +18,22 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jaxalign.algorithms.pairwise import pairwise
+from jaxalign.commands.dpo import recipe
+from jaxalign.config.offline import DPOConfig
+from jaxalign.config.shared import OptimizerConfig
 from jaxalign.data.batches.groups import BatchShapes, Responses
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.read.tokens import Examples
-from jaxalign.losses import dpo
-from jaxalign.models.decoder.decoder import init_params, make_decoder
+from jaxalign.models import places
 from jaxalign.models.files.families import model_config
-from jaxalign.training.state import TrainState
-from jaxalign.training.step import make_train_step
+from jaxalign.training.program import compile_step, load_frozen, new_state
+from jaxalign.training.sharding import put_batch
 
 
 def main() -> None:
@@ -71,13 +72,23 @@ def pairs(options: argparse.Namespace) -> Responses:
     return Responses(Examples.of(parts), np.arange(2 * options.pairs).reshape(-1, 2), {})
 
 
-def prepared(options: argparse.Namespace, data: Responses, share: bool):
+def prepared(options: argparse.Namespace, data: Responses, share: bool) -> Callable[[], None]:
     """A function that runs one step and waits for it; it has run once already."""
-    layout = BatchShapes.of(data, Plan(options.pairs, options.width, share_prompt=share))
-    batch = jax.tree.map(jnp.asarray, layout.batch(data))
+    config = DPOConfig(
+        model="config:random",  # no file is read
+        data="",
+        output=Path(),
+        batch_size=options.pairs,
+        max_length=options.width,
+        share_prompt=share,
+        attention="xla",
+        optimizer=OptimizerConfig(learning_rate=1e-5, schedule="constant"),
+    )
+    mesh = places.make_mesh(devices=jax.devices()[:1])
+    batch = put_batch(BatchShapes.of(data, Plan.of(config)).batch(data), mesh)
     used = int((batch.sequences.segment_ids > 0).sum())
     print(f"share_prompt={share}: {used:,} tokens in {batch.slots.shape[0]} rows of 2 x {options.width}")
-    config = model_config(
+    model = model_config(
         {
             "architectures": ["LlamaForCausalLM"],
             "vocab_size": options.vocabulary,
@@ -89,15 +100,13 @@ def prepared(options: argparse.Namespace, data: Responses, share: bool):
             "max_position_embeddings": options.width,
         }
     )
-    graphdef, _ = make_decoder(config, attention="xla", remat="blocks")
-    policy, reference = (init_params(config, jax.random.key(seed)) for seed in (0, 1))
-    optimizer = optax.adamw(1e-5)
-    step = jax.jit(make_train_step(pairwise(graphdef, graphdef, loss=dpo), optimizer), donate_argnums=0)
-    state = TrainState.create(policy, optimizer, jax.random.key(0))
+    program = compile_step(config, recipe(config, model, mesh), mesh, steps=1)
+    reference = load_frozen(program)
+    state = new_state(config, program, reference)
 
     def run() -> None:
         nonlocal state
-        state, metrics = step(state, reference, batch)
+        state, metrics = program.step(state, reference, batch)
         jax.block_until_ready(metrics)
 
     run()
