@@ -1,4 +1,4 @@
-"""Several hosts as one run: they join, compare their settings, share work, and fail together with the same message."""
+"""Several hosts as one run: they join, compare their settings, share work, and fail together with one message."""
 
 from __future__ import annotations
 
@@ -141,6 +141,32 @@ def _as_bytes(error: Exception | None) -> np.ndarray:
 def _as_text(message: np.ndarray | list[int]) -> str:
     """The inverse of `_as_bytes`; a character that was cut through is left out."""
     return bytes(np.asarray(message, np.uint8)).rstrip(b"\0").decode(errors="ignore")
+
+
+def gather(x: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole array on every host, wherever its shards are; all hosts must call it."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def largest(value: int) -> int:
+    """The largest of all hosts' values, on every host."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def barrier(name: str) -> None:
+    """Waits until every host has come to the barrier of this name."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def share(batch: PyTree) -> PyTree:

@@ -33,6 +33,7 @@ def refused():
 def squares(share):
     return np.arange(5.0)[None, share] ** 2
 
+split = jax.NamedSharding(jax.sharding.Mesh(jax.devices(), "x"), jax.P("x"))
 results = [
     result_of(lambda: hosts.first_decides(lambda: host == 0)),
     result_of(lambda: hosts.first_decides(lambda: host == 1)),
@@ -43,7 +44,10 @@ results = [
     result_of(lambda: hosts.run_on_each(squares, 1, 5).tolist()),
     result_of(lambda: hosts.run_on_each(lambda share: full(1) * squares(share), 1, 5).tolist()),
     result_of(lambda: hosts.run_on_first(refused, 1, 5)),
+    hosts.largest(3 + host),
+    hosts.gather(jax.make_array_from_callback((8,), split, lambda part: np.arange(8.0)[part])).tolist(),
 ]
+hosts.barrier("end")
 print("results", json.dumps(results))
 """
 
@@ -78,4 +82,6 @@ def test_hosts_share_answers_results_and_the_message_of_the_one_that_fails():
         (squares, squares),
         ("Mistake: host 1 has failed: OSError: no space left", "OSError: no space left"),
         (f"Mistake: {whole}", f"Mistake: host 0 has failed: {cut}"),
+        (4, 4),
+        (list(range(8)), list(range(8))),
     ]

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign import hosts
 from jaxalign.algorithms.process import process_reward
 from jaxalign.algorithms.reward import response_scores, reward
 from jaxalign.config import limits
@@ -26,7 +27,6 @@ from jaxalign.models import heads
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import decoder_for
 from jaxalign.models.files import huggingface
-from jaxalign.models.files.save import gather
 from jaxalign.run import final
 from jaxalign.run.run import Data, Run
 from jaxalign.run.vocabulary import Vocabulary
@@ -181,7 +181,7 @@ def _reference_scores(run: Run, data: Data, params: PyTree) -> np.ndarray:
 
     def read(batch: ResponseBatch) -> tuple[np.ndarray, np.ndarray]:
         batch = put_batch(batch, run.mesh)
-        return gather(scores(params, batch)), gather(batch.present)
+        return hosts.gather(scores(params, batch)), hosts.gather(batch.present)
 
     parts = [read(batch) for batch in data.held_out]
     wanted = FEWEST_GROUPS if parts else REFERENCE_GROUPS

@@ -14,12 +14,13 @@ import jax
 import numpy as np
 
 import jaxalign
+from jaxalign import hosts
 from jaxalign.models.adapters.lora import join
 from jaxalign.models.adapters.merge import merge_by_layer
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.peft import save_adapter
 from jaxalign.models.files.reward import DESCRIPTION, HEADS, MEMBERS, classifier_name
-from jaxalign.models.files.save import gather, save_pretrained
+from jaxalign.models.files.save import save_pretrained
 from jaxalign.run.folder import MARK_FILE, mark, trained_steps
 from jaxalign.run.run import Run
 from jaxalign.run.vocabulary import Vocabulary
@@ -92,7 +93,7 @@ def reward_model(
 
     config, vocabulary = run.config, run.vocabulary
     is_ensemble_of_adapters = "members" in params and config.members > 1
-    all_heads = gather(params["head"])
+    all_heads = hosts.gather(params["head"])
     tokenizer, pad = with_pad_token(vocabulary)
     description = {
         "members": len(all_heads),

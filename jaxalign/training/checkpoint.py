@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from jaxalign import hosts
 from jaxalign.mistake import Mistake
 from jaxalign.types import PyTree, leaf_names
 
@@ -169,10 +170,7 @@ class Checkpoints:
             for step in damaged:
                 shutil.rmtree(aside / str(step), ignore_errors=True)
                 (self.directory / str(step)).rename(aside / str(step))
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("damaged checkpoints put aside")
+        hosts.barrier("damaged checkpoints put aside")
         for step in damaged:
             self._metrics.pop(step, None)
         self._manager.reload()

@@ -6,7 +6,8 @@ import signal
 from types import FrameType, TracebackType
 
 import jax
-import numpy as np
+
+from jaxalign import hosts
 
 
 class StopRequest:
@@ -39,8 +40,5 @@ class StopRequest:
             return self.signal is not None
         if step % every:
             return False
-        from jax.experimental import multihost_utils
-
-        seen = multihost_utils.process_allgather(np.int32(self.signal or 0))
-        self.signal = int(np.max(seen)) or None
+        self.signal = hosts.largest(self.signal or 0) or None
         return self.signal is not None

@@ -21,12 +21,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign import hosts
 from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import Lora, linear_layers
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files.families import TensorMap, tensor_maps
-from jaxalign.models.files.save import gather
 from jaxalign.types import PyTree
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -78,7 +78,7 @@ def save_adapter(
     if directory.is_dir() and any(directory.iterdir()):
         raise Mistake(f"{directory} is not empty; name a new folder")
     check_exportable(lora, config)
-    stacks = {name: jax.tree.map(gather, _at(adapter, name)) for name in lora.targets}
+    stacks = {name: jax.tree.map(hosts.gather, _at(adapter, name)) for name in lora.targets}
     if jax.process_index() != 0:
         return
     tensors: dict[str, np.ndarray] = {}

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign import hosts
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files.families import TensorMap, tensor_maps
@@ -107,7 +108,7 @@ def _save_tensors(
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for name, tensor, layer in shard:
-            parts = tuple(gather(_layer_of(leaves[leaf], layer)) for leaf in tensor.leaves)
+            parts = tuple(hosts.gather(_layer_of(leaves[leaf], layer)) for leaf in tensor.leaves)
             if writes:
                 tensors[name] = np.ascontiguousarray(tensor.to_hf(parts).astype(dtype))
         weight_map |= dict.fromkeys((name for name, _, _ in shard), file)
@@ -147,12 +148,3 @@ def _shards(config: ModelConfig, leaves: dict[str, Any], dtype: np.dtype, max_sh
 
 def _layer_of(leaf: jax.Array, layer: int | None) -> jax.Array:
     return leaf if layer is None else leaf[layer]
-
-
-def gather(x: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole array on this host, wherever its shards are."""
-    if not isinstance(x, jax.Array) or x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign import hosts
 from jaxalign.mistake import Mistake
-from jaxalign.models.files.save import gather
 from jaxalign.rollout.engine import slots as device
 from jaxalign.rollout.engine.params import LAYOUTS, DecodingParams, decoding_params
 from jaxalign.rollout.engine.slots import Admitted, Sampling, Slots
@@ -207,7 +207,7 @@ class LocalEngine:
     def _collect(self, slots: Slots, table: _Table, sampling: Sampling, watch: WatchFn | None) -> tuple[Slots, bool]:
         """Fetches ended responses; (the slots without them, whether a response that goes on fills its ring)."""
         arrays = slots.alive, slots.count, slots.start, slots.tokens, slots.logps, slots.model_logps
-        alive, count, start, *rings = jax.device_get(arrays) if self._alone else map(gather, arrays)
+        alive, count, start, *rings = jax.device_get(arrays) if self._alone else map(hosts.gather, arrays)
         stopped, full = [], False
         for place in list(table.active):
             order = (start[place] + np.arange(count[place])) % rings[0].shape[1]
