@@ -52,9 +52,7 @@ def main(config: GRPOConfig) -> int:
     batch_of = functools.partial(to_batch, config, prompting.rewards.weights, rows)
     responses = on_policy.rollouts(config, run, plan, prompting, batch_of)
     outcome = run.fit(plan, data, source=responses, last_because=on_policy.beyond_kl_budget(config.kl_budget))
-    if outcome.is_new:
-        final.language_model(run, outcome.state.params, outcome.frozen, outcome.step)
-    return run.end(outcome)
+    return final.language_model(run, outcome)
 
 
 def recipe(config: GRPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
@@ -71,8 +69,7 @@ def recipe(config: GRPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
         corrected=_is_corrected(config),
         implementation=implementation(config),
     )
-    forwards = int(reference is not None)
-    return Recipe(policy, gradient, reference, forwards=forwards, offload=config.offload_reference)
+    return Recipe(policy, gradient, reference, offload=config.offload_reference)
 
 
 def check(config: GRPOConfig) -> None:

@@ -42,10 +42,7 @@ def main(config: KTOConfig) -> int:
     if config.precompute_reference:
         parts = reference_logps.precompute(run, plan, [*rated, *mismatched])
         data = batches(run, plan, sets, parts, data.batches.steps)
-    outcome = run.fit(recipe(config, run.model, run.mesh), data)
-    if outcome.is_new:
-        final.language_model(run, outcome.state.params, outcome.frozen, outcome.step)
-    return run.end(outcome)
+    return final.language_model(run, run.fit(recipe(config, run.model, run.mesh), data))
 
 
 def recipe(config: KTOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
@@ -58,7 +55,7 @@ def recipe(config: KTOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
         loss=loss,
         implementation=implementation(config),
     )
-    return Recipe(policy, algorithm._replace(follow=follow), reference, forwards=int(reference is not None))
+    return Recipe(policy, algorithm._replace(follow=follow), reference)
 
 
 def check(config: KTOConfig) -> Callable:
@@ -76,14 +73,7 @@ def batches(run: Run, plan: Plan, sets: Set[Responses], parts: Sequence[Response
     mixture = dataclasses.replace(sets.train, examples=train)
     batches = UnpairedBatches(mixture, train_mismatched, plan, **run.host)
     batches = run.counted(batches) if steps is None else batches.with_steps(steps)
-    return Data(
-        batches,
-        shapes=batches.shape_count,
-        fingerprint=sets.responses.fingerprint(),
-        held_out=unpaired_eval_batches(held_out, held_out_mismatched, plan, **run.host),
-        held_out_fingerprint=sets.held_out.fingerprint(),
-        prompts=sets.prompts,
-    )
+    return Data.of(sets, batches, unpaired_eval_batches(held_out, held_out_mismatched, plan, **run.host))
 
 
 def _loss(config: KTOConfig) -> Callable:

@@ -42,9 +42,7 @@ def main(config: OnlineDPOConfig) -> int:
     rows = on_policy.count_rows(config, run.mesh, responses=1)  # of a pair each
     responses = on_policy.rollouts(config, run, plan, prompting, functools.partial(to_batch, config, rows))
     outcome = run.fit(plan, data, source=responses)
-    if outcome.is_new:
-        final.language_model(run, outcome.state.params, outcome.frozen, outcome.step)
-    return run.end(outcome)
+    return final.language_model(run, outcome)
 
 
 def recipe(config: OnlineDPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
@@ -59,8 +57,7 @@ def recipe(config: OnlineDPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
         epochs=config.algorithm.epochs,
         minibatches=config.algorithm.minibatches,
     )
-    forwards = int(reference is not None)
-    return Recipe(policy, algorithm, reference, forwards=forwards, offload=config.offload_reference)
+    return Recipe(policy, algorithm, reference, offload=config.offload_reference)
 
 
 def check(config: OnlineDPOConfig) -> None:

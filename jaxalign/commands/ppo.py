@@ -50,9 +50,7 @@ def main(config: PPOConfig) -> int:
     outcome = run.fit(
         plan, data, source=_of_policy(responses), last_because=on_policy.beyond_kl_budget(config.kl_budget)
     )
-    if outcome.is_new:  # the critic stays in the checkpoints
-        final.language_model(run, outcome.state.params["policy"], outcome.frozen, outcome.step)
-    return run.end(outcome)
+    return final.language_model(run, outcome, among="policy")  # the critic stays in the checkpoints
 
 
 def recipe(config: PPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
@@ -79,7 +77,7 @@ def recipe(config: PPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
         algorithm,
         reference,
         critic_learning_rate=config.critic.learning_rate,
-        forwards=1 + (critic.flops > 0),
+        critic_forwards=int(critic.flops > 0),
         offload=config.offload_reference,
     )
 

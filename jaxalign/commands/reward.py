@@ -105,13 +105,7 @@ def load_data(config: RewardConfig, run: Run) -> Data:
     _check_columns(config, sets)
     plan = Plan.of(config, unit=run.unit)
     batches = run.counted(GroupBatches(sets.train, plan, **run.host))
-    return Data(
-        batches,
-        shapes=batches.shape_count,
-        fingerprint=sets.responses.fingerprint(),
-        held_out=eval_batches(sets.held_out, plan, **run.host),
-        held_out_fingerprint=sets.held_out.fingerprint(),
-    )
+    return Data.of(sets, batches, eval_batches(sets.held_out, plan, **run.host))
 
 
 def load_feedback(config: RewardConfig, vocabulary: Vocabulary) -> Set[Responses]:

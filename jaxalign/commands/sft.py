@@ -30,10 +30,7 @@ def main(config: SFTConfig) -> int:
     data = load_data(config, run)
     if not run.claim(data):
         return 0
-    outcome = run.fit(recipe(config, run.model, run.mesh), data)
-    if outcome.is_new:
-        final.language_model(run, outcome.state.params, outcome.frozen, outcome.step)
-    return run.end(outcome)
+    return final.language_model(run, run.fit(recipe(config, run.model, run.mesh), data))
 
 
 def recipe(config: SFTConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
@@ -53,11 +50,4 @@ def load_data(config: SFTConfig, run: Run) -> Data:
     sets = load(config.data, run.vocabulary.tokenizer, options, eval_spec=config.eval_data)
     plan = Plan.of(config)
     batches = run.counted(TrainBatches(sets.train, plan, **run.host))
-    return Data(
-        batches,
-        shapes=batches.shape_count,
-        fingerprint=sets.train.examples.fingerprint(),
-        held_out=eval_batches(sets.held_out, plan, **run.host),
-        held_out_fingerprint=sets.held_out.fingerprint(),
-        prompts=sets.prompts,
-    )
+    return Data.of(sets, batches, eval_batches(sets.held_out, plan, **run.host))

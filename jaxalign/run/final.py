@@ -22,7 +22,7 @@ from jaxalign.models.files.peft import save_adapter
 from jaxalign.models.files.reward import DESCRIPTION, HEADS, MEMBERS, classifier_name
 from jaxalign.models.files.save import save_pretrained
 from jaxalign.run.folder import MARK_FILE, mark, trained_steps
-from jaxalign.run.run import Run
+from jaxalign.run.run import Outcome, Run
 from jaxalign.run.vocabulary import Vocabulary
 from jaxalign.training.metrics import read_rows
 from jaxalign.types import PyTree
@@ -30,26 +30,27 @@ from jaxalign.types import PyTree
 FLAT = 1e-6  # scores whose standard deviation is below it are equal; dividing by it would turn rounding into scores
 
 
-def language_model(run: Run, trained: PyTree, frozen: PyTree | None, step: int) -> None:
-    """Writes `final/`, and `adapter/` of a LoRA run; older ones, of fewer steps, are put aside as `final-<steps>`.
+def language_model(run: Run, outcome: Outcome, *, among: str | None = None) -> int:
+    """Writes `final/`, and `adapter/` of a LoRA run, once a fit has come to its end; returns the run's exit status.
+
+    Older ones, of fewer steps, are put aside as `final-<steps>`.
 
     Args:
-      run: the run (run/run.py).
-      trained: the trained leaves of the model: all of it, or the adapters.
-      frozen: the base under adapters.
-      step: steps that it was trained for.
+      run: the run.
+      outcome: of its fit.
+      among: name of the model among the trained parameters; by default they are the model's, whole or adapters.
     """
-    if run.lora is None:
-        params = trained
-    else:
-        folder = run.folder / "adapter"
-        if trained_steps(folder) != step:  # else a run that was stopped between the two folders has written it
-            _put_aside(folder)
-            save_lora(folder, run, trained, step)
-        params = merge_by_layer(join(trained, frozen), run.lora)
-    final = run.folder / "final"
-    _put_aside(final)
-    save_model(final, run, params, step)
+    if outcome.is_new:
+        trained, step = outcome.state.params, outcome.step
+        params = trained if among is None else trained[among]
+        if run.lora is not None:
+            folder = run.folder / "adapter"
+            if trained_steps(folder) != step:  # else a run that was stopped between the two folders has written it
+                _put_aside(folder)
+                save_lora(folder, run, params, step)
+            params = merge_by_layer(join(params, outcome.frozen), run.lora)
+        save_model(final_folder(run), run, params, step)
+    return run.end(outcome)
 
 
 def save_model(folder: Path, run: Run, params: PyTree, step: int) -> None:

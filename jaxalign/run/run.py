@@ -26,6 +26,7 @@ from jaxalign import hosts
 from jaxalign.config.limits import to_json
 from jaxalign.config.shared import TrainConfig
 from jaxalign.data.batches.plan import Batches, iterate
+from jaxalign.data.sets.split import Set
 from jaxalign.mistake import Mistake
 from jaxalign.models import places
 from jaxalign.models.adapters.lora import Lora
@@ -77,6 +78,12 @@ class Data:
     held_out: Sequence[Any] = ()
     held_out_fingerprint: int | None = None
     prompts: Sequence[Sequence[int]] = ()  # to which the model responds at every evaluation
+
+    @classmethod
+    def of(cls, sets: Set[Any], batches: Batches, held_out: Sequence[Any]) -> Data:
+        """The data of sets for training and held out, in batches."""
+        fingerprints = sets.train.examples.fingerprint(), sets.held_out.fingerprint()
+        return cls(batches, batches.shape_count, fingerprints[0], held_out, fingerprints[1], sets.prompts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +301,7 @@ class Run:
         if not data.held_out:
             return None
         held_out_metrics = make_evaluate(program.algorithm, data.held_out, self.mesh, frozen)
-        if not data.prompts:
+        if not (data.prompts and getattr(self.config, "samples", 0)):  # a reward model has none
             return lambda state, step: held_out_metrics(state)
         graphdef = program.recipe.part.graphdef
         sampler = Sampler(self.config, graphdef, self.model, self.vocabulary, resumed_at)

@@ -25,7 +25,7 @@ class Recipe(NamedTuple):
     algorithm: Algorithm
     reference: Part | None = None  # a model that `prepare` reads; with adapters it is their base
     critic_learning_rate: float | None = None  # peak, where "policy" and "critic" have optimizers of their own
-    forwards: int = 0  # passes of a whole model without gradient, for each batch: the reference's, the critic's
+    critic_forwards: int = 0  # passes of a critic's own trunk over each batch without gradient
     offload: bool = False  # the reference lies in the hosts' memory, and is on the devices while `prepare` runs
 
     @property
@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
     @property
     def flops(self) -> float:
         """Operations of a step, in forward and backward passes of the model over its tokens; a forward is a third."""
-        return self.part.flops * self.algorithm.epochs + self.forwards / 3
+        return self.part.flops * self.algorithm.epochs + ((self.reference is not None) + self.critic_forwards) / 3
 
 
 class Program(NamedTuple):
