@@ -40,6 +40,7 @@ def join() -> None:
     absent = [name for name, value in zip(names, values, strict=True) if not value]
     if absent:
         raise Mistake(f"`distributed`: {', '.join(absent)} is not set, though others of {', '.join(names)} are")
+    assert count is not None and index is not None
     if not (count.isdigit() and index.isdigit()):
         raise Mistake(f"`distributed`: JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={index} must be numbers")
     jax.distributed.initialize(address, int(count), int(index))

@@ -8,14 +8,17 @@ Time index: `x[:, t]` is about `tokens[:, t]`. `logps[:, t] = log p(tokens[t] | 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign.mistake import Mistake
 
 PyTree = Any
+Array = jax.Array | np.ndarray  # batches are made by numpy on the host, and lie on the devices afterwards
 
 
 class Average(NamedTuple):
@@ -54,11 +57,11 @@ class TokenBatch:
     The loss reads `mask` only, which is made from lengths and roles, never by comparing ids.
     """
 
-    tokens: jax.Array  # Int32[B T]
-    mask: jax.Array  # Bool[B T], True exactly on tokens that the model must produce, the terminator included
-    positions: jax.Array  # Int32[B T], 0 at each sequence's first token
-    segment_ids: jax.Array  # Int32[B T], 1, 2, ... for the sequences of a row; 0 is padding
-    prefix_ids: jax.Array | None = None  # Int32[B T], the segment that each token sees besides its own; None: no other
+    tokens: Array  # Int32[B T]
+    mask: Array  # Bool[B T], True exactly on tokens that the model must produce, the terminator included
+    positions: Array  # Int32[B T], 0 at each sequence's first token
+    segment_ids: Array  # Int32[B T], 1, 2, ... for the sequences of a row; 0 is padding
+    prefix_ids: Array | None = None  # Int32[B T], the segment that each token sees besides its own; None: no other
 
 
 @jax.tree_util.register_dataclass
@@ -81,8 +84,8 @@ class ResponseBatch:
     """
 
     sequences: TokenBatch  # leaves [B Q T]; a segment is a prompt with its response, or a prompt that several share
-    slots: jax.Array  # Int32[B G K], plane · stride + segment of response k of group g; 0 if there is none
-    columns: dict[str, jax.Array]  # [B G ...], further values of each group or response: margin, label, ref_logps
+    slots: Array  # Int32[B G K], plane · stride + segment of response k of group g; 0 if there is none
+    columns: Mapping[str, Array]  # [B G ...], further values of each group or response: margin, label, ref_logps
     stride: int = dataclasses.field(metadata={"static": True})  # segment ids of a plane, that of padding included
 
     @property
@@ -140,7 +143,7 @@ class RolloutBatch:
     """Responses drawn from the policy, one a row, after its prompt; empty rows fill up a batch."""
 
     sequences: TokenBatch  # the mask is True on response tokens, the terminator included
-    columns: dict[str, jax.Array]  # [B T] about tokens (old_logps, advantages, ref_logps), [B] about responses
+    columns: Mapping[str, Array]  # [B T] about tokens (old_logps, advantages, ref_logps), [B] about responses
     pretraining: TokenBatch | None = None  # as many rows of pretraining text, whose loss PPO-ptx adds
 
 

@@ -6,10 +6,9 @@ states. values[:, t] is the reward that the response will still earn, before tok
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxalign.models import heads
 from jaxalign.models.reading import hidden_states
@@ -22,7 +21,9 @@ def token_values(critic: PyTree, hidden: jax.Array) -> jax.Array:
     return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
 
-def critic_values(graphdef: Any, critic: PyTree, rows: TokenBatch, policy_hidden: jax.Array | None) -> jax.Array:
+def critic_values(
+    graphdef: nnx.GraphDef, critic: PyTree, rows: TokenBatch, policy_hidden: jax.Array | None
+) -> jax.Array:
     """`token_values` by the critic's own trunk, where it has one, else by the policy's hidden states."""
     if "model" in critic:
         _, hidden = hidden_states(graphdef, critic["model"], rows)

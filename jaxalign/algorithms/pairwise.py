@@ -70,7 +70,7 @@ def pairwise(
         raise Mistake(f"{contract.loss_name(loss)} compares all pairs of a batch; give `pairs`, their number")
     beta, momenta = contract.keyword(loss, "beta", 1.0), contract.momenta(loss)
 
-    def stats_of(graphdef: Any, params: PyTree, batch: ResponseBatch) -> ResponseStats:
+    def stats_of(graphdef: nnx.GraphDef, params: PyTree, batch: ResponseBatch) -> ResponseStats:
         return response_logps(nnx.merge(graphdef, params), batch, wanted=wanted, implementation=implementation)
 
     def prepare(params: PyTree, frozen: PyTree, batch: ResponseBatch) -> ResponseBatch:

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxalign.algorithms.base import Algorithm
 from jaxalign.algorithms.columns import with_columns
@@ -87,7 +88,7 @@ def policy_gradient(
             "`algorithm.aggregate` 'fixed' divides by the length of the longest possible response: give longest="
         )
 
-    def logps_of(graphdef: Any, params: PyTree, batch: RolloutBatch) -> jax.Array:
+    def logps_of(graphdef: nnx.GraphDef, params: PyTree, batch: RolloutBatch) -> jax.Array:
         return token_logps(graphdef, params, batch.sequences, temperature=temperature, implementation=implementation)
 
     def prepare(params: PyTree, frozen: PyTree, batch: RolloutBatch) -> RolloutBatch:

@@ -48,7 +48,7 @@ def unpaired(policy: Any, reference: Any = None, *, loss: Callable, implementati
     needs_means = any(name in (*RATIO_MEANS, *RUNNING_MEANS) for name in names)
     beta, momenta = contract.keyword(loss, "beta", 1.0), contract.momenta(loss)
 
-    def stats_of(graphdef: Any, params: PyTree, batch: ResponseBatch) -> ResponseStats:
+    def stats_of(graphdef: nnx.GraphDef, params: PyTree, batch: ResponseBatch) -> ResponseStats:
         return response_logps(nnx.merge(graphdef, params), batch, implementation=implementation)
 
     def with_reference(frozen: PyTree, batch: ResponseBatch) -> ResponseBatch:

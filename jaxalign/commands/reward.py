@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -89,7 +90,7 @@ def check(config: RewardConfig) -> None:
     """Raises Mistake on a loss that cannot be used, or on settings that exclude each other."""
     limits.check(config)
     _loss(config)
-    heads.combine(np.zeros((1, config.members), np.float32), config.combine)
+    heads.combine(jnp.zeros((1, config.members)), config.combine)
     if config.freeze_trunk and config.lora.rank:
         raise Mistake("`freeze_trunk` trains the heads alone, and `lora.rank` adapters besides; give one of them")
     if config.members > 1 and config.lora.rank and huggingface.is_random(config.model):

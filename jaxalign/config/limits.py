@@ -125,16 +125,15 @@ def from_json(kind: type, values: dict[str, Any], *, where: str = "config.json")
     absent = [n for n, f in fields.items() if n not in values and f.default is f.default_factory is dataclasses.MISSING]
     if absent:
         raise Mistake(f"{where} has no {', '.join(absent)}, which {kind.__name__} needs")
-    hints, arguments = get_type_hints(kind), {}
+    hints, arguments = get_type_hints(kind), dict[str, Any]()
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
             arguments[name] = from_json(hints[name], value, where=f"{where}: {name}")
             continue
         if not _fits(value, hints[name]):
             raise Mistake(f"{where}: {name} is {value!r}, and must be {_described(hints[name])}")
-        arguments[name] = tuple(value) if isinstance(value, list) else value
-        if hints[name] in (Path, Path | None) and value is not None:
-            arguments[name] = Path(value)
+        is_path = isinstance(value, str) and hints[name] in (Path, Path | None)
+        arguments[name] = Path(value) if is_path else tuple(value) if isinstance(value, list) else value
     return kind(**arguments)
 
 

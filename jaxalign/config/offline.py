@@ -39,7 +39,15 @@ class SFTConfig(SampleSettings, KernelCheckSettings, OfflineConfig):
 
 
 @dataclass(frozen=True)
-class DPOAlgorithm:
+class FeedbackAlgorithm:
+    """The loss of a pair or of a rated response."""
+
+    loss: str = ""
+    """Loss per pair or per response."""
+
+
+@dataclass(frozen=True)
+class DPOAlgorithm(FeedbackAlgorithm):
     """The loss of a pair."""
 
     loss: str = "dpo"
@@ -48,7 +56,7 @@ class DPOAlgorithm:
 
 
 @dataclass(frozen=True)
-class KTOAlgorithm:
+class KTOAlgorithm(FeedbackAlgorithm):
     """The loss of a rated response."""
 
     loss: str = "kto"
@@ -65,6 +73,7 @@ class FeedbackConfig(ChatRowSettings, SampleSettings, KernelCheckSettings, Offli
     precompute_reference: bool = False
     """Compute the reference's log-probabilities once before training, which then holds a single model."""
     ref_update: RefUpdateConfig = field(default_factory=RefUpdateConfig)
+    algorithm: FeedbackAlgorithm = field(default_factory=FeedbackAlgorithm)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,16 @@ from jaxalign.config.shared import (
 NEVER_OBEYED = ("eval_data", "eval_share", "packing", "check_kernels", "checkpoint.keep_best")
 
 
+@dataclass(frozen=True)
+class UpdateSettings:
+    """The updates of a step."""
+
+    epochs: Annotated[int, at_least(1)] = 1
+    """Number of passes over the responses of a step."""
+    minibatches: Annotated[int, at_least(1)] = 1
+    """Number of optimizer updates in each pass."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig(ChatRowSettings, LogpSettings, TrainConfig):
     """Settings of generation and rewards."""
@@ -66,6 +76,7 @@ class RolloutConfig(ChatRowSettings, LogpSettings, TrainConfig):
     'training': as in training, gathered for every token (less memory)."""
     offload_reference: bool = False
     """Keep the reference in the host's memory, and on the devices only while it scores responses."""
+    algorithm: UpdateSettings = field(default_factory=UpdateSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +89,7 @@ class KLBudgetSettings:
 
 
 @dataclass(frozen=True)
-class GRPOAlgorithm:
+class GRPOAlgorithm(UpdateSettings):
     """The update of a policy without a critic; algorithms/policy_gradient.py names the papers' choices."""
 
     loss: str = "ppo_clip"
@@ -101,10 +112,6 @@ class GRPOAlgorithm:
     """Largest importance weight of a token, where it was not sampled from the policy itself (--top-p, --engine)."""
     reference: bool = True
     """Hold the starting model beside the policy, to log the KL between the two."""
-    epochs: Annotated[int, at_least(1)] = 1
-    """Number of passes over the responses of a step."""
-    minibatches: Annotated[int, at_least(1)] = 1
-    """Number of optimizer updates in each pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +153,7 @@ class RLOOConfig(GRPOConfig):
 
 
 @dataclass(frozen=True)
-class OnlineDPOAlgorithm:
+class OnlineDPOAlgorithm(UpdateSettings):
     """The loss of a pair of the policy's own responses."""
 
     loss: str = "dpo"
@@ -154,8 +161,6 @@ class OnlineDPOAlgorithm:
     'my.module:function(x=1)'."""
     epochs: Annotated[int, at_least(1)] = 1
     """Number of passes over the pairs of a step."""
-    minibatches: Annotated[int, at_least(1)] = 1
-    """Number of optimizer updates in each pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +177,7 @@ class OnlineDPOConfig(GroupConfig):
 
 
 @dataclass(frozen=True)
-class PPOAlgorithm:
+class PPOAlgorithm(UpdateSettings):
     """The update of policy and critic; algorithms/ppo.py says where each choice comes from."""
 
     loss: str = "ppo_clip"
@@ -212,8 +217,6 @@ class PPOAlgorithm:
     Default: no limit."""
     epochs: Annotated[int, at_least(1)] = 4
     """Number of passes over the responses of a step."""
-    minibatches: Annotated[int, at_least(1)] = 1
-    """Number of optimizer updates in each pass."""
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,8 @@ class TrainConfig:
     (least memory)."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """Attention implementation. 'auto' is the fastest that runs on the platform and fits the shapes."""
+    eval_every: Annotated[int, at_least(0)] = 0
+    """Number of steps between evaluations; 0 evaluates at the start and the end only."""
     resume: bool = True
     """Continue the run that --output holds; with --no-resume a folder that holds a run is refused."""
     profile: bool = False

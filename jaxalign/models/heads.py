@@ -39,7 +39,7 @@ def scores(hidden: jax.Array, head: jax.Array) -> jax.Array:
     return jnp.einsum("...d,md->...m", *wide, precision=jax.lax.Precision.HIGHEST)
 
 
-def each_member(graphdef: Any, params: PyTree, score: Callable[[Any, jax.Array], jax.Array]) -> jax.Array:
+def each_member(graphdef: nnx.GraphDef, params: PyTree, score: Callable[[Any, jax.Array], jax.Array]) -> jax.Array:
     """`score(model, head [M D])` [... M] of all members: in one call on a shared trunk, or by vmap over adapters."""
     if "members" not in params:
         return score(nnx.merge(graphdef, params["model"]), params["head"])

@@ -22,7 +22,7 @@ def shards_of(model: Any) -> Shards | None:
     return None if layout is None else Shards(layout.mesh, layout.rows, layout.heads)
 
 
-def hidden_states(graphdef: Any, params: PyTree, rows: TokenBatch) -> tuple[Any, jax.Array]:
+def hidden_states(graphdef: nnx.GraphDef, params: PyTree, rows: TokenBatch) -> tuple[Any, jax.Array]:
     """(the model, its hidden states [B T D])."""
     model = nnx.merge(graphdef, params)
     return model, hidden_of(model, rows)
@@ -39,7 +39,7 @@ def token_stats(model: Any, hidden: jax.Array, rows: TokenBatch, **options: Any)
 
 
 def token_logps(
-    graphdef: Any, params: PyTree, rows: TokenBatch, *, temperature: float, implementation: str | None = None
+    graphdef: nnx.GraphDef, params: PyTree, rows: TokenBatch, *, temperature: float, implementation: str | None = None
 ) -> jax.Array:
     """log softmax(logits / temperature) of each token in the mask, Float32[B T] in nats; 0 elsewhere.
 

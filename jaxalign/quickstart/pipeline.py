@@ -54,6 +54,7 @@ def main(config: QuickstartConfig) -> int:
     page = output / "index.html"
     page.write_text(render(questions, stages, agreement, courses), encoding="utf-8")
     print(table(stages))
+    assert agreement is not None  # the plan has a stage of reward
     print(f"\n{agreement.sentence()}")
     print(f"\nThe page with curves, and with answers side by side: {page}")
     return 0

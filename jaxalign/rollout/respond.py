@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
 from jaxalign.data.sets import prompts as prompting
 from jaxalign.data.sets.prompts import Prompt
@@ -40,7 +41,7 @@ class LoadedModel(NamedTuple):
     config: ModelConfig
     tokenizer: Any
     terminators: tuple[int, ...]  # ids that end a response
-    graphdef: Any = None
+    graphdef: nnx.GraphDef | None = None
     params: PyTree | None = None  # None: a server has them
 
 
@@ -157,7 +158,7 @@ def _check_lengths(ids: list[list[int]], max_new_tokens: int, config: ModelConfi
 
 
 def generate_ids(
-    graphdef: Any,
+    graphdef: nnx.GraphDef,
     params: PyTree,
     prompts: Sequence[Sequence[int]],
     key: jax.Array,

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 INTERPRETED_TOKENS = 128
 
 
-def check_kernels(graphdef: Any, params: PyTree, batch: Any, mesh: Mesh, *, microbatches: int) -> None:
+def check_kernels(graphdef: nnx.GraphDef, params: PyTree, batch: Any, mesh: Mesh, *, microbatches: int) -> None:
     """Raises Mistake if the log-probability kernel and the chunked implementation differ on the first microbatch.
 
     There is no kernel for a CPU: there the program of the TPU's kernel is interpreted, on a few tokens.

@@ -69,6 +69,7 @@ def save_model(folder: Path, run: Run, params: PyTree, step: int) -> None:
 
 def save_lora(folder: Path, run: Run, adapter: PyTree, step: int) -> None:
     """Writes the adapter after `step` in PEFT's format, with the mark that `final/` carries."""
+    assert run.lora is not None
     base = huggingface.absolute_source(run.config.model)
     save_adapter(folder, adapter, run.lora, run.model, base_model=base, extra={MARK_FILE: mark(step)})
 
@@ -114,6 +115,7 @@ def reward_model(
             (partial / MEMBERS).mkdir()
             save_file({"heads": all_heads}, partial / MEMBERS / HEADS)
         for m in range(len(all_heads) if is_ensemble_of_adapters else 0):
+            assert run.lora is not None
             member = jax.tree.map(lambda x, m=m: x[m], params["members"])
             save_adapter(partial / MEMBERS / str(m), member, run.lora, run.model, base_model=description["base"])
 

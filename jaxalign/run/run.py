@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ from jaxalign.types import PyTree
 log = logging.getLogger(__name__)
 
 BatchesT = TypeVar("BatchesT", bound=Batches)
+ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 # (params as the algorithm sees them, step) -> (this host's rows of a batch, metrics of how it was made)
 SourceFn = Callable[[PyTree, int], tuple[Any, dict[str, float]]]
 
@@ -87,10 +88,10 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Run(Generic[ConfigT]):
     """What every training command starts from."""
 
-    config: TrainConfig
+    config: ConfigT
     command: str
     mesh: Mesh
     model: ModelConfig
@@ -99,7 +100,7 @@ class Run:
     exists: bool  # the folder holds this run already
 
     @classmethod
-    def open(cls, config: TrainConfig, command: str) -> Run:
+    def open(cls, config: ConfigT, command: str) -> Run[ConfigT]:
         """Joins the hosts, starts the log and reads all but weights. The folder is looked at, not yet made."""
         devices.start(distributed=config.distributed)
         devices.start_log()
@@ -110,7 +111,7 @@ class Run:
         return run
 
     @classmethod
-    def read(cls, config: TrainConfig, command: str, *, exists: bool = True) -> Run:
+    def read(cls, config: ConfigT, command: str, *, exists: bool = True) -> Run[ConfigT]:
         """The run of a config without its folder: mesh, model config, vocabulary and adapters."""
         devices.check_attention(config.attention, config.max_length)
         mesh = places.make_mesh(**dataclasses.asdict(config.mesh))
@@ -151,8 +152,8 @@ class Run:
     def claim(self, data: Data) -> bool:
         """Makes the folder this run's, once all hosts agree on settings and data. False if the run is complete."""
         config, steps = self.config, data.batches.steps
-        if getattr(config.checkpoint, "keep_best", 0) and not data.held_out:
-            raise Mistake(f"`checkpoint.keep_best` {config.checkpoint.keep_best} needs held-out data; give `eval_data`")
+        if self._keep_best and not data.held_out:
+            raise Mistake(f"`checkpoint.keep_best` {self._keep_best} needs held-out data; give `eval_data`")
         fingerprints = {"data": data.fingerprint, "held-out data": str(data.held_out_fingerprint)}
         hosts.agree(settings=json.dumps(to_json(config)), **fingerprints, steps=steps)
 
@@ -183,8 +184,7 @@ class Run:
         """
         config, steps = self.config, data.batches.steps
         program = compile_step(config, recipe, self.mesh, steps=steps)
-        keep_best = getattr(config.checkpoint, "keep_best", 0)
-        checkpoints = Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep, keep_best=keep_best)
+        checkpoints = Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep, keep_best=self._keep_best)
         self._check_not_beyond(checkpoints, steps)
         frozen = load_frozen(program)
         state, progress = self._start_or_resume(program, frozen, data, checkpoints)
@@ -240,6 +240,10 @@ class Run:
         if jax.process_index() == 0:
             log.info("the model is in %s", self.folder / "final")
         return 0
+
+    @property
+    def _keep_best(self) -> int:
+        return getattr(self.config.checkpoint, "keep_best", 0)
 
     def _check_not_beyond(self, checkpoints: Checkpoints, steps: int) -> None:
         done = max(checkpoints.steps(), default=0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jaxalign.config.on_policy import RolloutConfig
 from jaxalign.models.decoder.config import ModelConfig
@@ -31,7 +32,7 @@ class Sampler:
     def __init__(
         self,
         config: Any,
-        graphdef: Any,
+        graphdef: nnx.GraphDef,
         model: ModelConfig,
         vocabulary: Vocabulary,
         resumed_at: int,

@@ -11,7 +11,7 @@ holds for all: `assemble(init(key, like, frozen), load(like))` is the tree that 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ ADAPTERS, HEADS, CRITIC = 1, 2, 3  # folded into a run's key, for what starts at
 class Part(NamedTuple):
     """Parameters of a run: what of them has gradients, where their first values come from, and how they are read."""
 
-    graphdef: Any  # structure of the model that reads the assembled parameters
+    graphdef: Any  # nnx.GraphDef of the model that reads the assembled parameters
     trained: PyTree  # ShapeDtypeStructs of the leaves that have gradients
     frozen: PyTree | None  # the same of the leaves under them; in no checkpoint of the run
     init: Callable[[jax.Array, PyTree, PyTree], PyTree]  # (key, `trained` with shardings, frozen) -> trained leaves

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 import sys
 from typing import Any
@@ -94,7 +95,8 @@ def _conversation(config: ChatConfig, model: ModelConfig, tokenizer: Any) -> Con
 
 def _lines(talk: Conversation | Continuation) -> Any:
     """Lines for the model, one at a time; those for the program itself are obeyed on the way."""
-    sys.stdin.reconfigure(errors="replace")  # a byte that is no text ends no conversation
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text ends no conversation
     asks = "> " if sys.stdin.isatty() else ""
     if asks:
         with contextlib.suppress(ImportError):

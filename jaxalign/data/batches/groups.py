@@ -37,7 +37,7 @@ class Responses:
         """Int64[N K], tokens of each sequence; 0 where there is none."""
         return np.where(self.groups >= 0, self.examples.lengths[self.groups], 0)
 
-    def take(self, indices: Sequence[int]) -> Responses:
+    def take(self, indices: Sequence[int] | np.ndarray) -> Responses:
         """Some of the groups, in the order given; the examples stay as they are."""
         chosen = np.asarray(indices, np.int64)
         columns = {name: values[chosen] for name, values in self.columns.items()}

@@ -25,7 +25,7 @@ from jaxalign.types import TokenBatch
 Placements = list[tuple[int, int, int]]  # (group, response, plane) of each sequence in a row
 
 
-def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
+def pack(lengths: Sequence[int] | np.ndarray, width: int) -> list[list[int]]:
     """Indices of the sequences of each row; no row holds more than `width` tokens, and every sequence is in one row.
 
     Takes time n log n. Rows are in the order of their first sequence, sequences in a row in their own order.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Self
 
@@ -67,10 +67,11 @@ class Mixture:
     @classmethod
     def of(cls, examples: Any, sizes: Sequence[int], weights: Sequence[float | None]) -> Mixture:
         """Without weights an epoch takes every example once; with them, as many in all, in those shares."""
-        if any(w is None for w in weights):
+        numbers = [w for w in weights if w is not None]
+        if len(numbers) < len(weights):
             return cls(examples, tuple(sizes), tuple(sizes))
         total = sum(sizes)
-        shares = [w / sum(weights) for w in weights]
+        shares = [w / sum(numbers) for w in numbers]
         return cls(examples, tuple(sizes), tuple(max(1, round(total * share)) for share in shares))
 
     def epoch(self, number: int, *, seed: int, shuffle: bool) -> np.ndarray:
@@ -90,7 +91,7 @@ def order(size: int, seed: tuple[int, ...], shuffle: bool) -> np.ndarray:
     return np.random.default_rng(seed).permutation(size) if shuffle else np.arange(size)
 
 
-class Batches:
+class Batches(Sequence[Any]):
     """Batches as a function of the step: `batches[n]` is batch n, for n = 0, 1, ..., steps - 1.
 
     Epochs follow each other without a gap; a batch may span two. The number of steps may depend on `steps_per_epoch`:
@@ -100,7 +101,7 @@ class Batches:
     def __init__(
         self,
         plan: Plan,
-        epoch: Callable[[int], Sequence[Any]],
+        epoch: Callable[[int], Sequence[Any] | np.ndarray],
         *,
         steps: int = 0,
         process_index: int = 0,
@@ -122,6 +123,14 @@ class Batches:
 
     def __len__(self) -> int:
         return self.steps
+
+    def __getitem__(self, step: int) -> Any:
+        raise NotImplementedError
+
+    @property
+    def shape_count(self) -> int:
+        """Number of shapes of batches that can occur."""
+        return len(self.plan.widths)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -147,7 +156,7 @@ class Batches:
         return self._epoch(epoch)[number - self._starts[epoch]]
 
 
-def iterate(batches: Batches) -> Iterator[Any]:
+def iterate(batches: Batches) -> Any:
     """A Grain iterator that reads 4 batches ahead; get_state() and set_state() hold the number of the next step."""
     import grain
 

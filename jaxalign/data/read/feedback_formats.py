@@ -83,8 +83,8 @@ def _context_and_response(prompt: Any, response: Any) -> tuple[Any, Any]:
 
 def _within(few: Sequence[Row], many: Sequence[Row]) -> bool:
     """True if `few` is a run of turns of `many`; white space around a text makes no difference."""
-    few, many = ([(turn["role"], turn["content"].strip()) for turn in part] for part in (few, many))
-    return any(many[i : i + len(few)] == few for i in range(len(many) - len(few) + 1))
+    part, whole = ([(turn["role"], turn["content"].strip()) for turn in turns] for turns in (few, many))
+    return any(whole[i : i + len(part)] == part for i in range(len(whole) - len(part) + 1))
 
 
 def _check_finite(name: str, *values: float) -> None:
@@ -100,9 +100,9 @@ def _opinions(row: Row) -> dict[str, float]:
     opinions = {name: float(row[name]) for name in OPINIONS if isinstance(row.get(name), int | float)}
     if not 0 <= opinions.get("preference", 1) <= 1:
         raise Mistake(f"preference is {row['preference']!r}, not a probability")
-    scores = row.get("score_chosen"), row.get("score_rejected")
-    if "margin" not in opinions and all(isinstance(s, int | float) for s in scores):
-        opinions["margin"] = float(scores[0] - scores[1])
+    chosen, rejected = row.get("score_chosen"), row.get("score_rejected")
+    if "margin" not in opinions and isinstance(chosen, int | float) and isinstance(rejected, int | float):
+        opinions["margin"] = float(chosen - rejected)
     return opinions
 
 

@@ -21,11 +21,12 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jaxalign.mistake import Mistake
 
 Row = dict[str, Any]
+Splits = dict[str | None, Sequence[Row]]
 TRAIN_NAMES = ("train", "training")
 HELD_OUT_NAMES = ("test", "validation", "valid", "val", "held", "heldout", "dev", "eval")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet", ".txt", ".txt.gz")
@@ -155,7 +156,7 @@ def repaired(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _by_split_column(rows: Sequence[Row], path: Path) -> dict[str | None, Sequence[Row]]:
+def _by_split_column(rows: Sequence[Row], path: Path) -> Splits:
     if not isinstance(rows[0].get("split"), str):
         return {None: rows}
     splits: dict[str | None, list[Row]] = {}
@@ -164,7 +165,7 @@ def _by_split_column(rows: Sequence[Row], path: Path) -> dict[str | None, Sequen
         if not isinstance(name, str | None):
             raise Mistake(f"data file {path}, row {number}: `split` is {name!r}; it must be a text, as in row 1")
         splits.setdefault(name, []).append(row)
-    return splits if len(splits) > 1 else {None: rows}
+    return dict(splits) if len(splits) > 1 else {None: rows}
 
 
 def _read_file(path: Path) -> Sequence[Row]:
@@ -191,7 +192,7 @@ def _read_rows(path: Path) -> Sequence[Row]:
 
         try:
             pyarrow.parquet.read_schema(path)  # raises the error that `datasets` would also log
-            return Dataset.from_parquet(str(path))
+            return cast(Sequence[Row], Dataset.from_parquet(str(path)))
         except Exception as error:  # arrow's errors, under many names
             causes = [error, error.__cause__ or error]  # `datasets` gives the reason in the cause
             reason = (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
@@ -274,22 +275,22 @@ def _number(cell: str) -> Any:
         return cell
 
 
-def _load_folder(path: Path) -> dict[str | None, Sequence[Row]]:
+def _load_folder(path: Path) -> Splits:
     from datasets import DatasetDict, load_from_disk
 
     try:
         dataset = load_from_disk(str(path))
     except FileNotFoundError:
         raise Mistake(f"data folder {path} is not a dataset saved with save_to_disk") from None
-    return dict(dataset) if isinstance(dataset, DatasetDict) else {None: dataset}
+    return cast(Splits, dict(dataset) if isinstance(dataset, DatasetDict) else {None: dataset})
 
 
-def _load_hub(source: Source) -> dict[str | None, Sequence[Row]]:
+def _load_hub(source: Source) -> Splits:
     from datasets import load_dataset
 
     unreachable = _go_offline_if_unreachable(source.name)
     try:
-        return dict(load_dataset(source.name, source.config))
+        return cast(Splits, dict(load_dataset(source.name, source.config)))
     except Exception as error:  # the hub client raises under many names
         reason = unreachable or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         raise Mistake(
@@ -304,7 +305,7 @@ def _go_offline_if_unreachable(name: str) -> str | None:
     A client that is not offline retries five times for each file, half a minute in all, before it reads its cache.
     Returns the reason why the hub cannot be reached, or None.
     """
-    import datasets
+    import datasets.config
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

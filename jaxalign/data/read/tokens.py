@@ -44,7 +44,7 @@ class Examples:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
-    def take(self, indices: Sequence[int]) -> Examples:
+    def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
         """Some of the examples, in the order given."""
         return Examples.of([self[int(i)] for i in indices])
 

@@ -92,9 +92,9 @@ def _read(rows: Sequence[dict], where: str, encoder: Encoder, separator: str, op
 def _labels(row: dict, place: str) -> np.ndarray:
     """Float32[min(steps, MOST_STEPS)], -1 where a step has none."""
     prompt, solution, labels = (row.get(name) for name in COLUMNS)
-    for name, value in (("completions", solution), ("labels", labels)):
-        if not isinstance(value, list):
-            raise Mistake(f"{place}: `{name}` is {value!r}; it must be a list, of one entry for each step")
+    if not isinstance(solution, list) or not isinstance(labels, list):
+        name, value = ("labels", labels) if isinstance(solution, list) else ("completions", solution)
+        raise Mistake(f"{place}: `{name}` is {value!r}; it must be a list, of one entry for each step")
     if not isinstance(prompt, str) or not all(isinstance(step, str) for step in solution):
         raise Mistake(f"{place}: prompt and completions must be texts")
     if len(labels) != len(solution):

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxalign.mistake import Mistake
 from jaxalign.models import heads
@@ -54,7 +55,7 @@ class RewardModel:
 
     folder: Path
     config: ModelConfig  # of the trunk
-    graphdef: Any
+    graphdef: nnx.GraphDef
     like: PyTree  # "model", "head" [M D], "mean" and "std" [M], and "members" [M ...] where each has adapters
     rule: str = "mean"  # how members' scores are combined
     as_chat: bool = False  # trained on texts as turns of a conversation
@@ -179,7 +180,7 @@ def load_reward_params(model: RewardModel, *, shardings: PyTree | None = None) -
     return {"model": trunk, **placed}
 
 
-def member_scores(graphdef: Any, params: PyTree, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+def member_scores(graphdef: nnx.GraphDef, params: PyTree, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """Float32[B M]: (r_m - mean_m) / std_m, with r_m read at the last token of each row; 0 in an empty row.
 
     Args:
@@ -192,7 +193,9 @@ def member_scores(graphdef: Any, params: PyTree, tokens: jax.Array, lengths: jax
     return jnp.where(lengths[:, None] > 0, scores, 0.0)
 
 
-def scores_at(graphdef: Any, params: PyTree, tokens: jax.Array, lengths: jax.Array, places: jax.Array) -> jax.Array:
+def scores_at(
+    graphdef: nnx.GraphDef, params: PyTree, tokens: jax.Array, lengths: jax.Array, places: jax.Array
+) -> jax.Array:
     """Float32[B S M], (r_m - mean_m) / std_m at the places Int32[B S] of each row, such as the ends of steps."""
     segment_ids = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from jaxalign.data.batches.plan import bucket_widths
 from jaxalign.models.reading import token_logps
@@ -24,7 +24,7 @@ TIMES = 2.0  # log-probs this much closer to the model's at temperature 1 than t
 class Agreement:
     """Compares the log-probs of a call's first responses with the policy's, and raises where they differ."""
 
-    def __init__(self, graphdef: Any, *, rows: int, max_length: int):
+    def __init__(self, graphdef: nnx.GraphDef, *, rows: int, max_length: int):
         """
         Args:
           graphdef: of the policy.

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+
 from jaxalign.config.on_policy import RolloutConfig
 from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import Lora
@@ -48,7 +50,7 @@ def check_server(config: RolloutConfig) -> None:
 
 
 def make_engine(
-    config: RolloutConfig, graphdef: Any, *, ways: int, prompt_room: int, publish: PublishFn | None
+    config: RolloutConfig, graphdef: nnx.GraphDef, *, ways: int, prompt_room: int, publish: PublishFn | None
 ) -> Engine:
     """The engine that a config chooses.
 

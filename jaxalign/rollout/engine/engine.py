@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxalign import hosts
 from jaxalign.mistake import Mistake
@@ -79,7 +80,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        graphdef: Any,
+        graphdef: nnx.GraphDef,
         *,
         slots: int = 16,
         refill: bool = True,

@@ -37,7 +37,7 @@ class _Target(NamedTuple):
     sharding: NamedSharding | None
 
 
-def decoding_params(graphdef: Any, params: PyTree, *, layout: str = "training") -> DecodingParams:
+def decoding_params(graphdef: nnx.GraphDef, params: PyTree, *, layout: str = "training") -> DecodingParams:
     """The params with a second copy of the blocks, layer by layer, since a step that took each layer out of the stack
     would spend as long on that as on the matrix products.
 

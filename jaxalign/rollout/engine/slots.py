@@ -95,7 +95,14 @@ class Admitted(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "slots", "prompt", "response", "sampling", "cache_dtype"))
 def empty_slots(
-    graphdef: Any, params: PyTree, *, slots: int, prompt: int, response: int, sampling: Sampling, cache_dtype: Any
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    *,
+    slots: int,
+    prompt: int,
+    response: int,
+    sampling: Sampling,
+    cache_dtype: Any,
 ) -> Slots:
     """Free slots, with room for prompts of `prompt` tokens and rings of `response` tokens."""
     model = nnx.merge(graphdef, params)
@@ -123,7 +130,7 @@ def empty_slots(
     )
 
 
-def admit(graphdef: Any, params: DecodingParams, slots: Slots, new: Admitted) -> Slots:
+def admit(graphdef: nnx.GraphDef, params: DecodingParams, slots: Slots, new: Admitted) -> Slots:
     """The slots with new requests, their prompts in the cache.
 
     Prefill and insertion are jitted separately, so that prefill is not recompiled when the rings grow.
@@ -134,7 +141,7 @@ def admit(graphdef: Any, params: DecodingParams, slots: Slots, new: Admitted) ->
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def _prefill(
-    graphdef: Any, params: DecodingParams, prompts: jax.Array, mask: jax.Array, *, dtype: Any
+    graphdef: nnx.GraphDef, params: DecodingParams, prompts: jax.Array, mask: jax.Array, *, dtype: Any
 ) -> tuple[jax.Array, Cache]:
     """(the last hidden state [F D] of each prompt, a cache of the prompts alone)."""
     model = nnx.merge(graphdef, params.tree)
@@ -151,7 +158,7 @@ def _prefill(
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="slots")
 def _insert(
-    graphdef: Any, params: DecodingParams, slots: Slots, new: Admitted, hidden: jax.Array, cache: Cache
+    graphdef: nnx.GraphDef, params: DecodingParams, slots: Slots, new: Admitted, hidden: jax.Array, cache: Cache
 ) -> Slots:
     """The slots with the new requests, given the last hidden states and the cache of their prompts."""
     width = new.prompts.shape[1]
@@ -208,7 +215,13 @@ def _history(slots: Slots, new: Admitted) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="slots")
 def decode(
-    graphdef: Any, params: DecodingParams, slots: Slots, want_free: jax.Array, most: jax.Array, *, sampling: Sampling
+    graphdef: nnx.GraphDef,
+    params: DecodingParams,
+    slots: Slots,
+    want_free: jax.Array,
+    most: jax.Array,
+    *,
+    sampling: Sampling,
 ) -> Slots:
     """The slots after steps until `want_free` are free, none is alive, a ring is full, or `most` steps were taken."""
     model = nnx.merge(graphdef, params.tree)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jaxalign.rollout.rewards.rewards import Rewards
 
 
 def scores_by_function(
-    rewards: Rewards, prompts: Sequence[Any], responses: Sequence[str], columns: dict[str, Sequence[Any]]
+    rewards: Rewards, prompts: Sequence[Any], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
 ) -> dict[str, np.ndarray]:
     """Each function's own scores [N], before weights, the same on all hosts.
 

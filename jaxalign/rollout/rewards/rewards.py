@@ -21,7 +21,7 @@ import inspect
 import math
 import reprlib
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ class Rewards:
         models = ((name, f) for name, f in self._functions.items() if _unbound(f) is reward_model)
         return {name: function.keywords["path"] for name, function in models}
 
-    def check(self, prompts: Sequence[Any], columns: dict[str, Sequence[Any]], *, later: Sequence[str] = ()) -> None:
+    def check(self, prompts: Sequence[Any], columns: Mapping[str, Sequence[Any]], *, later: Sequence[str] = ()) -> None:
         """Requires of all prompts what scoring needs, so that no run ends at the step that draws a bad one.
 
         Args:
@@ -92,7 +92,7 @@ class Rewards:
             elif _unbound(function) is reward_model:
                 scorer(**function.keywords).check(prompts)
 
-    def __call__(self, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> np.ndarray:
+    def __call__(self, prompts: Texts, responses: Texts, columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
         """Float32[N], the weighted sum of the functions' scores.
 
         Raises:
@@ -104,7 +104,7 @@ class Rewards:
         self,
         prompts: Texts,
         responses: Texts,
-        columns: dict[str, Sequence[Any]],
+        columns: Mapping[str, Sequence[Any]],
         names: Collection[str] | None = None,
     ) -> dict[str, np.ndarray]:
         """Each function's own scores, Float64[N], before weights; of `names`, or of all. Raises what the sum does."""
