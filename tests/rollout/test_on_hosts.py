@@ -68,7 +68,7 @@ def score_on_both(reward, prompts=PROMPTS, responses=RESPONSES):
 
 
 def test_hosts_share_what_a_reward_model_reads_and_know_all_scores(folder):
-    reward = f"reward_model(path={str(folder)!r}) + 0.5*tests.runs.rewards:first_host_only"
+    reward = f"reward_model(path={str(folder)!r}) + 0.5*tests.commands.rewards:first_host_only"
     (scores, read), (scores_of_second, read_by_second) = score_on_both(reward)
     assert scores == scores_of_second and list(scores) == ["reward_model", "first_host_only"]
     assert (read, read_by_second) == (RESPONSES[:2], RESPONSES[2:])

@@ -55,7 +55,7 @@ def test_what_the_other_rewards_say(tmp_path):
 
 
 def test_a_sum_is_weighted_and_columns_go_to_those_who_name_them():
-    rewards = Rewards("0.5*tests.runs.rewards:answered(worth=4.0) + tests.runs.rewards:dogs")
+    rewards = Rewards("0.5*tests.commands.rewards:answered(worth=4.0) + tests.commands.rewards:dogs")
     scores = rewards(["?", "?"], ["a dog", "a cat"], {"answer": ["dog", "dog"], "other": [1, 2]})
     np.testing.assert_allclose(scores, [2.5, 0.0])
     assert scores.dtype == np.float32
@@ -81,13 +81,13 @@ def test_a_score_is_a_number_of_any_library(what):
 )
 def test_what_is_not_one_real_number_of_float32_is_no_score(what, shown):
     with pytest.raises(RewardError, match=re.escape(f"the reward gives gave {shown}")) as raised:
-        Rewards(f"tests.runs.rewards:gives(what={what!r})")(["?"], ["a"], {})
+        Rewards(f"tests.commands.rewards:gives(what={what!r})")(["?"], ["a"], {})
     assert str(raised.value).endswith(" for response 0; a score must be a finite number in float32")
 
 
 def test_rewards_that_add_up_to_more_than_float32_holds_are_refused():
     with pytest.raises(RewardError, match=r"the scores of response 0 add up to 6e\+38; a float32 holds 3.4e\+38"):
-        Rewards("2*tests.runs.rewards:huge")(["?"], ["a"], {})
+        Rewards("2*tests.commands.rewards:huge")(["?"], ["a"], {})
 
 
 def test_what_is_awaited_is_a_reward_like_others_and_single_responses_are_judged_at_once():
@@ -99,7 +99,7 @@ def test_what_is_awaited_is_a_reward_like_others_and_single_responses_are_judged
 
 
 def test_terms_are_told_apart_by_name():
-    rewards = Rewards("2*length(target=2) + length(target=4) + tests.runs.rewards:dogs")
+    rewards = Rewards("2*length(target=2) + length(target=4) + tests.commands.rewards:dogs")
     scores = rewards.scores_by_function(["?"], ["a dog"], {})
     assert {name: values.tolist() for name, values in scores.items()} == {
         "length": [0.0],
@@ -112,7 +112,7 @@ def test_terms_are_told_apart_by_name():
 def test_a_reward_that_hangs_does_not_keep_the_process_from_its_end():
     code = (
         "from jaxalign.rollout.rewards.rewards import Rewards\n"
-        "try: Rewards('tests.runs.rewards:hangs(seconds=300.0)', seconds=0.2)(['?'], ['a'], {})\n"
+        "try: Rewards('tests.commands.rewards:hangs(seconds=300.0)', seconds=0.2)(['?'], ['a'], {})\n"
         "except ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
