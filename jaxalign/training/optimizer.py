@@ -1,8 +1,8 @@
-"""The optimizer from its hyperparameters: schedule, clipping, and weight decay on matrices only.
+"""The optimizer of a config: schedule, clipping, and weight decay on matrices only.
 
-An update that is not to be applied leaves its moments as they are by what it multiplies them with. To choose between
-the new moments and the old, both would have to be there: a copy of the whole optimizer state on a CPU, where XLA
-computes parameters and moments in loops of their own.
+A skipped update keeps the moments by multiplying them with 1 and the gradient with 0. A choice between the new moments
+and the old would need both: a copy of the whole optimizer state on a CPU, where XLA updates parameters and moments in
+separate loops.
 """
 
 from __future__ import annotations
@@ -13,34 +13,31 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign.config.shared import OptimizerConfig
 from jaxalign.mistake import Mistake
 from jaxalign.types import PyTree, leaf_names
 
-SCHEDULES = ("constant", "linear", "cosine")
 
-
-def learning_rate_schedule(
-    learning_rate: float, *, schedule: str = "cosine", steps: int, warmup_steps: int = 0, final_share: float = 0.0
-) -> optax.Schedule:
+def learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     """Learning rate of update n = 0, 1, ...: a linear rise over `warmup_steps`, then constant or a fall.
 
-    The rise takes (n + 1) / (warmup_steps + 1) of the peak, so that no update has rate 0; "linear" and "cosine" reach
-    final_share · learning_rate after the last of `steps` updates.
+    The rise takes (n + 1) / (warmup_steps + 1) of the peak, so that no update has rate 0; "linear" and "cosine" reach 0
+    after the last of `steps` updates.
     """
-    if schedule not in SCHEDULES:
-        raise Mistake(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
+    peak, warmup_steps = config.learning_rate, config.warmup_steps
     if warmup_steps >= max(steps, 1):
-        raise Mistake(f"warmup_steps={warmup_steps} leaves nothing of steps={steps}; it must be smaller")
-    after = max(steps - warmup_steps, 1)
+        raise Mistake(
+            f"`optimizer.warmup_steps` {warmup_steps}: it must be below {steps}, the number of updates in this run"
+        )
+    rest = max(steps - warmup_steps, 1)
     fall = {
-        "constant": lambda: optax.constant_schedule(learning_rate),
-        "linear": lambda: optax.linear_schedule(learning_rate, final_share * learning_rate, after),
-        "cosine": lambda: optax.cosine_decay_schedule(learning_rate, after, alpha=final_share),
-    }[schedule]()
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.schedule]
     if warmup_steps == 0:
         return fall
-    first = learning_rate / (warmup_steps + 1)
-    rise = optax.linear_schedule(first, learning_rate, warmup_steps)
+    rise = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
     return optax.join_schedules([rise, fall], [warmup_steps])
 
 
@@ -50,64 +47,57 @@ def is_matrix(params: PyTree) -> PyTree:
     Leaves under `blocks/` carry a layer axis in front, and those under `members/` an axis of members before it; neither
     counts.
     """
-    stacked = lambda name: len({"blocks", "members"} & set(name.split("/")))  # noqa: E731
-    return jax.tree.map(lambda name, x: x.ndim - stacked(name) >= 2, leaf_names(params), params)
+
+    def stacked_axes(name: str) -> int:
+        return len({"blocks", "members"} & set(name.split("/")))
+
+    return jax.tree.map(lambda name, x: x.ndim - stacked_axes(name) >= 2, leaf_names(params), params)
 
 
-def adamw(
-    schedule: optax.Schedule,
-    *,
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    accumulator_dtype: str = "float32",
-) -> Skipping:
+def adamw(config: OptimizerConfig, rate: optax.Schedule) -> Skipping:
     """AdamW behind clipping by the global norm.
 
+    Gradients are scaled by min(1, max_grad_norm / norm); max_grad_norm 0 means no clipping. The decay of an update is
+    rate · weight_decay · w, on matrices (`is_matrix`). `accumulator_dtype` is that of the first moment; the second,
+    whose small steps bfloat16 would lose, stays float32. Adam's epsilon, 1e-8, is added outside the square root of the
+    bias-corrected second moment.
+
     Args:
-      schedule: learning rate of update n.
-      weight_decay: coefficient on matrices (`is_matrix`); the decay of an update is learning_rate · weight_decay · w.
-      max_grad_norm: gradients are scaled by min(1, max_grad_norm / norm); 0 means no clipping.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added outside the bias-corrected square root.
-      accumulator_dtype: of the first moment ("bfloat16" halves it); the second, whose small steps bfloat16 would
-        lose, stays float32.
+      config: clipping, moments and decay; `rate` takes the place of its learning rate and schedule.
+      rate: learning rate of update n.
 
     Reference: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm 2.
     """
-    clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm > 0 else optax.identity()
+    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm > 0 else optax.identity()
 
     def rule(b1: jax.typing.ArrayLike, b2: jax.typing.ArrayLike) -> optax.GradientTransformation:
-        dtype = jnp.dtype(accumulator_dtype)
-        return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, mu_dtype=dtype, weight_decay=weight_decay, mask=is_matrix)
+        dtype, decay = jnp.dtype(config.accumulator_dtype), config.weight_decay
+        return optax.adamw(rate, b1=b1, b2=b2, eps=1e-8, mu_dtype=dtype, weight_decay=decay, mask=is_matrix)
 
     def init(params: PyTree) -> optax.OptState:
-        return clip.init(params), rule(b1, b2).init(params)
+        return clip.init(params), rule(config.b1, config.b2).init(params)
 
     def update(
         grads: PyTree, state: optax.OptState, params: PyTree = None, *, apply: jax.typing.ArrayLike = True, **_: object
     ) -> tuple[PyTree, optax.OptState]:
         none, moments = state
         clipped, _ = clip.update(grads, none)
-        seen = jax.tree.map(lambda g: jnp.where(apply, g, 0), clipped)
+        clipped = jax.tree.map(lambda g: jnp.where(apply, g, 0), clipped)
         # 1 · m + 0 · 0 is m to the bit
-        kept = rule(jnp.where(apply, b1, 1.0), jnp.where(apply, b2, 1.0))
-        updates, after = kept.update(seen, moments, params)
-        counted = jax.tree.map(lambda new, old: jnp.where(apply, new, old) if new.ndim == 0 else new, after, moments)
-        return jax.tree.map(lambda u: jnp.where(apply, u, 0), updates), (none, counted)
+        skippable = rule(jnp.where(apply, config.b1, 1.0), jnp.where(apply, config.b2, 1.0))
+        updates, after = skippable.update(clipped, moments, params)
+        after = jax.tree.map(lambda new, old: jnp.where(apply, new, old) if new.ndim == 0 else new, after, moments)
+        return jax.tree.map(lambda u: jnp.where(apply, u, 0), updates), (none, after)
 
     return Skipping(init, update)
 
 
 class Skipping(optax.GradientTransformationExtraArgs):
-    """An optimizer whose `update` takes `apply`, Bool[]: where False the updates are 0, the state stays as it is."""
+    """An optimizer whose `update` takes `apply`, Bool[]: if it is False, updates are 0 and the state stays as it is."""
 
 
 def skipping(optimizer: optax.GradientTransformation) -> Skipping:
-    """Any optimizer as one that can skip; one that cannot by itself keeps both states until it is known which stays."""
+    """Any optimizer as one that can skip updates; one that is no `Skipping` holds both states until one is selected."""
     if isinstance(optimizer, Skipping):
         return optimizer
     inner = optax.with_extra_args_support(optimizer)
@@ -121,8 +111,8 @@ def skipping(optimizer: optax.GradientTransformation) -> Skipping:
         **others: object,
     ) -> tuple[PyTree, optax.OptState]:
         updates, after = inner.update(grads, state, params, **others)
-        kept = jax.tree.map(lambda new, old: jnp.where(apply, new, old), after, state)
-        return jax.tree.map(lambda u: jnp.where(apply, u, 0), updates), kept
+        after = jax.tree.map(lambda new, old: jnp.where(apply, new, old), after, state)
+        return jax.tree.map(lambda u: jnp.where(apply, u, 0), updates), after
 
     return Skipping(inner.init, update)
 

@@ -108,12 +108,7 @@ def new_state(config: TrainConfig, program: Program, frozen: PyTree | None) -> T
 
 def learning_rate(config: TrainConfig, updates: int) -> optax.Schedule:
     """The schedule of a config over its optimizer updates. Raises Mistake when it cannot be."""
-    return optimizer.learning_rate_schedule(
-        config.optimizer.learning_rate,
-        schedule=config.optimizer.schedule,
-        steps=updates,
-        warmup_steps=config.optimizer.warmup_steps,
-    )
+    return optimizer.learning_rate_schedule(config.optimizer, steps=updates)
 
 
 def implementation(config: Any) -> str | None:
@@ -132,23 +127,11 @@ def _load_on_devices(reference: Part, like: PyTree) -> PyTree:
 def _optimizer(config: TrainConfig, schedule: optax.Schedule, recipe: Recipe) -> Any:
     """AdamW; where a critic is beside the policy, one for each, with its own rate, moments and clipping."""
     if not isinstance(recipe.part.trained, dict) or set(recipe.part.trained) != {"policy", "critic"}:
-        return _adamw(config, schedule)
+        return optimizer.adamw(config.optimizer, schedule)
     peak, own = config.optimizer.learning_rate, recipe.critic_learning_rate
 
     def critic_schedule(update: jax.Array) -> jax.Array:
         return schedule(update) * (own / peak)
 
-    critic = _adamw(config, schedule if own is None else critic_schedule)
-    return optimizer.partition({"policy": _adamw(config, schedule), "critic": critic})
-
-
-def _adamw(config: TrainConfig, schedule: optax.Schedule) -> Any:
-    settings = config.optimizer
-    return optimizer.adamw(
-        schedule,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        b1=settings.b1,
-        b2=settings.b2,
-        accumulator_dtype=settings.accumulator_dtype,
-    )
+    schedules = {"policy": schedule, "critic": schedule if own is None else critic_schedule}
+    return optimizer.partition({name: optimizer.adamw(config.optimizer, rate) for name, rate in schedules.items()})

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from jaxalign.algorithms.pairwise import pairwise
 from jaxalign.algorithms.reward import reward
 from jaxalign.algorithms.unpaired import unpaired
+from jaxalign.config.shared import OptimizerConfig
 from jaxalign.data.batches.groups import BatchShapes, Responses
 from jaxalign.data.batches.plan import Plan
 from jaxalign.data.read.tokens import Examples
@@ -118,8 +119,9 @@ def algorithm(name, model):
 def stepper(name, config):
     """The optimizer and the compiled step, one for both sources of TRL's numbers."""
     model = model_config(json.loads(config))
-    schedule = learning_rate_schedule(SHARED["learning_rate"], schedule="linear", steps=STEPS)
-    optimizer = adamw(schedule, weight_decay=SHARED["weight_decay"], max_grad_norm=SHARED["max_grad_norm"])
+    names = "learning_rate", "weight_decay", "max_grad_norm"
+    config = OptimizerConfig(schedule="linear", **{name: SHARED[name] for name in names})
+    optimizer = adamw(config, learning_rate_schedule(config, steps=STEPS))
     step = make_train_step(algorithm(name, model), optimizer)
     # the same arithmetic, in less than half the time to compile
     return optimizer, jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})

@@ -1,3 +1,5 @@
+"""Schedules, weight decay, clipping, and updates that are skipped."""
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -5,7 +7,13 @@ import numpy as np
 import optax
 import pytest
 
+from jaxalign.config.shared import OptimizerConfig
 from jaxalign.training.optimizer import adamw, is_matrix, learning_rate_schedule, partition, skipping
+
+
+def constant(rate, **settings):
+    """AdamW at one rate."""
+    return adamw(OptimizerConfig(**settings), lambda update: rate)
 
 
 @pytest.mark.parametrize(
@@ -17,18 +25,18 @@ from jaxalign.training.optimizer import adamw, is_matrix, learning_rate_schedule
     ],
 )
 def test_the_rate_rises_over_warmup_and_then_follows_its_schedule(schedule, expected):
-    rate = learning_rate_schedule(3.0, schedule=schedule, steps=6, warmup_steps=2)
+    rate = learning_rate_schedule(OptimizerConfig(3.0, schedule, warmup_steps=2), steps=6)
     np.testing.assert_allclose([rate(n) for n in range(6)], expected, atol=1e-4)
 
 
 def test_without_warmup_the_first_step_has_the_peak_rate_and_the_end_is_zero():
-    rate = learning_rate_schedule(3.0, schedule="linear", steps=4)
+    rate = learning_rate_schedule(OptimizerConfig(3.0, "linear"), steps=4)
     np.testing.assert_allclose([rate(0), rate(4)], [3.0, 0.0])
 
 
 def test_warmup_longer_than_the_run_is_an_error():
-    with pytest.raises(ValueError, match="warmup_steps=10 leaves nothing of steps=10"):
-        learning_rate_schedule(1.0, steps=10, warmup_steps=10)
+    with pytest.raises(ValueError, match=r"`optimizer.warmup_steps` 10: it must be below 10"):
+        learning_rate_schedule(OptimizerConfig(warmup_steps=10), steps=10)
 
 
 def test_decay_is_for_matrices_only_and_the_layer_axis_does_not_count():
@@ -47,14 +55,15 @@ def test_decay_is_for_matrices_only_and_the_layer_axis_does_not_count():
 
 def test_one_update_by_hand():
     # |g| = 5 is clipped to 1: g = (0.6, 0.8). Adam's first update is -lr * sign(g); decay takes lr * 0.1 * w.
-    optimizer = adamw(learning_rate_schedule(0.5, schedule="constant", steps=1), weight_decay=0.1, max_grad_norm=1.0)
+    config = OptimizerConfig(0.5, "constant", weight_decay=0.1, max_grad_norm=1.0)
+    optimizer = adamw(config, learning_rate_schedule(config, steps=1))
     params = {"kernel": jnp.array([[2.0, 2.0]])}
     updates, _ = optimizer.update({"kernel": jnp.array([[3.0, 4.0]])}, optimizer.init(params), params)
     # 1 - 0.999 in float32 is off by 1.3e-5 of itself, and the bias correction inherits half of that.
     np.testing.assert_allclose(updates["kernel"], [[-0.5 - 0.1, -0.5 - 0.1]], rtol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", [adamw(lambda n: 0.1, weight_decay=0.1), skipping(optax.adam(0.1))])
+@pytest.mark.parametrize("optimizer", [constant(0.1, weight_decay=0.1), skipping(optax.adam(0.1))])
 def test_an_update_that_is_not_to_be_applied_changes_no_bit_and_counts_nothing(optimizer):
     params = {"kernel": jnp.array([[2.0, -1.0]])}
     update = jax.jit(optimizer.update)
@@ -68,17 +77,18 @@ def test_an_update_that_is_not_to_be_applied_changes_no_bit_and_counts_nothing(o
 
 def test_updates_are_those_of_optax():
     theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.01))
-    ours = adamw(lambda n: 0.1, weight_decay=0.01)
+    ours = constant(0.1, weight_decay=0.01)
     params = {"kernel": jax.random.normal(jax.random.key(0), (3, 4))}
-    here, there = ours.init(params), theirs.init(params)
+    our_state, their_state = ours.init(params), theirs.init(params)
     for number in range(5):
         grads = {"kernel": jax.random.normal(jax.random.key(number + 1), (3, 4))}
-        (mine, here), (other, there) = ours.update(grads, here, params), theirs.update(grads, there, params)
-        np.testing.assert_allclose(mine["kernel"], other["kernel"], rtol=1e-4)
+        updates, our_state = ours.update(grads, our_state, params)
+        expected, their_state = theirs.update(grads, their_state, params)
+        np.testing.assert_allclose(updates["kernel"], expected["kernel"], rtol=1e-4)
 
 
 def test_a_skipped_critic_and_policy_keep_their_own_moments():
-    both = partition({"policy": adamw(lambda n: 0.1), "critic": adamw(lambda n: 0.2)})
+    both = partition({"policy": constant(0.1), "critic": constant(0.2)})
     params = {"policy": {"kernel": jnp.ones((1, 2))}, "critic": {"kernel": jnp.ones((1, 2))}}
     grads = jax.tree.map(jnp.ones_like, params)
     updates, state = both.update(grads, both.init(params), params, apply=True)
@@ -91,7 +101,7 @@ def test_a_skipped_critic_and_policy_keep_their_own_moments():
 @pytest.mark.parametrize("updates", [1, 3])
 def test_no_second_copy_of_the_moments_is_ever_held(updates):
     """Temporary memory of a compiled step: the gradient and little else, though the update may have to be skipped."""
-    optimizer, width = adamw(lambda n: 0.1), 256
+    optimizer, width = constant(0.1), 256
     params = {"kernel": jax.ShapeDtypeStruct((width, width), jnp.float32)}
     state = params, jax.eval_shape(optimizer.init, params)
 
@@ -101,7 +111,6 @@ def test_no_second_copy_of_the_moments_is_ever_held(updates):
         step, moments = optimizer.update(grads, moments, params, apply=jnp.isfinite(optax.tree.norm(grads)))
         return (optax.apply_updates(params, step), moments), None
 
-    many = lambda state, xs: jax.lax.scan(update, state, xs)  # noqa: E731
     xs = jax.ShapeDtypeStruct((updates,), jnp.float32)
-    compiled = jax.jit(many, donate_argnums=0).lower(state, xs).compile()
+    compiled = jax.jit(lambda state, xs: jax.lax.scan(update, state, xs), donate_argnums=0).lower(state, xs).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 4 * width**2
