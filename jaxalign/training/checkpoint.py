@@ -1,8 +1,8 @@
 """Checkpoints by Orbax, written while training goes on, verified before they are trusted.
 
-Each holds the train state and a JSON of what else must continue (progress, data cursor). When Orbax has written a
-checkpoint's files, and before it commits them under their final name, their checksums are added; a restore compares
-them, so a file that was cut short or changed is noticed, and the checkpoint before is taken instead.
+Each holds the train state and a JSON of what else must continue (progress, data cursor). Checksums are added after
+Orbax has written a checkpoint's files and before it commits them under their final name. A restore compares them, and
+falls back to the checkpoint before if a file was cut short or changed.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ log = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
 BEST = "best_metric"
 LEAVES = "leaves"
-SPARE = 1.1  # a checkpoint needs this much of its arrays' bytes on disk
+SPARE = 1.1  # bytes on disk per byte of a checkpoint's arrays
 
 
 class Checkpoints:
-    """The checkpoints of one run folder: the newest `keep`, and the `keep_best` of lowest metric besides."""
+    """Checkpoints of one run folder: the newest `keep`, and besides them the `keep_best` of lowest metric."""
 
     def __init__(self, directory: str | Path, *, keep: int = 2, keep_best: int = 0):
         self.directory = Path(directory).absolute()
         self._keep, self._keep_best = max(keep, 1), keep_best
         self._metrics: dict[int, float] = {}
-        self._saves = False  # one who only reads, as export does, deletes nothing
+        self._saves = False  # a reader, such as export, deletes nothing
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None,
             create=True,
@@ -47,20 +47,20 @@ class Checkpoints:
         self._metrics = {step: m for step in self.steps() if (m := self._metric_of(step)) is not None}
 
     def steps(self) -> list[int]:
-        """The committed steps, oldest first."""
+        """Committed steps, oldest first."""
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The kept step of lowest metric."""
-        held = {step: metric for step, metric in self._metrics.items() if step in self.steps()}
-        return min(held, key=held.get) if held else None
+        """Committed step of lowest metric."""
+        metrics = {step: metric for step, metric in self._metrics.items() if step in self.steps()}
+        return min(metrics, key=metrics.get) if metrics else None
 
     def save(self, step: int, state: PyTree, extras: dict[str, Any], *, metric: float | None = None) -> None:
-        """Returns when the arrays are copied from the devices; the files are written meanwhile.
+        """Copies the arrays from the devices and returns; files are written in the background.
 
         Raises:
-          OSError: the disk has not room enough, or the checkpoint before could not be written; the message says which
-            step is still good.
+          Mistake: the disk has too little room, or the checkpoint before could not be written; the message names the
+            last good step.
         """
         self.wait()
         self._check_space(state)
@@ -77,10 +77,14 @@ class Checkpoints:
             self._metrics[step] = metric
 
     def wait(self) -> None:
-        """Until what was saved is on disk; then what need not be kept is deleted."""
+        """Waits until the last save is on disk, then deletes the checkpoints that need not stay.
+
+        Raises:
+          Mistake: it could not be written; the message names the last good step.
+        """
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # of the writing thread, whatever it met
+        except Exception as error:  # any that ended Orbax's writing thread
             raise Mistake(
                 f"a checkpoint could not be written to {self.directory} ({error}); {self._last_good()}. Make room and "
                 "run the same command again"
@@ -89,11 +93,11 @@ class Checkpoints:
             self._delete_old()
 
     def _delete_old(self) -> None:
-        kept = set(self.steps()[-self._keep :])
-        ranked = sorted((m, s) for s, m in self._metrics.items() if s in self.steps())
-        kept |= {step for _, step in ranked[: self._keep_best]}
-        for step in self.steps():
-            if step not in kept:
+        steps = self.steps()
+        ranked = sorted((metric, step) for step, metric in self._metrics.items() if step in steps)
+        needed = {*steps[-self._keep :], *(step for _, step in ranked[: self._keep_best])}
+        for step in steps:
+            if step not in needed:
                 self._manager.delete(step)
                 self._metrics.pop(step, None)
 
@@ -102,12 +106,12 @@ class Checkpoints:
         self._manager.close()
 
     def restore(self, like: PyTree, *, step: int | None = None) -> tuple[PyTree, dict[str, Any]] | None:
-        """(state, extras) of the newest checkpoint that is whole, or of `step`; None when there is none.
+        """(state, extras) of the newest undamaged checkpoint, or of `step`; None when there is no checkpoint.
 
         Args:
           like: arrays or ShapeDtypeStructs with the shardings to restore to, which may differ from those it was
             saved with.
-          step: that one, or an error.
+          step: the only step to accept; None: the newest that is not damaged.
 
         Raises:
           Mistake: the checkpoint is of another model or optimizer, `step` does not exist or is damaged, or all are.
@@ -130,12 +134,15 @@ class Checkpoints:
         return None
 
     def restore_part(self, prefix: str, like: PyTree, *, step: int | None = None) -> tuple[PyTree, int] | None:
-        """(the leaves under `prefix` of the state, the step) of the newest whole checkpoint; the rest is not read.
+        """(leaves of the state under `prefix`, step) of the newest undamaged checkpoint; other leaves are not read.
 
         Args:
-          prefix: "params".
-          like: a tree of ShapeDtypeStructs with shardings, as it lies under the prefix.
-          step: that one, or an error.
+          prefix: such as "params".
+          like: tree of ShapeDtypeStructs with shardings, as it lies under the prefix.
+          step: the only step to accept; None: the newest that is not damaged.
+
+        Raises:
+          Mistake: `step` does not exist or is damaged, or all are.
         """
         if not self.steps():
             return None
@@ -149,19 +156,19 @@ class Checkpoints:
         args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), item)
         with ocp.PyTreeCheckpointer() as checkpointer:
             folder = self.directory / str(whole[-1]) / "state"
-            found = checkpointer.restore(
+            leaves = checkpointer.restore(
                 folder, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
             )
-        return jax.tree.map(lambda name: found[name], names), whole[-1]
+        return jax.tree.map(lambda name: leaves[name], names), whole[-1]
 
     def _check_exists(self, step: int | None) -> None:
         steps = self.steps()
         if step is not None and step not in steps:
-            kept = ", ".join(map(str, steps)) or "none"
-            raise Mistake(f"{self.directory} has no checkpoint of step {step}; those kept are {kept}")
+            known = ", ".join(map(str, steps)) or "none"
+            raise Mistake(f"{self.directory} has no checkpoint of step {step}; those kept are {known}")
 
     def _put_aside(self, damaged: list[int]) -> None:
-        """Damaged steps move to `damaged/` beside the checkpoints, since training will save them again."""
+        """Moves damaged steps to `damaged/` beside the checkpoints, since training will save them again."""
         if not damaged:
             return
         if jax.process_index() == 0:
@@ -186,13 +193,14 @@ class Checkpoints:
         return _with_keys(restored["state"], like), restored["extras"]
 
     def _check_structure(self, step: int, like: PyTree) -> None:
-        """Raises Mistake naming the first leaf that differs from what is on disk."""
-        saved, asked = self._extras(step)[LEAVES], _shapes(like)
-        for name in [*asked, *saved]:
-            if saved.get(name) != asked.get(name):
+        """Raises Mistake naming the first leaf whose shape on disk differs."""
+        saved, expected = self._extras(step)[LEAVES], _shapes(like)
+        for name in [*expected, *saved]:
+            if saved.get(name) != expected.get(name):
                 raise Mistake(
                     f"the checkpoint of step {step} in {self.directory} is of another model or optimizer: {name} is "
-                    f"{saved.get(name, 'absent')} there and {asked.get(name, 'absent')} here"
+                    f"{saved.get(name, 'absent')} there and {expected.get(name, 'absent')} here; "
+                    "take the settings that it was saved with"
                 )
 
     def _add_checksums(self) -> None:
@@ -250,7 +258,7 @@ def checksum(file: Path) -> int:
 
 
 def _content(folder: Path) -> list[Path]:
-    """The files of both items; Orbax adds its own markers beside them later."""
+    """Files of both items; Orbax adds its own markers beside them later."""
     inside = (f for item in ("state", "extras") for f in (folder / item).rglob("*"))
     return sorted(f for f in inside if f.is_file() and f.name != "commit_success.txt")
 
@@ -264,7 +272,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _without_keys(tree: PyTree) -> PyTree:
-    """Typed keys as their words, named leaves in a dict: what Orbax stores."""
+    """Leaves by name, typed keys as their words: the dict that Orbax stores."""
 
     def plain(x: Any) -> Any:
         if not _is_key(x):

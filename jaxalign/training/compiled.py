@@ -1,4 +1,4 @@
-"""A jitted step with its executables in the open: one per batch shape, each compilation said, a late one warned of."""
+"""A jitted step that logs its compilations: one executable per batch shape, and a warning for an unexpected one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ log = logging.getLogger(__name__)
 class CompiledStep:
     """Calls `jitted(state, frozen, batch)` through one executable per shape of `batch`.
 
-    A compilation costs seconds to minutes, so each is logged; one that comes after the first is a warning that names
-    the shape, unless the shape was announced (length buckets).
+    A compilation costs seconds to minutes, so each is logged with the shape: the first `announced` ones (several with
+    length buckets) as information, any other as a warning.
     """
 
     def __init__(self, jitted: Any, *, announced: int = 1):
-        """Args: announced: how many shapes the data is known to have."""
+        """Args: announced: number of batch shapes that the data is known to have."""
         self._jitted = jitted
         self._announced = announced
         self._executables: dict[tuple, Any] = {}
@@ -50,7 +50,7 @@ class CompiledStep:
 
 
 def _give_back() -> None:
-    """What the compiler has freed goes back to the operating system: glibc alone would keep hundreds of MiB of it."""
+    """Returns memory freed by the compiler to the operating system; glibc alone would keep hundreds of MiB."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -60,5 +60,5 @@ def _memory(executable: Any) -> str:
     analysis = executable.memory_analysis()
     if analysis is None:
         return ""
-    held, temporary = analysis.argument_size_in_bytes / 2**20, analysis.temp_size_in_bytes / 2**20
-    return f" (a device: arguments {held:,.0f} MiB, temporary {temporary:,.0f} MiB)"
+    arguments, temporary = analysis.argument_size_in_bytes / 2**20, analysis.temp_size_in_bytes / 2**20
+    return f" (per device: arguments {arguments:,.0f} MiB, temporary {temporary:,.0f} MiB)"

@@ -20,7 +20,7 @@ def make_evaluate(
 ) -> Callable[[TrainState], dict[str, float]]:
     """state -> {"eval_loss": ..., "eval_<metric>": ...}: the algorithm's own loss over all of `batches`.
 
-    Each batch is read as if it came next in training; what the algorithm would remember of it is forgotten.
+    Each batch is read as if it came next in training, but the algorithm's updated memory is discarded.
     """
 
     def averages(params: PyTree, carry: PyTree, frozen: PyTree, batch: Any) -> dict[str, Any]:
@@ -32,12 +32,11 @@ def make_evaluate(
     compiled = jax.jit(averages, out_shardings=NamedSharding(mesh, P()))
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        reads = frozen if algorithm.follow is None else state.reference
+        reference = frozen if algorithm.follow is None else state.reference
         total = None
         for batch in batches:
-            part = compiled(state.params, state.carry, reads, put_batch(batch, mesh))
-            is_average = lambda x: hasattr(x, "compute")  # noqa: E731
-            total = part if total is None else jax.tree.map(lambda a, b: a + b, total, part, is_leaf=is_average)
+            part = compiled(state.params, state.carry, reference, put_batch(batch, mesh))
+            total = part if total is None else {name: total[name] + part[name] for name in total}
         return {f"eval_{name}": float(average.compute()) for name, average in total.items()}
 
     return evaluate

@@ -1,7 +1,7 @@
-"""Where rows of metrics go: metrics.jsonl always, TensorBoard and Weights & Biases on request, and the terminal.
+"""Sinks of metric rows: metrics.jsonl and the terminal always, TensorBoard and Weights & Biases on request.
 
-A row's values follow from the run alone, except CLOCK_FIELDS, which tell how fast this machine was: an interrupted and
-resumed run writes the same rows as one that was not, those fields aside.
+A row's values follow from the run alone, except CLOCK_FIELDS, which measure this machine's speed: apart from them, an
+interrupted and resumed run writes the same rows as one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ CLOCK_FIELDS += ("training_seconds", "trained_tokens_per_second")
 
 
 def deterministic(row: Row) -> Row:
-    """The row without what a clock measured."""
+    """The row without CLOCK_FIELDS."""
     return {name: value for name, value in row.items() if name not in CLOCK_FIELDS}
 
 
 class JsonLines:
-    """One JSON object a line, on disk line by line. NaN and infinities are written as null, which JSON has."""
+    """A file of one JSON object per line, each on disk once written. NaN and infinities become null, which JSON has."""
 
     def __init__(self, path: Path, *, keep_until: int = -1):
-        """Rows of steps after `keep_until` are dropped, and a half-written last line with them."""
+        """Drops rows of steps after `keep_until`, and a half-written last line."""
         self.path = path
         if path.exists():
             self._truncate(keep_until)
 
     def _truncate(self, keep_until: int) -> None:
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= keep_until]
+        lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= keep_until]
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         os.replace(partial, self.path)
 
     def write(self, row: Row) -> None:
@@ -65,7 +65,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class Recorder:
-    """Sends each row to every place; only the first process has one."""
+    """Writes each row to every sink; only the first process has one."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ def _wandb(folder: Path, project: str) -> Any:
 
 
 class Console:
-    """In a terminal one line that changes; elsewhere a line now and then."""
+    """Progress as one line that changes, in a terminal; elsewhere as a line now and then."""
 
     SECONDS_BETWEEN_LINES = 10.0
 
@@ -142,10 +142,10 @@ class Console:
 
     def show(self, row: Row) -> None:
         text, now = format_row(row, self._total), time.monotonic()
-        lasting = "eval_loss" in row or row["step"] in (1, self._total)
+        milestone = "eval_loss" in row or row["step"] in (1, self._total)
         if self._live:
-            self._stream.write(f"\r\x1b[K{text}" + ("\n" if lasting else ""))
-        elif lasting or now - self._last >= self.SECONDS_BETWEEN_LINES:
+            self._stream.write(f"\r\x1b[K{text}" + ("\n" if milestone else ""))
+        elif milestone or now - self._last >= self.SECONDS_BETWEEN_LINES:
             self._stream.write(text + "\n")
             self._last = now
         self._stream.flush()
@@ -188,6 +188,6 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak of the chip, by the longest known name that its kind starts with; None where it is not known."""
-    fits = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
-    return PEAK_FLOPS[max(fits, key=len)] if fits else None
+    """Peak FLOP/s of a chip, by the longest known name that its kind starts with; None if no name fits."""
+    names = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
+    return PEAK_FLOPS[max(names, key=len)] if names else None

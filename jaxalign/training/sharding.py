@@ -1,4 +1,4 @@
-"""How a train step lies on a mesh: state by `models/places.py`, batches by rows. The one place that jits a step."""
+"""Placement of a train step on a mesh: state by `models/places.py`, batches by rows. Only this module jits a step."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ ROWS = P(("data", "fsdp"))
 
 
 def placed(tree: PyTree, mesh: Mesh, *, offload: bool = False) -> PyTree:
-    """The tree as ShapeDtypeStructs that carry their shardings; with `offload` in the hosts' memory."""
-    struct = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
+    """The tree as ShapeDtypeStructs that carry their shardings; with `offload` in host memory."""
+
+    def struct(x: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
     return jax.tree.map(struct, tree, _places(tree, mesh, offload))
 
 
@@ -30,20 +33,19 @@ def _places(tree: PyTree, mesh: Mesh, offload: bool) -> PyTree:
 
 
 def check_batch_size(batch_size: int, microbatches: int, mesh: Mesh) -> None:
-    """Raises Mistake unless every device owns an equal, whole number of rows of every microbatch."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    unit = devices * microbatches
+    """Raises Mistake unless every device owns the same whole number of rows of every microbatch."""
+    unit = mesh.shape["data"] * mesh.shape["fsdp"] * microbatches
     if batch_size < 1 or batch_size % unit:
         below, above = batch_size - batch_size % unit, batch_size + (-batch_size) % unit
         nearest = f"{below} or {above}" if below > 0 else f"{max(above, unit)}"
         raise Mistake(
-            f"batch_size={batch_size} is not a multiple of data ({mesh.shape['data']}) x fsdp ({mesh.shape['fsdp']}) x "
-            f"microbatches ({microbatches}) = {unit}; the nearest that is: {nearest}"
+            f"`batch_size` {batch_size} is not a multiple of `mesh.data` ({mesh.shape['data']}) x `mesh.fsdp` "
+            f"({mesh.shape['fsdp']}) x `microbatches` ({microbatches}) = {unit}; the nearest: {nearest}"
         )
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays, rows over `data` and `fsdp`, from each process's own rows."""
+    """Global arrays from each process's own rows, with rows over the mesh axes `data` and `fsdp`."""
     sharding = NamedSharding(mesh, ROWS)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
@@ -53,11 +55,14 @@ def jit_step(
 ) -> Any:
     """`train_step` compiled for the mesh: state donated and kept in place, batch by rows, metrics on every device.
 
-    With `offload` the frozen tree lies in the hosts' memory, and the step itself brings it to the devices, where its
-    room is free again behind its last use: of a reference that is `prepare`, before gradients and activations are made.
+    With `offload` the frozen tree lies in host memory. The step copies it to the devices and frees it after its last
+    use, which for a reference is `prepare`, before gradients and activations exist.
     """
     state = shardings(abstract_state, mesh)
-    fetching = lambda state, frozen, batch: train_step(state, fetched(frozen), batch)  # noqa: E731
+
+    def fetching(state: TrainState, frozen: PyTree, batch: Any) -> Any:
+        return train_step(state, fetched(frozen), batch)
+
     return jax.jit(
         fetching if offload else train_step,
         in_shardings=(state, _places(frozen, mesh, offload), NamedSharding(mesh, ROWS)),

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request that the loop honours after the current step, on every host at the same step."""
+"""SIGTERM and SIGINT as a request to stop after the current step, at the same step on every host."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agreed(self, step: int, *, every: int = 10) -> bool:
-        """Whether to stop after `step`. Several hosts ask each other every few steps, so that all stop together."""
+        """Returns whether to stop after `step`. Several hosts compare signals every `every` steps, to stop together."""
         if jax.process_count() == 1:
             return self.signal is not None
         if step % every:

@@ -1,4 +1,4 @@
-"""All that training changes. What is not here (a frozen reference, a reward model) is never donated or checkpointed."""
+"""State that training changes. Other trees (a frozen reference, a reward model) are never donated or checkpointed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from jaxalign.types import PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    step: jax.Array  # Int32[], calls of the train step, the skipped ones included: step n is always batch n
+    step: jax.Array  # Int32[], number of train-step calls, skipped ones included: step n always reads batch n
     params: PyTree
     opt_state: optax.OptState
     key: jax.Array  # typed PRNG key; a step uses fold_in(key, step)
-    carry: PyTree = ()  # scalars that the algorithm remembers; where it does not, no leaf, and so in no checkpoint
-
-    reference: PyTree = ()  # params of a reference that follows the policy; without leaves where it is frozen
+    carry: PyTree = ()  # scalars that the algorithm remembers; without leaves if there are none
+    reference: PyTree = ()  # params of a reference that follows the policy; without leaves if it is frozen
 
     @classmethod
     def create(

@@ -1,6 +1,6 @@
 """One training step for every algorithm: prepare, then for each minibatch the gradient of a total, divided once.
 
-Written against no mesh and not yet jitted; `training/sharding.py` does that, once.
+It knows no mesh and is not jitted; `training/sharding.py` does both.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def make_train_step(
 
     Gradients of the loss's `total` are summed over microbatches in float32 and divided by the summed `count` once,
     so any number of microbatches and any sharding give the same update, also on ragged masks. `prepare` is cut into
-    the same microbatches, which bounds the activations of frozen models as well. Both see what `assemble` makes of the
-    trained parameters and `frozen`; the gradient is of `state.params` alone.
+    the same microbatches, which bounds the activations of frozen models as well. Both receive the parameters that
+    `assemble` makes from `state.params` and `frozen`; the gradient is with respect to `state.params` alone.
 
     If the loss or a gradient is not finite, parameters, optimizer and carry stay as they were, and `skipped` is 1.
 
-    Metrics are scalars: `loss`, `grad_norm` (before clipping), `skipped`, `tokens` (of the batch, padding aside), and
-    the algorithm's own; over several updates in one step (epochs, minibatches) they are merged, `grad_norm` being the
-    largest, and those of `at_first` told of the first besides. Where the algorithm may halt, `updates` counts the ones
-    that were applied; those behind the halt are not computed, and not in the metrics.
+    Metrics are scalars: `loss`, `grad_norm` (before clipping), `skipped`, `tokens` (of the batch, without padding), and
+    the algorithm's own. Over several updates in one step (epochs, minibatches) they are merged: `grad_norm` is the
+    largest, and `first/<name>` has the value at the first update of each metric in `at_first`. If the algorithm may
+    halt, `updates` counts the updates applied; those after the halt are not computed and not in the metrics.
     """
     prepare = _prepare_in_parts(algorithm, microbatches)
     update = _make_update(algorithm, optimizer, microbatches)
@@ -74,7 +74,7 @@ def make_train_step(
 def _updates(
     algorithm: Algorithm, update: Callable, trained: tuple, frozen: PyTree, parts: Any
 ) -> tuple[tuple, tuple, jax.Array]:
-    """One update after the other, until the algorithm halts: (trained, outcomes [U ...], which were applied [U])."""
+    """Updates one after the other until the algorithm halts: (trained, outcomes [U ...], 1.0 where applied [U])."""
     if algorithm.halt is None:
         trained, outcomes = jax.lax.scan(lambda trained, rows: update(trained, frozen, rows), trained, parts)
         return trained, outcomes, outcomes[2]
@@ -126,7 +126,10 @@ def _accumulate(algorithm: Algorithm, microbatches: int) -> Callable:
             parts = cut(batch, microbatches)
             shapes = jax.eval_shape(part, params, frozen, jax.tree.map(lambda x: x[0], parts))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            add = lambda sums, rows: (jax.tree.map(jnp.add, sums, part(params, frozen, rows)), None)  # noqa: E731
+
+            def add(sums: Any, rows: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, sums, part(params, frozen, rows)), None
+
             (grads, averages), _ = jax.lax.scan(add, zeros, parts)
         count = jnp.where(averages["loss"].count == 0, 1.0, averages["loss"].count)
         return jax.tree.map(lambda g: g / count, grads), averages
@@ -146,7 +149,7 @@ def _prepare_in_parts(algorithm: Algorithm, microbatches: int) -> Callable:
 
 
 def _minibatches(algorithm: Algorithm, key: jax.Array, batch: Any) -> Any:
-    """[updates, rows / minibatches, ...]: in each epoch the rows are dealt anew."""
+    """[updates, rows / minibatches, ...], with a new random order of rows in each epoch."""
     rows = jax.tree.leaves(batch)[0].shape[0]
     orders = [jax.random.permutation(epoch_key, rows) for epoch_key in jax.random.split(key, algorithm.epochs)]
     epochs = [cut(jax.tree.map(lambda x, order=order: x[order], batch), algorithm.minibatches) for order in orders]
@@ -159,7 +162,7 @@ def _merge(outcomes: tuple) -> tuple[dict[str, Average], jax.Array, jax.Array]:
 
 
 def count_tokens(batch: Any) -> jax.Array:
-    """Tokens of the TokenBatches in a batch, over all devices and hosts; padding is not one."""
+    """Number of tokens in the TokenBatches of a batch, over all devices and hosts, without padding."""
     parts = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, TokenBatch))
     return sum(jnp.sum(part.segment_ids > 0) for part in parts if isinstance(part, TokenBatch)) + jnp.int32(0)
 
@@ -167,13 +170,13 @@ def count_tokens(batch: Any) -> jax.Array:
 def cut(batch: Any, parts: int) -> Any:
     """[B, ...] -> [parts, B / parts, ...], where part i takes rows i, i + parts, i + 2 parts, ...
 
-    Strided, because devices hold contiguous rows: each then owns an equal share of every part, and nothing moves.
+    Strided because devices hold contiguous rows: so each owns an equal share of every part, and no row moves.
     """
 
     def cut_leaf(x: jax.Array) -> jax.Array:
         if x.shape[0] % parts:
             raise Mistake(
-                f"batch_size={x.shape[0]} cannot be cut into {parts} equal parts; "
+                f"`batch_size` {x.shape[0]} cannot be cut into {parts} equal parts; "
                 f"the largest batch that can is {x.shape[0] - x.shape[0] % parts}"
             )
         return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
@@ -182,5 +185,5 @@ def cut(batch: Any, parts: int) -> Any:
 
 
 def join(parts: Any) -> Any:
-    """The inverse of `cut`: every row back in its place."""
+    """The inverse of `cut`."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), parts)

@@ -82,9 +82,9 @@ def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path):
     checkpoints = saved(tmp_path, [None])
     place = NamedSharding(make_mesh(data=1, fsdp=8), P("fsdp"))
     part = {"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=place)}
-    found, step = checkpoints.restore_part("params", part)
-    assert step == 1 and found["w"].sharding == place
-    np.testing.assert_array_equal(found["w"], np.arange(8) + 1)
+    params, step = checkpoints.restore_part("params", part)
+    assert step == 1 and params["w"].sharding == place
+    np.testing.assert_array_equal(params["w"], np.arange(8) + 1)
     checkpoints.close()
 
 

@@ -1,4 +1,4 @@
-"""A frozen tree in the host's memory: the same steps to the bit, and on absent devices no argument of theirs."""
+"""A frozen tree in host memory: steps are the same to the bit, and on absent devices it takes no device memory."""
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +26,19 @@ def loss(params, batch):
     return Average.of((batch["x"] @ params["head"] - batch["y"]) ** 2), {}
 
 
+def start():
+    return TrainState.create({"head": jnp.ones((WIDTH, WIDTH))}, OPTIMIZER, jax.random.key(0))
+
+
 def program(mesh, *, offload):
-    """(the jitted step, shapes and places of its state, frozen tree and batch)."""
-    start = lambda: TrainState.create({"head": jnp.ones((WIDTH, WIDTH))}, OPTIMIZER, jax.random.key(0))  # noqa: E731
+    """(jitted step, shapes and places of its state, frozen tree and batch)."""
     like = sharding.placed(jax.eval_shape(start), mesh)
     frozen = {"head": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)}
     frozen = sharding.placed(frozen, mesh, offload=offload)
     rows = jax.sharding.NamedSharding(mesh, sharding.ROWS)
     batch = {"x": jax.ShapeDtypeStruct((8, WIDTH), jnp.float32, sharding=rows)}
     train_step = make_train_step(Algorithm(loss, prepare), OPTIMIZER, microbatches=2)
-    return sharding.jit_step(train_step, like, frozen, mesh, offload=offload), start, (like, frozen, batch)
+    return sharding.jit_step(train_step, like, frozen, mesh, offload=offload), (like, frozen, batch)
 
 
 def test_what_is_fetched_from_the_host_is_what_was_put_there_in_the_same_shares():
@@ -49,28 +52,31 @@ def test_what_is_fetched_from_the_host_is_what_was_put_there_in_the_same_shares(
 
 
 def test_steps_with_a_frozen_tree_in_host_memory_are_the_same_to_the_bit():
-    mesh, found = places.make_mesh(), []
-    made = lambda x, n: jax.device_put(jax.random.normal(jax.random.key(n), x.shape), x.sharding)  # noqa: E731
+    mesh, results = places.make_mesh(), []
+
+    def drawn(x):
+        return jax.device_put(jax.random.normal(jax.random.key(1), x.shape), x.sharding)
+
     for offload in (False, True):
-        step, start, (like, frozen, batch) = program(mesh, offload=offload)
+        step, (like, frozen, batch) = program(mesh, offload=offload)
         state = jax.device_put(start(), jax.tree.map(lambda x: x.sharding, like))
-        held, rows = ({name: made(x, 1) for name, x in tree.items()} for tree in (frozen, batch))
+        frozen, batch = jax.tree.map(drawn, (frozen, batch))
         for _ in range(2):
-            state, metrics = step(state, held, rows)
-        assert held["head"].sharding.memory_kind == ("pinned_host" if offload else "device")
-        found.append((state.params["head"], metrics["loss"]))
-    for here, away in zip(*found, strict=True):
-        np.testing.assert_array_equal(here, away)
+            state, metrics = step(state, frozen, batch)
+        assert frozen["head"].sharding.memory_kind == ("pinned_host" if offload else "device")
+        results.append((state.params["head"], metrics["loss"]))
+    for on_device, on_host in zip(*results, strict=True):
+        np.testing.assert_array_equal(on_device, on_host)
 
 
 def test_a_chip_holds_less_by_the_frozen_tree_between_steps():
-    """On a TPU: compiled for a GPU that is absent, programs say nothing of the memory that arguments are in."""
+    """On a TPU: a program compiled for an absent GPU does not report which memory its arguments are in."""
     mesh, size = places.make_mesh(data=1, fsdp=1, tensor=1, devices=[device("v5e:1x1")]), LAYERS * WIDTH**2 * 4
-    held, on_host = {}, {}
+    on_device, on_host = {}, {}
     for offload in (False, True):
-        step, _, shapes = program(mesh, offload=offload)
+        step, shapes = program(mesh, offload=offload)
         analysis = step.lower(*shapes).compile().memory_analysis()
-        held[offload] = analysis.argument_size_in_bytes
+        on_device[offload] = analysis.argument_size_in_bytes
         on_host[offload] = analysis.host_argument_size_in_bytes
-    assert held[False] - held[True] == size
+    assert on_device[False] - on_device[True] == size
     assert on_host == {False: 0, True: size}

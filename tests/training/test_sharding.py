@@ -1,3 +1,5 @@
+"""Where state and batches lie on a mesh, and which sizes a mesh divides."""
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,16 +12,17 @@ from jaxalign.training.state import TrainState
 
 
 def abstract_params():
-    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
     attention = {name: {"kernel": shape(3, 16, 16)} for name in ("query", "output")}
     return {"embedding": shape(12, 16), "norm": {"scale": shape(16)}, "blocks": {"attention": attention}}
 
 
 def test_one_table_places_parameters_and_optimizer_state_alike():
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    create = lambda params, key: TrainState.create(params, optax.adam(1.0), key)  # noqa: E731
-    placed = shardings(jax.eval_shape(create, abstract_params(), key), mesh)
+    state = jax.eval_shape(lambda params, key: TrainState.create(params, optax.adam(1.0), key), abstract_params(), key)
+    placed = shardings(state, make_mesh(data=2, fsdp=2, tensor=2))
     for tree in (placed.params, placed.opt_state[0].mu, placed.opt_state[0].nu):
         assert tree["embedding"].spec == P("tensor", "fsdp")
         assert tree["blocks"]["attention"]["query"]["kernel"].spec == P(None, "fsdp", "tensor")
@@ -49,9 +52,9 @@ def test_minus_one_takes_the_devices_that_are_left():
 def test_a_batch_that_the_mesh_does_not_divide_names_the_nearest_that_it_does():
     mesh = make_mesh(fsdp=8)
     check_batch_size(16, 2, mesh)
-    with pytest.raises(ValueError, match=r"batch_size=20 .* = 16; the nearest that is: 16 or 32"):
+    with pytest.raises(ValueError, match=r"`batch_size` 20 .* = 16; the nearest: 16 or 32"):
         check_batch_size(20, 2, mesh)
-    with pytest.raises(ValueError, match=r"the nearest that is: 16$"):
+    with pytest.raises(ValueError, match=r"the nearest: 16$"):
         check_batch_size(3, 2, mesh)
 
 

@@ -1,3 +1,5 @@
+"""A train step of any algorithm: gradients, microbatches, minibatches, skipped steps, and what it counts."""
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -119,20 +121,20 @@ def test_assemble_lays_trained_leaves_over_frozen_ones_and_only_the_trained_chan
     # w = frozen + shift has the gradient of w, so training the shift from 0 is training w from the frozen value.
     optimizer, batch = optax.adam(0.1), regression()
     start_w = jnp.array([0.5, -1.0, 2.0])
-    part = make_train_step(Algorithm(squared_error, assemble=lay_over, **options), optimizer, microbatches=2)
-    whole = make_train_step(Algorithm(squared_error, **options), optimizer, microbatches=2)
+    part = jax.jit(make_train_step(Algorithm(squared_error, assemble=lay_over, **options), optimizer, microbatches=2))
+    whole = jax.jit(make_train_step(Algorithm(squared_error, **options), optimizer, microbatches=2))
     one = TrainState.create({"shift": jnp.zeros(WIDTH)}, optimizer, jax.random.key(1))
     two = TrainState.create({"w": start_w}, optimizer, jax.random.key(1))
     for _ in range(3):
-        one, said = part(one, {"w": start_w}, batch)
+        one, metrics = part(one, {"w": start_w}, batch)
         two, expected = whole(two, None, batch)
     assert list(one.params) == ["shift"]
     chex.assert_trees_all_close(start_w + one.params["shift"], two.params["w"], atol=1e-6)
-    chex.assert_trees_all_close(said, expected, atol=1e-5)
+    chex.assert_trees_all_close(metrics, expected, atol=1e-5)
 
 
 def test_the_frozen_leaves_are_a_base_for_the_loss_and_a_reference_for_prepare():
-    """What preference methods with adapters rest on: at step 0 the policy is the reference, and then it moves."""
+    """Preference methods with adapters rely on it: at step 0 the policy is the reference, and then it moves."""
 
     def prepare(params, frozen, batch):
         return batch | {"reference": batch["x"] @ frozen["w"], "before": batch["x"] @ params["w"]}
@@ -166,7 +168,10 @@ def test_epochs_and_minibatches_update_once_each_and_draw_rows_from_the_step_key
 def test_the_update_that_halts_is_not_applied_and_those_behind_it_are_not_computed():
     """w = 1, 2, 2.5, ... with losses 4, 1, 0.25: the third halts."""
     batch = {"x": jnp.array([[[1.0, 0, 0]]]), "y": jnp.array([[3.0]]), "mask": jnp.array([[True]])}
-    halt = lambda averages: averages["loss"].compute() < 0.5  # noqa: E731
+
+    def halt(averages):
+        return averages["loss"].compute() < 0.5
+
     algorithm = Algorithm(squared_error, epochs=5, halt=halt, at_first=("bias",))
     state, metrics = jax.jit(make_train_step(algorithm, optax.sgd(0.25)))(start(optax.sgd(0.25)), None, batch)
     np.testing.assert_allclose(state.params["w"], [2.5, 1.0, 1.0])
@@ -193,7 +198,7 @@ def test_cut_takes_every_kth_row_and_join_puts_them_back():
 
 def test_a_batch_that_cannot_be_cut_says_which_size_could():
     with pytest.raises(
-        ValueError, match="batch_size=7 cannot be cut into 2 equal parts; the largest batch that can is 6"
+        ValueError, match="`batch_size` 7 cannot be cut into 2 equal parts; the largest batch that can is 6"
     ):
         cut(jnp.zeros((7, 1)), 2)
 
