@@ -4,6 +4,10 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
+from tests.shared import WORDS, on_one_device
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # two workers may compile for TPUs at once
@@ -13,23 +17,23 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from jaxtyping import install_import_hook
 
-# Shape annotations are checked where every argument is an array: not on pytree dataclasses, which tree.map rebuilds.
-install_import_hook(["jaxalign.ops", "jaxalign.losses", "jaxalign.kernels"], "beartype.beartype")
+def pytest_configure():
+    """Imports jax only now, since it reads the variables above, and before any test imports the package."""
+    import jax
+    from jaxtyping import install_import_hook
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
-
-from tests.shared import WORDS, on_one_device  # noqa: E402
-
-jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    # Shapes are checked where all arguments are arrays: not on pytree dataclasses, which tree.map rebuilds with others.
+    install_import_hook(["jaxalign.ops", "jaxalign.losses", "jaxalign.kernels"], "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)
 def compilation_cache_goes_with_the_test():
     """A command turns it on for its process, and programs for devices that are absent cannot be read from it."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
     yield
     if jax.config.jax_compilation_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", None)
@@ -63,6 +67,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A random Llama with a tokenizer of words, as a Hugging Face folder; its pad token is its eos."""
+    import jax
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -107,9 +112,9 @@ def tiny_data(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     with path.open("w") as file:
         for i in range(220):
-            asked = " ".join(draw.choices(WORDS[4:17], k=draw.randint(2, 9)))
+            question = " ".join(draw.choices(WORDS[4:17], k=draw.randint(2, 9)))
             answer = " ".join(["the", "cat"] * draw.randint(1, 6))
-            row = {"prompt": f"{asked} ?", "completion": f"{answer} .", "split": "test" if i % 11 == 0 else "train"}
+            row = {"prompt": f"{question} ?", "completion": f"{answer} .", "split": "test" if i % 11 == 0 else "train"}
             file.write(json.dumps(row) + "\n")
     return path
 

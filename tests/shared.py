@@ -1,6 +1,7 @@
 """Helpers of tests in several folders. Fixtures stand in the conftest.py files."""
 
 import contextlib
+import importlib.util
 import socket
 from pathlib import Path
 
@@ -47,3 +48,12 @@ def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def experiment(name):
+    """Module of an experiment, which is a program and no part of the package."""
+    path = Path(__file__).parents[1] / "experiments" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

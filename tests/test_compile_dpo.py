@@ -1,9 +1,6 @@
 """Memory of LoRA DPO of an 8B model on one small chip, by the compilers of chips that are absent."""
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +14,10 @@ from jaxalign.models.files.families import model_config
 from jaxalign.training import sharding
 from jaxalign.training.program import compile_step
 from jaxalign.types import ResponseBatch, TokenBatch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from absent import device
+from tests.absent import device
+from tests.shared import experiment
 
 GIB = 2**30
-
-
-def experiment(name):
-    path = Path(__file__).parents[1] / "experiments" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def memory(chip, **changes):

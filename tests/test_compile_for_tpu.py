@@ -1,10 +1,7 @@
 """Legality, memory and collectives of train steps, by the real TPU compiler for slices that are absent."""
 
 import dataclasses
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +14,10 @@ from jaxalign.models.files.families import model_config
 from jaxalign.training import sharding
 from jaxalign.training.program import compile_step
 from jaxalign.types import TokenBatch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from absent import READABLE_ON_TPU, tpu_devices
+from tests.absent import READABLE_ON_TPU, tpu_devices
+from tests.shared import experiment
 
 GIB = 2**30
-
-
-def experiment(name):
-    path = Path(__file__).parents[1] / "experiments" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def compiled_step(config, model, topology, options=None):
