@@ -133,7 +133,7 @@ def _values(
     chunk = _chunk(options, rows, vocabulary)
 
     def see(stats: _Stats, i: jax.Array) -> tuple[_Stats, None]:
-        z, _, ids, fresh = _tile(options, chunk, hidden, weight, bias, i)
+        z, _, ids, fresh = logits_tile(options, chunk, hidden, weight, bias, i)
         seen = jnp.where(fresh, z, -jnp.inf)
         top = jnp.max(seen, axis=1)
         peak = jnp.maximum(stats.peak, top)
@@ -183,7 +183,7 @@ def _gradients(
 
     def back(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
         d_hidden, d_weight, d_bias = carry
-        z, slope, ids, fresh = _tile(options, chunk, hidden, weight, bias, i)
+        z, slope, ids, fresh = logits_tile(options, chunk, hidden, weight, bias, i)
         log_p = z - log_normalizer[:, None]
         p = jnp.exp(log_p)
         scale = -column["logps"] + column.get("log_normalizer", 0.0)
@@ -215,7 +215,7 @@ def _chunk(options: _Options, rows: int, vocabulary: int) -> int:
     return min(options.chunk or default_chunk(rows, vocabulary), vocabulary)
 
 
-def _tile(
+def logits_tile(
     options: _Options, chunk: int, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, i: jax.Array
 ) -> tuple:
     """(z, dz/draw, ids, fresh) of tile i. The last tile is moved back to end at V; `fresh` is False on its overlap."""

@@ -74,11 +74,11 @@ def categorical(keys: Key[Array, "B"], logits: Float[Array, "B V"]) -> Int[Array
     """
     mass = blocks(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)))
     draws = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    block = _crossing(jnp.sum(mass, axis=-1), draws[:, 0])
-    return block * NEIGHBOURS + _crossing(inside(mass, block), draws[:, 1])
+    block = crossing(jnp.sum(mass, axis=-1), draws[:, 0])
+    return block * NEIGHBOURS + crossing(inside(mass, block), draws[:, 1])
 
 
-def _crossing(mass: Float[Array, "B N"], share: Float[Array, "B"]) -> Int[Array, "B"]:
+def crossing(mass: Float[Array, "B N"], share: Float[Array, "B"]) -> Int[Array, "B"]:
     """The first index of each row up to which more than this share of its mass lies; its own mass is not 0."""
     reached, places = jnp.cumsum(mass, axis=-1), jnp.arange(mass.shape[1])[None, :]
     last = jnp.max(jnp.where(mass > 0, places, 0), axis=-1, keepdims=True)  # if rounding lets nothing cross

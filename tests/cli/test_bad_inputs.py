@@ -1,5 +1,6 @@
 """What a user is told of a mistake: one line on stderr, exit status 2, no traceback, and no run folder left behind."""
 
+import functools
 import gzip
 import json
 import os
@@ -250,7 +251,7 @@ def test_a_finished_run_refuses_other_settings_fewer_steps_and_checkpoints_that_
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written_leaves_the_earlier_one_good(started, tmp_path):
     # the system lets no file grow beyond a limit, as a full disk would not: the write fails in Orbax's own threads
     assert main(started) == 0
-    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, 16_384))  # noqa: E731
+    full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (16_384, 16_384))
     run = [sys.executable, "-m", "jaxalign.cli.main", *started, "--steps", "4"]
     environment = os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     done = subprocess.run(run, preexec_fn=full, env=environment, stderr=subprocess.PIPE, text=True)

@@ -132,13 +132,17 @@ def test_a_prompt_that_a_reward_model_cannot_read_is_named_before_anything_is_dr
         rewards.check(["one ?", more, more], {}, later=["finished"])
 
 
-def test_a_reward_model_is_held_once_by_those_who_check_it_and_those_who_ask_it(trained, monkeypatch):
+def test_a_reward_model_is_held_once_by_those_who_check_it_and_those_who_ask_it(trained, tmp_path, monkeypatch):
     loads = []
-    load = lambda *a, **k: loads.append(a) or load_reward_model(*a, **k)  # noqa: E731
+
+    def load(path, **options):
+        loads.append(path)
+        return load_reward_model(path, **options)
+
     monkeypatch.setattr(functions, "load_reward_model", load)
-    functions._loaded.cache_clear()
-    Rewards(f"reward_model(path={str(trained.output / 'final')!r})")(["one ?"], ["cat"], {"finished": [True]})
-    assert len(loads) == 1
+    folder = str(shutil.copytree(trained.output / "final", tmp_path / "unread"))
+    Rewards(f"reward_model(path={folder!r})")(["one ?"], ["cat"], {"finished": [True]})
+    assert loads == [folder]
 
 
 def test_a_reward_model_in_few_bits_nearly_agrees_and_one_in_host_memory_agrees_to_the_bit(trained, scorer):
@@ -170,8 +174,8 @@ def test_a_reward_model_spread_over_eight_devices_gives_the_scores_of_one(traine
 
 def test_a_reward_model_in_half_precision_is_half_as_large(trained, scorer):
     half = load_reward_model(str(trained.output / "final"), batch_size=4, dtype="bfloat16")
-    bytes_of = lambda one: sum(x.nbytes for x in jax.tree.leaves(one.params["model"]))  # noqa: E731
-    assert 2 * bytes_of(half) == bytes_of(scorer)
+    halved, whole = (sum(x.nbytes for x in jax.tree.leaves(one.params["model"])) for one in (half, scorer))
+    assert 2 * halved == whole
     np.testing.assert_allclose(half.members(PROMPTS, RESPONSES), scorer.members(PROMPTS, RESPONSES), atol=0.1)
     with pytest.raises(ValueError, match="dtype='float16' is not one of float32, bfloat16"):
         Rewards(f"reward_model(path={str(trained.output / 'final')!r}, dtype='float16')")

@@ -98,7 +98,9 @@ def test_tokens_that_nobody_asks_about_are_left_out_and_change_nothing(monkeypat
 def test_half_of_the_tokens_have_half_of_the_logits(monkeypatch):
     monkeypatch.setattr(logprobs_chunked, "WORTH_A_CHOICE", 0)
     seen = []
-    monkeypatch.setattr(logprobs_chunked, "_tile", lambda *a, real=logprobs_chunked._tile: seen.append(a) or real(*a))
+    monkeypatch.setattr(
+        logprobs_chunked, "logits_tile", lambda *a, real=logprobs_chunked.logits_tile: seen.append(a) or real(*a)
+    )
     hidden, unembedding, targets, _ = problem()
     mask = jnp.arange(N) % 2 == 0
     with jax.disable_jit():

@@ -10,7 +10,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.models import places
-from jaxalign.ops import logprobs
 from jaxalign.ops.logprobs import Shards, token_logps
 from jaxalign.types import Unembedding
 
@@ -67,7 +66,6 @@ def test_tokens_that_the_mesh_does_not_divide_go_in_chunks_and_the_log_says_so_o
     ours = logging.getLogger("jaxalign")  # a run in the same process may have taken it over
     monkeypatch.setattr(ours, "propagate", True)
     monkeypatch.setattr(ours, "handlers", [])
-    logprobs._warn_once.cache_clear()
     hidden, weight, _, targets, _, _ = problem(40)
     shards = Shards(places.make_mesh(fsdp=8))
     for _ in range(2):

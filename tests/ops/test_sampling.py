@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.ops.sampling import _crossing, categorical, keep_min_p, keep_top_k, keep_top_p, penalise, sample
+from jaxalign.ops.sampling import categorical, crossing, keep_min_p, keep_top_k, keep_top_p, penalise, sample
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
 
@@ -105,8 +105,8 @@ def test_over_blocks_of_the_vocabulary_each_token_comes_as_often_as_its_probabil
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, np.nextafter(np.float32(1), np.float32(0))])
 def test_a_place_without_mass_is_never_the_one_that_crosses(share):
     mass = jnp.array([[0.0, 0.25, 0.0, 0.25, 0.5, 0.0]])
-    assert _crossing(mass, jnp.array([share])).tolist() == [{0.0: 1, 0.25: 3, 0.5: 4}.get(float(share), 4)]
+    assert crossing(mass, jnp.array([share])).tolist() == [{0.0: 1, 0.25: 3, 0.5: 4}.get(float(share), 4)]
 
 
 def test_a_crossing_lost_to_rounding_falls_to_the_last_place_with_mass():
-    assert _crossing(jnp.array([[1.0, 2.0, 0.0]]), jnp.array([1.0])).tolist() == [1]
+    assert crossing(jnp.array([[1.0, 2.0, 0.0]]), jnp.array([1.0])).tolist() == [1]

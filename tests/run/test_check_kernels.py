@@ -33,8 +33,12 @@ def test_a_kernel_that_is_a_little_wrong_is_refused_and_the_message_says_where(m
     from jaxalign.kernels import logprob_tpu
 
     true = logprob_tpu.forward
-    off = lambda stats: stats._replace(chosen=stats.chosen.at[3].add(0.01))  # noqa: E731
-    monkeypatch.setattr(logprob_tpu, "forward", lambda *args, **options: off(true(*args, **options)))
+
+    def off(*args, **options):
+        stats = true(*args, **options)
+        return stats._replace(chosen=stats.chosen.at[3].add(0.01))
+
+    monkeypatch.setattr(logprob_tpu, "forward", off)
     keys = jax.random.split(jax.random.key(0), 3)
     hidden, weight = jax.random.normal(keys[0], (6, 8)), jax.random.normal(keys[1], (50, 8))
     targets = jax.random.randint(keys[2], (6,), 0, 50)

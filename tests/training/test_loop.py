@@ -28,7 +28,7 @@ STEP = jax.jit(make_train_step(Algorithm(half_distance), OPTIMIZER))
 
 
 class Recorder:
-    """What the loop did, in order."""
+    """Records the calls of the loop, in order."""
 
     def __init__(self):
         self.rows, self.saved, self.order = [], [], []

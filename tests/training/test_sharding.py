@@ -1,4 +1,4 @@
-"""Where state and batches lie on a mesh, and which sizes a mesh divides."""
+"""Placement of state and batches on a mesh, and sizes that a mesh divides."""
 
 import jax
 import jax.numpy as jnp
