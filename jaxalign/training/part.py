@@ -38,7 +38,7 @@ ADAPTERS, HEADS, CRITIC = 1, 2, 3  # folded into a run's key, for what starts at
 class Part(NamedTuple):
     """Parameters of a run: what of them has gradients, where their first values come from, and how they are read."""
 
-    graphdef: Any  # nnx.GraphDef of the model that reads the assembled parameters
+    graphdef: nnx.GraphDef  # structure of the model that reads the assembled parameters
     trained: PyTree  # ShapeDtypeStructs of the leaves that have gradients
     frozen: PyTree | None  # the same of the leaves under them; in no checkpoint of the run
     init: Callable[[jax.Array, PyTree, PyTree], PyTree]  # (key, `trained` with shardings, frozen) -> trained leaves
@@ -144,7 +144,8 @@ def critic(
       source: folder or hub name that a trunk of its own starts from; by default `model`.
     """
     if config.critic.shared:
-        return Part(None, _head_like(model.hidden_size), None, _zero_head, _nothing, _trained_alone, flops=0.0)
+        head = _head_like(model.hidden_size)
+        return Part(policy.graphdef, head, None, _zero_head, _nothing, _trained_alone, flops=0.0)
     lora = lora_of(config.lora, model)
     if lora is not None:
         return _adapted_critic(config, model, mesh, lora)

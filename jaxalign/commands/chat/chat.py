@@ -49,6 +49,7 @@ def main(config: ChatConfig) -> int:
         adapter=config.adapter,
         dtype=compute_dtype(config.precision),
     )
+    assert loaded.graphdef is not None
     engine = LocalEngine(
         loaded.graphdef, slots=1, cache_dtype=None if config.cache_dtype == "auto" else config.cache_dtype
     )
