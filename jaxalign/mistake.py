@@ -16,7 +16,7 @@ _NAME = re.compile(r"`([a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*)*)`")
 
 
 class Mistake(ValueError):
-    """What a user can put right."""
+    """An error that a user can put right."""
 
     def __init__(self, text: str, *, setting: str | None = None):
         """

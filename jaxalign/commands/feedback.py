@@ -1,4 +1,4 @@
-"""What dpo and kto share: the settings of the reference, and feedback in groups of responses."""
+"""Shared parts of dpo and kto: the settings of the reference, and feedback in groups of responses."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def _loss(config: GRPOConfig) -> Callable:
 
 
 def _is_corrected(config: GRPOConfig) -> bool:
-    """Whether tokens are drawn from another distribution than the policy's, and so are weighted."""
+    """True if tokens are drawn from another distribution than the policy's; they are weighted then."""
     return Sampling.of(config).truncates or config.engine is not None
 
 

@@ -1,4 +1,4 @@
-"""What ppo, grpo, rloo and online-dpo share: prompts, rewards, and an engine that responds."""
+"""Shared parts of ppo, grpo, rloo and online-dpo: prompts, rewards, and an engine that responds."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def load_feedback(config: RewardConfig, vocabulary: Vocabulary) -> Set[Responses
 
 
 def scores_steps(config: RewardConfig) -> bool:
-    """Whether the loss is of steps, not of whole responses."""
+    """True if the loss is one of solution steps, not of whole responses."""
     return "step_scores" in input_names(_loss(config))
 
 

@@ -151,7 +151,7 @@ def _described(hint: Any) -> str:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is one of the field's type."""
+    """True if a JSON value has the field's type."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):

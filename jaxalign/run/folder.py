@@ -110,7 +110,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def is_finished(output: Path, steps: int) -> bool:
-    """Whether `final/` holds the model after that many steps."""
+    """True if `final/` holds the model after that many steps."""
     return trained_steps(Path(output) / "final") == steps
 
 

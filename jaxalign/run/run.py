@@ -71,7 +71,7 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run learns from and is measured on."""
+    """Training and held-out data of a run."""
 
     batches: Batches  # step -> this host's batch; `steps` of them. On-policy: the numbers of the step's prompts
     shapes: int  # of batches that will occur
@@ -89,7 +89,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Run(Generic[ConfigT]):
-    """What every training command starts from."""
+    """A run of a training command: its settings, devices, model and vocabulary."""
 
     config: ConfigT
     command: str
@@ -138,7 +138,7 @@ class Run(Generic[ConfigT]):
 
     @property
     def host(self) -> dict[str, int]:
-        """Which of the hosts this is, as batches take it."""
+        """The index of this host and the number of hosts, as batches take them."""
         return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
     def counted(self, batches: BatchesT, *, updates: int = 1) -> BatchesT:

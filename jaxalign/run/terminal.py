@@ -1,4 +1,4 @@
-"""What a model says, on a terminal: nothing that it would obey, and nothing twice as a text grows."""
+"""Text of a model on a terminal: without control characters, and printed once as it grows."""
 
 from __future__ import annotations
 

@@ -35,24 +35,24 @@ class NotFiniteError(Mistake):
 
 @dataclasses.dataclass
 class Progress:
-    """What the loop remembers between steps and across interruptions, besides the state and the data cursor."""
+    """Counters that outlive a step and an interruption, besides the state and the data cursor."""
 
     step: int = 0
     tokens: int = 0  # trained on so far, padding aside
     skipped: int = 0  # steps skipped so far
     skipped_in_a_row: int = 0
-    ended: bool = False  # a step was enough, so there are no more
+    ended: bool = False  # the run ended before its last step, so there are no more
 
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What the loop calls; all of it is passed in, so the loop knows no disk format, no model and no terminal."""
+    """Functions that the loop calls: they are passed in, so it knows no disk format, no model and no terminal."""
 
     record: Callable[[Row], None]
     save: Callable[[TrainState, Progress, Row], None]  # the newest row says how good the state is
     evaluate: Callable[[TrainState, int], Row] | None = None  # (state, step) -> metrics, `eval_loss` among them
     learning_rate: Callable[[int], Any] | None = None  # of a step, counted without those that were skipped
-    enough: Callable[[Row], str | None] | None = None  # why the run ends with this row; None: it goes on
+    last_because: Callable[[Row], str | None] | None = None  # the reason why a row is the last; None: the run goes on
 
 
 def offline(batches: Iterator[Any]) -> SourceFn:
@@ -77,7 +77,7 @@ def fit(
     """Runs until `steps` and returns the state, and the signal that stopped it early, if one did.
 
     The metrics of step n - 1 are fetched after step n is dispatched, so the device never waits for the host. A source
-    that has something to say needs the state of step n - 1 itself, so that they are fetched at once. Row n is recorded
+    that has metrics of its own needs the state of step n - 1 itself, so they are fetched at once. Row n is recorded
     before a checkpoint of step n is saved. A run that resumes records the same rows that it would have.
 
     Args:
@@ -103,32 +103,32 @@ def fit(
         for step in range(progress.step + 1, steps + 1):
             began = time.perf_counter()
             try:
-                batch, said = source(state)
+                batch, source_metrics = source(state)
             except Exception:
                 if pending:
                     hooks.record(unsaved := _finish(pending, progress, hooks, clock))
                 if unsaved:
                     hooks.save(state, progress, unsaved)
                 raise
-            if said:
-                said = said | {SOURCE_SECONDS: time.perf_counter() - began}
+            if source_metrics:
+                source_metrics = source_metrics | {SOURCE_SECONDS: time.perf_counter() - began}
             profiler.before(step)
             state, metrics = train_step(state, frozen, put_batch(batch, mesh))
             if pending:
                 hooks.record(_finish(pending, progress, hooks, clock))
-            pending = step, metrics, said
+            pending = step, metrics, source_metrics
 
             stopping = stop.agreed(step)
             evaluating = hooks.evaluate and _due(step, eval_every, steps)
             saving = stopping or _due(step, save_every, steps)
             profiler.after(step, metrics)
-            if evaluating or saving or said or hooks.enough:
+            if evaluating or saving or source_metrics or hooks.last_because:
                 row = unsaved = _finish(pending, progress, hooks, clock)
                 pending = None
                 if evaluating:
                     row |= hooks.evaluate(state, step)
                 hooks.record(row)
-                if hooks.enough and (why := hooks.enough(row)):
+                if hooks.last_because and (why := hooks.last_because(row)):
                     log.warning("step %d is the last: %s", step, why)
                     progress.ended = True
                 if saving or progress.ended:
@@ -147,8 +147,9 @@ def _due(step: int, every: int, steps: int) -> bool:
 
 def _finish(pending: tuple[int, Any, Row], progress: Progress, hooks: Hooks, clock: _Clock) -> Row:
     """The row of a dispatched step; waits for the device."""
-    step, metrics, said = pending
-    row: Row = {"step": step} | {name: float(value) for name, value in jax.device_get(metrics).items()} | said
+    step, metrics, source_metrics = pending
+    row: Row = {"step": step} | {name: float(value) for name, value in jax.device_get(metrics).items()}
+    row |= source_metrics
     seconds = clock.lap()
     update = step - 1 - progress.skipped
     skipped, tokens = row.pop("skipped") > 0, int(row.pop("tokens"))

@@ -1,4 +1,4 @@
-"""What is trained, as one value: a `Part` is a tree of parameters, its leaves with gradients, and where they come from.
+"""The trained model as one value: a `Part` is a tree of parameters, its leaves with gradients, and their first values.
 
     policy = language_model(config, model, mesh)     # all parameters, or adapters on a frozen base
     reference = frozen_copy(config, model, mesh, policy)
@@ -36,7 +36,7 @@ ADAPTERS, HEADS, CRITIC = 1, 2, 3  # folded into a run's key, for what starts at
 
 
 class Part(NamedTuple):
-    """Parameters of a run: what of them has gradients, where their first values come from, and how they are read."""
+    """Parameters of a run: the leaves with gradients, the frozen ones under them, and how both are made and joined."""
 
     graphdef: nnx.GraphDef  # structure of the model that reads the assembled parameters
     trained: PyTree  # ShapeDtypeStructs of the leaves that have gradients
@@ -180,7 +180,7 @@ def laid_over(trained: PyTree, frozen: PyTree) -> PyTree:
 
 
 def is_classifier(source: str) -> bool:
-    """Whether a folder holds a sequence classifier: a reward model."""
+    """True if a folder holds a sequence classifier: a reward model."""
     return huggingface.read_hf_config(source).get("architectures", ["?"])[0] in CLASSIFIERS
 
 

@@ -1,4 +1,4 @@
-"""What a run compiles: the train step of a recipe on a mesh, whose devices need not be there."""
+"""The compiled train step of a recipe, on a mesh whose devices need not be there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxalign.types import PyTree
 
 
 class Recipe(NamedTuple):
-    """What a command trains and how: shapes only, so a plan or a benchmark can compile it anywhere."""
+    """The parameters that a command trains and the algorithm: shapes only, so it can be compiled anywhere."""
 
     part: Part
     algorithm: Algorithm
