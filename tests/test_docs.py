@@ -87,7 +87,7 @@ def check_jaxalign(arguments, folder):
             raise
         parse(numbers)
     except SystemExit as end:  # --help, --version
-        assert end.code == 0
+        assert end.code in (0, None)
 
 
 def check_pip(arguments):

@@ -18,7 +18,7 @@ def test_the_share_of_the_rewarded_word_rises(flags, prompts, tmp_path, one_devi
     from own_reward import train
 
     learning = ["--steps", "8", "--batch-size", "4", "--n", "8", "--optimizer.learning-rate", "1e-2"]
-    sampling = ["--max-new-tokens", "4", "--slots", "8"]
+    sampling = ["--max-new-tokens", "8", "--slots", "8"]
     assert train([*flags, "--data", str(prompts), *learning, *sampling]) == 0
     metrics = rows(tmp_path / "run")
     shares = [row["scores/share_of"] for row in metrics]
