@@ -45,10 +45,10 @@ def blocks(path, languages=None):
 
 
 def commands(block):
-    """The simple commands of a shell block, as words; comments, prompts and output aside."""
+    """The simple commands of a shell block, as words; comments aside, and output where a console shows prompts."""
     text = block.text.replace("\\\n", " ")
     lines = text.splitlines()
-    if block.language == "console":
+    if block.language == "console" and any(line.startswith("$ ") for line in lines):
         lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
     for line in lines:
         words = shlex.split(line, comments=True)
@@ -232,6 +232,7 @@ def test_a_command_that_cannot_run_is_found(line, tmp_path):
 
 
 def test_a_placeholder_stands_for_a_number_too(tmp_path):
+    assert [*commands(Block("console", 1, "ruff check .\nls\n"))] == [["ruff", "check", "."], ["ls"]]
     lines = "jaxalign sft --model M --data D --output RUN \\\n  --steps N  # a comment\njaxalign COMMAND --help\n"
     parsed = list(
         commands(Block("sh", 1, lines + "jaxalign sft --from-config RUN/config.json && jaxalign --version\n"))
