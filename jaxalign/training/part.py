@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxalign.config.offline import RewardConfig
@@ -273,7 +274,7 @@ def _base_loader(config: TrainConfig, model: ModelConfig) -> Callable[[PyTree], 
     kind = config.lora.quantise
 
     def load(like: PyTree) -> PyTree:
-        key = jax.random.split(jax.random.key(config.seed))[0]
+        key = _params_key(config)
         if not huggingface.is_random(config.model) or kind == "none":
             return _loaded(config, model, config.model, like, key, quantise=kind)
 
@@ -296,9 +297,14 @@ def _loaded(
 ) -> PyTree:
     """The weights of a folder or hub name; for config: random ones."""
     if huggingface.is_random(source):
-        key = jax.random.key(config.seed) if key is None else key
+        key = _params_key(config) if key is None else key
         return init_params(model, key, param_dtype=config.param_dtype, shardings=_places(like))
     return load_params(source, model, param_dtype=config.param_dtype, shardings=_places(like), quantise=quantise)
+
+
+def _params_key(config: TrainConfig) -> jax.Array:
+    """The key of a run's first parameters (`program.new_state`), so that a random reference is the random policy."""
+    return jax.random.split(jax.random.key(config.seed))[0]
 
 
 def _places(like: PyTree) -> PyTree:
