@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.algorithms import memory
+from jaxalign.config.shared import OptimizerConfig
 from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import Lora, linear_layers, split
 from jaxalign.models.decoder.decoder import make_decoder
@@ -40,7 +41,7 @@ def without_a_rule(tree):
 def test_every_leaf_of_every_family_and_of_its_train_state_has_a_rule(name):
     config, mesh = model_config(hf_config(name)), make_mesh(fsdp=4, tensor=2)
     everywhere = tuple(linear_layers(config))
-    adamw = optimizer.adamw(optax.constant_schedule(1e-3))
+    adamw = optimizer.adamw(OptimizerConfig(), optax.constant_schedule(1e-3))
     for lora in (None, Lora(4, 8.0, everywhere), Lora(4, 8.0, everywhere, dora=True)):
         for quantise in ("none", "int8", "nf4"):
             base, adapter = split(make_decoder(config, lora=lora, quantise=quantise)[1])
@@ -56,7 +57,7 @@ def test_heads_critics_members_and_what_an_algorithm_remembers_have_rules():
     scorer = {"model": make_decoder(config)[1], "head": shape(3, 32), "mean": shape(3), "std": shape(3)}
     critic = {"head": shape(1, 32), "bias": shape(1), "model": adapter}
     moving_means = {"scores": memory.Spread.start(), "kl_coef": np.float32(0.1)}
-    adamw = optimizer.adamw(optax.constant_schedule(1e-3))
+    adamw = optimizer.adamw(OptimizerConfig(), optax.constant_schedule(1e-3))
     both = optimizer.partition({"policy": adamw, "critic": adamw})
     trees = [
         scorer | {"members": members},
