@@ -126,7 +126,7 @@ def fit(
                 row = unsaved = _finish(pending, progress, hooks, clock)
                 pending = None
                 if evaluating:
-                    row |= hooks.evaluate(state, step)
+                    row |= _joined(row, hooks.evaluate(state, step))
                 hooks.record(row)
                 if hooks.last_because and (why := hooks.last_because(row)):
                     log.warning("step %d is the last: %s", step, why)
@@ -145,11 +145,18 @@ def _due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
+def _joined(row: Row, others: Row) -> Row:
+    """Both; no name may be in both, for one value would then be lost."""
+    if repeated := sorted(row.keys() & others.keys()):
+        raise AssertionError(f"two metrics of step {row['step']} have the same name: {', '.join(repeated)}")
+    return row | others
+
+
 def _finish(pending: tuple[int, Any, Row], progress: Progress, hooks: Hooks, clock: _Clock) -> Row:
     """The row of a dispatched step; waits for the device."""
     step, metrics, source_metrics = pending
-    row: Row = {"step": step} | {name: float(value) for name, value in jax.device_get(metrics).items()}
-    row |= source_metrics
+    row = _joined({"step": step}, {name: float(value) for name, value in jax.device_get(metrics).items()})
+    row = _joined(row, source_metrics)
     seconds = clock.lap()
     update = step - 1 - progress.skipped
     skipped, tokens = row.pop("skipped") > 0, int(row.pop("tokens"))

@@ -76,6 +76,20 @@ def test_held_out_metrics_come_before_the_first_step_and_join_the_row_of_theirs(
     assert [row["learning_rate"] for row in recorder.rows[1:]] == [10, 11, 12, 13]
 
 
+def test_a_metric_of_the_source_with_a_name_of_the_step_is_an_error():
+    mesh, recorder = make_mesh(data=8, fsdp=1), Recorder()
+    state = TrainState.create({"w": jnp.float32(0.0)}, OPTIMIZER, jax.random.key(0))
+    batch = {"x": np.ones((8,), np.float32)}
+
+    def source(name):
+        return lambda state: (batch, {name: 7.0})
+
+    fit(STEP, state, None, source("scores/loss"), recorder.hooks(), mesh=mesh, steps=1)
+    assert recorder.rows[0]["scores/loss"] == 7.0 and recorder.rows[0]["loss"] == 1.0
+    with pytest.raises(AssertionError, match="same name: loss"):
+        fit(STEP, state, None, source("loss"), recorder.hooks(), mesh=mesh, steps=1)
+
+
 def test_a_skipped_step_is_counted_and_does_not_advance_the_schedule():
     recorder = Recorder()
     run([1.0, np.nan, 1.0], recorder, steps=3, hooks=recorder.hooks(learning_rate=lambda n: n))
