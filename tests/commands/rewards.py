@@ -13,6 +13,16 @@ def dogs(prompts, responses):
     return [said.split().count("dog") / max(len(said.split()), 1) for said in responses]
 
 
+def chosen(prompts, responses):
+    """Named as a metric of DPO is."""
+    return dogs(prompts, responses)
+
+
+def margins(prompts, responses):
+    """Named as a metric of DPO is."""
+    return dogs(prompts, responses)
+
+
 def names_dog(prompt, response):
     """1 where one of the words is `dog`: of few responses to a prompt, all are often worth the same."""
     return float("dog" in response.split())

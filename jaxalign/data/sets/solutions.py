@@ -83,7 +83,11 @@ def _read(rows: Sequence[dict], where: str, encoder: Encoder, separator: str, op
         labels.append(np.pad(step_labels, (0, fill), constant_values=-1))
     lost = sum(dropped.values())
     if not parts or lost > options.max_dropped * len(rows):
-        raise Mistake(f"{where}: {lost} of {len(rows)} solutions have no labelled step within `max_length`")
+        allow = ", or allow it with `max_dropped`" if parts else ""
+        raise Mistake(
+            f"{where}: {lost} of {len(rows)} solutions have no labelled step within `max_length` "
+            f"{options.max_length}; raise it{allow}"
+        )
     log.info("%s: %d solutions, %d labelled steps, %d dropped", where, len(parts), np.sum(np.array(labels) >= 0), lost)
     columns = {"step_ends": np.array(ends, np.int32), "step_labels": np.array(labels, np.float32)}
     return Responses(Examples.of(parts), np.arange(len(parts))[:, None], columns)
