@@ -105,7 +105,7 @@ SFT = {
     "--microbatches 0": ["--microbatches 0: it must be at least 1"],
     "--microbatches 3": ["--batch-size 8 is not a multiple of", "--microbatches (3)", "the nearest"],
     "--batch-size 12": ["--batch-size 12 is not a multiple of", "--mesh.fsdp (8)", "the nearest: 8 or 16"],
-    "--mesh.data 3": ["mesh data=3 fsdp=-1 tensor=1 does not fill 8 devices"],
+    "--mesh.data 3": ["--mesh.data 3 x --mesh.fsdp -1 x --mesh.tensor 1 does not fill 8 devices"],
     "--max-length 1": ["--max-length 1: it must be at least 2"],
     "--eval-share 1": ["--eval-share 1.0: it must be at least 0 and below 1"],
     "--seed -1": ["--seed -1: it must be at least 0"],
