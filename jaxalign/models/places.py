@@ -58,8 +58,8 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list |
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
         raise Mistake(
-            f"`mesh.data` {data} x `mesh.fsdp` {fsdp} x `mesh.tensor` {tensor} does not fill {len(devices)} devices; the "
-            f"product must be {len(devices)}, and at most one may be -1 (the rest)"
+            f"`mesh.data` {data} x `mesh.fsdp` {fsdp} x `mesh.tensor` {tensor} does not fill {len(devices)} devices; "
+            f"the product must be {len(devices)}, and at most one may be -1 (the rest)"
         )
     for name in free:
         sizes[name] = len(devices) // fixed

@@ -153,7 +153,7 @@ def test_a_budget_of_kl_ends_the_run_and_the_same_command_finds_it_complete(trai
             ["--pretraining-data", "text.jsonl"],
             "PPO-ptx needs both --pretraining-data and",
         ),
-        (["--algorithm.kl-in", "loss"], "needs k2 or k3"),
+        (["--algorithm.kl-in", "loss"], "needs --algorithm.kl-estimator k2 or k3"),
         (["--algorithm.kl-target", "0"], "it must be above 0"),
         (["--algorithm.gamma", "1.5"], "it must be at least 0 and at most 1"),
         (["--kl-budget", "-1"], "it must be above 0"),
