@@ -19,8 +19,10 @@ NEVER_OBEYED = ("eval_data", "eval_share", "packing", "check_kernels", "checkpoi
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """The updates of a step."""
+    """The loss, and the updates of a step."""
 
+    loss: str = ""
+    """Loss per token or per pair."""
     epochs: Annotated[int, at_least(1)] = 1
     """Number of passes over the responses of a step."""
     minibatches: Annotated[int, at_least(1)] = 1

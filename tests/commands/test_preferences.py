@@ -160,7 +160,11 @@ def test_a_loss_of_the_users_own_file_runs(trained, tmp_path, one_device, monkey
         ("kto", ["--batch-size", "1"], "--batch-size 1: KTO's KL is a mean over the batch; give 2 or more"),
         ("dpo", ["--ref-model", "x", "--algorithm.loss", "simpo"], "the loss 'simpo' uses no reference"),
         ("dpo", ["--ref-update.every", "2", "--algorithm.loss", "simpo"], "the loss 'simpo' uses no reference"),
-        ("dpo", ["--ref-update.every", "2", "--precompute-reference"], "are of a reference that stays; leave one out"),
+        (
+            "dpo",
+            ["--ref-update.every", "2", "--precompute-reference"],
+            "stores log-probabilities of a fixed one; drop one of the two",
+        ),
         ("kto", ["--ref-update.every", "2", "--lora.rank", "4"], "with LoRA the reference is the base, which adapters"),
         ("dpo", ["--ref-update.every", "2", "--ref-update.alpha", "2"], "--ref-update.alpha 2.0: it must be at most 1"),
         ("dpo", ["--share-prompt", "--attention", "splash"], "the splash kernel cannot keep the two apart"),

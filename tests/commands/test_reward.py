@@ -246,7 +246,9 @@ def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tm
         "optimizer": OptimizerConfig(learning_rate=1e-2),
     }
     loss = RewardAlgorithm("process")
-    config = RewardConfig(str(tiny_model), str(path), tmp_path / "run", algorithm=loss, step_separator=".", **more)
+    config = RewardConfig(
+        model=str(tiny_model), data=str(path), output=tmp_path / "run", algorithm=loss, step_separator=".", **more
+    )
     assert reward.main(config) == 0
     held = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
     assert held[16]["eval_accuracy"] == 1.0 and held[16]["eval_loss"] < held[0]["eval_loss"]
@@ -264,8 +266,8 @@ def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tm
     ("flags", "message"),
     [
         (["--algorithm.loss", "process"], "hold no steps; needed are prompt, completions, labels"),
-        (["--algorithm.loss", "graded_bradley_terry"], "the data have no margins"),
-        (["--algorithm.loss", "rao_kupper"], "the data have no ties; take bradley_terry"),
+        (["--algorithm.loss", "graded_bradley_terry"], "needs a column `margin` in every pair"),
+        (["--algorithm.loss", "rao_kupper"], "add it, or use --algorithm.loss bradley_terry"),
         (["--combine", "median"], "unknown name 'median'"),
         (["--freeze-trunk", "--lora.rank", "2"], "give one of them"),
         (["--members", "0"], "--members 0: it must be at least 1"),
@@ -287,5 +289,5 @@ def test_eval_data_that_lack_what_the_loss_asks_for_are_named_at_once(tiny_model
     given = ["--model", str(tiny_model), "--data", str(told), "--output", str(tmp_path / "run")]
     more = ["--mesh.fsdp", "8", "--algorithm.loss", "graded_bradley_terry", "--eval-data", str(pairs)]
     assert main(["reward", *given, *more]) == 2
-    assert f"the --eval-data {pairs} have no margins; take bradley_terry" in capsys.readouterr().err
+    assert f"`margin` in every pair, and --eval-data {pairs} has none" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -80,7 +80,7 @@ def test_rewards_rise_and_the_screen_tells_the_truth(trained, name):
     if name == "online-dpo":
         assert found[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-5) and found[-1]["rewards/margins"] > 0
         assert all(row["score_chosen"] > row["score"] > row["score_rejected"] for row in found)
-        assert found[0]["rewards/dogs"] == pytest.approx(found[0]["score"], abs=1e-6)
+        assert found[0]["scores/dogs"] == pytest.approx(found[0]["score"], abs=1e-6)
         return
     assert found[0]["ratio"] == pytest.approx(1.0, abs=1e-4)  # sampling and scoring agree
     assert found[0]["kl"] == pytest.approx(0.0, abs=1e-3) and found[-1]["kl_k3"] > 0.01
@@ -96,7 +96,7 @@ def test_dynamic_sampling_learns_from_unequal_scores_alone_and_a_nucleus_weighs_
     # every token of a nucleus of mass 0.9 or a little more weighs that mass
     assert all(0.89 < row["importance_weight"] < 1 for row in found)
     for row in found:
-        assert row["score"] == pytest.approx(row["rewards/names_dog"] + 0.1 * row["rewards/overlong"], abs=1e-6)
+        assert row["score"] == pytest.approx(row["scores/names_dog"] + 0.1 * row["rewards/overlong"], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
