@@ -96,7 +96,7 @@ def test_dynamic_sampling_learns_from_unequal_scores_alone_and_a_nucleus_weighs_
     # every token of a nucleus of mass 0.9 or a little more weighs that mass
     assert all(0.89 < row["importance_weight"] < 1 for row in found)
     for row in found:
-        assert row["score"] == pytest.approx(row["scores/names_dog"] + 0.1 * row["rewards/overlong"], abs=1e-6)
+        assert row["score"] == pytest.approx(row["scores/names_dog"] + 0.1 * row["scores/overlong"], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
