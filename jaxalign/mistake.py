@@ -30,5 +30,5 @@ class Mistake(ValueError):
 
 
 def spelled(text: str, spell: Callable[[str], str | None]) -> str:
-    """The text with each name between backquotes as `spell` writes it, or as it stands where that is None."""
-    return _NAME.sub(lambda match: spell(match[1]) or match[0], text)
+    """The text with each name between backquotes as `spell` writes it, and without the backquotes of others."""
+    return _NAME.sub(lambda match: spell(match[1]) or match[0], text).replace("`", "")

@@ -13,14 +13,19 @@ import json
 import os
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 from jaxalign.commands import COMMANDS
 from jaxalign.config.limits import from_json, settings
 from jaxalign.mistake import Mistake, spelled
+from jaxalign.select import nearest
 
+# types of settings: how the help writes them, and how an error does
+KINDS = {int: ("INT", "a whole number"), float: ("FLOAT", "a number"), str: ("STR", "a text"), Path: ("PATH", "a path")}
+NUMBERS: dict[Any, Any] = {float: (int, float)}
 REPORT = "this is a defect of jaxalign, or of a library under it: please report it, with the traceback above"
 
 
@@ -58,7 +63,7 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         raise SystemExit(0)
     command, *rest = arguments
     if command not in COMMANDS:
-        raise Mistake(f"unknown command {command!r}; there are {', '.join(COMMANDS)}")
+        raise Mistake(f"unknown command {command!r}{nearest(command, list(COMMANDS))}; there are {', '.join(COMMANDS)}")
     kind = COMMANDS[command].config
     default, rest = _from_config(command, rest)
     return command, _parsed_flags(kind, _renamed(kind, rest), default, f"jaxalign {command}")
@@ -87,11 +92,17 @@ def _spelling(arguments: list[str]) -> Callable[[str], str | None]:
 
 
 def _renamed(kind: type, arguments: list[str]) -> list[str]:
-    """The arguments with flags of older versions under their present names; a line on stderr says so."""
+    """The arguments with flags of older versions under their present names; a line on stderr says so.
+
+    Raises Mistake on a flag that an older version accepted, though the command never obeyed it.
+    """
     flags = {f"--{old}": f"--{new}" for old, new in getattr(kind, "renamed", {}).items()}
+    retired = {f"--{name.replace('_', '-')}" for name in getattr(kind, "retired", ())}
     result = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
+        if name.replace("--no-", "--") in retired:
+            raise Mistake(f"{name} is no flag of this command, on which it never had an effect; leave it out")
         if name in flags:
             print(f"jaxalign: {name} is now {flags[name]}", file=sys.stderr)
             argument = flags[name] + equals + value
@@ -105,12 +116,46 @@ def _parsed_flags(kind: type, arguments: list[str], default: Any, program: str) 
 
     box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(box), _plain_types():
             return tyro.cli(kind, args=arguments, default=default, prog=program)
     except SystemExit as end:
         if end.code in (0, None):  # --help
             raise
         raise Mistake(f"{_one_line(box.getvalue())}; see {program} --help") from None
+
+
+def _plain_types() -> Any:
+    """tyro's rules for numbers and texts that may be absent: INT in the help, `none` as a value, errors in words."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def plain(info: Any) -> Any:
+        options = [a for a in get_args(info.type) if a is not type(None)]
+        optional = get_origin(info.type) in (Union, types.UnionType) and len(options) == 1
+        kind = options[0] if optional else info.type
+        if kind not in KINDS or (kind in (str, Path) and not optional):
+            return None
+        metavar, words = KINDS[kind]
+
+        def read(texts: list[str]) -> Any:
+            if optional and texts[0].lower() == "none":
+                return None
+            try:
+                return kind(texts[0])
+            except ValueError:
+                raise ValueError(f"{texts[0]!r} is not {words}") from None
+
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=metavar,
+            instance_from_str=read,
+            is_instance=lambda value: (optional and value is None) or isinstance(value, NUMBERS.get(kind, kind)),
+            str_from_instance=lambda value: ["none" if value is None else str(value)],
+        )
+
+    return registry
 
 
 def _one_line(box: str) -> str:
@@ -124,7 +169,7 @@ def _one_line(box: str) -> str:
             sections.append([])
         elif not line.startswith(" " * 8):
             sections[-1] += line.split()
-    texts = [" ".join(words).rstrip(".") for words in sections if words]
+    texts = [" ".join(words).rstrip(".").removeprefix("Error parsing ") for words in sections if words]
     return "; ".join(text for text in texts if not text.startswith(("For full helptext", "Argument helptext")))
 
 
@@ -148,7 +193,7 @@ def _from_config(command: str, arguments: list[str]) -> tuple[Any, list[str]]:
     if not isinstance(values, dict):
         raise Mistake(f"`from_config` {path} is no config: it holds no names and values")
     if described.get("command", command) != command:
-        raise Mistake(f"`from_config` {path} is of `jaxalign {described['command']}`, not of `jaxalign {command}`")
+        raise Mistake(f"`from_config` {path} is of jaxalign {described['command']}, not of jaxalign {command}")
     return from_json(COMMANDS[command].config, values, where=str(path)), rest
 
 

@@ -101,8 +101,7 @@ def check(config: PPOConfig) -> None:
         raise Mistake(f"`ref_update.alpha` {config.ref_update.alpha}: it must be at most 1, which copies the policy")
     if bool(algorithm.pretraining_coef) != bool(config.pretraining_data):
         raise Mistake(
-            "PPO-ptx needs both `pretraining_data` and `algorithm.pretraining_coef` above 0; only one is set "
-            f"({config.pretraining_data}, {algorithm.pretraining_coef:g})"
+            "PPO-ptx needs both `pretraining_data` and `algorithm.pretraining_coef` above 0; give both or neither"
         )
 
 

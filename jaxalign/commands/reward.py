@@ -90,6 +90,8 @@ def check(config: RewardConfig) -> None:
     """Raises Mistake on a loss that cannot be used, or on settings that exclude each other."""
     limits.check(config)
     _loss(config)
+    if config.step_separator != RewardConfig.step_separator and not scores_steps(config):
+        raise Mistake("`step_separator` is for losses of steps: use `algorithm.loss` process, or leave it out")
     heads.combine(jnp.zeros((1, config.members)), config.combine)
     if config.freeze_trunk and config.lora.rank:
         raise Mistake("`freeze_trunk` trains the heads alone, and `lora.rank` adapters besides; give one of them")

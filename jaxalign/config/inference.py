@@ -18,11 +18,11 @@ class InferenceConfig(TruncationSettings):
     """Hugging Face folder (the final/ of a run is one) or hub name."""
     _: KW_ONLY
     adapter: Path | None = None
-    """Folder of LoRA adapters of --model in PEFT's format; the adapter/ of a run is one. Default: none."""
+    """Folder of LoRA adapters of --model in PEFT's format, such as a run's adapter/; none: no adapters."""
     repetition_penalty: Annotated[float, above(0)] = 1.0
-    """Factor that makes tokens of the prompt and of the response so far less likely; 1 is no penalty."""
+    """Factor above 0 against repeated tokens, the prompt's included; 1: no penalty."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    """Dtype of cached keys and values. 'auto' is that of computation."""
+    """Dtype of cached keys and values. 'auto' is --precision's."""
     seed: Annotated[int, at_least(0, below=2**32)] = 0
     """Seed of sampling."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -34,32 +34,29 @@ class GenerateConfig(InferenceConfig):
     """Responses of a model to prompts."""
 
     prompts: Annotated[str, EMPTY_IS_MEANT]
-    """Prompts: a file (.jsonl with `prompt` or `messages`, .txt with one a line), FILE:SPLIT, or the text of a
-    prompt."""
+    """Prompts: a file (.jsonl with columns prompt or messages, .txt with one per line), FILE:SPLIT, or a text."""
     output: Path | None = None
-    """File (.jsonl) to write prompts and responses to. Default: they are printed."""
+    """File (.jsonl) to write prompts and responses to; none: they are printed."""
     max_new_tokens: Annotated[int, at_least(1)] = 128
     """Length limit of a response, in tokens."""
     temperature: Annotated[float, at_least(0)] = 1.0
     """Sampling temperature; 0 always takes the most likely token."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response; it includes them."""
+    """Texts that end a response and stay in it."""
     n: Annotated[int, at_least(1)] = 1
     """Number of responses to each prompt."""
     reward: str | None = None
-    """Reward that scores the responses, as for jaxalign grpo: 'reward_model(path=...)', 'my.module:function'. Default:
-    no scores."""
+    """Reward that scores responses, as for grpo: 'reward_model(path=...)', 'my.module:function'; none: no scores."""
     reward_seconds: Annotated[float, above(0)] = 300.0
-    """Time limit, in seconds, for scoring 64 responses, which are scored together. Reward functions run in parallel."""
+    """Time limit, in seconds, for scoring 64 responses together. Reward functions run in parallel."""
     keep: Literal["all", "best"] = "all"
     """Responses that are kept: 'all', or each prompt's 'best' by --reward (best-of-n)."""
     batch_size: Annotated[int, at_least(1)] = 16
     """Number of responses generated at once; one that ends makes room for the next prompt."""
     engine: str | None = None
-    """Address of a server that generates, http://host:port; --model then gives the tokenizer only. Default: the devices
-    of this machine do."""
+    """Address of a server that generates, http://host:port; --model gives the tokenizer; none: this machine does."""
     engine_kind: Literal["vllm", "sglang"] = "vllm"
-    """Software of that server; rollout/engine/servers.py says how it must be started."""
+    """Software of --engine's server; rollout/engine/servers.py has its start command."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +64,11 @@ class ChatConfig(InferenceConfig):
     """A conversation with a model in the terminal."""
 
     system: str | None = None
-    """System message at the start of the conversation. Default: none."""
+    """System message at the start of the conversation; none: no message."""
     tokenizer: str | None = None
-    """Folder or hub name of the tokenizer. Default: the model's own."""
+    """Folder or hub name of the tokenizer; none: the model's own."""
     chat_template: str | None = None
-    """Chat template: a name (chatml, llama3, ...) or a Jinja file. Default: the tokenizer's own."""
+    """Chat template: plain, alpaca, chatml, llama3 or a Jinja file; none: the tokenizer's own."""
     max_new_tokens: Annotated[int, at_least(1)] = 512
     """Length limit of a response, in tokens; the rest of the model's window holds the conversation so far."""
     temperature: Annotated[float, at_least(0)] = 0.7
@@ -87,7 +84,7 @@ class ExportConfig:
     output: Path
     """Folder to write; it must be empty or not exist."""
     step: int | None = None
-    """Step whose checkpoint is exported. Default: the newest."""
+    """Step whose checkpoint is exported; none: the newest."""
     best: bool = False
     """Export the kept checkpoint with the lowest held-out loss."""
     adapter: bool = False

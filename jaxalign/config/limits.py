@@ -26,10 +26,10 @@ class Limit(NamedTuple):
         return not (too_little or too_much or math.isnan(value))
 
     def __str__(self) -> str:
-        text = f"{'above' if self.above_least else 'at least'} {self.least:g}"
+        text = f"{'above' if self.above_least else 'at least'} {self.least:.10g}"
         if self.most == math.inf:
             return text
-        return f"{text} and {'below' if self.below_most else 'at most'} {self.most:g}"
+        return f"{text} and {'below' if self.below_most else 'at most'} {self.most:.10g}"
 
 
 def at_least(least: float, *, below: float = math.inf) -> Limit:
@@ -121,10 +121,10 @@ def from_json(kind: type, values: dict[str, Any], *, where: str = "config.json")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise Mistake(f"{where}: {kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
+        raise Mistake(f"{where}: there is no setting {', '.join(unknown)}; there are {', '.join(fields)}")
     absent = [n for n, f in fields.items() if n not in values and f.default is f.default_factory is dataclasses.MISSING]
     if absent:
-        raise Mistake(f"{where} has no {', '.join(absent)}, which {kind.__name__} needs")
+        raise Mistake(f"{where} has no {', '.join(absent)}; add it, for it has no default")
     hints, arguments = get_type_hints(kind), dict[str, Any]()
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):

@@ -20,8 +20,7 @@ class SFTAlgorithm:
     """The loss of a token."""
 
     loss: str = "cross_entropy"
-    """Loss per token, from losses/language.py: 'cross_entropy(label_smoothing=0.1, z_loss=1e-4)', 'dft', a sum, or your
-    own 'my.module:function'."""
+    """Loss per token: 'cross_entropy(label_smoothing=0.1)', 'dft', a sum, or your own 'my.module:function'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +32,7 @@ class SFTConfig(SampleSettings, KernelCheckSettings, OfflineConfig):
     turns: Literal["all", "last"] = "all"
     """Assistant turns of a conversation that are learned: 'all', or only the 'last'."""
     long_text: Literal["truncate", "split"] = "truncate"
-    """Treatment of texts longer than --max-length: 'truncate' keeps their first tokens, 'split' makes several rows.
-    Plain text files are always split."""
+    """Texts beyond --max-length: 'truncate' keeps their first tokens, 'split' makes rows; .txt files are split."""
     algorithm: SFTAlgorithm = field(default_factory=SFTAlgorithm)
 
 
@@ -51,8 +49,7 @@ class DPOAlgorithm(FeedbackAlgorithm):
     """The loss of a pair."""
 
     loss: str = "dpo"
-    """Loss per pair, from losses/pairs: 'ipo(beta=0.05)', a sum 'dpo(beta=0.1) + 0.2*sft', or your own
-    'my.module:function(x=1)'."""
+    """Loss per pair: 'dpo(beta=0.1)', 'ipo', a sum 'dpo + 0.2*sft', or your own 'my.module:function(x=1)'."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,7 @@ class KTOAlgorithm(FeedbackAlgorithm):
     """The loss of a rated response."""
 
     loss: str = "kto"
-    """Loss per response, from losses/unpaired.py: 'kto(beta=0.1, lambda_d=1.33)', a sum, or your own
-    'my.module:function(x=1)'."""
+    """Loss per response: 'kto(beta=0.1, lambda_d=1.33)', a sum, or your own 'my.module:function(x=1)'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +65,9 @@ class FeedbackConfig(ChatRowSettings, SampleSettings, KernelCheckSettings, Offli
     """Settings that dpo and kto share."""
 
     ref_model: str | None = None
-    """Folder or hub name of the frozen reference. Default: --model. With LoRA it is always the base."""
+    """Folder or hub name of the frozen reference; none: --model. With LoRA leave it out."""
     precompute_reference: bool = False
-    """Compute the reference's log-probabilities once before training, which then holds a single model."""
+    """Compute the reference's log-probabilities before training, so that one model is held."""
     ref_update: RefUpdateConfig = field(default_factory=RefUpdateConfig)
     algorithm: FeedbackAlgorithm = field(default_factory=FeedbackAlgorithm)
 
@@ -83,7 +79,7 @@ class DPOConfig(FeedbackConfig):
     batch_size: Annotated[int, at_least(1)] = 8
     """Number of pairs per step, over all devices."""
     share_prompt: bool = False
-    """Compute a pair's prompt once, where both responses fit behind it in a row. Needs XLA's attention or cuDNN's."""
+    """Compute a prompt once for both responses where they fit in a row; not with splash or --no-packing."""
     algorithm: DPOAlgorithm = field(default_factory=DPOAlgorithm)
 
 
@@ -101,8 +97,7 @@ class RewardAlgorithm:
     """The loss of a group of compared responses."""
 
     loss: str = "bradley_terry"
-    """Loss per group, from losses/ranking.py: 'bradley_terry(margin=0.1, centering_coef=0.01)', 'kwise', 'process' (one
-    score per solution step), a sum, or your own 'my.module:function(x=1)'."""
+    """Loss per group: 'bradley_terry(margin=0.1)', 'kwise', 'process', a sum, or your own 'my.module:function'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +109,11 @@ class RewardConfig(ChatRowSettings, OfflineConfig):
     batch_size: Annotated[int, at_least(1)] = 8
     """Number of pairs or rankings per step, over all devices."""
     members: Annotated[int, at_least(1)] = 1
-    """Number of ensemble members: heads on one shared trunk, or with --lora.rank one adapter and head each. Their
-    disagreement is logged."""
+    """Number of ensemble members: heads on one trunk, or with --lora.rank an adapter and a head each."""
     combine: str = "mean"
-    """Rule by which programs that load the model combine the members' scores: 'mean', 'min' or
-    'mean_minus_std(k=1.0)'."""
+    """Score of the ensemble out of its members': 'mean', 'min' or 'mean_minus_std(k=1.0)'."""
     step_separator: str = "\n"
-    """Text that ends each solution step; the step is scored at its last token. Only for the losses 'process' and
-    'process_mse'."""
+    """Text that ends a solution step, for the losses 'process' and 'process_mse'; default: a line break."""
     freeze_trunk: bool = False
     """Train the heads only, on a trunk that stays as it is."""
     algorithm: RewardAlgorithm = field(default_factory=RewardAlgorithm)

@@ -36,20 +36,18 @@ class RolloutConfig(ChatRowSettings, LogpSettings, TrainConfig):
     retired: ClassVar[tuple[str, ...]] = NEVER_OBEYED
 
     steps: Annotated[int | None, at_least(1)] = None
-    """Number of training steps. Each draws one batch of responses and takes algorithm.epochs x algorithm.minibatches
-    optimizer updates on it. Default: as many as --epochs needs."""
+    """Number of steps, each a batch of responses and epochs x minibatches updates; none: see --epochs."""
     epochs: Annotated[float, above(0)] = 1.0
     """Number of passes over the prompts, when --steps is not given."""
     batch_size: Annotated[int, at_least(1)] = 8
     """Number of prompts per step, over all devices."""
     reward: str = "numeric_match"
-    """Reward of a response: functions of rollout/rewards/functions.py, as in 'numeric_match + 0.1*length(target=60)', a
-    reward model 'reward_model(path="rm/final")', or your own 'my.module:function(x=1)'."""
+    """Reward of a response: built-in functions 'numeric_match + 0.1*length(target=60)', a reward model\
+ 'reward_model(path="rm/final")', or your own 'my.module:function(x=1)'."""
     reward_seconds: Annotated[float, above(0)] = 60.0
     """Time limit, in seconds, for scoring one step's responses. Reward functions run in parallel."""
     reward_clip: Annotated[float | None, above(0)] = None
-    """Largest absolute score: the sum of --reward is clipped to plus or minus this, before penalties. Default: no
-    clipping."""
+    """Largest absolute sum of --reward, which is clipped to it before penalties; none: no clipping."""
     n: Annotated[int, at_least(1)] = 8
     """Number of responses to each prompt."""
     max_new_tokens: Annotated[int, at_least(1)] = 256
@@ -67,15 +65,13 @@ class RolloutConfig(ChatRowSettings, LogpSettings, TrainConfig):
     slots: Annotated[int, at_least(1)] = 64
     """Number of responses generated at once; one that ends makes room for the next prompt."""
     engine: str | None = None
-    """Address of a server that generates the responses, http://host:port. Default: the training devices do."""
+    """Address of a server that generates, http://host:port; none: the training devices do."""
     engine_kind: Literal["vllm", "sglang"] = "vllm"
-    """Software of that server; rollout/engine/servers.py says how it must be started."""
+    """Software of --engine's server; rollout/engine/servers.py has its start command."""
     engine_reload: str | None = None
-    """Requests that make the server load a new policy, as in '/load {"path": "{folder}"} /reset_cache'. Default: those
-    of its kind."""
+    """Requests that make the server load a policy: '/load {"path": "{folder}"} /reset'; none: --engine-kind's."""
     decode_layout: Literal["tensor", "training"] = "tensor"
-    """Weight sharding during generation. 'tensor': gathered once per step, split over mesh.tensor only (faster).
-    'training': as in training, gathered for every token (less memory)."""
+    """Weights in generation: split over --mesh.tensor only ('tensor', faster), or as in 'training' (less memory)."""
     offload_reference: bool = False
     """Keep the reference in the host's memory, and on the devices only while it scores responses."""
     algorithm: UpdateSettings = field(default_factory=UpdateSettings)
@@ -86,8 +82,7 @@ class KLBudgetSettings:
     """Settings of commands that measure the KL to the reference."""
 
     kl_budget: Annotated[float | None, above(0)] = None
-    """End the run once KL(policy || reference) exceeds this many nats per response, keeping the current model. Default:
-    no limit."""
+    """End the run, keeping its model, above this KL(policy || reference) in nats per response; none: no limit."""
 
 
 @dataclass(frozen=True)
@@ -95,23 +90,22 @@ class GRPOAlgorithm(UpdateSettings):
     """The update of a policy without a critic; algorithms/policy_gradient.py names the papers' choices."""
 
     loss: str = "ppo_clip"
-    """Loss per token, from losses/policy.py: 'ppo_clip(clip_epsilon_high=0.28)', 'reinforce', 'cispo', a sum, or your
-    own 'my.module:function(x=1)'."""
+    """Loss per token: 'ppo_clip(clip_epsilon_high=0.28)', 'reinforce', 'cispo', or your own 'my.module:function'."""
     advantages: Literal["group", "batch", "none", "leave_one_out", "decoupled"] = "group"
-    """Advantage of a response: its score minus the prompt's mean, divided by the prompt's std ('group', GRPO), the
-    batch's std ('batch'), or nothing ('none', Dr. GRPO); 'leave_one_out' (RLOO); 'decoupled' normalises each reward
-    function by itself (GDPO)."""
+    """Advantage of a response: its score minus the prompt's mean, over the prompt's std ('group', GRPO), the\
+ batch's std ('batch') or nothing ('none', Dr. GRPO); 'leave_one_out' (RLOO): minus the others' mean;\
+ 'decoupled' (GDPO): each reward function by itself."""
     aggregate: Literal["token", "sequence", "fixed"] = "token"
-    """Mean of the loss: over all tokens ('token', DAPO), over responses of their token means ('sequence', GRPO), or
-    sums over a fixed length ('fixed', Dr. GRPO)."""
+    """Mean of the loss: of all tokens ('token', DAPO), of each response's mean ('sequence', GRPO), or of sums over\
+ --max-new-tokens ('fixed', Dr. GRPO)."""
     level: Literal["token", "sequence"] = "token"
     """Unit of the probability ratio: each 'token', or the whole 'sequence' (GSPO)."""
     kl_coef: Annotated[float, at_least(0)] = 0.0
     """Weight of KL(policy || reference) in the loss, per nat."""
     kl_estimator: Literal["k2", "k3"] = "k3"
-    """Estimator of that KL from the sampled tokens."""
+    """Estimator of --algorithm.kl-coef's KL."""
     importance_cap: Annotated[float, above(0)] = 2.0
-    """Largest importance weight of a token, where it was not sampled from the policy itself (--top-p, --engine)."""
+    """Largest importance weight of a token that was not sampled from the policy itself (--top-p, --engine)."""
     reference: bool = True
     """Hold the starting model beside the policy, to log the KL between the two."""
 
@@ -121,8 +115,7 @@ class GroupConfig(TruncationSettings, RolloutConfig):
     """Settings of commands that compare responses to one prompt."""
 
     dynamic_sampling: Annotated[int, at_least(0)] = 0
-    """Largest number of generation rounds per step in which prompts with equal scores are replaced by others (DAPO); 0
-    keeps them."""
+    """Largest number of rounds per step that replace prompts whose responses score alike (DAPO); 0 keeps them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,14 +130,13 @@ class RLOOAlgorithm(GRPOAlgorithm):
     """The update of a policy without a critic; algorithms/policy_gradient.py names the papers' choices."""
 
     loss: str = "reinforce"
-    """Loss per token, from losses/policy.py: 'reinforce', 'ppo_clip', 'cispo', a sum, or your own
-    'my.module:function(x=1)'."""
+    """Loss per token: 'reinforce', 'ppo_clip', 'cispo', or your own 'my.module:function(x=1)'."""
     advantages: Literal["group", "batch", "none", "leave_one_out", "decoupled"] = "leave_one_out"
-    """Advantage of a response: 'leave_one_out' subtracts the mean score of the prompt's other responses; for the others
-    see jaxalign grpo --help."""
+    """Advantage of a response: 'leave_one_out' subtracts the mean score of the prompt's other responses; for the\
+ others see jaxalign grpo --help."""
     aggregate: Literal["token", "sequence", "fixed"] = "fixed"
-    """Mean of the loss: sums over a fixed length ('fixed', so length has no influence), over all tokens ('token'), or
-    over responses of their token means ('sequence')."""
+    """Mean of the loss: of sums over --max-new-tokens ('fixed'), of all tokens ('token'), or of each response's\
+ mean ('sequence')."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +151,7 @@ class OnlineDPOAlgorithm(UpdateSettings):
     """The loss of a pair of the policy's own responses."""
 
     loss: str = "dpo"
-    """Loss per pair, from losses/pairs: 'ipo(beta=0.05)', a sum 'dpo(beta=0.1) + 0.2*sft', or your own
-    'my.module:function(x=1)'."""
+    """Loss per pair: 'dpo(beta=0.1)', 'ipo', a sum 'dpo + 0.2*sft', or your own 'my.module:function(x=1)'."""
     epochs: Annotated[int, at_least(1)] = 1
     """Number of passes over the pairs of a step."""
 
@@ -183,13 +174,11 @@ class PPOAlgorithm(UpdateSettings):
     """The update of policy and critic; algorithms/ppo.py says where each choice comes from."""
 
     loss: str = "ppo_clip"
-    """Loss per token, from losses/policy.py: 'ppo_clip(clip_epsilon=0.2, dual_clip=3.0)', a sum, or your own
-    'my.module:function(x=1)'."""
+    """Loss per token: 'ppo_clip(clip_epsilon=0.2, dual_clip=3.0)', or your own 'my.module:function(x=1)'."""
     kl_coef: Annotated[float, at_least(0)] = 0.05
     """Weight of KL(policy || reference), in reward per nat."""
     kl_target: Annotated[float | None, above(0)] = None
-    """KL(policy || reference), in nats per response, that the KL coefficient is adapted to reach. Default: a fixed
-    coefficient."""
+    """KL(policy || reference), in nats per response, that --algorithm.kl-coef is adapted to; none: it is fixed."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the KL from the sampled tokens."""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -197,11 +186,11 @@ class PPOAlgorithm(UpdateSettings):
     gamma: Annotated[float, share()] = 1.0
     """Discount per token."""
     gae_lambda: Annotated[float, share()] = 0.95
-    """Lambda of GAE: 1 uses returns only, 0 only the critic's next value."""
+    """Lambda of GAE, 0 (TD error) to 1 (return minus value)."""
     value_coef: Annotated[float, at_least(0)] = 0.1
     """Weight of the value loss."""
     value_clip_epsilon: Annotated[float | None, above(0)] = 0.2
-    """Largest change of a value per step before its loss is clipped, in units of reward. None: no clipping."""
+    """Largest change of a value per step, in units of reward; none: no clipping."""
     entropy_coef: Annotated[float, at_least(0)] = 0.0
     """Weight of the entropy bonus, per nat."""
     whiten_advantages: bool = True
@@ -211,12 +200,11 @@ class PPOAlgorithm(UpdateSettings):
     normalise_scores: bool = False
     """Subtract the mean of all scores so far, and divide by their standard deviation."""
     clip_scores: Annotated[float | None, above(0)] = None
-    """Largest absolute score: scores are clipped to plus or minus this, after normalisation. Default: no clipping."""
+    """Largest absolute score, after normalisation; larger ones are clipped to it; none: no clipping."""
     pretraining_coef: Annotated[float, at_least(0)] = 0.0
     """Weight of the cross-entropy of --pretraining-data (PPO-ptx)."""
     halt_kl: Annotated[float | None, above(0)] = None
-    """Skip the rest of a step's updates once the KL from the sampling policy exceeds 1.5 times this, in nats per token.
-    Default: no limit."""
+    """Skip a step's other updates above 1.5 times this KL from the sampling policy, in nats per token; none: never."""
     epochs: Annotated[int, at_least(1)] = 4
     """Number of passes over the responses of a step."""
 
@@ -226,12 +214,11 @@ class CriticConfig:
     """The critic: a model that predicts the reward still to come."""
 
     model: str | None = None
-    """Folder or hub name that the critic starts from: a reward model or a language model. Default: the reward model of
-    --reward, else --model."""
+    """Reward or language model that the critic starts from; none: the reward model of --reward, else --model."""
     shared: bool = False
     """Use a head on the policy's own hidden states as critic, in place of a separate model."""
     learning_rate: Annotated[float | None, at_least(0)] = None
-    """Peak learning rate of the critic. Default: the policy's."""
+    """Peak learning rate of the critic; none: the policy's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,8 +230,7 @@ class PPOConfig(KLBudgetSettings, RolloutConfig):
     n: Annotated[int, at_least(1)] = 1
     """Number of responses to each prompt."""
     pretraining_data: str | None = None
-    """Text whose likelihood is kept up while rewards rise, as --data of jaxalign sft; needs
-    --algorithm.pretraining-coef. Default: none."""
+    """Text to train on besides, given as sft's --data; needs --algorithm.pretraining-coef; none: no text."""
     ref_update: RefUpdateConfig = field(default_factory=RefUpdateConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     algorithm: PPOAlgorithm = field(default_factory=PPOAlgorithm)

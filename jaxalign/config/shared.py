@@ -38,7 +38,7 @@ class MeshConfig:
     data: int = 1
     """Number of model replicas; each reads a share of the rows."""
     fsdp: int = -1
-    """Number of shares of parameters, gradients, optimizer state and rows."""
+    """Number of parts of parameters, optimizer state and rows; -1: all devices left."""
     tensor: int = 1
     """Number of shares of attention heads, hidden units and vocabulary."""
 
@@ -68,7 +68,7 @@ class LogConfig:
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
     wandb: str | None = None
-    """Name of a Weights & Biases project to log to (needs pip install 'jaxalign[wandb]'). Default: none."""
+    """Weights & Biases project to log to (pip install 'jaxalign[wandb]'); none: no project."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,11 @@ class LoraConfig:
     alpha: Annotated[float, above(0)] = 16.0
     """Scale of the adapters: their output is multiplied by alpha / rank."""
     targets: str = "all-linear"
-    """Layers that get adapters: 'all-linear', or names and regular expressions, as in 'q_proj,v_proj' or
-    'attention/.*'."""
+    """Layers that get adapters: 'all-linear', names, or regular expressions: 'q_proj,v_proj', 'attention/.*'."""
     rslora: bool = False
-    """Multiply by alpha / sqrt(rank) instead (rsLoRA)."""
+    """Scale adapters by alpha / sqrt(rank) (rsLoRA)."""
     dora: bool = False
-    """Train the magnitude of each output as well (DoRA)."""
+    """Train a magnitude for each output, too (DoRA)."""
     quantise: Literal["none", "int8", "nf4"] = "none"
     """Format of the frozen base's kernels: 'int8' is 8 bits, 'nf4' 4 bits (QLoRA), 'none' full precision."""
 
@@ -105,19 +104,17 @@ class TrainConfig:
     """Settings that every command that trains obeys."""
 
     model: str
-    """Hugging Face folder or hub name of the model to start from, or config:PATH for random weights of that
-    config.json."""
+    """Model to start from: Hugging Face folder or hub name; config:PATH gives random weights (sft, reward only)."""
     data: str
-    """Training data: a file, folder or hub name. Several with weights: 'a.jsonl*0.7,b.jsonl*0.3'; one split:
-    'a.jsonl:train'."""
+    """Data: a file, folder or hub name; several with weights 'a.jsonl*0.7,b.jsonl*0.3'; one split 'NAME:train'."""
     output: Path
     """Run folder. If it holds the same run already, that run continues."""
     tokenizer: str | None = None
-    """Folder or hub name of the tokenizer. Default: the model's own."""
+    """Folder or hub name of the tokenizer; none: the model's own."""
     chat_template: str | None = None
-    """Chat template: a name (chatml, llama3, ...) or a Jinja file. Default: the tokenizer's own."""
+    """Chat template: plain, alpaca, chatml, llama3 or a Jinja file; none: the tokenizer's own."""
     steps: Annotated[int | None, at_least(1)] = None
-    """Number of training steps, each one optimizer update. Default: as many as --epochs needs."""
+    """Number of steps, each one optimizer update; none: as many as --epochs needs."""
     epochs: Annotated[float, above(0)] = 1.0
     """Number of passes over the data, when --steps is not given."""
     batch_size: Annotated[int, at_least(1)] = 8
@@ -125,9 +122,9 @@ class TrainConfig:
     microbatches: Annotated[int, at_least(1)] = 1
     """Number of parts that a batch is computed in. More parts need less memory and give the same result."""
     max_length: Annotated[int, at_least(2)] = 1024  # the first token is never learned
-    """Length limit of a row, in tokens; a prompt together with its response must fit."""
+    """Length limit of prompt and response together, in tokens; more is cut or dropped."""
     max_dropped: Annotated[float, share()] = 0.1
-    """Largest share of data rows that may be unusable; beyond it the run refuses to start."""
+    """Largest share of unusable data rows, 0 to 1, with which the run starts."""
     shuffle: bool = True
     """Draw rows in a seeded random order, a new one each epoch."""
     seed: Annotated[int, at_least(0, below=2**32)] = 0
@@ -137,8 +134,7 @@ class TrainConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the parameters. With LoRA, dtype of the frozen base; adapters are always float32."""
     remat: Literal["none", "dots", "blocks"] = "blocks"
-    """Activations that the backward pass computes again: 'none', 'dots' (all but matrix products), or whole 'blocks'
-    (least memory)."""
+    """Activations that the backward pass recomputes: 'none', 'dots' (all but matrix products), 'blocks' (all)."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """Attention implementation. 'auto' is the fastest that runs on the platform and fits the shapes."""
     eval_every: Annotated[int, at_least(0)] = 0
@@ -148,7 +144,7 @@ class TrainConfig:
     profile: bool = False
     """Write a profiler trace of a few steps into the run folder."""
     distributed: bool = False
-    """Join the other hosts before starting: those of a TPU pod or a Slurm job, or of JAX_COORDINATOR_ADDRESS."""
+    """Join the other hosts first: a TPU pod's, a Slurm job's, or those at JAX_COORDINATOR_ADDRESS."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -161,8 +157,7 @@ class LogpSettings:
     """Settings of commands that read log-probabilities of tokens."""
 
     implementation: Literal["auto", "chunked", "pallas"] = "auto"
-    """Implementation of token log-probabilities: 'chunked' (XLA, one part of the vocabulary at a time) or the 'pallas'
-    kernel. 'auto' is 'chunked' for now."""
+    """Implementation of token log-probabilities: 'chunked' (XLA; 'auto' picks it) or the 'pallas' kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +165,7 @@ class KernelCheckSettings(LogpSettings):
     """Settings of commands whose first batch is known before training."""
 
     check_kernels: bool = False
-    """Compare the Pallas kernels with XLA on the first batch, values and gradients, and refuse to train beyond a
-    tolerance."""
+    """Compare values and gradients of the Pallas kernels with XLA's on the first batch; refuse if they differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +173,9 @@ class OfflineConfig(TrainConfig):
     """Settings of commands that learn from a fixed data set."""
 
     eval_data: str | None = None
-    """Held-out data, as for --data. Default: the held-out split of --data, if it has one."""
+    """Held-out data, given as --data is; none: the held-out split of --data, if any."""
     eval_share: Annotated[float, at_least(0, below=1)] = 0.05
-    """Share of the rows to hold out when no held-out data exist, at most 512 rows; 0 holds out none."""
+    """Share of --data, 0 to below 1, held out if nothing else is; at most 512 rows."""
     eval_every: Annotated[int, at_least(0)] = 0
     """Number of steps between evaluations on held-out data; 0 evaluates at the start and the end only."""
     packing: bool = True
@@ -194,7 +188,7 @@ class SampleSettings:
     """Settings of commands that show responses of the model while it learns."""
 
     samples: Annotated[int, at_least(0)] = 4
-    """Number of held-out prompts to which the model responds at each evaluation; written to samples.jsonl."""
+    """Number of held-out prompts responded to at each evaluation, in samples.jsonl; 0 writes none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +196,7 @@ class ChatRowSettings:
     """Settings of commands whose prompts may be plain text."""
 
     as_chat: bool = False
-    """Treat text prompts as turns of the user and responses as turns of the assistant, and render them with the chat
-    template."""
+    """Render text prompts and responses with the chat template, as turns of the user and the assistant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +204,8 @@ class TruncationSettings:
     """Settings of sampling that never draws unlikely tokens."""
 
     top_p: Annotated[float, positive_share()] = 1.0
-    """Share of probability that is sampled from: the smallest set of tokens that holds it. 1 samples from all."""
+    """Share of probability, above 0 to 1, that the fewest likely tokens hold; only they are sampled."""
     top_k: Annotated[int, at_least(0)] = 0
     """Number of most likely tokens that are sampled from; 0 samples from all."""
     min_p: Annotated[float, at_least(0, below=1)] = 0.0
-    """Smallest probability that is sampled, as a share of the most likely token's; 0 samples from all."""
+    """Smallest probability sampled, as a share of the largest, 0 to below 1; 0 samples from all."""

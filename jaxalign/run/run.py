@@ -104,6 +104,7 @@ class Run(Generic[ConfigT]):
         """Joins the hosts, starts the log and reads all but weights. The folder is looked at, not yet made."""
         devices.start(distributed=config.distributed)
         devices.start_log()
+        metrics.check_wandb(config.log.wandb)
         exists = hosts.first_decides(lambda: open_run(config, command=command, resume=config.resume, write=False))
         run = cls.read(config, command, exists=exists)
         if not exists and not huggingface.is_random(config.model):

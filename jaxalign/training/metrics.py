@@ -6,6 +6,7 @@ interrupted and resumed run writes the same rows as one that was not interrupted
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -119,11 +120,16 @@ def _tensorboard(folder: Path, resumed_at: int) -> Any:
     return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at > 0 else None)
 
 
+def check_wandb(project: str | None) -> None:
+    """Raises Mistake where a project is named and Weights & Biases is not installed."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise Mistake("`log.wandb` needs the package wandb: pip install 'jaxalign[wandb]'")
+
+
 def _wandb(folder: Path, project: str) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise Mistake("`log.wandb` needs the package wandb: pip install 'jaxalign[wandb]'") from None
+    check_wandb(project)
+    import wandb
+
     path = folder / "wandb_run_id"
     if not path.exists():
         path.write_text(wandb.util.generate_id())

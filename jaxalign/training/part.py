@@ -59,6 +59,9 @@ def lora_of(config: LoraConfig, model: ModelConfig) -> Lora | None:
             f"`lora.quantise` {config.quantise} needs `lora.rank` of at least 1: codes have no gradient, so only "
             "adapters can be trained on a quantised base"
         )
+    for name in ("rslora", "dora"):
+        if config.rank == 0 and getattr(config, name):
+            raise Mistake(f"`lora.{name}` needs `lora.rank` of at least 1, for it changes adapters")
     if config.rank == 0:
         return None
     lora = Lora(config.rank, config.alpha, resolve_targets(config.targets, model), config.rslora, config.dora)

@@ -36,7 +36,7 @@ def help_line(kind, name):
         1
     ].splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith(f"    {name}: "))
-    text = " ".join(lines[at + 1 :]).split('"""')[1]
+    text = " ".join(lines[at + 1 :]).replace("\\", "").split('"""')[1]
     return " ".join(text.split())
 
 

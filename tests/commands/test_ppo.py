@@ -157,7 +157,7 @@ def test_a_budget_of_kl_ends_the_run_and_the_same_command_finds_it_complete(trai
         (["--algorithm.kl-target", "0"], "it must be above 0"),
         (["--algorithm.gamma", "1.5"], "it must be at least 0 and at most 1"),
         (["--kl-budget", "-1"], "it must be above 0"),
-        (["--check-kernels"], "Unrecognized options: --check-kernels"),
+        (["--check-kernels"], "--check-kernels is no flag of this command"),
         (["--ref-update.every", "1", "--lora.rank", "2"], "cannot follow the policy"),
         (
             ["--ref-update.every", "1", "--offload-reference"],

@@ -57,7 +57,7 @@ def local(tiny_model, prompts, tmp_path_factory):
 
 def same_step(found, expected, **tolerance):
     """The reward's own name aside, and what the other run says besides."""
-    expected = {name: value for name, value in expected.items() if not name.startswith("rewards/")}
+    expected = {name: value for name, value in expected.items() if not name.startswith("scores/")}
     assert {name: found[name] for name in expected} == pytest.approx(expected, **tolerance)
 
 
@@ -199,7 +199,7 @@ def test_generate_asks_a_server_for_the_answers(tiny_model, tmp_path, server):
         assert generate.main(config) == 0
         found.append([json.loads(line) for line in config.output.read_text().splitlines()])
     assert found[0] == found[1] and len({row["response"] for row in found[0]}) > 1
-    with pytest.raises(ValueError, match="--adapter adapter would be loaded here, and --engine answers elsewhere"):
+    with pytest.raises(ValueError, match="`adapter` adapter would be loaded here, and `engine` responds elsewhere"):
         generate.main(dataclasses.replace(asked, engine=server.url, adapter="adapter"))
 
 
@@ -227,7 +227,7 @@ def test_log_probs_of_another_policy_or_temperature_are_refused(drawn):
     agree = Agreement(graphdef, rows=8, max_length=16)
     agree(params, requests, responses, sampling)
     raw = [response._replace(logps=response.model_logps) for response in responses]
-    with pytest.raises(EngineError, match=r"are those of the model itself .*--temperature 0.5 .*processed_logprobs"):
+    with pytest.raises(EngineError, match=r"are those of the model itself .*`temperature` 0.5 .*processed_logprobs"):
         agree(params, requests, raw, sampling)
     trained = jax.tree.map(lambda x: 1.5 * x, params)
     with pytest.raises(EngineError, match=r"differ by .* it has not loaded the policy that it was given"):
