@@ -157,16 +157,16 @@ SFT = {
 }
 
 OTHERS = {
-    "stf": ["unknown command 'stf'; there are sft, dpo, kto, reward, ppo, grpo, rloo, online-dpo, generate"],
+    "stf": ["unknown command 'stf' (did you mean 'sft'?); there are sft, dpo, kto, reward, ppo, grpo, rloo, online-dpo, generate"],
     "sft --model W/model": ["Missing from jaxalign sft: --data STR --output PATH"],
     "sft --from-config": ["--from-config needs a file"],
     "sft --from-config W/none.json": ["--from-config W/none.json cannot be read: No such file"],
     "sft --from-config W/config.json": ["--from-config W/config.json is damaged"],
     "sft --from-config W/types.json": ["W/types.json: steps is 'many', and must be int | None"],
-    "sft --from-config W/generate.json": ["is of `jaxalign generate`, not of `jaxalign sft`"],
+    "sft --from-config W/generate.json": ["is of jaxalign generate, not of jaxalign sft"],
     "generate --model config:W/model --prompts x": ["random weights, which answer nothing"],
     "generate --model W/model --prompts W/none.jsonl": ["data file W/none.jsonl does not exist"],
-    "generate --model W/model --prompts W/columns.jsonl": ["rows have foo, bar; prompts are in `prompt` or"],
+    "generate --model W/model --prompts W/columns.jsonl": ["rows have foo, bar; prompts are in prompt or"],
     "generate --model W/model --prompts W/messages.jsonl": ["the tokenizer has no chat template"],
     "generate --model W/model --prompts ": ["prompt 1 has no tokens"],
     "generate --model W/model --prompts x --top-p 0": ["--top-p 0.0: it must be above 0 and at most 1"],

@@ -89,7 +89,7 @@ def test_a_config_survives_json_and_every_command_has_one_that_is_complete(tmp_p
     changed = SFTConfig(model="m", data="d", output=tmp_path, steps=3, mesh=shared.MeshConfig(data=2))
     again = from_json(SFTConfig, json.loads(json.dumps(to_json(changed))))
     assert again == changed and isinstance(again.output, Path)
-    with pytest.raises(ValueError, match="has no data, output, which SFTConfig needs"):
+    with pytest.raises(ValueError, match="has no data, output; add it, for it has no default"):
         from_json(SFTConfig, {"model": "m"})
     with pytest.raises(ValueError, match=r"optimizer: b1 is True, and must be float"):
         from_json(SFTConfig, to_json(changed) | {"optimizer": {"b1": True}})

@@ -266,7 +266,7 @@ def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tm
     ("flags", "message"),
     [
         (["--algorithm.loss", "process"], "hold no steps; needed are prompt, completions, labels"),
-        (["--algorithm.loss", "graded_bradley_terry"], "needs a column `margin` in every pair"),
+        (["--algorithm.loss", "graded_bradley_terry"], "needs a column margin in every pair"),
         (["--algorithm.loss", "rao_kupper"], "add it, or use --algorithm.loss bradley_terry"),
         (["--combine", "median"], "unknown name 'median'"),
         (["--freeze-trunk", "--lora.rank", "2"], "give one of them"),
@@ -289,5 +289,5 @@ def test_eval_data_that_lack_what_the_loss_asks_for_are_named_at_once(tiny_model
     given = ["--model", str(tiny_model), "--data", str(told), "--output", str(tmp_path / "run")]
     more = ["--mesh.fsdp", "8", "--algorithm.loss", "graded_bradley_terry", "--eval-data", str(pairs)]
     assert main(["reward", *given, *more]) == 2
-    assert f"`margin` in every pair, and --eval-data {pairs} has none" in capsys.readouterr().err
+    assert f"margin in every pair, and --eval-data {pairs} has none" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
