@@ -35,6 +35,7 @@ def test_warm_steps_do_not_count():
 
 def test_a_process_is_measured_and_one_that_fails_shows_its_log(tmp_path):
     figures = beside_commit.run(tmp_path, ["-c", "pass"])
-    assert 0 < figures["wall"] < 60 and 0 < figures["peak_gib"] < 1
+    # no upper bound of memory: a forked child begins with the peak of its parent, here of a test worker
+    assert 0 < figures["wall"] < 60 and figures["peak_gib"] > 0
     with pytest.raises(SystemExit, match="no such luck"):
         beside_commit.run(tmp_path, ["-c", "raise SystemExit('no such luck')"])
