@@ -157,9 +157,7 @@ SFT = {
 }
 
 OTHERS = {
-    "stf": [
-        "unknown command 'stf' (did you mean 'sft'?); there are sft, dpo, kto, reward, ppo, grpo, rloo, online-dpo, generate"
-    ],
+    "stf": ["unknown command 'stf' (did you mean 'sft'?); there are sft, dpo, kto, reward, ppo, grpo"],
     "sft --model W/model": ["Missing from jaxalign sft: --data STR --output PATH"],
     "sft --from-config": ["--from-config needs a file"],
     "sft --from-config W/none.json": ["--from-config W/none.json cannot be read: No such file"],
