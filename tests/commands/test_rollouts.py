@@ -230,7 +230,7 @@ def test_log_probs_of_another_policy_or_temperature_are_refused(drawn):
     with pytest.raises(EngineError, match=r"are those of the model itself .*`temperature` 0.5 .*processed_logprobs"):
         agree(params, requests, raw, sampling)
     trained = jax.tree.map(lambda x: 1.5 * x, params)
-    with pytest.raises(EngineError, match=r"differ by .* it has not loaded the policy that it was given"):
+    with pytest.raises(EngineError, match=r"differ by .* it has not loaded the policy that was published"):
         agree(trained, requests, responses, sampling)
 
 
