@@ -124,9 +124,6 @@ class Batches(Sequence[Any]):
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> Any:
-        raise NotImplementedError
-
     @property
     def shape_count(self) -> int:
         """Number of shapes of batches that can occur."""

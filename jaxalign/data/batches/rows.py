@@ -36,11 +36,6 @@ class TrainBatches(Batches):
         width = self.plan.width(max(lengths[row].sum() for row in rows))
         return assemble(examples, rows[self._host * share : (self._host + 1) * share], width)
 
-    @property
-    def shape_count(self) -> int:
-        """Number of shapes of batches that can occur."""
-        return len(self.plan.widths)
-
 
 def _rows_of(mixture: Mixture, plan: Plan, epoch: int) -> list[list[int]]:
     """The rows of an epoch, each the indices of its examples."""
