@@ -19,6 +19,7 @@ OUTSIDE = sorted(
 FLOORS = {
     "__init__": 0,
     "mistake": 0,
+    "outside": 0.2,
     "types": 0.2,
     "select": 0.5,
     "config": 0.5,

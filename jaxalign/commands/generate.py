@@ -18,13 +18,13 @@ from jaxalign.data.sets import prompts as prompting
 from jaxalign.data.sets.prompts import Prompt
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.decoder import compute_dtype
+from jaxalign.outside import sayable, visible
 from jaxalign.rollout.engine.http import HttpEngine
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.respond import encode_prompts, load_tokenizer_only, respond, with_params
 from jaxalign.rollout.rewards.rewards import RewardError, Rewards
 from jaxalign.run import devices
 from jaxalign.run.folder import check_writable
-from jaxalign.run.terminal import sayable, visible
 
 log = logging.getLogger(__name__)
 

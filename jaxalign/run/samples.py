@@ -12,10 +12,10 @@ from flax import nnx
 
 from jaxalign.config.on_policy import RolloutConfig
 from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.outside import visible
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.respond import generate_ids
 from jaxalign.rollout.scored import ScoredResponses
-from jaxalign.run.terminal import visible
 from jaxalign.run.vocabulary import Vocabulary
 from jaxalign.training.metrics import JsonLines
 

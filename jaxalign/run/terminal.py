@@ -1,32 +1,11 @@
-"""Text of a model on a terminal: without control characters, and printed once as it grows."""
+"""Text of a model on a terminal, printed once as it grows."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-# Marks of writing direction show text in another order than it is in; line separators end lines where nobody looks.
-HIDDEN = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\ufeff")
-
-
-def visible(text: str, encoding: str | None = None) -> str:
-    r"""The text with every character that a terminal would obey written as \x1b, line ends and tabs aside.
-
-    Args:
-      encoding: of the terminal; what it cannot say is written as its number too.
-    """
-    shown = "".join(c if c in "\n\t" or not _obeyed(c) else c.encode("unicode_escape").decode() for c in text)
-    return sayable(shown, encoding)
-
-
-def sayable(text: str, encoding: str | None) -> str:
-    r"""The text with every character that the encoding lacks written as \u2028."""
-    return text.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
-
-
-def _obeyed(c: str) -> bool:
-    return c in HIDDEN or unicodedata.category(c) in ("Cc", "Cs")
+from jaxalign.outside import visible
 
 
 class Stream:

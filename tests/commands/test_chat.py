@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 from jaxalign.cli.main import main
 from jaxalign.commands.chat.conversation import Continuation, Conversation
 from jaxalign.models.files import huggingface
-from jaxalign.run.terminal import Stream, visible
+from jaxalign.outside import visible
+from jaxalign.run.terminal import Stream
 from tests.rollout.answers import answers
 from tests.shared import TEMPLATE, WORDS
 
