@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from jaxalign.mistake import Mistake
-from jaxalign.types import PyTree
 
 MESSAGE_BYTES = 2000  # length of an error message, in UTF-8, as other hosts receive it; the rest is cut off
 
@@ -168,11 +167,6 @@ def barrier(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
-
-
-def share(batch: PyTree) -> PyTree:
-    """This host's rows of a batch that all hosts have."""
-    return jax.tree.map(lambda x: x[_share_of(len(x), jax.process_index())], batch)
 
 
 def _share_of(count: int, host: int) -> slice:

@@ -1,8 +1,11 @@
 """Helpers of tests in several folders. Fixtures stand in the conftest.py files."""
 
+import concurrent.futures
 import contextlib
 import importlib.util
+import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -44,10 +47,26 @@ def final(output):
     return load_file(Path(output) / "final" / "model.safetensors")
 
 
-def free_port():
+def run_on_hosts(command, *, count=2, devices=2, seconds=400):
+    """Runs a command as `count` hosts, processes of `devices` fake devices each; (statuses, stdouts, stderrs)."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+        port = listener.getsockname()[1]
+    joint = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PLATFORMS": "cpu"}
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags = [flag for flag in flags if not flag.startswith("--xla_force_host_platform_device_count")]
+    joint |= {"XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen(command, env=os.environ | joint | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(count)
+    ]
+    try:
+        with concurrent.futures.ThreadPoolExecutor(count) as pool:
+            printed = list(pool.map(lambda process: process.communicate(timeout=seconds), processes))
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], *zip(*printed, strict=True)
 
 
 def experiment(name):

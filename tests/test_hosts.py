@@ -1,19 +1,19 @@
 """Two real processes as two hosts: one decides for both, and what stops one is what the other's error says."""
 
 import json
-import os
-import subprocess
 import sys
 
 from jaxalign import hosts
-from tests.shared import free_port
+from tests.shared import run_on_hosts
 
 HOST = """
 import json
 from jaxalign import hosts
 from jaxalign.mistake import Mistake
 hosts.join()
-import jax, numpy as np
+import jax, jax.numpy as jnp, numpy as np
+from jaxalign.models.places import make_mesh
+from jaxalign.training.sharding import put_batch
 host = jax.process_index()
 
 def result_of(run):
@@ -47,28 +47,21 @@ results = [
     hosts.largest(3 + host),
     hosts.gather(jax.make_array_from_callback((8,), split, lambda part: np.arange(8.0)[part])).tolist(),
 ]
+
+def fed(**axes):
+    # shape and sum of a batch of 8 rows on the mesh, and the rows that this host's devices have
+    batch = put_batch(np.arange(8.0).reshape(8, 1), make_mesh(**axes))
+    own = sorted({int(row) for shard in batch.addressable_shards for row in np.asarray(shard.data).ravel()})
+    return [batch.shape, float(jax.jit(jnp.sum)(batch)), own]
+
+results += [fed(**axes) for axes in ({"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"fsdp": 1, "tensor": 4})]
 hosts.barrier("end")
 print("results", json.dumps(results))
 """
 
 
 def test_hosts_share_answers_results_and_the_message_of_the_one_that_fails():
-    joint = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
-    joint |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOST],
-            env=os.environ | joint | {"JAX_PROCESS_ID": str(i)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        printed = [process.communicate(timeout=240)[0] for process in pair]
-    finally:
-        for process in pair:
-            process.kill()
+    _, printed, _ = run_on_hosts([sys.executable, "-c", HOST])
     first, second = (json.loads(text.partition("results ")[2].splitlines()[0]) for text in printed)
     squares = [[0.0, 1.0, 4.0, 9.0, 16.0]]
     whole, cut = (f"x{'é' * count}" for count in (hosts.MESSAGE_BYTES, hosts.MESSAGE_BYTES // 2 - 1))
@@ -84,4 +77,7 @@ def test_hosts_share_answers_results_and_the_message_of_the_one_that_fails():
         (f"Mistake: {whole}", f"Mistake: host 0 has failed: {cut}"),
         (4, 4),
         (list(range(8)), list(range(8))),
+        ([[8, 1], 28.0, [0, 1, 2, 3]], [[8, 1], 28.0, [4, 5, 6, 7]]),
+        ([[8, 1], 28.0, [0, 1, 2, 3]], [[8, 1], 28.0, [4, 5, 6, 7]]),
+        ([[8, 1], 28.0, list(range(8))], [[8, 1], 28.0, list(range(8))]),  # every row is needed on both
     ]

@@ -71,9 +71,9 @@ def batches(run: Run, plan: Plan, sets: Set[Responses], parts: Sequence[Response
     """Batches of pairs; `parts` are those for training and held out, with the reference's log-probabilities or not."""
     train, held_out = parts
     mixture = dataclasses.replace(sets.train, examples=train)
-    batches = GroupBatches(mixture, plan, **run.host)
+    batches = GroupBatches(mixture, plan)
     batches = run.counted(batches) if steps is None else batches.with_steps(steps)
-    return Data.of(sets, batches, eval_batches(held_out, plan, **run.host))
+    return Data.of(sets, batches, eval_batches(held_out, plan))
 
 
 def _loss(config: DPOConfig) -> Callable:

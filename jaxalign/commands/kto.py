@@ -71,9 +71,9 @@ def batches(run: Run, plan: Plan, sets: Set[Responses], parts: Sequence[Response
     """Batches of rated responses, of `parts`: rated for training and held out, and the mismatched ones of both."""
     train, held_out, train_mismatched, held_out_mismatched = parts
     mixture = dataclasses.replace(sets.train, examples=train)
-    batches = UnpairedBatches(mixture, train_mismatched, plan, **run.host)
+    batches = UnpairedBatches(mixture, train_mismatched, plan)
     batches = run.counted(batches) if steps is None else batches.with_steps(steps)
-    return Data.of(sets, batches, unpaired_eval_batches(held_out, held_out_mismatched, plan, **run.host))
+    return Data.of(sets, batches, unpaired_eval_batches(held_out, held_out_mismatched, plan))
 
 
 def _loss(config: KTOConfig) -> Callable:

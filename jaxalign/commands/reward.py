@@ -107,8 +107,8 @@ def load_data(config: RewardConfig, run: Run) -> Data:
     sets = load_feedback(config, run.vocabulary)
     _check_columns(config, sets)
     plan = Plan.of(config, unit=run.unit)
-    batches = run.counted(GroupBatches(sets.train, plan, **run.host))
-    return Data.of(sets, batches, eval_batches(sets.held_out, plan, **run.host))
+    batches = run.counted(GroupBatches(sets.train, plan))
+    return Data.of(sets, batches, eval_batches(sets.held_out, plan))
 
 
 def load_feedback(config: RewardConfig, vocabulary: Vocabulary) -> Set[Responses]:

@@ -49,5 +49,5 @@ def load_data(config: SFTConfig, run: Run) -> Data:
     options = Options.of(config, run.vocabulary.terminators, turns=config.turns, long_text=config.long_text)
     sets = load(config.data, run.vocabulary.tokenizer, options, eval_spec=config.eval_data)
     plan = Plan.of(config)
-    batches = run.counted(TrainBatches(sets.train, plan, **run.host))
-    return Data.of(sets, batches, eval_batches(sets.held_out, plan, **run.host))
+    batches = run.counted(TrainBatches(sets.train, plan))
+    return Data.of(sets, batches, eval_batches(sets.held_out, plan))

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign import hosts
 from jaxalign.config.on_policy import RolloutConfig
 from jaxalign.data.batches.plan import bucket_widths
 from jaxalign.data.sets.prompts import PromptBatches, Prompts
@@ -37,9 +36,9 @@ SamplesFn = Callable[[int, ScoredResponses, Sequence[Any]], None]
 
 
 class Rollouts:
-    """(the policy's params, step) -> (this host's rows of a batch of its responses, metrics).
+    """(the policy's params, step) -> (a batch of its responses, metrics).
 
-    Several hosts take every step of generation together, know all responses, and take their rows of the batch.
+    Several hosts take every step of generation together, and all know all responses and the whole batch.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class Rollouts:
         longest = max(len(p) + len(r.tokens) for p, r in zip(ids, responses.responses, strict=True))
         width = next(width for width in bucket_widths(config.max_length) if width >= longest)
         batch, batch_metrics = self._to_batch(responses, ids, width, step)
-        return hosts.share(batch), metrics | batch_metrics | seconds.metrics()
+        return batch, metrics | batch_metrics | seconds.metrics()
 
     def _draw(
         self, params: PyTree, numbers: np.ndarray, drawn_before: int, key: jax.Array, seconds: Seconds

@@ -113,7 +113,7 @@ def _compute(run: Run, plan: Plan, responses: Responses, source: str) -> np.ndar
     values = np.zeros(responses.groups.shape, np.float32)
     order = np.argsort(-responses.lengths.sum(axis=1), kind="stable")  # alike lengths together: fewer rows
     for at in range(0, len(order), size):
-        batch = shapes.batch(numbered.take(order[at : at + size]), host=jax.process_index(), hosts=jax.process_count())
+        batch = shapes.batch(numbered.take(order[at : at + size]))
         logps, index, valid = jax.device_get(compiled(params, sharding.put_batch(batch, mesh)))
         values[index[valid]] = logps[valid]
     log.info("the reference has read %d groups, %s tokens", len(responses), f"{int(responses.lengths.sum()):,}")

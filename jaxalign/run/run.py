@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 BatchesT = TypeVar("BatchesT", bound=Batches)
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
-# (params as the algorithm sees them, step) -> (this host's rows of a batch, metrics of how it was made)
+# (params as the algorithm sees them, step) -> (a batch, metrics of how it was made)
 SourceFn = Callable[[PyTree, int], tuple[Any, dict[str, float]]]
 
 
@@ -73,7 +73,7 @@ class Outcome(NamedTuple):
 class Data:
     """Training and held-out data of a run."""
 
-    batches: Batches  # step -> this host's batch; `steps` of them. On-policy: the numbers of the step's prompts
+    batches: Batches  # step -> a batch; `steps` of them. On-policy: the numbers of the step's prompts
     shapes: int  # of batches that will occur
     fingerprint: int  # of the rows
     held_out: Sequence[Any] = ()
@@ -136,11 +136,6 @@ class Run(Generic[ConfigT]):
     def unit(self) -> int:
         """Parts that rows are cut into by devices and microbatches."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"] * self.config.microbatches
-
-    @property
-    def host(self) -> dict[str, int]:
-        """The index of this host and the number of hosts, as batches take them."""
-        return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
     def counted(self, batches: BatchesT, *, updates: int = 1) -> BatchesT:
         """The batches, as many as `steps`, else as `epochs` hold. Logs the number, and checks the schedule over it."""

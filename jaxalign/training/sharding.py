@@ -45,9 +45,18 @@ def check_batch_size(batch_size: int, microbatches: int, mesh: Mesh) -> None:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays from each process's own rows, with rows over the mesh axes `data` and `fsdp`."""
+    """The batch, which every process has whole, on the mesh: rows over its axes `data` and `fsdp`.
+
+    The sharding decides which rows a device gets, so replicas over `tensor` get the same ones, whatever host they are
+    on, and no row is left out or read twice.
+    """
     sharding = NamedSharding(mesh, ROWS)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+    def put(x: Any) -> jax.Array:
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(put, batch)
 
 
 def jit_step(

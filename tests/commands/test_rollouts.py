@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import jax
@@ -25,7 +23,7 @@ from jaxalign.rollout.engine.engine import LocalEngine, Request
 from jaxalign.rollout.engine.http import EngineError
 from jaxalign.rollout.engine.slots import Sampling
 from tests.commands.settings import ON_POLICY
-from tests.shared import final, free_port, on_one_device, rows
+from tests.shared import final, on_one_device, rows, run_on_hosts
 
 STEPS = 3
 WINDOW, NEW = ON_POLICY["max_length"], ON_POLICY["max_new_tokens"]
@@ -102,25 +100,14 @@ def test_a_mesh_of_eight_devices_takes_the_step_of_one(local, tiny_model, prompt
 
 def test_two_hosts_generate_and_learn_together_what_one_does(local, tiny_model, prompts, tmp_path):
     """Two processes of two devices each. The reward is asked on the first alone, and its failure ends both."""
-    joint = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
-    joint |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     flags = flags_of(tiny_model, prompts, tmp_path / "run", steps=3, samples=2)
     # fails_later is ON_POLICY's reward until the third step
     flags += ["--distributed", "--reward", "tests.commands.rewards:fails_later"]
-    run = [sys.executable, "-m", "jaxalign.cli.main", *flags]
-    pair = [
-        subprocess.Popen(run, env=os.environ | joint | {"JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=400)[1] for process in pair]
-    finally:
-        for process in pair:
-            process.kill()
-    assert [process.returncode for process in pair] == [2, 2], said
+    statuses, _, errors = run_on_hosts([sys.executable, "-m", "jaxalign.cli.main", *flags])
+    assert statuses == [2, 2], errors
     assert (
-        "the judge has gone home" in said[0]
-        and "host 0 has failed: the reward fails_later raised RuntimeError: the judge has gone home" in said[1]
+        "the judge has gone home" in errors[0]
+        and "host 0 has failed: the reward fails_later raised RuntimeError: the judge has gone home" in errors[1]
     )
     found, expected = rows(tmp_path / "run"), rows(local)[:2]
     same_step(found[0], expected[0], abs=1e-4)

@@ -1,8 +1,6 @@
 """Two real processes score responses: each scores its share with a reward model, the first alone calls a function."""
 
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.rollout.rewards.rewards import Rewards
-from tests.shared import free_port
+from tests.shared import run_on_hosts
 
 PROMPTS = ["one cat", "two", "one dog sees", "two", "one"]
 RESPONSES = ["sees", "dogs run", "", "to the cat", "runs to"]
@@ -50,21 +48,9 @@ def folder(tiny_model, tmp_path_factory):
 
 
 def score_on_both(reward, prompts=PROMPTS, responses=RESPONSES):
-    joint = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
-    joint |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    run = [sys.executable, "-c", HOST, json.dumps([prompts, responses, reward])]
-    pair = [
-        subprocess.Popen(run, env=os.environ | joint | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    try:
-        printed = [process.communicate(timeout=240)[0].splitlines() for process in pair]
-        return [
-            json.loads(line.removeprefix("result ")) for lines in printed for line in lines if line[:7] == "result "
-        ]
-    finally:
-        for process in pair:
-            process.kill()
+    _, printed, _ = run_on_hosts([sys.executable, "-c", HOST, json.dumps([prompts, responses, reward])])
+    lines = [line for text in printed for line in text.splitlines()]
+    return [json.loads(line.removeprefix("result ")) for line in lines if line.startswith("result ")]
 
 
 def test_hosts_share_what_a_reward_model_reads_and_know_all_scores(folder):

@@ -15,7 +15,6 @@ import numpy as np
 from jaxalign.data.batches.packing import Placements, Planes, pack_groups, share_prompts, with_all_responses
 from jaxalign.data.batches.plan import Batches, Mixture, Plan
 from jaxalign.data.read.tokens import Examples
-from jaxalign.mistake import Mistake
 from jaxalign.types import ResponseBatch, UnpairedBatch
 
 ROW_BUCKETS = 8  # numbers of rows that a packed batch can have
@@ -98,14 +97,12 @@ class BatchShapes:
             return [with_all_responses(row, shared, responses.groups) for row in rows]
         return [[(g, k, k) for k in range(self.responses) if lengths[g, k]] for g in range(len(lengths))]
 
-    def batch(self, responses: Responses, *, min_rows: int = 0, host: int = 0, hosts: int = 1) -> ResponseBatch:
-        """These groups as one batch of at least `min_rows` rows, of which `host` gets its share."""
+    def batch(self, responses: Responses, *, min_rows: int = 0) -> ResponseBatch:
+        """These groups as one batch of at least `min_rows` rows."""
         rows = self.rows(responses)
         count = next(n for n in self.row_counts if n >= max(len(rows), min_rows))
         width = self.plan.width(int(responses.lengths.max(initial=1)))
-        rows = [*rows, *[[] for _ in range(count - len(rows))]]
-        share = count // hosts
-        return self._assemble(responses, rows[host * share : (host + 1) * share], width)
+        return self._assemble(responses, [*rows, *[[] for _ in range(count - len(rows))]], width)
 
     def _assemble(self, responses: Responses, rows: list[Placements], width: int) -> ResponseBatch:
         planes = Planes(len(rows), self.responses, width)
@@ -143,21 +140,14 @@ def _lengths_to_pack(responses: Responses, plan: Plan) -> tuple[np.ndarray, np.n
 
 
 class GroupBatches(Batches):
-    """Step n -> this host's rows of batch n."""
+    """Step n -> batch n."""
 
-    def __init__(self, mixture: Mixture, plan: Plan, *, process_count: int = 1, **options: int) -> None:
-        if plan.unit % process_count:
-            raise Mistake(
-                f"`mesh.data` x `mesh.fsdp` x `microbatches` = {plan.unit} must be a multiple of the "
-                f"{process_count} hosts"
-            )
-        epoch = functools.partial(mixture.epoch, seed=plan.seed, shuffle=plan.shuffle)
-        super().__init__(plan, epoch, process_count=process_count, **options)
+    def __init__(self, mixture: Mixture, plan: Plan, *, steps: int = 0) -> None:
+        super().__init__(plan, functools.partial(mixture.epoch, seed=plan.seed, shuffle=plan.shuffle), steps=steps)
         self.mixture, self.shapes = mixture, BatchShapes.of(mixture.examples, plan)
 
     def __getitem__(self, step: int) -> ResponseBatch:
-        groups = self.mixture.examples.take(self.groups_of(step))
-        return self.shapes.batch(groups, host=self._host, hosts=self._hosts)
+        return self.shapes.batch(self.mixture.examples.take(self.groups_of(step)))
 
     def groups_of(self, step: int) -> np.ndarray:
         """Indices of the groups of batch `step`, in order."""
@@ -172,43 +162,33 @@ class GroupBatches(Batches):
 class UnpairedBatches(GroupBatches):
     """Step n -> rated responses and, in equally many rows, the same prompts with responses to other prompts."""
 
-    def __init__(self, mixture: Mixture, mismatched: Responses, plan: Plan, **options: int) -> None:
-        super().__init__(mixture, plan, **options)
+    def __init__(self, mixture: Mixture, mismatched: Responses, plan: Plan, *, steps: int = 0) -> None:
+        super().__init__(mixture, plan, steps=steps)
         self.mismatched = mismatched
         self._other_shapes = dataclasses.replace(BatchShapes.of(mismatched, plan), row_counts=self.shapes.row_counts)
 
     def __getitem__(self, step: int) -> UnpairedBatch:
         chosen = self.groups_of(step)
         pair = self.mixture.examples.take(chosen), self.mismatched.take(chosen)
-        return _unpaired(pair, (self.shapes, self._other_shapes), host=self._host, hosts=self._hosts)
+        return _unpaired(pair, (self.shapes, self._other_shapes))
 
 
-def _unpaired(
-    pair: tuple[Responses, Responses], shapes: tuple[BatchShapes, BatchShapes], *, host: int, hosts: int
-) -> UnpairedBatch:
+def _unpaired(pair: tuple[Responses, Responses], shapes: tuple[BatchShapes, BatchShapes]) -> UnpairedBatch:
     both = list(zip(shapes, pair, strict=True))
     min_rows = max(len(layout.rows(part)) for layout, part in both)
-    return UnpairedBatch(*(layout.batch(part, min_rows=min_rows, host=host, hosts=hosts) for layout, part in both))
+    return UnpairedBatch(*(layout.batch(part, min_rows=min_rows) for layout, part in both))
 
 
-def eval_batches(
-    responses: Responses, plan: Plan, *, process_index: int = 0, process_count: int = 1
-) -> list[ResponseBatch]:
+def eval_batches(responses: Responses, plan: Plan) -> list[ResponseBatch]:
     """Every group once; the last batch is filled up with empty rows."""
     shapes = BatchShapes.of(responses, plan)
-    parts = (responses.take(part) for part in _parts(responses, plan))
-    return [shapes.batch(part, host=process_index, hosts=process_count) for part in parts]
+    return [shapes.batch(responses.take(part)) for part in _parts(responses, plan)]
 
 
-def unpaired_eval_batches(
-    rated: Responses, mismatched: Responses, plan: Plan, *, process_index: int = 0, process_count: int = 1
-) -> list[UnpairedBatch]:
+def unpaired_eval_batches(rated: Responses, mismatched: Responses, plan: Plan) -> list[UnpairedBatch]:
     """Every rated response once, with its mismatched one; the last batch is filled up with empty rows."""
     shapes = BatchShapes.of(rated, plan), BatchShapes.of(mismatched, plan)
-    return [
-        _unpaired((rated.take(part), mismatched.take(part)), shapes, host=process_index, hosts=process_count)
-        for part in _parts(rated, plan)
-    ]
+    return [_unpaired((rated.take(part), mismatched.take(part)), shapes) for part in _parts(rated, plan)]
 
 
 def _parts(responses: Responses, plan: Plan) -> list[range]:

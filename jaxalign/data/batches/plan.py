@@ -104,19 +104,14 @@ class Batches(Sequence[Any]):
         epoch: Callable[[int], Sequence[Any] | np.ndarray],
         *,
         steps: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
     ) -> None:
         """
         Args:
           plan: sizes, order and seed.
           epoch: number of an epoch -> its items (rows, groups or prompts), in order; a pure function.
           steps: number of batches.
-          process_index: number of this host, which makes its own part of each batch.
-          process_count: number of hosts.
         """
         self.plan, self.steps = plan, steps
-        self._host, self._hosts = process_index, process_count
         self._epoch = lru_cache(maxsize=2)(epoch)
         self._starts = [0]  # the first item of each epoch that was planned, counted over all epochs
         self._lock = threading.Lock()
@@ -141,7 +136,7 @@ class Batches(Sequence[Any]):
         return batches
 
     def _items(self, step: int) -> list[Any]:
-        """The items of batch `step`, those of all hosts."""
+        """The items of batch `step`."""
         first = step * self.plan.batch_size
         with self._lock:
             return [self._item(first + i) for i in range(self.plan.batch_size)]

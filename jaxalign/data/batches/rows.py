@@ -1,7 +1,7 @@
 """Batches of rows of text, as a function of the step: the seed alone decides which rows step n holds.
 
-Each host plans the whole epoch and makes its own rows of every batch, so hosts see disjoint rows and equally many
-batches by construction.
+Each host makes whole batches, the same on all of them; `training.sharding.put_batch` takes the rows that its devices
+need, which only the mesh knows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 from jaxalign.data.batches.packing import pack
 from jaxalign.data.batches.plan import Batches, Mixture, Plan, order
 from jaxalign.data.read.tokens import Examples
-from jaxalign.mistake import Mistake
 from jaxalign.types import TokenBatch
 
 PACKED_AT_ONCE = 8192  # examples; more pack a little tighter, fewer keep an epoch's order more random
@@ -22,19 +21,16 @@ GROUPED_BATCHES = 32  # without packing, the number of batches whose examples ar
 
 
 class TrainBatches(Batches):
-    """Step n -> this host's rows of batch n."""
+    """Step n -> batch n."""
 
-    def __init__(self, mixture: Mixture, plan: Plan, *, process_count: int = 1, **options: int) -> None:
-        if plan.batch_size % process_count:
-            raise Mistake(f"`batch_size` {plan.batch_size} must be a multiple of the {process_count} hosts")
-        super().__init__(plan, functools.partial(_rows_of, mixture, plan), process_count=process_count, **options)
+    def __init__(self, mixture: Mixture, plan: Plan, *, steps: int = 0) -> None:
+        super().__init__(plan, functools.partial(_rows_of, mixture, plan), steps=steps)
         self.mixture = mixture
 
     def __getitem__(self, step: int) -> TokenBatch:
         examples, rows = self.mixture.examples, self._items(step)
-        lengths, share = examples.lengths, self.plan.batch_size // self._hosts
-        width = self.plan.width(max(lengths[row].sum() for row in rows))
-        return assemble(examples, rows[self._host * share : (self._host + 1) * share], width)
+        width = self.plan.width(max(examples.lengths[row].sum() for row in rows))
+        return assemble(examples, rows, width)
 
 
 def _rows_of(mixture: Mixture, plan: Plan, epoch: int) -> list[list[int]]:
@@ -86,16 +82,13 @@ def assemble(examples: Examples, rows: Sequence[Sequence[int]], width: int) -> T
     return TokenBatch(tokens=tokens, mask=mask, positions=positions, segment_ids=segment_ids)
 
 
-def eval_batches(examples: Examples, plan: Plan, *, process_index: int = 0, process_count: int = 1) -> list[TokenBatch]:
+def eval_batches(examples: Examples, plan: Plan) -> list[TokenBatch]:
     """Every example once; the last batch is filled up with empty rows, so nothing is lost or counted twice."""
     lengths = examples.lengths
     packed = pack(lengths, plan.max_length) if plan.packing else [[i] for i in np.argsort(-lengths, kind="stable")]
-    batches, share = [], plan.batch_size // process_count
+    batches = []
     for at in range(0, len(packed), plan.batch_size):
         rows = packed[at : at + plan.batch_size]
         longest = max(int(lengths[row].sum()) for row in rows)
-        rows = [*rows, *[[]] * (plan.batch_size - len(rows))]
-        batches.append(
-            assemble(examples, rows[process_index * share : (process_index + 1) * share], plan.width(longest))
-        )
+        batches.append(assemble(examples, [*rows, *[[]] * (plan.batch_size - len(rows))], plan.width(longest)))
     return batches

@@ -79,17 +79,6 @@ def test_whole_groups_go_into_the_fullest_row_that_takes_them():
         pack_groups(np.array([[11, 1]]), planes=2, width=10, max_groups=1)
 
 
-def test_hosts_hold_disjoint_rows_that_make_up_the_batch():
-    data = responses(16)
-    mixture, plan = Mixture.of(data, [16], [None]), Plan(batch_size=8, max_length=20, unit=2)
-    whole = GroupBatches(mixture, plan, steps=2)[1]
-    halves = [GroupBatches(mixture, plan, steps=2, process_index=i, process_count=2)[1] for i in range(2)]
-    together = np.concatenate([half.sequences.tokens for half in halves])
-    np.testing.assert_array_equal(together, whole.sequences.tokens)
-    with pytest.raises(ValueError, match=r"`microbatches` = 1 must be a multiple of the 2 hosts"):
-        GroupBatches(mixture, Plan(8, 20, unit=1), steps=1, process_count=2)
-
-
 def test_epochs_shuffle_anew_take_all_and_shapes_are_few():
     data = responses(40)
     plan = Plan(batch_size=10, max_length=20, seed=3)

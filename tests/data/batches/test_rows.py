@@ -18,10 +18,10 @@ def examples(lengths):
     return Examples.of([(np.full(n, i + 1, np.int32), np.arange(n) > n // 2) for i, n in enumerate(lengths)])
 
 
-def batches(lengths=RAGGED, *, steps=20, packing=True, batch_size=4, host=(0, 1), **options):
+def batches(lengths=RAGGED, *, steps=20, packing=True, batch_size=4, **options):
     plan = Plan(batch_size, max_length=16, packing=packing, **options)
     mixture = Mixture.of(examples(lengths), [len(lengths)], [None])
-    return TrainBatches(mixture, plan, steps=steps, process_index=host[0], process_count=host[1])
+    return TrainBatches(mixture, plan, steps=steps)
 
 
 def equal(a, b):
@@ -47,19 +47,6 @@ def test_an_epoch_holds_every_example_once_and_epochs_follow_without_a_gap(packi
     assert seen[1:].tolist() == RAGGED
     orders = [tuple(int(row[0]) for row in rows[at : at + first]) for at in (0, first)]
     assert orders[0] != orders[1]
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_hosts_hold_disjoint_rows_that_together_are_the_whole_batch(packing):
-    whole, parts = batches(packing=packing), [batches(packing=packing, host=(i, 2)) for i in range(2)]
-    for step in range(20):
-        joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), *(part[step] for part in parts))
-        assert equal(joined, whole[step])
-
-
-def test_a_batch_that_the_hosts_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="`batch_size` 4 must be a multiple of the 3 hosts"):
-        batches(host=(0, 3))
 
 
 def test_the_number_of_steps_is_set_on_a_copy_that_holds_the_same_batches():
@@ -99,8 +86,6 @@ def test_rows_of_one_sequence_are_padded_to_the_smallest_width_that_holds_the_ba
         batch = source[step]
         longest = int((batch.segment_ids > 0).sum(1).max())
         assert batch.tokens.shape[1] == min(w for w in bucket_widths(16) if w >= longest)
-    widths = {batches(packing=False, host=(i, 2))[0].tokens.shape[1] for i in range(2)}
-    assert len(widths) == 1  # hosts agree
 
 
 def test_weights_decide_what_an_epoch_takes_of_each_set():
@@ -123,6 +108,3 @@ def test_evaluation_sees_every_example_once_in_full_batches(packing):
     counted = sum(np.bincount(batch.tokens.ravel(), minlength=len(RAGGED) + 1) for batch in held_out)
     assert counted[1:].tolist() == RAGGED
     assert {len(batch.tokens) for batch in held_out} == {4}
-    halves = [eval_batches(examples(RAGGED), plan, process_index=i, process_count=2) for i in range(2)]
-    for whole, *parts in zip(held_out, *halves, strict=True):
-        assert equal(jax.tree.map(lambda a, b: np.concatenate([a, b]), *parts), whole)
