@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -51,7 +52,11 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """A mesh of all devices; one of the three sizes may be -1: the devices that the other two leave."""
+    """A mesh of all devices; one of the three sizes may be -1: the devices that the other two leave.
+
+    An axis follows axes of the slice's torus. Where no such axes have its size, it follows a part of one: tensor=2 on
+    v5p:4x4x4, for example.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
@@ -63,7 +68,12 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list |
         )
     for name in free:
         sizes[name] = len(devices) // fixed
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # an axis that needs a part of a physical one
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
 
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree:

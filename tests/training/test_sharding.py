@@ -2,13 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.models.places import make_mesh, shardings
-from jaxalign.training.sharding import check_batch_size, put_batch
+from jaxalign.training.sharding import ROWS, check_batch_size, put_batch
 from jaxalign.training.state import TrainState
+from tests.absent import tpu_devices
 
 
 def abstract_params():
@@ -61,3 +64,20 @@ def test_a_batch_that_the_mesh_does_not_divide_names_the_nearest_that_it_does():
 def test_rows_of_a_batch_go_over_data_and_fsdp():
     batch = put_batch({"x": jnp.arange(16).reshape(8, 2)}, make_mesh(data=2, fsdp=2, tensor=2))
     assert {shard.data.shape for shard in batch["x"].addressable_shards} == {(2, 2)}
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5e:4x4", "v5e:8x8", "v5p:4x4x4", "v6e:2x4", "v6e:8x8"])
+def test_a_slice_makes_every_mesh_and_feeds_every_row_to_as_many_chips_as_share_it(topology):
+    devices = tpu_devices(topology)
+    for tensor in (1, 2, 4, 8):
+        mesh = make_mesh(tensor=tensor, devices=devices)
+        assert mesh.shape["tensor"] == tensor and sorted(d.id for d in mesh.devices.flat) == sorted(
+            d.id for d in devices
+        )
+        rows = len(devices) // tensor * 2
+        places = NamedSharding(mesh, ROWS).devices_indices_map((rows,))
+        fed = np.concatenate([np.arange(rows)[index] for index in places.values()])
+        assert np.bincount(fed, minlength=rows).tolist() == [tensor] * rows
+        # chips that share rows see the same ones, whatever hosts they belong to
+        for group in mesh.devices.reshape(-1, tensor):
+            assert len({str(places[device]) for device in group}) == 1
