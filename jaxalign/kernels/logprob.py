@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.kernels import logprob_gpu, logprob_tpu
-from jaxalign.kernels.logprob_tile import Options, Slopes, Statistics
+from jaxalign.kernels.logprob_tile import Options, Slopes, Statistics, merge
 from jaxalign.kernels.runtime import Target, up
 
 __all__ = ["Options", "backward", "forward", "reference", "supports", "token_logps"]
@@ -121,13 +121,13 @@ def forward(
     run = logprob_gpu.forward if target.body == "gpu" else logprob_tpu.forward
     stats = run(*part.arrays, vocabulary=weight.shape[0], tiles=part.tiles, options=options, target=target)
     if target.body == "gpu":
-        stats = _merge(stats)
+        stats = merge(stats)
     stats = Statistics(*(x[part.back] for x in stats))
     stats = stats._replace(best=stats.best + part.first)
     shards = 1
     if axis is not None:
         shards = jax.lax.axis_size(axis)
-        stats = _merge(Statistics(*jnp.moveaxis(jax.lax.all_gather(jnp.stack(stats), axis), 1, 0)))
+        stats = merge(Statistics(*jnp.moveaxis(jax.lax.all_gather(jnp.stack(stats), axis), 1, 0)))
     vocabulary = weight.shape[0] * shards
     log_mass = jnp.log(stats.mass)
     values = {
@@ -226,19 +226,3 @@ def _prepare(target, hidden, weight, bias, targets, mask, axis, *, backward: boo
     if target.body == "tpu":
         moved, shift = moved[:, None], None if shift is None else shift[None, :]
     return part._replace(arrays=(count, front, narrow, shift, moved))
-
-
-def _merge(parts: Statistics) -> Statistics:
-    """[parts, N] -> [N]: statistics of all logits from those of disjoint parts."""
-    peak = jnp.max(parts.peak, axis=0)
-    lower = parts.peak - peak[None, :]
-    scale = jnp.exp(lower)
-    best = jnp.min(jnp.where(lower == 0, parts.best, float(2**24)), axis=0)
-    return Statistics(
-        peak=peak,
-        mass=jnp.sum(parts.mass * scale, axis=0),
-        weighted=jnp.sum((parts.weighted + lower * parts.mass) * scale, axis=0),
-        total=jnp.sum(parts.total, axis=0),
-        chosen=jnp.sum(parts.chosen, axis=0),
-        best=best,
-    )

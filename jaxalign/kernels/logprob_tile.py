@@ -52,6 +52,22 @@ def start(shape: tuple[int, ...]) -> Statistics:
     return Statistics(jnp.full(shape, LOWEST, jnp.float32), zeros, zeros, zeros, zeros, zeros)
 
 
+def merge(parts: Statistics) -> Statistics:
+    """[parts, N] -> [N]: statistics of all logits from those of disjoint parts."""
+    peak = jnp.max(parts.peak, axis=0)
+    lower = parts.peak - peak[None, :]
+    scale = jnp.exp(lower)
+    best = jnp.min(jnp.where(lower == 0, parts.best, float(2**24)), axis=0)
+    return Statistics(
+        peak=peak,
+        mass=jnp.sum(parts.mass * scale, axis=0),
+        weighted=jnp.sum((parts.weighted + lower * parts.mass) * scale, axis=0),
+        total=jnp.sum(parts.total, axis=0),
+        chosen=jnp.sum(parts.chosen, axis=0),
+        best=best,
+    )
+
+
 def logits(raw: jax.Array, bias: jax.Array | None, options: Options) -> tuple[jax.Array, jax.Array | None]:
     """(z, dz/draw) from raw = h Wᵀ; without a soft-cap the slope is the constant 1 / temperature: None."""
     if bias is not None:

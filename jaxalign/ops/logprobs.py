@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.kernels import logprob, runtime
 from jaxalign.mistake import Mistake
-from jaxalign.ops import logprobs_chunked, logprobs_pallas
-from jaxalign.ops.logprobs_pallas import Shards
+from jaxalign.ops import logprobs_chunked, logprobs_sharded
+from jaxalign.ops.logprobs_chunked import Chunked
+from jaxalign.ops.logprobs_sharded import Kernel, Shards
 from jaxalign.types import Unembedding
 
 log = logging.getLogger(__name__)
@@ -62,12 +63,12 @@ def token_logps(
       mean_logit: also return the mean of z over the vocabulary.
       correct: also return target == argmax z.
       implementation: "reference" computes all logits at once; "chunked" one tile of [tokens, vocabulary_chunk] at a
-        time, forward and backward, and without `shards` skips most other tokens; "pallas" is one kernel over
-        the vocabulary, which skips them as well (on a CPU it is interpreted, for tests); None is "chunked", until the
+        time, forward and backward, and skips most other tokens; "pallas" is one kernel over the vocabulary, which
+        skips them as well (on a CPU it is interpreted, for tests); None is "chunked", until the
         kernel has been measured to be faster on a device.
       vocabulary_chunk: columns of a tile; by default a tile has about 4M logits, 16 MiB.
-      shards: the mesh of the program; "pallas", which XLA cannot partition, reads its axes and its platform. None: one
-        device.
+      shards: the mesh of the program, whose devices each take their own tokens and share of the vocabulary. None: one
+        device, or "reference", which XLA partitions.
 
     Returns:
       TokenLogps. For zero logits, logps is -log V and the entropy is log V.
@@ -83,28 +84,25 @@ def token_logps(
     extras = {"entropy": entropy, "log_normalizer": log_normalizer, "mean_logit": mean_logit, "correct": correct}
     wanted = tuple(name for name, requested in extras.items() if requested)
     weight, bias, softcap = unembedding.weight, unembedding.bias, unembedding.softcap
-    target = None
-    if implementation == "pallas":
-        target = _kernel(targets.size, weight.shape, hidden.dtype, shards)
+    arguments = flat_hidden, weight, bias, targets.reshape(-1), flat_mask
+    kernel = _kernel(targets.size, weight.shape, hidden.dtype, shards) if implementation == "pallas" else None
     if implementation == "reference":
-        values = logprob.reference(
-            flat_hidden, weight, bias, targets.reshape(-1), softcap=softcap, temperature=temperature
-        )
-    elif target is not None:
+        values = logprob.reference(*arguments[:-1], softcap=softcap, temperature=temperature)
+    elif kernel is not None:
         options = logprob.Options(softcap, temperature, entropy, mean_logit, correct)
-        values = logprobs_pallas.token_logps(
-            options, target, shards, flat_hidden, weight, bias, targets.reshape(-1), flat_mask
-        )
+        if shards is None:
+            values = logprob.token_logps(options, kernel, *arguments)
+        else:
+            values = logprobs_sharded.token_logps(Kernel(options, kernel), shards, *arguments)
     else:
-        values = logprobs_chunked.token_logps(
-            flat_hidden,
-            unembedding,
-            targets.reshape(-1),
-            mask=None if mask is None or shards is not None else flat_mask,  # tokens stay on their devices
-            temperature=temperature,
-            wanted=wanted,
-            chunk=vocabulary_chunk,
-        )
+        local = shards is not None and shards.local(targets.size, weight.shape[0]) is not None
+        # XLA would take tokens from device to device where it partitions the computation by itself
+        skips = mask is not None and (local or shards is None)
+        body = Chunked(softcap, temperature, wanted, vocabulary_chunk, skips)
+        if local:
+            values = logprobs_sharded.token_logps(body, shards, *arguments)
+        else:
+            values = logprobs_chunked.token_logps(body, *arguments)
     requested = {name: values[name] for name in ("logps", *wanted)}
     return TokenLogps(
         **{name: jnp.where(flat_mask, x, jnp.zeros((), x.dtype)).reshape(shape) for name, x in requested.items()}

@@ -9,43 +9,131 @@ then through temperature and soft-cap to the raw logits, dhidden += draw W_tile 
 
 Memory besides inputs and gradients: one tile in float32 with a few elementwise copies of it, and dhidden in float32.
 
-Most tokens where the mask is False (prompts, padding) get no logits, if one device sees all tokens: the others move to
-the front, and the tiles are as tall as a quarter, a half, three quarters or all of the rows, the least that holds them.
-Shapes are static, so each height is a program of its own, and the count picks one.
+Most tokens where the mask is False (prompts, padding) get no logits: the others move to the front of a device's rows,
+and the tiles are as tall as a quarter, a half, three quarters or all of the rows, the least that holds them. Shapes are
+static, so each height is a program of its own, and the count picks one.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxalign.kernels.logprob_tile import Statistics, merge, start
 from jaxalign.ops.logits import largest
-from jaxalign.types import Unembedding
 
 TILE_LOGITS = 2**22  # 16 MiB in float32
 HEIGHTS, WORTH_A_CHOICE = 4, 2**20  # parts of the tokens; number of logits below which all are computed
 
 
-class _Options(NamedTuple):
+class Chunked(NamedTuple):
+    """Static settings of the computation, on one device or as the body of `logprobs_sharded.token_logps`."""
+
     softcap: float | None
     temperature: float
     wanted: tuple[str, ...]
-    chunk: int | None  # None: `default_chunk` of the height
+    chunk: int | None  # None: `default_chunk` of the number of rows
+    skips: bool  # most tokens where the mask is False get no logits
+
+    def forward(
+        self,
+        hidden: jax.Array,
+        weight: jax.Array,
+        bias: jax.Array | None,
+        targets: jax.Array,
+        mask: jax.Array,
+        *,
+        axis: str | None = None,
+    ) -> tuple[dict[str, jax.Array], tuple]:
+        """(logps and the wanted extras, residuals of `backward`)
+
+        Args:
+          hidden: [N D].
+          weight: [V D]; V may be cut over the mapped axis `axis`.
+          bias: [V] or None.
+          targets: Int32[N], ids of the whole vocabulary.
+          mask: Bool[N]; elsewhere the values are undefined.
+        """
+        front, first = _Front.of(self, len(targets), weight, mask), _first(weight, axis)
+
+        def of_first(height: int, hidden: jax.Array, targets: jax.Array) -> Statistics:
+            stats = _statistics(self, hidden[:height], weight, bias, targets[:height])
+            return jax.tree.map(lambda x: _tall(x, len(mask)), stats)
+
+        stats = front.run(of_first, front.move(hidden), front.move(targets - first))
+        stats = Statistics(*map(front.back, stats))
+        vocabulary = weight.shape[0]
+        if axis is not None:
+            stats = stats._replace(best=stats.best + first)
+            stats = merge(Statistics(*jnp.moveaxis(jax.lax.all_gather(jnp.stack(stats), axis), 1, 0)))
+            vocabulary *= jax.lax.axis_size(axis)
+        log_normalizer = stats.peak + jnp.log(stats.mass)
+        values = {
+            "logps": stats.chosen - log_normalizer,
+            "entropy": jnp.log(stats.mass) - stats.weighted / stats.mass,
+            "log_normalizer": log_normalizer,
+            "mean_logit": stats.total / vocabulary,
+            "correct": stats.best == targets,
+        }
+        values = {name: values[name] for name in ("logps", *self.wanted)}
+        return values, (log_normalizer, values.get("entropy"))
+
+    def backward(
+        self,
+        hidden: jax.Array,
+        weight: jax.Array,
+        bias: jax.Array | None,
+        targets: jax.Array,
+        mask: jax.Array,
+        saved: tuple,
+        gradients: dict[str, jax.Array],
+        *,
+        axis: str | None = None,
+        weight_dtype: Any = jnp.float32,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """(dhidden, dweight, dbias); of a shard of V, the contributions of its logits."""
+        front, first = _Front.of(self, len(targets), weight, mask), _first(weight, axis)
+        vocabulary = weight.shape[0] * (1 if axis is None else jax.lax.axis_size(axis))
+
+        def of_first(height: int, *rows: Any) -> tuple:
+            cut = jax.tree.map(lambda x: x[:height], rows)
+            d_hidden, d_weight, d_bias = _gradients(self, weight, bias, weight_dtype, vocabulary, *cut)
+            return _tall(d_hidden, len(mask)), d_weight, d_bias
+
+        rows = jax.tree.map(front.move, (hidden, targets - first, *saved, gradients))
+        d_hidden, d_weight, d_bias = front.run(of_first, *rows)
+        return front.back(d_hidden), d_weight, d_bias
+
+
+class _Front(NamedTuple):
+    """The tokens that count, moved before the others, and the number of rows that holds them."""
+
     heights: tuple[int, ...]  # numbers of rows, one of which is computed
+    which: jax.Array | None  # index of that number; None: there is one
+    order: jax.Array | None  # Int[N], the token at each place; None: they stay where they are
 
+    @classmethod
+    def of(cls, options: Chunked, rows: int, weight: jax.Array, mask: jax.Array) -> _Front:
+        if not options.skips or rows * weight.shape[0] < WORTH_A_CHOICE:
+            return cls((rows,), None, None)
+        heights = tuple(sorted({-(-rows * part // HEIGHTS) for part in range(1, HEIGHTS + 1)}))
+        return cls(heights, jnp.searchsorted(jnp.array(heights), jnp.sum(mask)), jnp.argsort(~mask, stable=True))
 
-class _Stats(NamedTuple):
-    """Statistics of the tiles seen so far, [N] each."""
+    def move(self, x: jax.Array) -> jax.Array:
+        return x if self.order is None else x.at[self.order].get(unique_indices=True)
 
-    peak: jax.Array  # largest logit
-    mass: jax.Array  # Σ exp(z - peak)
-    weighted: jax.Array  # Σ exp(z - peak) (z - peak)
-    total: jax.Array  # Σ z
-    chosen: jax.Array  # z of the target
-    best: jax.Array  # id of the largest logit, the lowest such id
+    def back(self, x: jax.Array) -> jax.Array:
+        return x if self.order is None else jnp.zeros_like(x).at[self.order].set(x, unique_indices=True)
+
+    def run(self, of_first: Callable[..., Any], *rows: Any) -> Any:
+        """`of_first` of the number of rows and the rows."""
+        if self.which is None:
+            return of_first(self.heights[0], *rows)
+        return jax.lax.switch(self.which, [functools.partial(of_first, height) for height in self.heights], *rows)
 
 
 def default_chunk(tokens: int, vocabulary: int) -> int:
@@ -54,85 +142,52 @@ def default_chunk(tokens: int, vocabulary: int) -> int:
     return min(columns, vocabulary)
 
 
-def token_logps(
-    hidden: jax.Array,
-    unembedding: Unembedding,
-    targets: jax.Array,
-    *,
-    mask: jax.Array | None = None,
-    temperature: float,
-    wanted: tuple[str, ...],
-    chunk: int | None,
-) -> dict[str, jax.Array]:
-    """logps and the `wanted` extras of hidden [N D], one value per token; undefined where the mask is False."""
-    (vocabulary, _), rows = unembedding.weight.shape, len(targets)
-    bias = unembedding.bias
-    bias = None if bias is None else bias.astype(jnp.float32)
-    heights = (rows,)
-    if mask is not None and rows * vocabulary >= WORTH_A_CHOICE:
-        heights = tuple(sorted({-(-rows * part // HEIGHTS) for part in range(1, HEIGHTS + 1)}))
-    options = _Options(unembedding.softcap, temperature, wanted, chunk, heights)
-    if len(heights) == 1:
-        return _logps(options, hidden, unembedding.weight, bias, targets, jnp.int32(0))
-    order = jnp.argsort(~mask, stable=True)  # tokens that count first
-    which = jnp.searchsorted(jnp.array(heights), jnp.sum(mask))
-    hidden, targets = (x.at[order].get(unique_indices=True) for x in (hidden, targets))
-    values = _logps(options, hidden, unembedding.weight, bias, targets, which)
-    return {name: jnp.zeros_like(value).at[order].set(value, unique_indices=True) for name, value in values.items()}
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logps(
-    options: _Options,
+def token_logps(
+    options: Chunked,
     hidden: jax.Array,
     weight: jax.Array,
     bias: jax.Array | None,
     targets: jax.Array,
-    which: jax.Array,
+    mask: jax.Array,
 ) -> dict[str, jax.Array]:
-    """logps and extras of the first options.heights[which] rows; 0 in the others."""
-    return _forward(options, hidden, weight, bias, targets, which)[0]
+    """`Chunked.forward` on one device, or as XLA partitions it, with its gradient."""
+    return options.forward(hidden, weight, bias, targets, mask)[0]
 
 
-def _forward(options: _Options, hidden: jax.Array, weight: jax.Array, bias: Any, targets: jax.Array, which: jax.Array):
-    rows = len(hidden)
-
-    def of_first(height: int, hidden: jax.Array, targets: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-        return jax.tree.map(lambda x: _tall(x, rows), _values(options, hidden[:height], weight, bias, targets[:height]))
-
-    branches = [functools.partial(of_first, height) for height in options.heights]
-    values, log_normalizer = jax.lax.switch(which, branches, hidden, targets)
-    return values, (hidden, weight, bias, targets, which, log_normalizer, values.get("entropy"))
+def _forward(options: Chunked, *inputs: Any) -> tuple:
+    values, saved = options.forward(*inputs)
+    return values, (inputs, saved)
 
 
-def _backward(options: _Options, residuals: tuple, gradients: dict[str, jax.Array]):
-    hidden, weight, bias, targets, which, log_normalizer, entropy = residuals
+def _backward(options: Chunked, residuals: tuple, gradients: dict[str, jax.Array]) -> tuple:
+    inputs, saved = residuals
     gradients = {name: g for name, g in gradients.items() if name != "correct"}
-
-    def of_first(height: int, *rows: Any) -> tuple:
-        d_hidden, d_weight, d_bias = _gradients(options, weight, bias, *jax.tree.map(lambda x: x[:height], rows))
-        return _tall(d_hidden, len(hidden)), d_weight, d_bias
-
-    branches = [functools.partial(of_first, height) for height in options.heights]
-    cotangents = jax.lax.switch(which, branches, hidden, targets, log_normalizer, entropy, gradients)
-    return *cotangents, None, None
+    _, weight, bias, _, _ = inputs
+    d_hidden, d_weight, d_bias = options.backward(*inputs, saved, gradients, weight_dtype=weight.dtype)
+    return d_hidden, d_weight, None if bias is None else d_bias.astype(bias.dtype), None, None
 
 
-_logps.defvjp(_forward, _backward)
+token_logps.defvjp(_forward, _backward)
+
+
+def _first(weight: jax.Array, axis: str | None) -> jax.Array | int:
+    """Id of the first logit of this shard of the vocabulary."""
+    return 0 if axis is None else jax.lax.axis_index(axis) * weight.shape[0]
 
 
 def _tall(x: jax.Array, rows: int) -> jax.Array:
     return jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1)))
 
 
-def _values(
-    options: _Options, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, targets: jax.Array
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    """(logps and the wanted extras, log Σ exp z) of all rows."""
+def _statistics(
+    options: Chunked, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, targets: jax.Array
+) -> Statistics:
+    """The statistics of all rows over this shard's logits, [N] each; `best` and `targets` count from its first."""
     vocabulary, rows = weight.shape[0], hidden.shape[0]
     chunk = _chunk(options, rows, vocabulary)
 
-    def see(stats: _Stats, i: jax.Array) -> tuple[_Stats, None]:
+    def see(stats: Statistics, i: jax.Array) -> tuple[Statistics, None]:
         z, _, ids, fresh = logits_tile(options, chunk, hidden, weight, bias, i)
         seen = jnp.where(fresh, z, -jnp.inf)
         top = jnp.max(seen, axis=1)
@@ -147,36 +202,28 @@ def _values(
         if "mean_logit" in options.wanted:
             sums["total"] = stats.total + jnp.sum(jnp.where(fresh, z, 0.0), axis=1)
         if "correct" in options.wanted:
-            sums["best"] = jnp.where(top > stats.peak, ids[largest(seen)], stats.best)
+            sums["best"] = jnp.where(top > stats.peak, ids[largest(seen)].astype(jnp.float32), stats.best)
         hit = fresh & (ids[None, :] == targets[:, None])
         chosen = stats.chosen + jnp.sum(jnp.where(hit, z, 0.0), axis=1)
         return stats._replace(peak=peak, chosen=chosen, **sums), None
 
-    zeros = jnp.zeros(rows, jnp.float32)
-    start = _Stats(jnp.full(rows, -jnp.inf), zeros, zeros, zeros, zeros, jnp.zeros(rows, jnp.int32))
-    stats, _ = jax.lax.scan(see, start, jnp.arange(_tiles(vocabulary, chunk)))
-    log_normalizer = stats.peak + jnp.log(stats.mass)
-    values = {
-        "logps": stats.chosen - log_normalizer,
-        "entropy": jnp.log(stats.mass) - stats.weighted / stats.mass,
-        "log_normalizer": log_normalizer,
-        "mean_logit": stats.total / vocabulary,
-        "correct": stats.best == targets,
-    }
-    return {name: values[name] for name in ("logps", *options.wanted)}, log_normalizer
+    stats, _ = jax.lax.scan(see, start((rows,)), jnp.arange(_tiles(vocabulary, chunk)))
+    return stats
 
 
 def _gradients(
-    options: _Options,
+    options: Chunked,
     weight: jax.Array,
     bias: jax.Array | None,
+    weight_dtype: Any,
+    whole: int,
     hidden: jax.Array,
     targets: jax.Array,
     log_normalizer: jax.Array,
     entropy: jax.Array | None,
     gradients: dict[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """(dhidden, dweight, dbias) of all rows."""
+    """(dhidden, dweight, dbias) of all rows, whose distributions are over `whole` logits, this shard's among them."""
     vocabulary = weight.shape[0]
     chunk = _chunk(options, len(hidden), vocabulary)
     column = {name: g[:, None] for name, g in gradients.items()}
@@ -191,40 +238,40 @@ def _gradients(
             scale = scale - column["entropy"] * (log_p + entropy[:, None])
         dz = scale * p + jnp.where(ids[None, :] == targets[:, None], column["logps"], 0.0)
         if "mean_logit" in column:
-            dz = dz + column["mean_logit"] / vocabulary
+            dz = dz + column["mean_logit"] / whole
         d_raw = jnp.where(fresh, dz * slope, 0.0)
-        start = _start(vocabulary, chunk, i)
+        at = _start(vocabulary, chunk, i)
         narrow = d_raw.astype(hidden.dtype)
-        tile = _columns(weight, start, chunk).astype(hidden.dtype)
+        tile = _columns(weight, at, chunk).astype(hidden.dtype)
         d_hidden += jnp.einsum("nc,cd->nd", narrow, tile, preferred_element_type=jnp.float32)
         d_tile = jnp.einsum("nc,nd->cd", narrow, hidden, preferred_element_type=jnp.float32)
-        d_weight = _add_columns(d_weight, d_tile, start)
-        d_bias = None if d_bias is None else _add_columns(d_bias, jnp.sum(d_raw, axis=0), start)
+        d_weight = _add_columns(d_weight, d_tile, at)
+        d_bias = None if d_bias is None else _add_columns(d_bias, jnp.sum(d_raw, axis=0), at)
         return (d_hidden, d_weight, d_bias), None
 
     zeros = (
         jnp.zeros(hidden.shape, jnp.float32),
-        jnp.zeros_like(weight),
-        None if bias is None else jnp.zeros_like(bias),
+        jnp.zeros(weight.shape, weight_dtype),
+        None if bias is None else jnp.zeros(bias.shape, jnp.float32),
     )
     (d_hidden, d_weight, d_bias), _ = jax.lax.scan(back, zeros, jnp.arange(_tiles(vocabulary, chunk)))
     return d_hidden.astype(hidden.dtype), d_weight, d_bias
 
 
-def _chunk(options: _Options, rows: int, vocabulary: int) -> int:
+def _chunk(options: Chunked, rows: int, vocabulary: int) -> int:
     return min(options.chunk or default_chunk(rows, vocabulary), vocabulary)
 
 
 def logits_tile(
-    options: _Options, chunk: int, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, i: jax.Array
+    options: Chunked, chunk: int, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, i: jax.Array
 ) -> tuple:
     """(z, dz/draw, ids, fresh) of tile i. The last tile is moved back to end at V; `fresh` is False on its overlap."""
-    start = _start(weight.shape[0], chunk, i)
-    ids = start + jnp.arange(chunk)
-    columns = _columns(weight, start, chunk).astype(hidden.dtype)
+    at = _start(weight.shape[0], chunk, i)
+    ids = at + jnp.arange(chunk)
+    columns = _columns(weight, at, chunk).astype(hidden.dtype)
     raw = jnp.einsum("nd,cd->nc", hidden, columns, preferred_element_type=jnp.float32)
     if bias is not None:
-        raw = raw + _columns(bias, start, chunk)[None, :]
+        raw = raw + _columns(bias, at, chunk)[None, :]
     slope = 1.0 / options.temperature
     if options.softcap is not None:
         squashed = jnp.tanh(raw / options.softcap)

@@ -1,4 +1,4 @@
-"""The kernel over a mesh of eight devices says what it says on one."""
+"""Log-probabilities over a mesh of eight devices are those of one device, in chunks and by the kernel."""
 
 import logging
 
@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.models import places
+from jaxalign.ops import logprobs_chunked
 from jaxalign.ops.logprobs import Shards, token_logps
 from jaxalign.types import Unembedding
 
@@ -37,6 +38,7 @@ def outcome(implementation, shards, cotangents, hidden, weight, bias, targets, m
 
 
 # A vocabulary that the axis does not divide stays whole on every device.
+@pytest.mark.parametrize("implementation", ["chunked", "pallas"])
 @pytest.mark.parametrize(
     "sizes, vocabulary",
     [
@@ -46,7 +48,10 @@ def outcome(implementation, shards, cotangents, hidden, weight, bias, targets, m
     ],
     ids=str,
 )
-def test_any_cut_of_tokens_width_and_vocabulary_gives_the_same_values_and_gradients(sizes, vocabulary):
+def test_any_cut_of_tokens_width_and_vocabulary_gives_the_same_values_and_gradients(
+    sizes, vocabulary, implementation, monkeypatch
+):
+    monkeypatch.setattr(logprobs_chunked, "WORTH_A_CHOICE", 0)
     hidden, weight, bias, targets, mask, cotangents = problem(vocabulary)
     mesh = places.make_mesh(**sizes)
     rows = P(("data", "fsdp"))
@@ -56,7 +61,7 @@ def test_any_cut_of_tokens_width_and_vocabulary_gives_the_same_values_and_gradie
         jax.device_put(x, NamedSharding(mesh, s))
         for x, s in zip((hidden, weight, bias, targets, mask), specs, strict=True)
     ]
-    actual = jax.jit(lambda *x: outcome("pallas", Shards(mesh), cotangents, *x))(*placed)
+    actual = jax.jit(lambda *x: outcome(implementation, Shards(mesh), cotangents, *x))(*placed)
     expected = outcome("reference", None, cotangents, hidden, weight, bias, targets, mask)
     for one, two in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, two, atol=2e-5)

@@ -1,15 +1,16 @@
-"""The kernel of `kernels/logprob.py` on one device, or on every device of a mesh.
+"""Log-probabilities on every device of a mesh: each takes its own tokens and its own share of the vocabulary.
 
-XLA cannot partition a Pallas call, so the collectives are written here: each device takes its own tokens and its own
-share of the vocabulary, whole in width. The weight is gathered along the axis that cuts its width, in the dtype of
-compute; shards of the vocabulary exchange six numbers a token; in the backward pass dhidden is summed over them, and
-dweight, in float32, over the tokens' shards, each of which keeps its share of the width.
+XLA cannot partition a Pallas call, and it would gather the whole unembedding for every tile of a loop over a vocabulary
+that the mesh cuts. So the collectives are written here, once for both bodies: the weight is gathered along the axis
+that cuts its width, in the dtype of compute; shards of the vocabulary exchange six numbers a token; in the backward
+pass dhidden is summed over them, and dweight, in float32, over the tokens' shards, each of which keeps its share of the
+width.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.kernels import logprob
-from jaxalign.kernels.logprob import Options
 from jaxalign.kernels.runtime import Target
 
 
@@ -44,31 +44,54 @@ class Shards(NamedTuple):
         return tokens // parts, vocabulary // (1 if axis is None else self.mesh.shape[axis])
 
 
+@runtime_checkable
+class Body(Protocol):
+    """The computation of a device, with static settings; hashable. V may be cut over the mapped axis `axis`."""
+
+    def forward(self, hidden: Any, weight: Any, bias: Any, targets: Any, mask: Any, *, axis: str | None) -> tuple:
+        """(values by name, residuals [N] for `backward`)"""
+        ...
+
+    def backward(
+        self, hidden: Any, weight: Any, bias: Any, targets: Any, mask: Any, saved: Any, gradients: Any, *, axis: Any
+    ) -> tuple:
+        """(dhidden, dweight in float32, dbias); of a shard of V, the contributions of its logits."""
+        ...
+
+
+class Kernel(NamedTuple):
+    """The Pallas kernel of `kernels/logprob.py`."""
+
+    options: logprob.Options
+    target: Target
+
+    def forward(self, *inputs: Any, axis: str | None) -> tuple:
+        """Implements `Body`."""
+        return logprob.forward(self.options, self.target, *inputs, axis=axis)
+
+    def backward(self, *inputs: Any, axis: str | None) -> tuple:
+        """Implements `Body`."""
+        return logprob.backward(self.options, self.target, *inputs, axis=axis, weight_dtype=jnp.dtype(jnp.float32))
+
+
+# custom_vjp is around the map over devices, not inside it: forward and backward each write out their own sums.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def token_logps(
-    options: Options,
-    target: Target,
-    shards: Shards | None,
+    body: Body,
+    shards: Shards,
     hidden: jax.Array,
     weight: jax.Array,
     bias: jax.Array | None,
     targets: jax.Array,
     mask: jax.Array,
 ) -> dict[str, jax.Array]:
-    """`kernels.logprob.token_logps`, over the mesh of `shards`."""
-    if shards is None:
-        return logprob.token_logps(options, target, hidden, weight, bias, targets, mask)
-    return _sharded(options, target, shards, hidden, weight, bias, targets, mask)
+    """The values of `body` for each of the N tokens, over the mesh of `shards`, whose rows must divide N."""
+    return _forward(body, shards, hidden, weight, bias, targets, mask)[0]
 
 
-# custom_vjp is around the map over devices, not inside it: forward and backward each write out their own sums.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sharded(options, target, shards, hidden, weight, bias, targets, mask):
-    return _forward(options, target, shards, hidden, weight, bias, targets, mask)[0]
-
-
-def _forward(options, target, shards, hidden, weight, bias, targets, mask):
+def _forward(body, shards, hidden, weight, bias, targets, mask):
     axis = shards.axis(weight.shape[0])
-    run = functools.partial(logprob.forward, options, target, axis=axis)
+    run = functools.partial(body.forward, axis=axis)
     mapped = jax.shard_map(
         run, mesh=shards.mesh, in_specs=_specs(shards, axis), out_specs=P(shards.rows), check_vma=False
     )
@@ -76,16 +99,14 @@ def _forward(options, target, shards, hidden, weight, bias, targets, mask):
     return values, (hidden, weight, bias, targets, mask, saved)
 
 
-def _backward(options, target, shards, residuals, gradients):
+def _backward(body, shards, residuals, gradients):
     hidden, weight, bias, targets, mask, saved = residuals
     gradients = {name: g for name, g in gradients.items() if name != "correct"}
     axis, last = shards.axis(weight.shape[0]), shards.rows[-1]
     cut = weight.shape[1] % shards.mesh.shape[last] == 0
 
     def local(*arguments):
-        d_hidden, d_weight, d_bias = logprob.backward(
-            options, target, *arguments, axis=axis, weight_dtype=jnp.dtype(jnp.float32)
-        )
+        d_hidden, d_weight, d_bias = body.backward(*arguments, axis=axis)
         if axis is not None:
             d_hidden = jax.lax.psum(d_hidden.astype(jnp.float32), axis).astype(d_hidden.dtype)
         if cut:
@@ -101,10 +122,11 @@ def _backward(options, target, shards, residuals, gradients):
         out_specs=(P(shards.rows, None), P(axis, last if cut else None), P(axis)),
         check_vma=False,
     )(hidden, weight.astype(hidden.dtype), bias, targets, mask, saved, gradients)
+    d_bias = None if bias is None else d_bias.astype(bias.dtype)
     return d_hidden, d_weight.astype(weight.dtype), d_bias, None, None
 
 
-_sharded.defvjp(_forward, _backward)
+token_logps.defvjp(_forward, _backward)
 
 
 def _specs(shards: Shards, axis: str | None) -> tuple[P, ...]:
