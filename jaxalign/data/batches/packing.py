@@ -68,12 +68,19 @@ def pack_groups(lengths: np.ndarray, *, planes: int, width: int, max_groups: int
     if lengths.size and lengths.max() > width:
         raise Mistake(f"a sequence of {lengths.max()} tokens does not fit in a plane of {width}")
     rows: list[_OpenRow] = []
+    by_room: list[tuple[int, int]] = []  # (free tokens, row) of the rows that may take another group, the fullest first
     for group in np.argsort(-lengths.sum(axis=1), kind="stable").tolist():
-        fullest_first = sorted((row for row in rows if row.groups < max_groups), key=lambda row: sum(row.free))
-        if not any(row.add(group, lengths[group]) for row in fullest_first):
+        able = range(bisect.bisect_left(by_room, (int(lengths[group].sum()), -1)), len(by_room))
+        at = next((i for i in able if rows[by_room[i][1]].add(group, lengths[group])), None)
+        if at is None:
+            number = len(rows)
             rows.append(_OpenRow([width] * planes))
             fits = rows[-1].add(group, lengths[group])
             assert fits  # a plane for each response
+        else:
+            number = by_room.pop(at)[1]
+        if rows[number].groups < max_groups:
+            bisect.insort(by_room, (sum(rows[number].free), number))
     return [row.placements for row in rows]
 
 

@@ -79,6 +79,44 @@ def test_whole_groups_go_into_the_fullest_row_that_takes_them():
         pack_groups(np.array([[11, 1]]), planes=2, width=10, max_groups=1)
 
 
+def by_definition(lengths, *, planes, width, max_groups):
+    """`pack_groups`, with every row looked at for every group: [(free tokens of each plane, groups)] of the rows."""
+    rows = []
+    for group in np.argsort(-lengths.sum(axis=1), kind="stable"):
+        for row in sorted((row for row in rows if len(row[1]) < max_groups), key=lambda row: sum(row[0])):
+            if free := fitted(row[0], lengths[group]):
+                row[0][:] = free
+                row[1].append(group)
+                break
+        else:
+            rows.append((fitted([width] * planes, lengths[group]), [group]))
+    return rows
+
+
+def fitted(free, lengths):
+    """Room that is left when each response, the longest first, is in the fullest plane that has room; None: no room."""
+    free = list(free)
+    for k in np.argsort(-lengths, kind="stable"):
+        able = [plane for plane, room in enumerate(free) if room >= lengths[k]]
+        if lengths[k] and not able:
+            return None
+        if lengths[k]:
+            free[min(able, key=lambda plane: free[plane])] -= lengths[k]
+    return free
+
+
+def test_groups_go_where_looking_at_every_row_would_put_them():
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        lengths = rng.integers(0, 22, (int(rng.integers(1, 50)), int(rng.integers(1, 4))))
+        lengths[:, 0] = np.maximum(lengths[:, 0], 1)  # a group has a response
+        options = {"planes": lengths.shape[1], "width": 21, "max_groups": int(rng.integers(1, 6))}
+        rows = pack_groups(lengths, **options)
+        assert [sorted({g for g, _, _ in row}) for row in rows] == [
+            sorted(groups) for _, groups in by_definition(lengths, **options)
+        ]
+
+
 def test_epochs_shuffle_anew_take_all_and_shapes_are_few():
     data = responses(40)
     plan = Plan(batch_size=10, max_length=20, seed=3)
