@@ -12,6 +12,9 @@ import jax
 
 from jaxalign import hosts
 from jaxalign.mistake import Mistake
+from jaxalign.models.decoder.attention import SPLASH_UNIT
+
+log = logging.getLogger(__name__)
 
 
 def start(*, distributed: bool = False) -> None:
@@ -32,8 +35,13 @@ def check_attention(attention: str, max_length: int) -> None:
     needs, here = {"splash": "tpu", "cudnn": "gpu"}.get(attention), jax.default_backend()
     if needs not in (None, here):
         raise Mistake(f"`attention` {attention} runs on {needs.upper()}, not on {here.upper()}; auto picks what fits")
-    if attention == "splash" and max_length % 128:
-        raise Mistake(f"`attention` splash needs rows of a multiple of 128 tokens, not `max_length` {max_length}")
+    if here == "tpu" and attention in ("auto", "splash") and max_length % SPLASH_UNIT:
+        log.info(
+            "attention pads rows of %d tokens to a multiple of %d: `max_length` %d costs no more",
+            max_length,
+            SPLASH_UNIT,
+            max_length + -max_length % SPLASH_UNIT,
+        )
 
 
 def start_log() -> None:

@@ -1,11 +1,14 @@
 """XLA's attention takes a long row in blocks of queries, each with the keys up to its end, and nothing changes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxalign.models.decoder import attention as module
+from jaxalign.models.places import Layout, make_mesh
 
 BATCH, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 150, 4, 2, 8  # blocks of 64, 64 and 22
 
@@ -51,3 +54,30 @@ def test_values_and_gradients_are_those_of_all_queries_at_once(row, window, soft
     monkeypatch.setattr(module, "QUERY_BLOCK", LENGTH)
     for blocked, whole in zip(in_blocks, values_and_gradients(1), strict=True):
         np.testing.assert_allclose(blocked, whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("devices", [None, 8])
+def test_splash_pads_rows_of_any_width_and_any_number_for_the_mesh(row, devices, monkeypatch):
+    """Two rows of 150 tokens, on a mesh that cuts rows in eight: interpreted, the kernel gives what XLA gives."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    monkeypatch.setattr(splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True))
+    (query, key, value), positions, segments, _ = row
+    operands = query, jnp.repeat(key, 2, axis=2), jnp.repeat(value, 2, axis=2)
+    coordinates = module.Coordinates(positions, segments, positions, segments)
+    options = {"window": None, "softcap": None, "scale": 0.3}
+    layout = None if devices is None else Layout(make_mesh(fsdp=devices))
+    actual, expected = (
+        jax.jit(functools.partial(module.attention, implementation=name, layout=layout, **options))(
+            *operands, coordinates
+        )
+        for name in ("splash", "xla")
+    )
+    counts = np.asarray(segments > 0)
+    np.testing.assert_allclose(actual[counts], expected[counts], atol=2e-5)
+
+
+@pytest.mark.parametrize(("tokens", "implementation"), [(127, "xla"), (128, "splash"), (8000, "splash")])
+def test_a_tpu_takes_splash_for_rows_of_any_width_from_128(tokens, implementation):
+    query = jax.ShapeDtypeStruct((1, tokens, 8, 64), jnp.bfloat16)
+    assert module.choose(query, query, None, platform="tpu") == implementation

@@ -94,15 +94,15 @@ def test_adapters_compute_what_the_merged_kernels_compute(lora):
 
 def test_rank_one_by_hand():
     # x = (1, 2), W = I, A = (3, 1)ᵀ, B = (1, -1), alpha / r = 2: x A = 5, so y = (1, 2) + 2 · 5 · (1, -1) = (11, -8)
-    layer = Linear(jnp.eye(2), jnp.array([0.5, 0.0]), jnp.dtype("float32"))
+    layer = Linear(jnp.eye(2), jnp.array([0.5, 0.0]))
     a, b = jnp.array([[3.0], [1.0]]), jnp.array([[1.0, -1.0]])
-    layer.adapter = Adapter(a, b, None, scale=2.0, dtype=jnp.dtype("float32"))
+    layer.adapter = Adapter(a, b, None, scale=2.0)
     np.testing.assert_array_equal(layer(jnp.array([[1.0, 2.0]])), [[11.5, -8.0]])
     # The columns of W + 2 A B are (7, 2) and (-6, -1); with magnitudes of their norms times (1, 10), DoRA gives
     # (11, -80), and then the bias.
     norms = np.array([53.0, 37.0]) ** 0.5
     np.testing.assert_allclose(merged_norms(jnp.eye(2), a, b, scale=2.0), norms, rtol=1e-6)
-    layer.adapter = Adapter(a, b, jnp.array(norms * [1, 10]), scale=2.0, dtype=jnp.dtype("float32"))
+    layer.adapter = Adapter(a, b, jnp.array(norms * [1, 10]), scale=2.0)
     np.testing.assert_allclose(layer(jnp.array([[1.0, 2.0]])), [[11.5, -80.0]], rtol=1e-6)
 
 

@@ -30,6 +30,7 @@ from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.quantise import kernel_shape, plain_kernel
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files.families import tensor_maps
+from jaxalign.ops.product import product
 from jaxalign.types import PyTree
 
 ALL = "all-linear"
@@ -100,28 +101,28 @@ def _listed(layers: dict[str, str], config: ModelConfig) -> str:
 class Adapter(nnx.Module):
     """The update of a Linear's product, applied before the layer's bias."""
 
-    def __init__(self, a: jax.Array, b: jax.Array, magnitude: jax.Array | None, *, scale: float, dtype: jnp.dtype):
+    def __init__(self, a: jax.Array, b: jax.Array, magnitude: jax.Array | None, *, scale: float):
         self.a, self.b = nnx.Param(a), nnx.Param(b)  # [in r], [r out]
         self.magnitude = None if magnitude is None else nnx.Param(magnitude)  # [out], DoRA's
-        self.scale, self.dtype = scale, dtype
+        self.scale = scale
 
-    def __call__(self, x: jax.Array, product: jax.Array, kernel: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, base: jax.Array, kernel: jax.Array) -> jax.Array:
         """x W + scale · (x A) B; with magnitudes m, each output times m / ‖W + scale · A B‖.
 
         Args:
           x: [B T in], in the dtype of compute.
-          product: x W.
+          base: x W.
           kernel: W [in out] as it is stored; DoRA reads its norms.
         """
         a, b = self.a[...], self.b[...]
-        adapted = product + self.scale * ((x @ a.astype(self.dtype)) @ b.astype(self.dtype))
+        adapted = base + self.scale * product(product(x, a), b)
         if self.magnitude is None:
             return adapted
         # The norms are constants to the gradient, which spares the backward pass products as large as the kernel and
         # cost next to no accuracy in section 4.3.
         norms = jax.lax.stop_gradient(merged_norms(kernel, a, b, scale=self.scale))
         ratio = self.magnitude[...].astype(jnp.float32) / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
-        return (adapted * ratio.reshape((1,) * (x.ndim - 1) + ratio.shape)).astype(product.dtype)
+        return (adapted * ratio.reshape((1,) * (x.ndim - 1) + ratio.shape)).astype(base.dtype)
 
 
 def merged_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, *, scale: float) -> jax.Array:
@@ -136,7 +137,7 @@ def merged_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, *, scale: float)
     return jnp.sqrt(jnp.maximum(squares, 0.0))
 
 
-def attach(blocks: nnx.Module, lora: Lora, dtype: jnp.dtype) -> None:
+def attach(blocks: nnx.Module, lora: Lora) -> None:
     """Adds adapters to the target layers of abstract, stacked blocks, in float32 whatever the base is."""
     wide = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     for name in lora.targets:
@@ -144,7 +145,7 @@ def attach(blocks: nnx.Module, lora: Lora, dtype: jnp.dtype) -> None:
         layers, inputs, outputs = kernel_shape(nnx.to_pure_dict(nnx.state(layer))["kernel"])
         magnitude = wide((layers, outputs)) if lora.dora else None
         a, b = wide((layers, inputs, lora.rank)), wide((layers, lora.rank, outputs))
-        layer.adapter = Adapter(a, b, magnitude, scale=lora.scale, dtype=dtype)
+        layer.adapter = Adapter(a, b, magnitude, scale=lora.scale)
 
 
 def split(params: PyTree) -> tuple[PyTree, PyTree]:

@@ -8,6 +8,7 @@ Pallas kernel compares segments for equality only, so it is not used for that.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jaxalign.models.places import Layout
 
 IMPLEMENTATIONS = ("xla", "splash", "cudnn")
 QUERY_BLOCK, MOST_BLOCKS = 64, 8  # of queries, where XLA computes the products
-SPLASH_BLOCK = 512  # queries and keys of a tile; smaller when the row is
+SPLASH_BLOCK, SPLASH_UNIT = 512, 128  # queries and keys of a tile; rows are padded to a multiple of the unit
 
 
 class Coordinates(NamedTuple):
@@ -130,9 +131,9 @@ def attention_of_one(
 
 
 def choose(query: jax.Array, key: jax.Array, softcap: float | None, *, platform: str) -> str:
-    """Splash on TPU for whole rows of a multiple of 128 tokens; cuDNN on GPU in half precision, uncapped; else XLA."""
+    """Splash on TPU for whole rows of at least 128 tokens; cuDNN on GPU in half precision, uncapped; else XLA."""
     length = query.shape[1]
-    if platform == "tpu" and length == key.shape[1] and length % 128 == 0 and query.shape[3] % 64 == 0:
+    if platform == "tpu" and length == key.shape[1] and length >= SPLASH_UNIT and query.shape[3] % 64 == 0:
         return "splash"
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     if platform == "gpu" and half and softcap is None and length > 1 and query.shape[3] % 8 == 0:
@@ -166,11 +167,16 @@ def _splash(
     """The Pallas kernel of jax.experimental, with a causal or local mask by index.
 
     Within a segment, index order is position order, so with segment ids it is exact for packed and padded rows alike.
+    Rows are padded to a multiple of SPLASH_UNIT tokens, and their number to one of the devices that cut them.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    length = query.shape[1]
+    rows, tokens = query.shape[:2]
+    parts = 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in layout.rows)
+    padding = -rows % parts, -tokens % SPLASH_UNIT
+    arrays = tuple(_padded(x, padding) for x in (query, key, value, segment_ids))
+    length = tokens + padding[1]
     block = min(SPLASH_BLOCK, length)
     while length % block:
         block //= 2
@@ -203,11 +209,15 @@ def _splash(
         heads_first = (jnp.swapaxes(x, 1, 2) for x in (scaled, key, value))
         return jnp.swapaxes(jax.vmap(of_row)(*heads_first, segment_ids), 1, 2)
 
-    if layout is None:
-        return local(query, key, value, segment_ids)
-    cut = key.shape[2] % layout.mesh.shape[layout.heads] == 0
-    heads = P(layout.rows, None, layout.heads if cut else None, None)
-    specs = (heads, heads, heads, P(layout.rows, None))
-    return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=heads, check_vma=False)(
-        query, key, value, segment_ids
-    )
+    if layout is not None:
+        cut = key.shape[2] % layout.mesh.shape[layout.heads] == 0
+        heads = P(layout.rows, None, layout.heads if cut else None, None)
+        specs = (heads, heads, heads, P(layout.rows, None))
+        local = jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return local(*arrays)[:rows, :tokens]
+
+
+def _padded(x: jax.Array, padding: tuple[int, int]) -> jax.Array:
+    """x [B T ...] with further rows and tokens of zeros; segment 0 is padding."""
+    widths = [(0, more) for more in padding] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths) if any(padding) else x

@@ -237,7 +237,7 @@ def make_decoder(
     if quantise != "none":
         quantise_layers(decoder.blocks, quantise)
     if lora is not None:
-        attach(decoder.blocks, lora, compute.dtype)
+        attach(decoder.blocks, lora)
     graphdef, state = nnx.split(decoder)
     return graphdef, nnx.to_pure_dict(state)
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxalign.models.decoder.attention import Coordinates, attention, attention_of_one
 from jaxalign.models.decoder.config import LayerKind, ModelConfig, Rope
 from jaxalign.models.places import Layout
+from jaxalign.ops.product import product, shifted
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -166,24 +167,23 @@ class Linear(nnx.Module):
     `make_decoder` may replace the kernel by a `quantise.QuantisedKernel` and add a `lora.Adapter`.
     """
 
-    def __init__(self, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype):
+    def __init__(self, kernel: jax.Array, bias: jax.Array | None):
         self.kernel = nnx.Param(kernel)
         self.bias = None if bias is None else nnx.Param(bias)
         self.adapter = nnx.data(None)
-        self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         plain = isinstance(self.kernel, nnx.Param)
         # With tokens on one axis the gradient of W contracts one axis, not two: twice as fast with XLA on a CPU.
         tokens = x.reshape(-1, x.shape[-1])
-        y = tokens @ self.kernel[...].astype(self.dtype) if plain else self.kernel.product(tokens)
+        y = product(tokens, self.kernel[...]) if plain else self.kernel.product(tokens)
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         if self.adapter is not None:
             y = self.adapter(x, y, self.kernel[...])
-        return y if self.bias is None else y + _along_last(self.bias[...].astype(self.dtype), x.ndim)
+        return y if self.bias is None else shifted(y, self.bias[...])
 
 
 def linear(inputs: int, outputs: int, bias: bool, std: float, compute: Compute, rngs: nnx.Rngs) -> Linear:
     """A Linear with normal weights of standard deviation `std` and a bias of zeros."""
     kernel = std * jax.random.normal(rngs.params(), (inputs, outputs), compute.param_dtype)
-    return Linear(kernel, jnp.zeros(outputs, compute.param_dtype) if bias else None, compute.dtype)
+    return Linear(kernel, jnp.zeros(outputs, compute.param_dtype) if bias else None)
