@@ -92,6 +92,7 @@ def rollouts(config: RolloutConfig, run: Run, recipe: Recipe, prompting: Prompti
     engine = make_engine(
         config,
         recipe.part.graphdef,
+        vocabulary=run.model.vocab_size,
         ways=run.mesh.shape["data"] * run.mesh.shape["fsdp"],
         prompt_room=max(map(len, prompting.prompts.ids)),
         publish=publisher(

@@ -243,7 +243,7 @@ def test_mistakes_are_one_line_before_device_work(flags, message, tiny_model, pr
 def test_a_server_that_is_lost_leaves_a_checkpoint_to_go_on_from(tiny_model, prompts, tmp_path, server):
     config = config_of(tiny_model, prompts, tmp_path / "run", engine=server.url, seed=1)
     server.edit = lambda answer: answer if server.seen.count("/collective_rpc") < 3 else {}
-    with pytest.raises(EngineError, match="answers without 'choices'"):
+    with pytest.raises(EngineError, match="'choices' is absent; it must hold a list"):
         grpo.main(config)
     assert [row["step"] for row in rows(config.output)] == [1, 2]
     server.edit = lambda answer: answer

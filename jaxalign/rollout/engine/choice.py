@@ -16,6 +16,7 @@ from jaxalign.models.adapters.merge import merge_by_layer
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.save import save_pretrained
+from jaxalign.outside import brief
 from jaxalign.rollout.engine.agreement import Agreement
 from jaxalign.rollout.engine.engine import Engine, LocalEngine
 from jaxalign.rollout.engine.http import HttpEngine, PublishFn
@@ -46,17 +47,24 @@ def check_server(config: RolloutConfig) -> None:
             f"`max_length` {config.max_length}: the server at {config.engine} has room for {room} tokens of prompt and "
             "response; start it with more (vLLM: --max-model-len, SGLang: --context-length)"
         )
-    log.info("responses are drawn by %s, which serves %s", config.engine, model["id"])
+    log.info("responses are drawn by %s, which serves %s", config.engine, brief(model["id"]))
 
 
 def make_engine(
-    config: RolloutConfig, graphdef: nnx.GraphDef, *, ways: int, prompt_room: int, publish: PublishFn | None
+    config: RolloutConfig,
+    graphdef: nnx.GraphDef,
+    *,
+    vocabulary: int,
+    ways: int,
+    prompt_room: int,
+    publish: PublishFn | None,
 ) -> Engine:
     """The engine that a config chooses.
 
     Args:
       config: its `engine`, `slots` and what belongs to them.
       graphdef: structure of the policy.
+      vocabulary: number of tokens that the policy knows.
       ways: number of devices that rows are split over.
       prompt_room: tokens of the longest prompt.
       publish: writes params where a server reads them; None suffices for the local engine.
@@ -69,6 +77,7 @@ def make_engine(
         kind=config.engine_kind,
         publish=publish,
         reload=None if config.engine_reload is None else parse_reload(config.engine_reload),
+        vocabulary=vocabulary,
         check=Agreement(graphdef, rows=-(-CHECKED // ways) * ways, max_length=config.max_length),
         concurrency=slots,
     )

@@ -31,6 +31,8 @@ PROMPT_BUCKET = 32  # prompts are padded to a power of two, at least this one, s
 FIRST_RING = 64  # response tokens that every slot first has room for; doubled when a response needs more
 STOP_EVERY = 16  # tokens between two searches for stop strings
 SHOW_EVERY = 4  # tokens between two calls of `watch`
+NO_LIMIT = np.iinfo(np.int32).max // 2
+HAND_EVERY = 64  # tokens between two looks for responses to hand to `on_response`, and for Ctrl-C
 
 
 class Request(NamedTuple):
@@ -51,6 +53,7 @@ class Response(NamedTuple):
 
 
 WatchFn = Callable[[int, np.ndarray], None]  # (number of a request, its tokens so far)
+OnResponse = Callable[[int, Response], None]  # (number of a request, the response to it)
 
 
 class Stats(NamedTuple):
@@ -68,7 +71,13 @@ class Engine(Protocol):
     stats: Stats
 
     def generate(
-        self, params: PyTree | None, requests: Sequence[Request], key: jax.Array, *, sampling: Sampling
+        self,
+        params: PyTree | None,
+        requests: Sequence[Request],
+        key: jax.Array,
+        *,
+        sampling: Sampling,
+        on_response: OnResponse | None = None,
     ) -> list[Response]: ...
 
 
@@ -117,8 +126,11 @@ class LocalEngine:
         *,
         sampling: Sampling,
         watch: WatchFn | None = None,
+        on_response: OnResponse | None = None,
     ) -> list[Response]:
-        """A response to each request, in their order; `watch` is called with those that are not yet finished.
+        """A response to each request, in their order.
+
+        `watch` is called with those that are not yet finished, `on_response` with each when it is.
 
         Raises:
           Mistake: an empty prompt, an impossible limit, or stop strings without `decode_text`.
@@ -138,13 +150,14 @@ class LocalEngine:
             sampling=sampling,
             cache_dtype=self._cache_dtype,
         )
-        table = _Table(requests, sampling, self._slots)
+        table = _Table(requests, sampling, self._slots, on_response)
+        most = SHOW_EVERY if watch else STOP_EVERY if sampling.stop else HAND_EVERY if on_response else NO_LIMIT
         while True:
             if table.may_take(self._refill):
                 slots = self._admit(decoding, slots, table, key)
             if not table.active:
                 break
-            slots = self._decode(decoding, slots, table, sampling, watched=watch is not None)
+            slots = self._decode(decoding, slots, table, sampling, most)
             slots, full = self._collect(slots, table, sampling, watch)
             if full:
                 slots = device.grow(slots, min(2 * slots.tokens.shape[1], longest))
@@ -195,14 +208,11 @@ class LocalEngine:
         """Typed keys [A], which decide the draws of requests with these seeds."""
         return request_keys(key, seeds)
 
-    def _decode(
-        self, params: DecodingParams, slots: Slots, table: _Table, sampling: Sampling, *, watched: bool
-    ) -> Slots:
-        """The slots once another eighth of them is free, enough for a prefill, or all if no request waits."""
+    def _decode(self, params: DecodingParams, slots: Slots, table: _Table, sampling: Sampling, most: int) -> Slots:
+        """The slots after `most` tokens, or once another eighth is free, enough for a prefill, or all if none waits."""
         want = self._slots + 1
         if table.waiting and self._refill:
             want = self._slots - len(table.active) + max(1, self._slots // 8)
-        most = SHOW_EVERY if watched else STOP_EVERY if sampling.stop else np.iinfo(np.int32).max // 2
         return device.decode(self._graphdef, params, slots, want, most, sampling=sampling)
 
     def _collect(self, slots: Slots, table: _Table, sampling: Sampling, watch: WatchFn | None) -> tuple[Slots, bool]:
@@ -244,8 +254,8 @@ class LocalEngine:
 class _Table:
     """Place of each request: waiting, active in a slot, or finished."""
 
-    def __init__(self, requests: Sequence[Request], sampling: Sampling, slots: int):
-        self.requests, self.sampling = requests, sampling
+    def __init__(self, requests: Sequence[Request], sampling: Sampling, slots: int, on_response: OnResponse | None):
+        self.requests, self.sampling, self._on_response = requests, sampling, on_response
         self.waiting = collections.deque(range(len(requests)))
         self.active: dict[int, int] = {}  # slot -> number of its request
         self.responses: dict[int, Response] = {}
@@ -265,8 +275,11 @@ class _Table:
         return numbers, places
 
     def finish(self, place: int, response: Response) -> None:
-        self.responses[self.active.pop(place)] = response
+        number = self.active.pop(place)
+        self.responses[number] = response
         self._free.append(place)
+        if self._on_response is not None:
+            self._on_response(number, response)
 
 
 @jax.jit

@@ -25,12 +25,19 @@ run and the server must see the folder of the policy under the same path.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxalign.mistake import Mistake
+from jaxalign.outside import Fields, brief
 from jaxalign.rollout.engine.engine import Request
 from jaxalign.rollout.engine.slots import Sampling
+
+LEAST_LOGP = float(np.finfo(np.float32).min)
+ROUNDING = 1e-5  # a log-prob may be this much above 0, and is then 0
 
 
 class Completion(NamedTuple):
@@ -39,6 +46,14 @@ class Completion(NamedTuple):
     tokens: list[int]  # the terminator included
     logps: list[float]  # nats, one per token
     finished: bool  # it did not end at the limit
+
+
+class Drawn(NamedTuple):
+    """A completion as the server says it, unchecked but for its shape."""
+
+    tokens: list[Any]
+    logps: list[Any]
+    reason: str  # why it ended
 
 
 class Post(NamedTuple):
@@ -63,7 +78,8 @@ class Server(NamedTuple):
 
     path: str  # of generation
     body: Callable[[str, Request, int, int, Sampling], dict]  # (model, request, its limit, seed, sampling) -> body
-    read: Callable[[Any], Completion]  # (answer) -> completion; KeyError, IndexError or TypeError on another shape
+    read: Callable[[Fields], Drawn]  # (answer) -> completion; Mistake on another shape
+    keys: tuple[str, str]  # under which an answer holds tokens and log-probs
     reload: tuple[Post, ...]  # load a new policy
 
 
@@ -102,21 +118,72 @@ def _shared(sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def _read_vllm(answer: Any) -> Completion:
-    choice = answer["choices"][0]
-    tokens = choice.get("token_ids")
+def _read_vllm(answer: Fields) -> Drawn:
+    choices = answer.get("choices", list)
+    if len(choices) != 1:
+        raise Mistake(f"{answer.where}: 'choices' holds {len(choices)} responses; it must hold 1, as was requested")
+    choice = Fields(choices[0], f"{answer.where}: 'choices'")
+    logprobs = Fields(choice.get("logprobs", dict), f"{choice.where}: 'logprobs'")
+    tokens = choice.get("token_ids", list, None)
     if tokens is None:
-        tokens = [text.removeprefix("token_id:") for text in choice["logprobs"]["tokens"]]
-        if not all(text.isdecimal() for text in tokens):
-            raise KeyError("token_ids")
-    return Completion([int(t) for t in tokens], choice["logprobs"]["token_logprobs"], choice["finish_reason"] == "stop")
+        tokens = [text.removeprefix("token_id:") for text in logprobs.texts("tokens")]
+        if not all(re.fullmatch("[0-9]{1,10}", text) for text in tokens):
+            raise Mistake(f"{choice.where}: 'token_ids' is absent, and 'tokens' holds texts instead of ids")
+        tokens = [int(text) for text in tokens]
+    return Drawn(tokens, logprobs.get("token_logprobs", list), choice.get("finish_reason", str))
 
 
-def _read_sglang(answer: Any) -> Completion:
-    info = answer["meta_info"]
-    pairs = info["output_token_logprobs"]
-    ended = info["finish_reason"]["type"] == "stop"
-    return Completion([int(pair[1]) for pair in pairs], [pair[0] for pair in pairs], ended)
+def _read_sglang(answer: Fields) -> Drawn:
+    info = Fields(answer.get("meta_info", dict), f"{answer.where}: 'meta_info'")
+    pairs = info.get("output_token_logprobs", list)
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) < 2:
+            raise Mistake(
+                f"{info.where}: 'output_token_logprobs' holds {brief(pair)}; it must hold lists of a log-prob and a "
+                "token"
+            )
+    reason = Fields(info.get("finish_reason", dict), f"{info.where}: 'finish_reason'").get("type", str)
+    return Drawn([pair[1] for pair in pairs], [pair[0] for pair in pairs], reason)
+
+
+def read_completion(
+    server: Server, answer: Any, where: str, *, limit: int, vocabulary: int, terminators: Sequence[int]
+) -> Completion:
+    """A server's answer, of which nothing is believed that was not checked.
+
+    Args:
+      server: its kind.
+      answer: the JSON that it sent.
+      where: its address, for messages.
+      limit: most tokens.
+      vocabulary: tokens are numbers below it.
+      terminators: tokens that end a response, and can only stand at its end.
+
+    Raises:
+      Mistake: names the server, the key, the value and the rule.
+    """
+    tokens, logps, reason = server.read(Fields(answer, where))
+    ids, log_probs = server.keys
+    if not 1 <= len(tokens) <= limit:
+        raise Mistake(f"{where}: {ids!r} holds {len(tokens)} tokens; it must hold 1 to {limit}, as was requested")
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < vocabulary:
+            raise Mistake(
+                f"{where}: {ids!r} holds {brief(token)}; a token must be a whole number from 0 to {vocabulary - 1}"
+            )
+    for token in tokens[:-1]:
+        if token in terminators:
+            raise Mistake(f"{where}: {ids!r} holds tokens behind {token}; it must end with the first terminator")
+    if len(logps) != len(tokens):
+        raise Mistake(
+            f"{where}: {log_probs!r} holds {len(logps)} log-probs of {len(tokens)} tokens; there must be one for each"
+        )
+    for logp in logps:
+        if type(logp) not in (int, float) or not LEAST_LOGP <= logp <= ROUNDING:
+            raise Mistake(f"{where}: {log_probs!r} holds {brief(logp)}; a log-prob must be a finite number, at most 0")
+    if reason not in ("stop", "length"):
+        raise Mistake(f"{where}: 'finish_reason' is {brief(reason)!r}; it must be 'stop' or 'length'")
+    return Completion(tokens, logps, reason == "stop")
 
 
 SERVERS: dict[str, Server] = {
@@ -124,13 +191,18 @@ SERVERS: dict[str, Server] = {
         "/v1/completions",
         _vllm_body,
         _read_vllm,
+        ("token_ids", "token_logprobs"),
         (
             Post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": "{folder}"}}),
             Post("/reset_prefix_cache", {}),
         ),
     ),
     "sglang": Server(
-        "/generate", _sglang_body, _read_sglang, (Post("/update_weights_from_disk", {"model_path": "{folder}"}),)
+        "/generate",
+        _sglang_body,
+        _read_sglang,
+        ("output_token_logprobs", "output_token_logprobs"),
+        (Post("/update_weights_from_disk", {"model_path": "{folder}"}),),
     ),
 }
 
