@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
 from jaxalign.models.files.peft import load_adapter
-from jaxalign.rollout.engine.engine import Engine, LocalEngine, Request
+from jaxalign.rollout.engine.engine import Engine, LocalEngine, Request, Response
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.types import PyTree
 
@@ -86,18 +86,21 @@ def respond(
     seed: int = 0,
     cache_dtype: Any = None,
     engine: Engine | None = None,
+    on_response: Callable[[int, tuple[str, bool]], None] | None = None,
 ) -> list[tuple[str, bool]]:
     """(text, whether it ended by itself) of n responses to each prompt in turn. Texts are continued, messages answered.
 
     Args:
       model: from `load_model`, or from `load_tokenizer_only` for an engine that has the params.
       prompts: texts or messages.
-      sampling: how tokens are drawn; the model's terminators take the place of none.
+      sampling: how tokens are drawn; the model's terminators take the place of none. A stop text that is a special
+        token ends a response as a terminator does, and is no part of its text.
       n: responses to each prompt.
       batch_size: responses that are generated at once.
       seed: of sampling.
       cache_dtype: of cached keys and values; None: the dtype of computation.
       engine: draws in place of this process's devices, at a batch size of its own.
+      on_response: called with (number, (text, whether it ended by itself)) of each response when it is there.
 
     Raises:
       Mistake: what `encode_prompts` raises, or the model has no params and there is no engine.
@@ -113,19 +116,31 @@ def respond(
         )
     if not sampling.terminators:
         sampling = sampling._replace(terminators=model.terminators)
-    in_context = functools.partial(text_after, model.tokenizer)
+    hidden = {token.content: id for id, token in model.tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [hidden[text] for text in sampling.stop if text in hidden]
+    sampling = sampling._replace(terminators=tuple(dict.fromkeys([*sampling.terminators, *ends])))
     if engine is None:
         if model.params is None:
             raise Mistake(f"{model.source} was loaded without its weights; use load_model, or give an engine")
-        engine = LocalEngine(model.graphdef, slots=batch_size, cache_dtype=cache_dtype, decode_text=in_context)
+        # special tokens are decoded only where a stop text has some
+        skipped = not any(special in text for text in sampling.stop for special in hidden)
+        decode = functools.partial(text_after, model.tokenizer, skip_special_tokens=skipped)
+        engine = LocalEngine(model.graphdef, slots=batch_size, cache_dtype=cache_dtype, decode_text=decode)
     requests = [Request(tuple(row), n * number + k) for number, row in enumerate(ids) for k in range(n)]
-    responses = engine.generate(model.params, requests, jax.random.key(seed), sampling=sampling)
-    # a response to a text is decoded behind it; one to messages is a text of its own
-    before = [row if isinstance(prompt, str) else () for prompt, row in zip(prompts, ids, strict=True)]
-    return [
-        (in_context(before[number // n], without_terminator(response.tokens, sampling)), response.finished)
-        for number, response in enumerate(responses)
-    ]
+
+    def as_text(number: int, response: Response) -> tuple[str, bool]:
+        # a response to a text is decoded behind it; one to messages is a text of its own
+        before = ids[number // n] if isinstance(prompts[number // n], str) else ()
+        return text_after(model.tokenizer, before, without_terminator(response.tokens, sampling)), response.finished
+
+    def hand_on(number: int, response: Response) -> None:
+        if on_response is not None:
+            on_response(number, as_text(number, response))
+
+    responses = engine.generate(
+        model.params, requests, jax.random.key(seed), sampling=sampling, on_response=on_response and hand_on
+    )
+    return [as_text(number, response) for number, response in enumerate(responses)]
 
 
 def encode_prompts(model: LoadedModel, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
@@ -172,16 +187,17 @@ def generate_ids(
     return [(without_terminator(response.tokens, sampling), response.finished) for response in responses]
 
 
-def text_after(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
+def text_after(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
     """The text that ids add to that of the prompt before them.
 
     Llama's and Mistral's first tokenizers write no blank before the first word of a text, so "▁upon ▁a ▁time", decoded
     alone, would lose the blank that parts it from the prompt: "Onceupon a time".
     """
     known = list(prompt[-CONTEXT:])
-    before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (known, [*known, *ids]))
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
+    before, whole = decode(known), decode([*known, *ids])
     # a prompt may end within a character
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(ids), skip_special_tokens=True)
+    return whole[len(before) :] if whole.startswith(before) else decode(list(ids))
 
 
 def without_terminator(tokens: np.ndarray, sampling: Sampling) -> list[int]:

@@ -186,17 +186,31 @@ def test_samples_follow_from_the_seed(tiny_model):
 
 
 def test_an_answer_stops_at_its_terminator_and_says_so(tiny_model, tmp_path):
-    # the terminator's embedding, which is its unembedding too, is made to point where the last hidden state does
+    assert answers(drawing(2, tiny_model, tmp_path), ["the cat sees"], temperature=0.0) == [("", True)]
+    [(text, finished)] = answers(tiny_model, ["the cat sees"], temperature=0.0, max_new_tokens=3)
+    assert text and not finished
+
+
+@pytest.mark.parametrize("stop", ["<s>", "<s> <s>"])
+def test_a_stop_text_may_be_or_hold_a_special_token(stop, tiny_model, tmp_path):
+    """Special tokens are no part of a response's text, where stop texts were looked for."""
+    folder, output = drawing(1, tiny_model, tmp_path), tmp_path / "made.jsonl"
+    given = ["--model", str(folder), "--prompts", "the cat sees", "--temperature", "0", "--max-new-tokens", "12"]
+    assert main(["generate", *given, "--stop", stop, "--output", str(output)]) == 0
+    assert json.loads(output.read_text()) == {"prompt": "the cat sees", "response": "", "finished": True}
+    if stop == "<s>":
+        assert answers(folder, ["the cat sees"], temperature=0.0) == [("", False)]
+
+
+def drawing(token, tiny_model, tmp_path):
+    """The tiny model that draws one token behind the cat: its embedding points where the last hidden state does."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     weights = load_file(folder / "model.safetensors")
-    table = weights["model.embed_tokens.weight"]
     hidden = _last_hidden(tiny_model, "the cat sees")
-    table[2] = 100 * hidden / np.linalg.norm(hidden)
+    weights["model.embed_tokens.weight"][token] = 100 * hidden / np.linalg.norm(hidden)
     save_file(weights, folder / "model.safetensors")
-    assert answers(folder, ["the cat sees"], temperature=0.0) == [("", True)]
-    [(text, finished)] = answers(tiny_model, ["the cat sees"], temperature=0.0, max_new_tokens=3)
-    assert text and not finished
+    return folder
 
 
 def _last_hidden(folder, prompt):

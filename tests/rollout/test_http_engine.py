@@ -183,7 +183,13 @@ def test_ones_own_way_of_loading_is_paths_and_json():
     load, reset = parse_reload('/load {"path": {"here": "{folder}/x"}, "n": 1}  /reset')
     assert (load.path, load.of("/runs/a")) == ("/load", {"path": {"here": "/runs/a/x"}, "n": 1})
     assert (reset.path, reset.of("/runs/a")) == ("/reset", {})
-    for text, message in (("load", "'load' is no path"), ("/a {x}", "behind /a is no JSON"), (" ", "names no path")):
+    deep = "/a " + '{"a":' * 100_000
+    for text, message in (
+        (deep, "behind /a is no JSON"),
+        ("load", "'load' is no path"),
+        ("/a {x}", "behind /a is no JSON"),
+        (" ", "names no path"),
+    ):
         with pytest.raises(ValueError, match=message):
             parse_reload(text)
 

@@ -19,7 +19,8 @@ only. /update_weights_from_disk reads a folder and empties the cache.
 https://docs.sglang.io/advanced_features/sglang_for_rl.html
 
 Requests state every sampling setting, because servers take absent ones from the model's generation_config.json. The
-run and the server must see the folder of the policy under the same path.
+run and the server must see the folder of the policy under the same path. A server that was started with --api-key
+gets its key from the environment variable JAXALIGN_ENGINE_KEY.
 """
 
 from __future__ import annotations
@@ -94,14 +95,12 @@ def _vllm_body(model: str, request: Request, limit: int, seed: int, sampling: Sa
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,  # for versions that do not know the line above
         "include_stop_str_in_output": True,
-        "skip_special_tokens": False,
-        "stop": list(sampling.stop),
         **_shared(sampling),
     }
 
 
 def _sglang_body(model: str, request: Request, limit: int, seed: int, sampling: Sampling) -> dict[str, Any]:
-    settings = {"max_new_tokens": limit, "sampling_seed": seed, "stop": list(sampling.stop), **_shared(sampling)}
+    settings = {"max_new_tokens": limit, "sampling_seed": seed, **_shared(sampling)}
     return {"input_ids": list(request.prompt), "sampling_params": settings, "return_logprob": True}
 
 
@@ -115,6 +114,8 @@ def _shared(sampling: Sampling) -> dict[str, Any]:
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "stop_token_ids": list(sampling.terminators),
+        "stop": list(sampling.stop),
+        "skip_special_tokens": False,  # stop texts may hold some
     }
 
 
@@ -213,7 +214,7 @@ def parse_reload(text: str) -> tuple[Post, ...]:
     Raises:
       Mistake: the text has no path, or a path is followed by something other than a JSON object.
     """
-    form = f"""{text!r} is not of the form '/load {{"path": "{{folder}}"}} /reset_cache'"""
+    form = f"""{brief(text)!r} is not of the form '/load {{"path": "{{folder}}"}} /reset_cache'"""
     posts, rest = [], text.strip()
     while rest:
         path, _, rest = rest.partition(" ")
@@ -223,7 +224,7 @@ def parse_reload(text: str) -> tuple[Post, ...]:
         if rest.startswith("{"):
             try:
                 body, end = json.JSONDecoder().raw_decode(rest)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise Mistake(f"{form}: behind {path} is no JSON ({error})") from None
             rest = rest[end:].lstrip()
         posts.append(Post(path, body))
