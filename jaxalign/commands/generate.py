@@ -32,7 +32,10 @@ SCORED_TOGETHER = 64  # responses, or those to one prompt where they are more; t
 
 
 def main(config: GenerateConfig) -> int:
-    """Prints the responses, or writes {"prompt", "response", "finished"} lines to `output`."""
+    """Prints the responses, or writes {"prompt", "response", "finished"} lines to `output`.
+
+    Whatever ends it early, Ctrl-C included, the responses that are finished by then are printed or written.
+    """
     _check(config)
     devices.start()
     devices.start_log()
@@ -43,28 +46,35 @@ def main(config: GenerateConfig) -> int:
     model = load_tokenizer_only(config.model)
     sampling = Sampling.of(config, model.terminators, config.stop)
     encode_prompts(model, prompts, sampling)
-    batch_size, engine = min(config.batch_size, config.n * len(prompts)), None
+    count = config.n * len(prompts)
+    batch_size, engine = min(config.batch_size, count), None
     if config.engine is None:
         model = with_params(model, adapter=config.adapter, dtype=compute_dtype(config.precision))
     else:
-        engine = HttpEngine(config.engine, kind=config.engine_kind, concurrency=batch_size)
-    responses = respond(
-        model,
-        prompts,
-        sampling,
-        n=config.n,
-        batch_size=batch_size,
-        seed=config.seed,
-        cache_dtype=None if config.cache_dtype == "auto" else config.cache_dtype,
-        engine=engine,
-    )
-    prompt_of = [number // config.n for number in range(len(responses))]
-    rows = [
-        {"prompt": prompts[i], "response": text, "finished": ended}
-        for i, (text, ended) in zip(prompt_of, responses, strict=True)
-    ]
+        engine = HttpEngine(
+            config.engine, kind=config.engine_kind, vocabulary=model.config.vocab_size, concurrency=batch_size
+        )
+    finished: dict[int, tuple[str, bool]] = {}
+    try:
+        responses = respond(
+            model,
+            prompts,
+            sampling,
+            n=config.n,
+            batch_size=batch_size,
+            seed=config.seed,
+            cache_dtype=None if config.cache_dtype == "auto" else config.cache_dtype,
+            engine=engine,
+            on_response=finished.__setitem__,
+        )
+    except BaseException:
+        if finished:
+            _write(_rows_of(prompts, finished, config.n), config.output)
+            log.warning("%d of %d responses were finished; they are %s", len(finished), count, _place(config))
+        raise
+    rows = _rows_of(prompts, dict(enumerate(responses)), config.n)
     if rewards is not None:
-        columns = {name: [values[i] for i in prompt_of] for name, values in columns.items()}
+        columns = {name: [value for value in values for _ in range(config.n)] for name, values in columns.items()}
         rows = _scored_or_saved(rows, rewards, columns, config)
         if config.keep == "best":
             groups = [rows[at : at + config.n] for at in range(0, len(rows), config.n)]
@@ -93,11 +103,14 @@ def _scored_or_saved(
         _write(rows, config.output)
     try:
         return scored(rows, rewards, columns, config.n)
-    except RewardError as error:
+    except BaseException as error:
         if config.output is None:
             _write(rows, None)
-        where = "above" if config.output is None else f"in {config.output}"
-        raise RewardError(f"{error}. The {len(rows)} responses are {where}, all without scores") from error
+        unscored = f"The {len(rows)} responses are {_place(config)}, all without scores"
+        if isinstance(error, RewardError):
+            raise RewardError(f"{error}. {unscored}") from error
+        log.warning("%s", unscored)
+        raise
 
 
 def scored(rows: list[dict], rewards: Rewards, columns: dict[str, list], n: int) -> list[dict]:
@@ -115,15 +128,42 @@ def scored(rows: list[dict], rewards: Rewards, columns: dict[str, list], n: int)
     return scored
 
 
+def _rows_of(prompts: Sequence[Prompt], responses: dict[int, tuple[str, bool]], n: int) -> list[dict]:
+    """Rows in the order of the prompts; n responses, by their number, belong to each."""
+    return [
+        {"prompt": prompts[number // n], "response": text, "finished": ended}
+        for number, (text, ended) in sorted(responses.items())
+    ]
+
+
+def _place(config: GenerateConfig) -> str:
+    return "above" if config.output is None else f"in {config.output}"
+
+
 def _write(rows: list[dict], output: Path | None) -> None:
+    """Prints the rows, or writes them to a file, whole or not at all; those of a full disk are printed."""
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return
-    text = "\n\n".join(
-        row["response"] if len(rows) == 1 else f"> {_shown(row['prompt'])}\n{row['response']}" for row in rows
-    )
+        try:
+            with _partial(output).open("w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            os.replace(_partial(output), output)
+            return
+        except OSError as error:
+            _partial(output).unlink(missing_ok=True)
+            _write(rows, None)
+            raise Mistake(f"`output` {output} cannot be written ({error.strerror}); the responses are above") from None
+    text = "\n\n".join(_shown_row(row, alone=len(rows) == 1) for row in rows)
     print((visible if sys.stdout.isatty() else sayable)(text, sys.stdout.encoding))
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
+def _shown_row(row: dict, *, alone: bool) -> str:
+    prompt = "" if alone else f"> {_shown(row['prompt'])}\n"
+    score = f"\n(score {row['score']:.6g})" if "score" in row else ""
+    return prompt + row["response"] + score
 
 
 def _shown(prompt: Prompt) -> str:
@@ -133,7 +173,15 @@ def _shown(prompt: Prompt) -> str:
 def _check_output(path: Path) -> None:
     if path.is_dir():
         raise Mistake(f"`output` {path} is a folder; name a .jsonl file")
+    if os.path.lexists(path):
+        raise Mistake(f"`output` {path} exists already; name another file, or move that one away")
     check_writable(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _partial(path).touch()
+        _partial(path).unlink()
+    except OSError as error:
+        raise Mistake(f"`output` {path} cannot be written ({error.strerror}); name another place") from None
 
 
 def read_rows(text: str) -> tuple[list[Prompt], dict[str, list[Any]]]:

@@ -36,13 +36,13 @@ class GenerateConfig(InferenceConfig):
     prompts: Annotated[str, EMPTY_IS_MEANT]
     """Prompts: a file (.jsonl with columns prompt or messages, .txt with one per line), FILE:SPLIT, or a text."""
     output: Path | None = None
-    """File (.jsonl) to write prompts and responses to; none: they are printed."""
+    """File (.jsonl) for prompts and responses, which must not exist yet; none: they are printed."""
     max_new_tokens: Annotated[int, at_least(1)] = 128
     """Length limit of a response, in tokens."""
     temperature: Annotated[float, at_least(0)] = 1.0
     """Sampling temperature; 0 always takes the most likely token."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response and stay in it."""
+    """Texts that end a response and stay in it; a special token, such as '<|im_end|>', ends it and is left out."""
     n: Annotated[int, at_least(1)] = 1
     """Number of responses to each prompt."""
     reward: str | None = None

@@ -1,9 +1,14 @@
 """`jaxalign generate`: prompts from a file or the command line, answers in a file or on the terminal."""
 
+import errno
 import functools
 import io
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +23,16 @@ from jaxalign.data.sets.prompts import encode
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
+from jaxalign.rollout.engine.slots import Sampling
+from jaxalign.rollout.respond import load_model, respond
 from jaxalign.rollout.rewards.rewards import RewardError, Rewards
 from tests.rollout.answers import answers as rollout_answers
-from tests.shared import TEMPLATE
+from tests.rollout.hostile import MODELS, Hostile, http
+from tests.shared import TEMPLATE, WORDS
 
 PROMPTS = ["the cat sees", "a dog", "one red dog runs to the"]
+CHOICE = {"token_ids": [7, 2], "logprobs": {"token_logprobs": [-1.0, -1.0]}, "finish_reason": "stop"}
+COMPLETION = {"choices": [CHOICE]}  # a server's
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +162,98 @@ def test_responses_that_could_not_be_scored_are_kept_without_scores(tiny_model, 
     monkeypatch.setattr(generate, "scored", interrupted)
     assert main(["generate", *given, "--output", str(output)]) == 130
     assert [json.loads(line) for line in output.read_text().splitlines()] == rows
+
+
+def test_scores_are_printed_below_their_responses(tiny_model, capsys):
+    given = ["--model", str(tiny_model), "--prompts", "the cat sees", "--max-new-tokens", "12", "--seed", "3"]
+    given += ["--reward", "tests.commands.rewards:dogs"]
+    assert main(["generate", *given]) == 0
+    [(response, _)] = answers(tiny_model, ["the cat sees"], seed=3)
+    words = response.split()
+    assert capsys.readouterr().out == f"{response}\n(score {words.count('dog') / len(words):.6g})\n"
+    assert main(["generate", *given, "--n", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("> the cat sees\n") == shown.count("\n(score ") == 2
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_ctrl_c_keeps_the_responses_that_are_finished(written, tiny_model, tmp_path, capsys):
+    def answer(request):
+        if request.startswith("GET"):
+            return MODELS
+        if len(server.requests) < 4:
+            return http(COMPLETION)
+        if len(server.requests) == 4:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return server.drip(b"", every=60)
+
+    output = tmp_path / "made.jsonl"
+    given = ["--model", str(tiny_model), "--prompts", "the cat sees", "--n", "4", "--batch-size", "1"]
+    with Hostile(answer) as server:
+        began = time.perf_counter()
+        options = ["--engine", server.url, *(["--output", str(output)] if written else [])]
+        assert main(["generate", *given, *options]) == 130
+    assert time.perf_counter() - began < 20
+    shown = capsys.readouterr()
+    if written:
+        row = {"prompt": "the cat sees", "response": f" {WORDS[7]}", "finished": True}
+        assert [json.loads(line) for line in output.read_text().splitlines()] == [row, row] and shown.out == ""
+    else:
+        assert shown.out == "\n\n".join([f"> the cat sees\n {WORDS[7]}"] * 2) + "\n"
+    assert "2 of 4 responses were finished" in shown.err and shown.err.splitlines()[-1] == "jaxalign: interrupted"
+
+
+def test_responses_of_this_machine_are_handed_on_as_they_end(tiny_model):
+    """Whatever is raised there ends the call: the next response is not drawn."""
+    finished = {}
+
+    def hand_on(number, response):
+        finished[number] = response
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+
+    model = load_model(str(tiny_model), dtype="float32")
+    sampling = Sampling(12)
+    whole = respond(model, PROMPTS, sampling, batch_size=1, on_response=lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        respond(model, PROMPTS, sampling, batch_size=1, on_response=hand_on)
+    assert finished == dict(enumerate(whole[:2]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_text("mine"), "exists already; name another file, or move that one away"),
+        (lambda path: path.symlink_to("nowhere"), "exists already"),
+        (lambda path: path.mkdir(), "is a folder"),
+        (lambda path: path.parent.write_text("file"), "is a file, so nothing can be made in it"),
+        (lambda path: path.with_name("made.jsonl.partial").mkdir(), "cannot be written (Is a directory)"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(make, message, tmp_path, capsys):
+    output = tmp_path / "in" / "made.jsonl"
+    if "is a file" not in message:
+        output.parent.mkdir()
+    make(output)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["generate", "--model", "none", "--prompts", "the cat", "--output", str(output)]) == 2
+    [shown] = capsys.readouterr().err.splitlines()
+    assert f"--output {output.parent}" in shown and message in shown and sorted(tmp_path.rglob("*")) == before
+    assert not output.is_file() or output.read_text() == "mine"
+
+
+def test_a_full_disk_leaves_the_responses_on_the_screen(tiny_model, tmp_path, monkeypatch, capsys):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    output = tmp_path / "made.jsonl"
+    with Hostile(lambda request: MODELS if request.startswith("GET") else http(COMPLETION)) as server:
+        given = ["--model", str(tiny_model), "--prompts", "the cat sees", "--engine", server.url]
+        assert main(["generate", *given, "--output", str(output)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == f" {WORDS[7]}\n" and list(tmp_path.iterdir()) == []
+    assert f"--output {output} cannot be written (No space left on device); the responses are above" in shown.err
 
 
 def interrupted(*_):
