@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         command, config = parse(arguments)
-        return COMMANDS[command].load()(config) or 0
+        with _ends_noticed():
+            return COMMANDS[command].load()(config) or 0
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         sys.stderr.close()
         return 141
@@ -67,6 +68,26 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
     kind = COMMANDS[command].config
     default, rest = _from_config(command, rest)
     return command, _parsed_flags(kind, _renamed(kind, rest), default, f"jaxalign {command}")
+
+
+@contextlib.contextmanager
+def _ends_noticed() -> Iterator[None]:
+    """Keeps losses and other code of a user's from ending an unfinished command with status 0, or without a word."""
+    process, end = os.getpid(), os._exit
+
+    def noticed(status: int) -> None:
+        if os.getpid() == process:  # a child that was forked may end as it likes
+            print(f"jaxalign: error: code that the command ran called os._exit({status})", file=sys.stderr, flush=True)
+            status = status or 1
+        end(status)
+
+    os._exit = noticed
+    try:
+        yield
+    except SystemExit as error:
+        raise Mistake(f"code that the command ran called sys.exit({error.code!r})") from error
+    finally:
+        os._exit = end
 
 
 def _refused(text: str) -> int:

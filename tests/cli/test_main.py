@@ -113,3 +113,25 @@ def test_from_config_repeats_a_run_bit_for_bit(tiny_model, tiny_data, tmp_path, 
     assert main(["sft", "--from-config", str(first / "config.json"), "--output", str(again)]) == 0
     weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (first, again)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "message"),
+    [
+        ("sys.exit(0)", 2, "jaxalign: error: code that the command ran called sys.exit(0)"),
+        ("os._exit(0)", 1, "jaxalign: error: code that the command ran called os._exit(0)"),
+        ("os._exit(3)", 3, "jaxalign: error: code that the command ran called os._exit(3)"),
+        ("os.fork() or os._exit(0)", 0, ""),
+    ],
+)
+def test_code_that_a_command_runs_does_not_end_it_with_status_0_or_without_a_word(end, status, message):
+    code = (
+        "import os, sys; from jaxalign.cli import main\n"
+        "class Command:\n"
+        "    config = main.COMMANDS['sft'].config\n"
+        f"    def load(self): return lambda config: ({end}) and None\n"
+        "main.COMMANDS['sft'] = Command()\n"
+        "sys.exit(main.main(['sft', '--model', 'm', '--data', 'd', '--output', 'o']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (status, message)
