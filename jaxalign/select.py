@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxalign.mistake import Mistake
+from jaxalign.outside import brief
 
 
 def select(text: str, table: Mapping[str, Callable]) -> Callable:
@@ -52,7 +53,12 @@ def select_sum(text: str, table: Mapping[str, Callable]) -> tuple[tuple[float, C
     Raises:
       Mistake: a term without function or with a weight that is not a finite number, or an error of `select`.
     """
-    return tuple(_weighted(term, text, table) for term in _terms(text))
+    return tuple((weight, select(term, table)) for weight, term in terms(text))
+
+
+def terms(text: str) -> tuple[tuple[float, str], ...]:
+    """The (weight, text of the function) terms of a sum. Raises Mistake as `select_sum` does for terms and weights."""
+    return tuple(_weighted(term, text) for term in _terms(text))
 
 
 def _terms(text: str) -> list[str]:
@@ -71,7 +77,7 @@ def _terms(text: str) -> list[str]:
     return [text[start:end].strip() for start, end in zip(cuts[::2], cuts[1::2], strict=True)]
 
 
-def _weighted(term: str, text: str, table: Mapping[str, Callable]) -> tuple[float, Callable]:
+def _weighted(term: str, text: str) -> tuple[float, str]:
     weight, star, rest = term.partition("*")
     if not star or "(" in weight:
         weight, rest = "1", term
@@ -85,7 +91,7 @@ def _weighted(term: str, text: str, table: Mapping[str, Callable]) -> tuple[floa
         )
     if not rest.strip():
         raise Mistake(f"{text!r} has a term without a function; a sum is written as in dpo(beta=0.1) + 0.2*sft")
-    return number, select(rest.strip(), table)
+    return number, rest.strip()
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -116,10 +122,11 @@ def _import(target: str, text: str) -> Callable:
         raise Mistake(f"{text!r} is not of the form package.module:function")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs the user's module, which may raise anything
+    except (Exception, SystemExit) as error:  # importing runs the user's module, which may raise anything
         absent = isinstance(error, ModuleNotFoundError) and error.name in (module_name, module_name.split(".")[0])
         hint = "is its folder on PYTHONPATH?" if absent else "JAXALIGN_TRACEBACK=1 shows where"
-        raise Mistake(f"{text!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); {hint}") from error
+        reason = f"{brief(type(error).__name__)}: {brief(str(error), 300)}"
+        raise Mistake(f"{text!r}: cannot import {module_name!r} ({reason}); {hint}") from error
     function = getattr(module, name, None)
     if not callable(function):
         public = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))

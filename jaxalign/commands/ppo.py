@@ -22,7 +22,7 @@ from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files import huggingface
 from jaxalign.rollout.batches import to_rollout_batch
-from jaxalign.rollout.rewards.rewards import Rewards
+from jaxalign.rollout.rewards.rewards import reward_models
 from jaxalign.rollout.rollouts import SourceFn
 from jaxalign.rollout.scored import ScoredResponses
 from jaxalign.run import final
@@ -112,7 +112,7 @@ def critic_source(config: PPOConfig) -> str:
     if config.critic.model:
         _check_tokenizer(config, config.critic.model)
         return config.critic.model
-    for folder in Rewards(config.reward).models.values():
+    for folder in reward_models(config.reward):
         try:
             part.mergeable_reward_model(folder)
             _check_tokenizer(config, folder)

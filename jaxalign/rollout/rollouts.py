@@ -14,12 +14,13 @@ import numpy as np
 from jaxalign.config.on_policy import RolloutConfig
 from jaxalign.data.batches.plan import bucket_widths
 from jaxalign.data.sets.prompts import PromptBatches, Prompts
+from jaxalign.outside import brief
 from jaxalign.rollout import scored
 from jaxalign.rollout.engine.engine import Request, Response
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.respond import text_after, without_terminator
 from jaxalign.rollout.rewards import on_hosts
-from jaxalign.rollout.rewards.rewards import Rewards
+from jaxalign.rollout.rewards.rewards import RewardError, Rewards
 from jaxalign.rollout.scored import ScoredResponses
 from jaxalign.types import PyTree
 
@@ -113,7 +114,14 @@ class Rollouts:
         columns = {name: [values[i] for i in prompts] for name, values in self._prompts.columns.items()}
         finished, tokens = [r.finished for r in responses], [len(r.tokens) for r in responses]
         columns |= {"finished": finished, "tokens": tokens}
-        terms = on_hosts.scores_by_function(self._rewards, [self._prompts.raw[i] for i in prompts], texts, columns)
+        raw = [self._prompts.raw[i] for i in prompts]
+        try:
+            terms = on_hosts.scores_by_function(self._rewards, raw, texts, columns)
+        except RewardError as error:
+            if error.row is None:
+                raise
+            place = f"prompt {prompts[error.row] + 1}, {brief(repr(raw[error.row]))}"
+            raise RewardError(f"{error} (to {place})", error.row) from error
         scores = self._rewards.weighted_sum(terms)
         if config.reward_clip is not None:
             scores = np.clip(scores, -config.reward_clip, config.reward_clip)

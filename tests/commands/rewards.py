@@ -1,10 +1,12 @@
 """Reward functions as a user's module has them, right and wrong ones."""
 
 import asyncio
+import os
+import re
+import signal
 import sys
 import time
 
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -50,6 +52,8 @@ def undefined(prompts, responses):
 
 def gives(prompts, responses, *, what):
     """`what` for each response: numbers of several libraries, and what is none."""
+    import jax.numpy as jnp
+
     kinds = {
         "numpy bool": np.bool_(True),
         "numpy half": np.float16(1.0),
@@ -74,6 +78,55 @@ def huge(prompts, responses):
 
 def leaves(prompts, responses):
     sys.exit(3)
+
+
+def exits(prompts, responses, *, status=0):
+    os._exit(status)
+
+
+def crashes(prompt, response):
+    if response == "":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return 1.0
+
+
+def becomes_another_program(prompts, responses):
+    os.execv("/bin/sleep", ["sleep", "30"])
+
+
+def exits_later(prompt, response):
+    """Works for 66 responses, then never again."""
+    exits_later.calls = getattr(exits_later, "calls", 0) + 1
+    if exits_later.calls > 66:
+        os._exit(0)
+    return float("dog" in response.split())
+
+
+def searches(prompt, response):
+    """Without end for some responses, and without letting another thread run."""
+    return float(re.search(r"(a+)+$", response) is not None)
+
+
+def rude(prompts, responses):
+    raise RuntimeError("\x1b[2Jcleared\nand more")
+
+
+def talks(prompts, responses):
+    print("to the terminal")
+    sys.stdin.read()
+    return [0.0] * len(responses)
+
+
+def uses_a_clock_that_needs_the_main_thread(prompts, responses):
+    """As graders that limit their own time do."""
+    signal.alarm(30)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(0)
+    return [1.0] * len(responses)
+
+
+def gives_its_process(prompts, responses):
+    return [os.getpid()] * len(responses)
 
 
 def hangs(prompts, responses, *, seconds=3.0):
@@ -111,8 +164,6 @@ def each(prompt, response):
 
 def first_host_only(prompts, responses):
     """As a service that the first host alone may ask."""
-    import jax
-
-    if jax.process_index():
+    if os.environ.get("JAX_PROCESS_ID", "0") != "0":
         raise RuntimeError("asked on another host")
     return [float(len(said)) for said in responses]

@@ -113,10 +113,19 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained,
         assert final(again.output)[key].tobytes() == tensor.tobytes()
 
 
-def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(trained, tmp_path, one_device):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fails_later", "raised RuntimeError: the judge has gone home"),
+        ("exits_later", r"ended its process \(exit status 0\), at response 2 \(to prompt \d+, '[\w ?]+'\)$"),
+    ],
+)
+def test_a_reward_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(
+    name, message, trained, tmp_path, one_device
+):
     config, run = trained("grpo")
-    broken = dataclasses.replace(config, output=tmp_path / "run", reward="tests.commands.rewards:fails_later")
-    with pytest.raises(RewardError, match="the reward fails_later raised RuntimeError: the judge has gone home"):
+    broken = dataclasses.replace(config, output=tmp_path / "run", reward=f"tests.commands.rewards:{name}")
+    with pytest.raises(RewardError, match=f"the reward {name} {message}"):
         run(broken)
     assert (broken.output / "checkpoints" / "2").is_dir()
     assert [row["step"] for row in rows(broken.output)] == [1, 2]
@@ -135,6 +144,7 @@ def test_a_run_whose_reward_took_too_long_goes_on_with_more_time_for_it(tmp_path
     [
         (["--reward", "tests.commands.rewards:dog"], "has no function 'dog' (did you mean 'dogs'?)"),
         (["--reward", "numeric_mach"], "did you mean 'numeric_match'?"),
+        (["--reward", "numeric_match"], "the reward numeric_match: prompt 1, "),
         (
             ["--reward", "tests.commands.rewards:needs"],
             "the data have no column 'solution'; they have answer, finished, tokens. needs takes it as an argument too",

@@ -1,27 +1,46 @@
-"""How reward functions are called: in threads side by side, once or for each response, awaited where they are async."""
+"""How reward functions are called: once or for each response, awaited where they are async, with their columns."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
 import inspect
+import itertools
+import reprlib
 import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxalign.mistake import Mistake
+from jaxalign.outside import brief
 
 Texts = Sequence[str]
 # (prompts, responses, **columns) -> scores, or (prompt, response, **columns) -> score
 RewardFn = Callable[..., Any]
+LARGEST = float(np.finfo(np.float32).max)  # of a score
+ERROR_LENGTH = 300  # characters of another's error
 
 
-class RowError(Exception):
-    """A function that scores single responses failed at `row`."""
+class Failure(Exception):
+    """A reward function failed, at `row` or as a whole; the text goes on behind the function's name."""
 
-    def __init__(self, row: int):
-        super().__init__(row)
+    def __init__(self, text: str, row: int | None = None):
+        super().__init__(text)
         self.row = row
+
+
+def raised(error: BaseException, row: int | None = None) -> Failure:
+    """The failure of a function that raised `error`."""
+    place = "" if row is None else f" for response {row}"
+    try:
+        text = f"it called sys.exit({error.code!r})" if isinstance(error, SystemExit) else str(error)
+        text = text if isinstance(error, Mistake) else brief(text, ERROR_LENGTH)
+    except Exception:  # of the error's own
+        text = "its text cannot be shown"
+    kind = "RuntimeError" if isinstance(error, SystemExit) else type(error).__name__
+    return Failure(f"raised {brief(kind)}{place}: {text}", row)
 
 
 def in_thread(work: Callable[[], Any]) -> concurrent.futures.Future:
@@ -34,8 +53,6 @@ def in_thread(work: Callable[[], Any]) -> concurrent.futures.Future:
     def run() -> None:
         try:
             future.set_result(work())
-        except SystemExit as error:  # in a thread it would be ignored, and the future never done
-            future.set_exception(RuntimeError(f"it called sys.exit({error.code!r})"))
         except BaseException as error:
             future.set_exception(error)
 
@@ -43,46 +60,77 @@ def in_thread(work: Callable[[], Any]) -> concurrent.futures.Future:
     return future
 
 
-def call(function: RewardFn, prompts: Texts, responses: Texts, columns: dict[str, Sequence[Any]]) -> Any:
-    """The scores of all responses: from one call, or from one for each where the first parameter is `prompt`.
+def call(
+    function: RewardFn,
+    prompts: Texts,
+    responses: Texts,
+    keywords: dict[str, Sequence[Any]],
+    report: Callable[[int, float | str], None] = lambda row, score: None,
+) -> list[float | str]:
+    """The scores of all responses, as `checked` returns them: from one call, or from one for each response.
 
     Args:
-      function: a reward function, plain or async.
+      function: a reward function, plain or async; it is called for each response if its first parameter is `prompt`.
       prompts: of the responses.
       responses: texts.
-      columns: of the data, by name; the function gets those that it names.
+      keywords: columns of the data, by name, as `columns_for` chooses them.
+      report: called with the row and score of each single response, once it is known.
 
     Raises:
-      RowError: a call for one response raised.
+      Failure: the function raised.
     """
-    keywords = {name: columns[name] for name in columns_for(function, columns)}
-    if not _takes_one_response(function):
+    try:
+        if takes_one_response(function):
+
+            def score(row: int) -> Any:
+                return function(
+                    prompts[row], responses[row], **{name: column[row] for name, column in keywords.items()}
+                )
+
+            return asyncio.run(_each(score, len(responses), report))
         scores = function(prompts, responses, **keywords)
-        return asyncio.run(_awaited(scores)) if inspect.isawaitable(scores) else scores
+        if inspect.isawaitable(scores):
+            scores = asyncio.run(_awaited(scores))
+        return [checked(score) for score in itertools.islice(scores, len(responses) + 1)]
+    except Failure:
+        raise
+    except BaseException as error:
+        raise raised(error) from error
 
-    def score(row: int) -> Any:
-        return function(prompts[row], responses[row], **{name: values[row] for name, values in keywords.items()})
 
-    return asyncio.run(_each(score, len(responses)))
+def takes_one_response(function: RewardFn) -> bool:
+    """True of a function that is called for each response: its first parameter is `prompt`."""
+    return next(iter(inspect.signature(function).parameters), "") == "prompt"
 
 
 async def _awaited(scores: Any) -> Any:
     return await scores
 
 
-async def _each(score_of: Callable[[int], Any], count: int) -> list[Any]:
+async def _each(score_of: Callable[[int], Any], count: int, report: Callable[[int, float | str], None]) -> list[Any]:
     async def guarded(row: int) -> Any:
         try:
             score = score_of(row)
-            return await score if inspect.isawaitable(score) else score
-        except Exception as error:
-            raise RowError(row) from error
+            score = checked(await score if inspect.isawaitable(score) else score)
+        except (Exception, SystemExit) as error:
+            raise raised(error, row) from error
+        report(row, score)
+        return score
 
     return await asyncio.gather(*(guarded(row) for row in range(count)))
 
 
-def _takes_one_response(function: RewardFn) -> bool:
-    return next(iter(inspect.signature(function).parameters), "") == "prompt"
+def checked(score: Any) -> float | str:
+    """A finite real number or bool of Python, numpy or JAX that a float32 holds; a text that shows anything else."""
+    try:
+        if not (isinstance(score, str) or np.iscomplexobj(score) or np.ndim(score)) and abs(float(score)) <= LARGEST:
+            return float(score)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    try:
+        return brief(reprlib.repr(score))
+    except Exception:  # of the value's own
+        return brief(f"a {type(score).__name__}")
 
 
 def columns_for(function: RewardFn, columns: Collection[str]) -> list[str]:
@@ -104,12 +152,13 @@ def columns_for(function: RewardFn, columns: Collection[str]) -> list[str]:
     if missing:
         name = function_name(function)
         raise Mistake(
-            f"the data have no column {missing[0]!r}; they have {', '.join(columns) or 'none'}. {name} takes it as "
-            f"an argument too: {name}({missing[0]}=...)"
+            f"the data have no column {missing[0]!r}; they have {', '.join(map(brief, columns)) or 'none'}. "
+            f"{name} takes it as an argument too: {name}({missing[0]}=...)"
         )
     return [name for name in parameters if name in columns and name not in bound and name not in positional]
 
 
 def function_name(function: RewardFn) -> str:
     """The name of a function, or of the one inside a partial, for messages and metrics."""
-    return getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", "function")
+    name = getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", "function")
+    return brief(str(name))

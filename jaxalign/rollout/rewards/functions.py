@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Sequence
-from typing import Any
-
-import jax
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
 from jaxalign.mistake import Mistake
+from jaxalign.outside import MIB, brief, read_text
 from jaxalign.rollout.rewards.calls import RewardFn
-from jaxalign.rollout.rewards.scorer import Scorer, load_reward_model
+from jaxalign.rollout.rewards.numerals import number
+
+if TYPE_CHECKING:
+    from jaxalign.rollout.rewards.scorer import Scorer
 
 Texts = Sequence[str]
 DTYPES = ("float32", "bfloat16")  # of a reward model
+LEXICON_LIMIT = 256 * MIB  # bytes
 FROM_DATA = ("answer", "tokens")  # arguments of REWARDS that are columns; the others are bound by the user
 
 
@@ -28,57 +33,78 @@ def exact_match(prompts: Texts, responses: Texts, *, answer: Sequence[str | floa
 
 
 def numeric_match(prompts: Texts, responses: Texts, *, answer: Sequence[str | float]) -> list[float]:
-    """1 where the response's number is the answer's, else 0; of each the first number behind ####, or the last.
-
-    Commas in numbers and a dollar sign before them are ignored, as GSM8K writes them.
-    """
-    return [
-        float(_number(response) is not None and _number(response) == _number(checked_answer(right)))
-        for response, right in zip(responses, answer, strict=True)
-    ]
+    """1 where the response's number is exactly the answer's, else 0; `numerals` has the grammar."""
+    return [float(number(text) == checked_number(right)) for text, right in zip(responses, answer, strict=True)]
 
 
 def checked_answer(value: Any) -> str | float:
     """The answer of a row. Raises Mistake where it is neither a text nor a number."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise Mistake(f"`answer` holds {value!r}; it must be a text or a number")
+        raise Mistake(f"`answer` holds {brief(repr(value))}; it must be a text or a number")
     return value
 
 
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+def checked_number(value: Any) -> Fraction:
+    """The number of a row's answer: 0.1 is 1/10, as it is written. Raises Mistake where there is none."""
+    value = checked_answer(value)
+    if isinstance(value, int):
+        return Fraction(value)
+    text = value if isinstance(value, str) else repr(value)  # that of nan and inf has no number
+    exact = number(text, alone=True)
+    if exact is None:
+        raise Mistake(
+            f"`answer` holds {brief(repr(value))}, which is no number, so no response can score; write one number, "
+            "leave the row out, or use exact_match"
+        )
+    return exact
 
 
-def _number(text: str | float) -> float | None:
-    if not isinstance(text, str):
-        return float(text)
-    _, marked, final = text.rpartition("####")
-    numbers = _NUMBER.findall(final if marked else text)
-    return float(numbers[0 if marked else -1].replace(",", "").replace("$", "")) if numbers else None
+def checked_count(value: Any) -> int:
+    """The number of a response's tokens. Raises Mistake where it is no whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Mistake(f"`tokens` holds {brief(repr(value))}; it must be a whole number")
+    return value
 
 
 def regex(prompts: Texts, responses: Texts, *, pattern: str) -> list[float]:
     """1 where the pattern (of Python's `re`) matches somewhere in the response, else 0."""
-    compiled = re.compile(pattern)
-    return [float(compiled.search(response) is not None) for response in responses]
+    if not isinstance(pattern, str):
+        raise Mistake(f"pattern={pattern!r} must be a text")
+    re.compile(pattern)
+    return [matches("", response, pattern=pattern) for response in responses]
+
+
+def matches(prompt: str, response: str, *, pattern: str) -> float:
+    """`regex` of one response, as a process of its own scores it: a pattern may search for ever."""
+    return float(re.search(pattern, response) is not None)
 
 
 def json_schema(prompts: Texts, responses: Texts, *, required: Sequence[str] = ()) -> list[float]:
-    """1 where the whole response is a JSON object with the required names, else 0."""
+    """1 where the whole response is a JSON object with the required names, else 0.
+
+    NaN and Infinity are not JSON; brackets that are nested too deeply to be read count as no object.
+    """
+    if isinstance(required, str) or not all(isinstance(name, str) for name in required):
+        raise Mistake(f"required={required!r} must be a list of texts")
     return [float(_is_object(response, required)) for response in responses]
 
 
 def _is_object(text: str, required: Sequence[str]) -> bool:
-    try:
-        value = json.loads(text)
-    except ValueError:
+    try:  # integers as floats, since Python limits the digits of an int
+        value = json.loads(text, parse_int=float, parse_constant=_not_json)
+    except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and set(required) <= set(value)
 
 
+def _not_json(name: str) -> None:
+    raise ValueError(name)
+
+
 def length(prompts: Texts, responses: Texts, *, target: int) -> list[float]:
     """-|words - target| / target: 0 at the target."""
-    if target <= 0:
-        raise Mistake(f"target={target} must be above 0")
+    if target <= 0 or not math.isfinite(target):
+        raise Mistake(f"target={target} must be above 0, and finite")
     return [-abs(len(response.split()) - target) / target for response in responses]
 
 
@@ -105,15 +131,23 @@ def lexicon(prompts: Texts, responses: Texts, *, path: str) -> list[float]:
     return [sum(scores.get(word, 0.0) for word in re.findall(r"[\w']+", response.lower())) for response in responses]
 
 
+@functools.lru_cache
 def _lexicon(path: str) -> dict[str, float]:
-    if path not in _lexicons:
-        with open(path, encoding="utf-8") as file:
-            lines = (line.rstrip("\n").split("\t") for line in file)
-            _lexicons[path] = {parts[0]: float(parts[1]) for parts in lines if len(parts) > 1}
-    return _lexicons[path]
+    lines = (line.split("\t") for line in read_text(path, limit=LEXICON_LIMIT).split("\n"))
+    scores = {parts[0]: _score(parts, path) for parts in lines if len(parts) > 1}
+    if not scores:
+        raise Mistake(f"{path} has no line of a word, a tab and a score")
+    return scores
 
 
-_lexicons: dict[str, dict[str, float]] = {}
+def _score(parts: Sequence[str], path: str) -> float:
+    try:
+        score = float(parts[1])
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise Mistake(f"{path} gives {brief(repr(parts[0]))} the score {brief(repr(parts[1]))}; it must be a number")
+    return score
 
 
 def reward_model(
@@ -143,6 +177,10 @@ def scorer(path: str, quantise: str | None = None, offload: bool = False, dtype:
 
 @functools.lru_cache
 def _loaded(path: str, quantise: str | None, offload: bool, dtype: str) -> Scorer:
+    import jax
+
+    from jaxalign.rollout.rewards.scorer import load_reward_model
+
     if dtype not in DTYPES:
         raise Mistake(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     return load_reward_model(path, quantise=quantise, offload=offload, dtype=dtype, devices=jax.local_devices())

@@ -18,33 +18,63 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import inspect
-import math
-import reprlib
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxalign.mistake import Mistake
-from jaxalign.rollout.rewards.calls import RewardFn, RowError, call, columns_for, function_name, in_thread
+from jaxalign.outside import brief
+from jaxalign.rollout.rewards.calls import (
+    ERROR_LENGTH,
+    LARGEST,
+    Failure,
+    RewardFn,
+    call,
+    columns_for,
+    function_name,
+    in_thread,
+)
 from jaxalign.rollout.rewards.functions import (
     FROM_DATA,
     REWARDS,
     Texts,
     checked_answer,
+    checked_count,
+    checked_number,
     exact_match,
+    matches,
     numeric_match,
+    overlong,
+    regex,
     reward_model,
     scorer,
 )
-from jaxalign.select import select_sum
+from jaxalign.rollout.rewards.worker import Worker
+from jaxalign.select import select, terms
 
-LARGEST = float(np.finfo(np.float32).max)  # of a score
+# the column of the data that a function of REWARDS reads, and what raises Mistake on a value with which it never scores
+CHECKS: dict[RewardFn, tuple[str, Callable[[Any], Any]]] = {
+    exact_match: ("answer", checked_answer),
+    numeric_match: ("answer", checked_number),
+    overlong: ("tokens", checked_count),
+}
+GRACE = 1.0  # seconds after the time limit in which a function's process is ended
 
 
 class RewardError(Mistake):
-    """A reward function failed; the message names it, and the row where one is to blame."""
+    """A reward function failed; the message names it, and `row` is the response's number where one is to blame."""
+
+    def __init__(self, text: str, row: int | None = None):
+        super().__init__(text)
+        self.row = row
+
+
+def reward_models(text: str) -> list[str]:
+    """Folders of the reward models in a sum; its other functions are not looked at."""
+    functions = [select(term, REWARDS) for _, term in terms(text) if ":" not in term.partition("(")[0]]
+    return [f.keywords["path"] for f in functions if _unbound(f) is reward_model]
 
 
 class Rewards:
@@ -60,12 +90,11 @@ class Rewards:
           Mistake: a function or keyword does not exist, and the message lists what does; or a function of REWARDS
             cannot be called with its keywords: one is missing, or a file or reward model cannot be read.
         """
-        terms, self._seconds = select_sum(text, REWARDS), seconds
-        for _, function in terms:
-            _check_arguments(function)
-        names = _numbered([function_name(function) for _, function in terms])
-        self._functions = dict(zip(names, (function for _, function in terms), strict=True))
-        self.weights = dict(zip(names, (weight for weight, _ in terms), strict=True))
+        self._seconds = seconds
+        weights, functions = zip(*((weight, _load(term)) for weight, term in terms(text)), strict=True)
+        names = _numbered([function_name(function) for function in functions])
+        self._functions = dict(zip(names, functions, strict=True))
+        self.weights = dict(zip(names, weights, strict=True))
 
     @property
     def models(self) -> dict[str, str]:
@@ -82,13 +111,14 @@ class Rewards:
           later: names of columns that come with the responses.
 
         Raises:
-          Mistake: a function requires a column that is neither in `columns` nor in `later`, an answer is neither text
-            nor number, or a prompt fills all that a reward model reads.
+          Mistake: a function requires a column that is neither in `columns` nor in `later`, a function of REWARDS can
+            never score with a row's value, or a prompt fills all that a reward model reads.
         """
         for name, function in self._functions.items():
             keywords = columns_for(function, [*columns, *later])
-            if _unbound(function) in (exact_match, numeric_match) and "answer" in keywords:
-                _check_answers(name, prompts, columns["answer"])
+            column, check = CHECKS.get(_unbound(function), ("", None))
+            if check and column in keywords and column not in later:
+                _check_column(name, prompts, columns[column], check)
             elif _unbound(function) is reward_model:
                 scorer(**function.keywords).check(prompts)
 
@@ -108,12 +138,17 @@ class Rewards:
         names: Collection[str] | None = None,
     ) -> dict[str, np.ndarray]:
         """Each function's own scores, Float64[N], before weights; of `names`, or of all. Raises what the sum does."""
-        deadline = time.monotonic() + self._seconds
-        names = self._functions if names is None else names
-        futures = {
-            name: in_thread(functools.partial(call, self._functions[name], prompts, responses, columns))
-            for name in names
-        }
+        futures, columns = {}, dict(columns)
+        for name in self._functions if names is None else names:
+            function = self._functions[name]
+            try:
+                keywords = {column: columns[column] for column in columns_for(function, columns)}
+            except Mistake as mistake:
+                raise RewardError(f"the reward {name}: {mistake}") from None
+            arguments = (self._seconds,) if isinstance(function, Worker) else ()
+            work = function if isinstance(function, Worker) else functools.partial(call, function)
+            futures[name] = in_thread(functools.partial(work, prompts, responses, keywords, *arguments))
+        deadline = time.monotonic() + self._seconds + GRACE
         return {name: self._checked(name, future, deadline, len(responses)) for name, future in futures.items()}
 
     def weighted_sum(self, scores: dict[str, np.ndarray]) -> np.ndarray:
@@ -126,31 +161,37 @@ class Rewards:
     def _checked(self, name: str, future: concurrent.futures.Future, deadline: float, count: int) -> np.ndarray:
         name = f"the reward {name}"
         try:
-            scores = list(future.result(timeout=max(0.0, deadline - time.monotonic())))
-        except RowError as error:
-            cause = error.__cause__
-            raise RewardError(f"{name} raised {type(cause).__name__} for response {error.row}: {cause}") from cause
-        except Exception as error:  # a function of the user's may raise anything, a TimeoutError of its own too
-            if not future.done():
-                raise RewardError(
-                    f"{name} took longer than {self._seconds:g} s for {count} responses; `reward_seconds` allows more"
-                ) from None
-            raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
+            scores = future.result(timeout=max(0.0, deadline - time.monotonic()))
+        except Failure as failure:
+            raise RewardError(f"{name} {failure}", failure.row) from failure.__cause__
+        except Mistake as mistake:  # of a process that was started anew
+            raise RewardError(f"{name}: {mistake}") from mistake
+        except TimeoutError:
+            raise RewardError(
+                f"{name} took longer than {self._seconds:g} s for {count} responses; `reward_seconds` allows more"
+            ) from None
         if len(scores) != count:
-            raise RewardError(f"{name} gave {len(scores)} scores for {count} responses; it must give one each")
-        numbers = np.array([_real(score) for score in scores], np.float64)
-        for row in np.flatnonzero(~(np.abs(numbers) <= LARGEST))[:1]:
-            value = reprlib.repr(scores[row])
-            raise RewardError(f"{name} gave {value} for response {row}; a score must be a finite number in float32")
-        return numbers
+            amount = f"more than {count}" if len(scores) > count else len(scores)
+            raise RewardError(f"{name} gave {amount} scores for {count} responses; it must give one each")
+        for row, score in enumerate(scores):
+            if isinstance(score, str):
+                raise RewardError(
+                    f"{name} gave {score} for response {row}; a score must be a finite number in float32", row
+                )
+        return np.array(scores, np.float64)
 
 
-def _real(score: Any) -> float:
-    """A real number or bool of Python, numpy or JAX as float; nan for anything else."""
-    try:
-        return math.nan if isinstance(score, str) or np.iscomplexobj(score) or np.ndim(score) else float(score)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
+def _load(term: str) -> RewardFn:
+    """The function of a term. One of a user's module, or that may search for ever, gets a process of its own."""
+    if ":" in term.partition("(")[0]:
+        return Worker(term)
+    function = select(term, REWARDS)
+    _check_arguments(function)
+    if _unbound(function) is regex:
+        worker = Worker(f"{matches.__module__}:{matches.__name__}(pattern={function.keywords['pattern']!r})")
+        worker.__name__ = "regex"
+        return worker
+    return function
 
 
 def _unbound(function: RewardFn) -> RewardFn:
@@ -175,15 +216,15 @@ def _check_arguments(function: RewardFn) -> None:
         unbound([], [], **{name: () for name in required} | keywords)
     except Exception as error:
         arguments = ", ".join(f"{name}={value!r}" for name, value in keywords.items())
-        raise Mistake(f"{unbound.__name__}({arguments}) cannot be used: {error}") from error
+        raise Mistake(f"{unbound.__name__}({arguments}) cannot be used: {brief(str(error), ERROR_LENGTH)}") from error
 
 
-def _check_answers(name: str, prompts: Sequence[Any], answers: Sequence[Any]) -> None:
-    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
+def _check_column(name: str, prompts: Sequence[Any], values: Sequence[Any], check: Callable[[Any], Any]) -> None:
+    for number, (prompt, value) in enumerate(zip(prompts, values, strict=True), 1):
         try:
-            checked_answer(answer)
-        except ValueError as error:
-            raise Mistake(f"the reward {name}: prompt {number}, {str(prompt)[:60]!r}: {error}") from None
+            check(value)
+        except Mistake as mistake:
+            raise Mistake(f"the reward {name}: prompt {number}, {brief(repr(prompt))}: {mistake}") from None
 
 
 def _numbered(names: Sequence[str]) -> list[str]:
