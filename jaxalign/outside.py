@@ -8,6 +8,7 @@ backquotes, which are for settings.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -78,6 +79,23 @@ def read_bytes(path: Path | str, *, limit: int) -> bytes:
     if len(content) > limit:
         raise Mistake(f"{brief(str(path), 200)} has more than the {limit:,} bytes that such a file may have")
     return content
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Raises Mistake, with the path and the way out, where a file of ours cannot be written, as on a full disk.
+
+    Libraries that write by code of their own raise errors of other classes, which say "os error" and its number.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, Mistake) or not (isinstance(error, OSError) or "os error" in str(error)):
+            raise
+        reason = brief((error.strerror if isinstance(error, OSError) else None) or str(error), 200)
+        raise Mistake(
+            f"{brief(str(path), 200)} cannot be written ({reason}); make room there and run the same command again"
+        ) from error
 
 
 def read_text(path: Path | str, *, limit: int = JSON_LIMIT) -> str:

@@ -24,6 +24,7 @@ from jaxalign.models.decoder.decoder import compute_dtype, decoder_for
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
 from jaxalign.models.reading import LOGPS, response_logps
+from jaxalign.outside import writing
 from jaxalign.run.run import Run
 from jaxalign.training import sharding
 from jaxalign.training.program import implementation
@@ -85,9 +86,11 @@ def read(path: Path, key: dict[str, Any]) -> np.ndarray | None:
 def write(path: Path, key: dict[str, Any], values: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(file, logps=values, key=json.dumps(key))
-    os.replace(partial, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(file, logps=values, key=json.dumps(key))
+        os.replace(partial, path)
 
 
 def _compute(run: Run, plan: Plan, responses: Responses, source: str) -> np.ndarray:

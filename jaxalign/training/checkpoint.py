@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from jaxalign import hosts
 from jaxalign.mistake import Mistake
+from jaxalign.outside import writing
 from jaxalign.types import PyTree, leaf_names
 
 log = logging.getLogger(__name__)
@@ -66,13 +67,9 @@ class Checkpoints:
         self._check_space(state)
         self._saves = True
         extras = {**extras, BEST: metric, LEAVES: _shapes(state)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_without_keys(state)), extras=ocp.args.JsonSave(extras)
-            ),
-            force=True,
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_without_keys(state)), extras=ocp.args.JsonSave(extras))
+        with writing(self.directory):
+            self._manager.save(step, args=args, force=True)
         if metric is not None:
             self._metrics[step] = metric
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxalign.mistake import Mistake
+from jaxalign.outside import writing
 
 Row = dict[str, Any]
 CLOCK_FIELDS = ("step_seconds", "tokens_per_second", "mfu")
@@ -40,12 +41,13 @@ class JsonLines:
     def _truncate(self, keep_until: int) -> None:
         lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= keep_until]
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        os.replace(partial, self.path)
+        with writing(self.path):
+            partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            os.replace(partial, self.path)
 
     def write(self, row: Row) -> None:
         line = json.dumps({name: _plain(value) for name, value in row.items()})
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 

@@ -27,6 +27,7 @@ from jaxalign.models.adapters.lora import Lora, linear_layers
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files.families import TensorMap, tensor_maps
+from jaxalign.models.files.save import complete_folder
 from jaxalign.types import PyTree
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -88,15 +89,12 @@ def save_adapter(
             module = PREFIX + _module(tensor).format(layer=layer)
             fused = _fuse(tensor, parts, config)
             tensors |= {module + SUFFIXES[k]: np.ascontiguousarray(x) for k, x in fused.items()}
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-    for name, value in {CONFIG: _peft_config(lora, config, base_model), **(extra or {})}.items():
-        (partial / name).write_text(json.dumps(value, indent=2) + "\n")
-    if directory.is_dir():
-        directory.rmdir()
-    os.replace(partial, directory)
+    with complete_folder(directory) as partial:
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        for name, value in {CONFIG: _peft_config(lora, config, base_model), **(extra or {})}.items():
+            (partial / name).write_text(json.dumps(value, indent=2) + "\n")
+        if besides is not None:
+            besides(partial)
 
 
 def load_adapter(directory: str | Path, config: ModelConfig) -> tuple[Lora, PyTree]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from jaxalign import hosts
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files.families import TensorMap, tensor_maps
+from jaxalign.outside import writing
 from jaxalign.types import PyTree, leaf_names
 
 
@@ -42,7 +44,7 @@ def save_pretrained(
       directory: the new folder; it must not exist, or be empty.
       params: the trained tree, on any mesh; one tensor at a time is gathered.
       config: the config of the decoder.
-      hf_config: config.json as it was read; only its dtype changes.
+      hf_config: content of config.json; its dtype and ties become those of the tensors.
       tokenizer: a transformers tokenizer, written with its chat template.
       generation_config: content of generation_config.json.
       model_card: text of README.md.
@@ -58,28 +60,47 @@ def save_pretrained(
     writes = jax.process_index() == 0
     if writes and directory.is_dir() and any(directory.iterdir()):
         raise Mistake(f"{directory} is not empty; name a new folder")
-    partial = directory.with_name(directory.name + ".partial")
-    if writes:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
     dtype = np.dtype(dtype or jax.tree.leaves(params)[0].dtype)
-    _save_tensors(partial, params, config, dtype, max_shard_bytes, writes, head)
-    if besides is not None:
-        besides(partial)
-    if not writes:
-        return
-    _write_json(partial / "config.json", _without_dtype(hf_config) | {"dtype": dtype.name})
-    if generation_config:
-        _write_json(partial / "generation_config.json", generation_config)
-    for name, value in (extra or {}).items():
-        _write_json(partial / name, value)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    if model_card:
-        (partial / "README.md").write_text(model_card)
-    if directory.is_dir():
-        directory.rmdir()
-    os.replace(partial, directory)
+    with complete_folder(directory, writes) as partial:
+        _save_tensors(partial, params, config, dtype, max_shard_bytes, writes, head)
+        if besides is not None:
+            besides(partial)
+        if not writes:
+            return
+        tied = {} if config.tied else {"tie_word_embeddings": False}  # else the head that is written would not be read
+        _write_json(partial / "config.json", _without_dtype(hf_config) | tied | {"dtype": dtype.name})
+        if generation_config:
+            _write_json(partial / "generation_config.json", generation_config)
+        for name, value in (extra or {}).items():
+            _write_json(partial / name, value)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if model_card:
+            (partial / "README.md").write_text(model_card)
+
+
+@contextlib.contextmanager
+def complete_folder(directory: Path, writes: bool = True) -> Iterator[Path]:
+    """A folder to fill, which gets its name once it is whole. The process that `writes` makes it.
+
+    Raises:
+      Mistake: it cannot be written; then nothing of it is left.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    try:
+        with writing(directory):
+            if writes:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            yield partial
+            if writes:
+                if directory.is_dir():
+                    directory.rmdir()
+                os.replace(partial, directory)
+    except BaseException:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _without_dtype(hf_config: dict[str, Any]) -> dict[str, Any]:
