@@ -1,8 +1,9 @@
 """Functions from text such as "ipo(beta=0.05)" or "my_lab.losses:slic(delta=1.0)", without eval.
 
-A bare name is looked up in the table that the caller passes; "module:function" is imported. Keyword values are
-Python literals, read by `ast.literal_eval`. Several with weights are a sum: "dpo(beta=0.1) + 0.2*sft". Everything
-that can be wrong with the text is raised here, before device work.
+A bare name is looked up in the table that the caller passes; "module:function" is imported, which runs that module:
+only texts that the user wrote on the command line may do so, and none that comes from a file. Keyword values are Python
+literals, read by `ast.literal_eval`. Several with weights are a sum: "dpo(beta=0.1) + 0.2*sft". Everything that can be
+wrong with the text is raised here, before device work.
 """
 
 from __future__ import annotations
@@ -59,6 +60,24 @@ def select_sum(text: str, table: Mapping[str, Callable]) -> tuple[tuple[float, C
 def terms(text: str) -> tuple[tuple[float, str], ...]:
     """The (weight, text of the function) terms of a sum. Raises Mistake as `select_sum` does for terms and weights."""
     return tuple(_weighted(term, text) for term in _terms(text))
+
+
+def names_own_code(text: str) -> bool:
+    """True if a text for `select` or `select_sum` names code of a user's own, which using it would import.
+
+    The keyword `rule`, of a reward model, is such a text as well.
+    """
+    return any(_imports(term) for term in _terms(text))
+
+
+def _imports(term: str) -> bool:
+    if ":" in term.partition("(")[0]:
+        return True
+    try:
+        rule = _parse(term)[1].get("rule")
+    except Mistake:  # of a text that cannot be selected either
+        return False
+    return isinstance(rule, str) and names_own_code(rule)
 
 
 def _terms(text: str) -> list[str]:

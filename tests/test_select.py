@@ -1,6 +1,6 @@
 import pytest
 
-from jaxalign.select import select, select_sum
+from jaxalign.select import names_own_code, select, select_sum
 
 
 def ipo(x, *, beta=0.1):
@@ -62,3 +62,21 @@ def test_a_sum_is_its_weighted_terms():
 def test_a_mistake_in_a_sum_is_named(text, message):
     with pytest.raises(ValueError, match=message):
         select_sum(text, TABLE)
+
+
+@pytest.mark.parametrize(
+    ("text", "own"),
+    [
+        ("dpo(beta=0.1) + 0.2*sft", False),
+        ('regex(pattern="a:b + c:d")', False),
+        ("reward_model(path='C:/models', rule='min')", False),
+        ("dpo(x='+a:b", False),
+        ("os:system", True),
+        ("dpo + 0.2*my.losses:mine(x=1)", True),
+        (" my.losses:mine", True),
+        ("2*a:b", True),
+        ("length(target=3) + 2*reward_model(path='m', rule='os:system')", True),
+    ],
+)
+def test_code_of_a_users_own_is_told_from_names_of_the_table(text, own):
+    assert names_own_code(text) is own

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 from jaxalign.commands import COMMANDS
-from jaxalign.config.limits import from_json, settings
+from jaxalign.config.limits import from_json, functions, settings
 from jaxalign.mistake import Mistake, spelled
-from jaxalign.select import nearest
+from jaxalign.outside import brief
+from jaxalign.select import names_own_code, nearest
 
 # types of settings: how the help writes them, and how an error does
 KINDS = {int: ("INT", "a whole number"), float: ("FLOAT", "a number"), str: ("STR", "a text"), Path: ("PATH", "a path")}
@@ -67,7 +68,10 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         raise Mistake(f"unknown command {command!r}{nearest(command, list(COMMANDS))}; there are {', '.join(COMMANDS)}")
     kind = COMMANDS[command].config
     default, rest = _from_config(command, rest)
-    return command, _parsed_flags(kind, _renamed(kind, rest), default, f"jaxalign {command}")
+    rest = _renamed(kind, rest)
+    if default is not None:
+        _check_no_code(default, rest)
+    return command, _parsed_flags(kind, rest, default, f"jaxalign {command}")
 
 
 @contextlib.contextmanager
@@ -216,6 +220,17 @@ def _from_config(command: str, arguments: list[str]) -> tuple[Any, list[str]]:
     if described.get("command", command) != command:
         raise Mistake(f"`from_config` {path} is of jaxalign {described['command']}, not of jaxalign {command}")
     return from_json(COMMANDS[command].config, values, where=str(path)), rest
+
+
+def _check_no_code(default: Any, arguments: list[str]) -> None:
+    """Raises Mistake where a file names code of a user's own, which runs, and the command line does not name it too."""
+    flags = {argument.partition("=")[0] for argument in arguments}
+    for name, text in functions(default).items():
+        if names_own_code(text) and f"--{name}" not in flags:
+            raise Mistake(
+                f"`from_config` names code of its own for `{name}`: {brief(text)}. A file never makes code run; if you "
+                f"trust this, give `{name}` on the command line as well"
+            )
 
 
 def _overview() -> str:

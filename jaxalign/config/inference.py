@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from jaxalign.config.limits import EMPTY_IS_MEANT, above, at_least
+from jaxalign.config.limits import EMPTY_IS_MEANT, FUNCTION, above, at_least
 from jaxalign.config.shared import TruncationSettings
 
 
@@ -45,7 +45,7 @@ class GenerateConfig(InferenceConfig):
     """Texts that end a response and stay in it; a special token, such as '<|im_end|>', ends it and is left out."""
     n: Annotated[int, at_least(1)] = 1
     """Number of responses to each prompt."""
-    reward: str | None = None
+    reward: Annotated[str | None, FUNCTION] = None
     """Reward that scores responses, as for grpo: 'reward_model(path=...)', 'my.module:function'; none: no scores."""
     reward_seconds: Annotated[float, above(0)] = 300.0
     """Time limit, in seconds, for scoring 64 responses together. Reward functions run in parallel."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -53,6 +54,7 @@ def positive_share() -> Limit:
 
 
 EMPTY_IS_MEANT = object()  # marks a text that may be empty
+FUNCTION = object()  # marks a text that `select` reads, and so may name code to import
 
 
 def check(config: Any, *, prefix: str = "") -> None:
@@ -87,6 +89,13 @@ def settings(kind: type, *, prefix: str = "") -> dict[str, Any]:
         else:
             result[name] = hints[field.name]
     return result
+
+
+def functions(config: Any) -> dict[str, str]:
+    """The texts of a config that name functions, by dotted name of their setting."""
+    names = (name for name, hint in settings(type(config)).items() if FUNCTION in _unpacked(hint)[1])
+    values = {name: functools.reduce(getattr, name.split("."), config) for name in names}
+    return {name: text for name, text in values.items() if text}
 
 
 def to_json(config: Any) -> dict[str, Any]:

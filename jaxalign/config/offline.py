@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from jaxalign.config.limits import at_least
+from jaxalign.config.limits import FUNCTION, at_least
 from jaxalign.config.shared import (
     ChatRowSettings,
     KernelCheckSettings,
@@ -19,7 +19,7 @@ from jaxalign.config.shared import (
 class SFTAlgorithm:
     """The loss of a token."""
 
-    loss: str = "cross_entropy"
+    loss: Annotated[str, FUNCTION] = "cross_entropy"
     """Loss per token: 'cross_entropy(label_smoothing=0.1)', 'dft', a sum, or your own 'my.module:function'."""
 
 
@@ -40,7 +40,7 @@ class SFTConfig(SampleSettings, KernelCheckSettings, OfflineConfig):
 class FeedbackAlgorithm:
     """The loss of a pair or of a rated response."""
 
-    loss: str = ""
+    loss: Annotated[str, FUNCTION] = ""
     """Loss per pair or per response."""
 
 
@@ -48,7 +48,7 @@ class FeedbackAlgorithm:
 class DPOAlgorithm(FeedbackAlgorithm):
     """The loss of a pair."""
 
-    loss: str = "dpo"
+    loss: Annotated[str, FUNCTION] = "dpo"
     """Loss per pair: 'dpo(beta=0.1)', 'ipo', a sum 'dpo + 0.2*sft', or your own 'my.module:function(x=1)'."""
 
 
@@ -56,7 +56,7 @@ class DPOAlgorithm(FeedbackAlgorithm):
 class KTOAlgorithm(FeedbackAlgorithm):
     """The loss of a rated response."""
 
-    loss: str = "kto"
+    loss: Annotated[str, FUNCTION] = "kto"
     """Loss per response: 'kto(beta=0.1, lambda_d=1.33)', a sum, or your own 'my.module:function(x=1)'."""
 
 
@@ -96,7 +96,7 @@ class KTOConfig(FeedbackConfig):
 class RewardAlgorithm:
     """The loss of a group of compared responses."""
 
-    loss: str = "bradley_terry"
+    loss: Annotated[str, FUNCTION] = "bradley_terry"
     """Loss per group: 'bradley_terry(margin=0.1)', 'kwise', 'process', a sum, or your own 'my.module:function'."""
 
 
@@ -110,7 +110,7 @@ class RewardConfig(ChatRowSettings, OfflineConfig):
     """Number of pairs or rankings per step, over all devices."""
     members: Annotated[int, at_least(1)] = 1
     """Number of ensemble members: heads on one trunk, or with --lora.rank an adapter and a head each."""
-    combine: str = "mean"
+    combine: Annotated[str, FUNCTION] = "mean"
     """Score of the ensemble out of its members': 'mean', 'min' or 'mean_minus_std(k=1.0)'."""
     step_separator: str = "\n"
     """Text that ends a solution step, for the losses 'process' and 'process_mse'; default: a line break."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from jaxalign.config.limits import above, at_least, share
+from jaxalign.config.limits import FUNCTION, above, at_least, share
 from jaxalign.config.shared import (
     ChatRowSettings,
     LogpSettings,
@@ -21,7 +21,7 @@ NEVER_OBEYED = ("eval_data", "eval_share", "packing", "check_kernels", "checkpoi
 class UpdateSettings:
     """The loss, and the updates of a step."""
 
-    loss: str = ""
+    loss: Annotated[str, FUNCTION] = ""
     """Loss per token or per pair."""
     epochs: Annotated[int, at_least(1)] = 1
     """Number of passes over the responses of a step."""
@@ -41,7 +41,7 @@ class RolloutConfig(ChatRowSettings, LogpSettings, TrainConfig):
     """Number of passes over the prompts, when --steps is not given."""
     batch_size: Annotated[int, at_least(1)] = 8
     """Number of prompts per step, over all devices."""
-    reward: str = "numeric_match"
+    reward: Annotated[str, FUNCTION] = "numeric_match"
     """Reward of a response: built-in functions 'numeric_match + 0.1*length(target=60)', a reward model\
  'reward_model(path="rm/final")', or your own 'my.module:function(x=1)'."""
     reward_seconds: Annotated[float, above(0)] = 60.0
@@ -89,7 +89,7 @@ class KLBudgetSettings:
 class GRPOAlgorithm(UpdateSettings):
     """The update of a policy without a critic; algorithms/policy_gradient.py names the papers' choices."""
 
-    loss: str = "ppo_clip"
+    loss: Annotated[str, FUNCTION] = "ppo_clip"
     """Loss per token: 'ppo_clip(clip_epsilon_high=0.28)', 'reinforce', 'cispo', or your own 'my.module:function'."""
     advantages: Literal["group", "batch", "none", "leave_one_out", "decoupled"] = "group"
     """Advantage of a response: its score minus the prompt's mean, over the prompt's std ('group', GRPO), the\
@@ -129,7 +129,7 @@ class GRPOConfig(KLBudgetSettings, GroupConfig):
 class RLOOAlgorithm(GRPOAlgorithm):
     """The update of a policy without a critic; algorithms/policy_gradient.py names the papers' choices."""
 
-    loss: str = "reinforce"
+    loss: Annotated[str, FUNCTION] = "reinforce"
     """Loss per token: 'reinforce', 'ppo_clip', 'cispo', or your own 'my.module:function(x=1)'."""
     advantages: Literal["group", "batch", "none", "leave_one_out", "decoupled"] = "leave_one_out"
     """Advantage of a response: 'leave_one_out' subtracts the mean score of the prompt's other responses; for the\
@@ -150,7 +150,7 @@ class RLOOConfig(GRPOConfig):
 class OnlineDPOAlgorithm(UpdateSettings):
     """The loss of a pair of the policy's own responses."""
 
-    loss: str = "dpo"
+    loss: Annotated[str, FUNCTION] = "dpo"
     """Loss per pair: 'dpo(beta=0.1)', 'ipo', a sum 'dpo + 0.2*sft', or your own 'my.module:function(x=1)'."""
     epochs: Annotated[int, at_least(1)] = 1
     """Number of passes over the pairs of a step."""
@@ -173,7 +173,7 @@ class OnlineDPOConfig(GroupConfig):
 class PPOAlgorithm(UpdateSettings):
     """The update of policy and critic; algorithms/ppo.py says where each choice comes from."""
 
-    loss: str = "ppo_clip"
+    loss: Annotated[str, FUNCTION] = "ppo_clip"
     """Loss per token: 'ppo_clip(clip_epsilon=0.2, dual_clip=3.0)', or your own 'my.module:function(x=1)'."""
     kl_coef: Annotated[float, at_least(0)] = 0.05
     """Weight of KL(policy || reference), in reward per nat."""

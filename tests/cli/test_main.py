@@ -106,6 +106,35 @@ def test_other_flags_override_what_from_config_gives(form, tmp_path):
     assert chosen == dataclasses.replace(held, steps=5, optimizer=optimizer)
 
 
+@pytest.mark.parametrize(
+    ("command", "setting", "text"),
+    [
+        ("sft", "algorithm.loss", "stray:mine"),
+        ("dpo", "algorithm.loss", "dpo + 0.1*stray:mine(x=1)"),
+        ("reward", "combine", "stray:mine"),
+        ("grpo", "reward", "length(target=3) + stray:mine"),
+        ("ppo", "reward", "reward_model(path='m', rule='stray:mine')"),
+        ("generate", "reward", "stray:mine"),
+    ],
+)
+def test_a_config_file_makes_no_code_run_that_the_command_line_does_not_name(
+    command, setting, text, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "stray.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\ndef mine(*_, **__): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    group, _, name = setting.rpartition(".")
+    values = {"model": "m", "data": "d", "output": str(tmp_path / "run")} if command != "generate" else {}
+    values |= {"model": "m", "prompts": "hi"} if command == "generate" else {}
+    values |= {group: {name: text}} if group else {name: text}
+    (tmp_path / "config.json").write_text(json.dumps({"command": command, "config": values}))
+    arguments = [command, "--from-config", str(tmp_path / "config.json")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"--from-config names code of its own for --{setting}: {text}" in error and "Traceback" not in error
+    assert not (tmp_path / "trace").exists()
+    assert parse([*arguments, f"--{setting}={text}"])  # the user's own word
+
+
 def test_from_config_repeats_a_run_bit_for_bit(tiny_model, tiny_data, tmp_path, one_device):
     flags = ["--steps", "2", "--max-length", "48", "--remat", "none", "--samples", "0"]
     first, again = tmp_path / "first", tmp_path / "again"

@@ -1,13 +1,17 @@
 """Sequence classifiers that transformers made: the same scores here, and the same file when they are written again."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from jaxalign.models import places
+from jaxalign.mistake import Mistake
+from jaxalign.models import heads, places
+from jaxalign.models.files.huggingface import read_config, read_hf_config
+from jaxalign.models.files.load import load_params
 from jaxalign.models.files.reward import CLASSIFIERS, load_reward_params, member_scores, read_reward_model
 from jaxalign.models.files.save import save_pretrained
 from jaxalign.models.heads import combine
@@ -84,3 +88,89 @@ def test_a_classifier_of_two_labels_and_a_language_model_are_refused(tmp_path):
 def test_every_family_has_the_name_that_transformers_gives_its_classifier():
     transformers = pytest.importorskip("transformers")
     assert all(hasattr(transformers, name) for name in CLASSIFIERS)
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_model, tmp_path_factory):
+    """A classifier of the tiny model's trunk, in several files."""
+    config = heads.trunk_config(read_config(str(tiny_model)))
+    hf_config = read_hf_config(str(tiny_model)) | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    head = np.random.default_rng(0).normal(size=(1, 32)).astype(np.float32)
+    folder = tmp_path_factory.mktemp("classifier") / "model"
+    save_pretrained(folder, load_params(str(tiny_model), config), config, hf_config, head=head, max_shard_bytes=20_000)
+    return folder
+
+
+def with_bias(folder, to, bias):
+    """A copy of the classifier whose last file holds a bias too."""
+    folder = shutil.copytree(folder, to)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = index["weight_map"]["score.weight"]
+    save_file(load_file(folder / file) | {"score.bias": np.array([bias], np.float32)}, folder / file)
+    index["weight_map"]["score.bias"] = file
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+score = jax.jit(member_scores, static_argnums=0)
+
+
+def scores_of(folder):
+    model = read_reward_model(str(folder))
+    tokens, lengths = np.full((2, 8), 6, np.int32), np.array([8, 3], np.int32)
+    return score(model.graphdef, load_reward_params(model), tokens, lengths)
+
+
+def test_a_bias_is_added_to_the_score_before_it_is_normalised(classifier, tmp_path):
+    biased = with_bias(classifier, tmp_path / "biased", 0.75)
+    expected = scores_of(classifier) + 0.75
+    np.testing.assert_allclose(scores_of(biased), expected, atol=1e-5)
+    (biased / "reward.json").write_text(json.dumps({"mean": [0.5], "std": [2]}))
+    np.testing.assert_allclose(scores_of(biased), (expected - 0.5) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ({"rule": "stray:rule"}, "'rule' is stray:rule, code of somebody's own, which no file may make run"),
+        ({"rule": "os:system"}, "name it yourself: reward_model\\(path=..., rule=...\\)"),
+        ({"rule": "median"}, "'rule' is median, which cannot be used .*known are"),
+        ({"rule": "mean_minus_std(k='x')"}, "'rule' is mean_minus_std.* which cannot be used"),
+        ({"rule": ["mean"]}, "'rule' is .*; it must be a text"),
+        ({"mean": [0.0, 1.0]}, "'mean' is .*; it must hold 1 finite numbers"),
+        ({"mean": "0"}, "'mean' is 0; it must be a list"),
+        ({"mean": [None]}, "'mean' is absent"),
+        ({"std": [0.0]}, "'std' is .*; it must hold 1 finite numbers above 0"),
+        ({"std": [1e400]}, "'std' is inf; it must be a finite number"),
+        ({"members": 2}, "'members' is 2, and the folder has 1 heads"),
+        ({"members": True}, "'members' is True; it must be a whole number"),
+        ({"max_length": 0}, "'max_length' is 0; it must be at least 1"),
+        ({"as_chat": "yes"}, "'as_chat' is yes; it must be true or false"),
+        ({"quantise": "int3"}, "quantise='int3' is not one of none"),
+        ([1], "not an object with names and values"),
+    ],
+)
+def test_a_description_that_is_damaged_or_names_code_is_refused_by_key_and_value(
+    described, message, classifier, tmp_path, monkeypatch
+):
+    (tmp_path / "stray.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\ndef rule(scores): return scores\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = shutil.copytree(classifier, tmp_path / "damaged")
+    (folder / "reward.json").write_text(json.dumps(described))
+    with pytest.raises(Mistake, match=message):
+        load_reward_params(read_reward_model(str(folder)))
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_rule_of_the_callers_own_is_used_and_one_of_the_folder_is_not_read_then(classifier, tmp_path):
+    folder = shutil.copytree(classifier, tmp_path / "own")
+    (folder / "reward.json").write_text(json.dumps({"rule": "os:system"}))
+    assert read_reward_model(str(folder), rule="jaxalign.models.heads:least").rule == "jaxalign.models.heads:least"
+
+
+def test_a_head_of_another_width_is_refused(classifier, tmp_path):
+    folder = shutil.copytree(classifier, tmp_path / "narrow")
+    (folder / "members").mkdir()
+    save_file({"heads": np.ones((2, 7), np.float32)}, folder / "members" / "heads.safetensors")
+    with pytest.raises(Mistake, match=r"its head has shape \[2, 7\]"):
+        read_reward_model(str(folder))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ from jaxalign.models.files import huggingface
 from jaxalign.models.files.families import FAMILIES, model_config
 from jaxalign.models.files.load import load_params, read_tensor
 from jaxalign.models.files.peft import load_adapter
+from jaxalign.outside import Fields, brief, read_object
+from jaxalign.select import names_own_code
 from jaxalign.types import PyTree
 
 DESCRIPTION, HEAD = "reward.json", "score.weight"
@@ -57,7 +58,7 @@ class RewardModel:
     config: ModelConfig  # of the trunk
     graphdef: nnx.GraphDef
     like: PyTree  # "model", "head" [M D], "mean" and "std" [M], and "members" [M ...] where each has adapters
-    rule: str = "mean"  # how members' scores are combined
+    rule: str = "mean"  # how members' scores are combined, as `heads.combine` reads it
     as_chat: bool = False  # trained on texts as turns of a conversation
     max_length: int = 0  # tokens of a row in training, or else positions of the model
     separator: str | None = None  # the text behind each step, of a process reward model
@@ -73,6 +74,7 @@ def read_reward_model(
     attention: str | None = None,
     layout: Any = None,
     quantise: str | None = None,
+    rule: str | None = None,
 ) -> RewardModel:
     """The reward model of a folder or hub name; no array is made.
 
@@ -83,17 +85,28 @@ def read_reward_model(
       attention: an implementation of `models/decoder/attention.py`.
       layout: the mesh that cuts activations.
       quantise: format of the trunk's kernels: "none", "int8" or "nf4"; None: as the base of its adapters in training.
+      rule: how members are combined, which may be code of the caller's own; None: as the folder names it, which may be
+        one of `heads.RULES` only.
 
     Raises:
-      Mistake: not a sequence classifier, or one with several labels; or an unknown `quantise`.
+      Mistake: not a sequence classifier, or one with several labels; a damaged description, or one that names code; or
+        an unknown `quantise`.
     """
-    if quantise not in (None, "none", *KINDS):
-        raise Mistake(f"quantise={quantise!r} is not one of none, {', '.join(KINDS)}")
     path, hf_config = huggingface.folder(source), huggingface.read_hf_config(source)
     config = heads.trunk_config(_causal_config(source, hf_config))
     description = _description(path)
-    count, base = description.get("members", 1), description.get("base")
-    quantise = description.get("quantise", "none") if quantise is None else quantise
+    base = description.get("base", str, None)
+    quantise = description.get("quantise", str, "none") if quantise is None else quantise
+    if quantise not in ("none", *KINDS):
+        raise Mistake(f"quantise={quantise!r} is not one of none, {', '.join(KINDS)}")
+    head = _heads(path, config.hidden_size)
+    count = description.get("members", int, 1)
+    if count != len(head):
+        raise Mistake(f"{description.where}: 'members' is {count}, and the folder has {len(head)} heads")
+    max_length = description.get("max_length", int, config.max_length)
+    if max_length < 1:
+        raise Mistake(f"{description.where}: 'max_length' is {max_length}; it must be at least 1")
+    rule = _rule(description, count) if rule is None else rule
     lora = load_adapter(path / MEMBERS / "0", config)[0] if base else None
     graphdef, abstract = make_decoder(
         config,
@@ -106,7 +119,7 @@ def read_reward_model(
     )
     trunk, adapter = split(abstract)
     wide = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    like = {"model": trunk, "head": wide((count, config.hidden_size)), "mean": wide((count,)), "std": wide((count,))}
+    like = {"model": trunk, "head": wide(head.shape), "mean": wide((count,)), "std": wide((count,))}
     if base:
         like["members"] = jax.tree.map(lambda x: wide((count, *x.shape)), adapter)
     return RewardModel(
@@ -114,23 +127,24 @@ def read_reward_model(
         config,
         graphdef,
         like,
-        rule=description.get("rule", "mean"),
-        as_chat=description.get("as_chat", False),
-        max_length=description.get("max_length", config.max_length),
-        separator=description.get("separator"),
+        rule=rule,
+        as_chat=description.get("as_chat", bool, False),
+        max_length=max_length,
+        separator=description.get("separator", str, None),
         base=base,
         quantise=quantise,
     )
 
 
 def _causal_config(source: str, hf_config: dict[str, Any]) -> ModelConfig:
-    names = hf_config.get("architectures") or ["unknown"]
+    fields = Fields(hf_config, f"{source}: config.json")
+    names = fields.texts("architectures") or ["unknown"]
     if names[0] not in CLASSIFIERS:
         raise Mistake(
-            f"{source} is a {names[0]}, not a reward model; those are {', '.join(CLASSIFIERS)}, and `jaxalign reward` "
-            "trains one"
+            f"{source} is a {brief(names[0])}, not a reward model; those are {', '.join(CLASSIFIERS)}, and "
+            "`jaxalign reward` trains one"
         )
-    labels = len(hf_config["id2label"]) if hf_config.get("id2label") else hf_config.get("num_labels", 2)
+    labels = len(fields.get("id2label", dict, {})) or fields.get("num_labels", int, 2)
     if labels != 1:
         raise Mistake(f"{source} has {labels} labels; a reward model has one, its score")
     try:
@@ -139,18 +153,40 @@ def _causal_config(source: str, hf_config: dict[str, Any]) -> ModelConfig:
         raise Mistake(f"{source}: {error}") from None
 
 
-def _description(path: Path) -> dict[str, Any]:
+def _description(path: Path) -> Fields:
+    """The contents of reward.json; none in a folder that was made elsewhere."""
     file = path / DESCRIPTION
+    return read_object(file) if file.exists() else Fields({}, str(file))
+
+
+def _rule(description: Fields, count: int) -> str:
+    """How members are combined, as a file may name it: by the table alone, for anything else would run as code."""
+    rule = description.get("rule", str, "mean")
+    where = f"{description.where}: 'rule' is {brief(rule)}"
+    if names_own_code(rule):
+        raise Mistake(
+            f"{where}, code of somebody's own, which no file may make run; known are {', '.join(heads.RULES)}. If you "
+            "trust it, name it yourself: reward_model(path=..., rule=...)"
+        )
     try:
-        return json.loads(file.read_text()) if file.exists() else {}
-    except ValueError as error:
-        raise Mistake(f"{file} is not JSON: {error}") from None
+        jax.eval_shape(lambda scores: heads.combine(scores, rule), jax.ShapeDtypeStruct((1, count), jnp.float32))
+    except (Mistake, TypeError) as error:  # of an unknown name, or a keyword of another type
+        raise Mistake(f"{where}, which cannot be used ({brief(str(error), 200)})") from None
+    return rule
+
+
+def _statistics(description: Fields, key: str, default: float, count: int) -> np.ndarray:
+    """Float32[M] under a key of the description. Raises Mistake unless they are as many finite numbers."""
+    values = description.get(key, list, [default] * count)
+    rule = "finite numbers" if key == "mean" else "finite numbers above 0"
+    numbers = [Fields({key: value}, description.where).get(key, float) for value in values]
+    if len(numbers) != count or (key == "std" and min(numbers) <= 0):
+        raise Mistake(f"{description.where}: {key!r} is {brief(values)}; it must hold {count} {rule}")
+    return np.asarray(numbers, np.float32)
 
 
 def load_reward_params(model: RewardModel, *, shardings: PyTree | None = None) -> PyTree:
     """The parameters, in the places of `shardings`, a tree like `model.like`; by default on the first device."""
-    from safetensors.numpy import load_file
-
     if shardings is None:
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: first, model.like)
@@ -162,12 +198,11 @@ def load_reward_params(model: RewardModel, *, shardings: PyTree | None = None) -
         quantise=model.quantise,
         besides=(rf"^{HEAD}$",),
     )
-    count = model.like["head"].shape[0]
-    description, file = _description(model.folder), model.folder / MEMBERS / HEADS
+    description, count = _description(model.folder), model.like["head"].shape[0]
     small: dict[str, Any] = {
-        "head": load_file(file)["heads"] if file.exists() else read_tensor(str(model.folder), HEAD),
-        "mean": np.asarray(description.get("mean", [0.0]), np.float32),
-        "std": np.asarray(description.get("std", [1.0]), np.float32),
+        "head": _heads(model.folder, model.config.hidden_size),
+        "mean": _statistics(description, "mean", 0.0, count),
+        "std": _statistics(description, "std", 1.0, count),
     }
     if "members" in model.like:
         adapters = [load_adapter(model.folder / MEMBERS / str(m), model.config)[1] for m in range(count)]

@@ -158,6 +158,7 @@ def reward_model(
     quantise: str | None = None,
     offload: bool = False,
     dtype: str = "float32",
+    rule: str | None = None,
     finished: Sequence[bool] | None = None,
 ) -> list[float]:
     """Scores of the reward model in a folder, normalised and combined over its members as the folder specifies.
@@ -165,25 +166,36 @@ def reward_model(
     It reads texts with its own tokenizer and chat template, whatever those of the policy are. Its parameters are split
     over all devices of the host, and each of several hosts scores a share of the responses. To save memory its kernels
     can be quantised (quantise='int8' or 'nf4'), its parameters and activations be bfloat16 (dtype='bfloat16'), and
-    its parameters lie in the host's memory between calls (offload=True).
+    its parameters lie in the host's memory between calls (offload=True). Its members can be combined by another rule
+    (rule='min'), which may also be a function of your own (rule='my.module:function').
     """
-    return scorer(path, quantise, offload, dtype)(prompts, responses, finished=finished).tolist()
+    return scorer(path, quantise, offload, dtype, rule)(prompts, responses, finished=finished).tolist()
 
 
-def scorer(path: str, quantise: str | None = None, offload: bool = False, dtype: str = "float32") -> Scorer:
+def scorer(
+    path: str,
+    quantise: str | None = None,
+    offload: bool = False,
+    dtype: str = "float32",
+    rule: str | None = None,
+) -> Scorer:
     """The model of `reward_model`, loaded once. Raises Mistake where it cannot be loaded."""
-    return _loaded(path, quantise, offload, dtype)  # by position: to the cache, f(x) and f(path=x) are different calls
+    return _loaded(
+        path, quantise, offload, dtype, rule
+    )  # by position: to the cache, f(x) and f(path=x) are different calls
 
 
 @functools.lru_cache
-def _loaded(path: str, quantise: str | None, offload: bool, dtype: str) -> Scorer:
+def _loaded(path: str, quantise: str | None, offload: bool, dtype: str, rule: str | None) -> Scorer:
     import jax
 
     from jaxalign.rollout.rewards.scorer import load_reward_model
 
     if dtype not in DTYPES:
         raise Mistake(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-    return load_reward_model(path, quantise=quantise, offload=offload, dtype=dtype, devices=jax.local_devices())
+    return load_reward_model(
+        path, quantise=quantise, offload=offload, dtype=dtype, rule=rule, devices=jax.local_devices()
+    )
 
 
 REWARDS: dict[str, RewardFn] = {

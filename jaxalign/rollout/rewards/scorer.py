@@ -35,6 +35,7 @@ def load_reward_model(
     dtype: Any = jnp.float32,
     batch_size: int = 16,
     quantise: str | None = None,
+    rule: str | None = None,
     offload: bool = False,
     devices: Sequence[jax.Device] | None = None,
 ) -> Scorer:
@@ -45,6 +46,7 @@ def load_reward_model(
       dtype: of the trunk's parameters and activations; scores are float32.
       batch_size: rows that are scored together; rounded up to a multiple of the devices.
       quantise: format of the trunk's kernels, as in `read_reward_model`.
+      rule: how members are combined, as there.
       offload: keep the parameters in the host's memory, and on the device only while texts are scored.
       devices: of this host; each holds an equal share of the parameters and scores as many rows. None: the first one.
 
@@ -58,6 +60,7 @@ def load_reward_model(
         param_dtype=jnp.dtype(dtype),
         layout=None if mesh is None else Layout(mesh),
         quantise=quantise,
+        rule=rule,
     )
     tokenizer = huggingface.load_tokenizer(source)
     terminators = huggingface.terminators(source, tokenizer)
