@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ FREE_FIELDS = frozenset(
     | {"engine", "engine_kind", "engine_reload", "reward_seconds"}
 )
 MARK, MARK_FILE = "trained_steps", "jaxalign.json"  # of an exported folder
+GIT_LIMIT = 4096  # bytes of a file of git that names a commit
 PACKAGES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "datasets", "safetensors"
 
 
@@ -140,11 +141,26 @@ def describe(config: Any, command: str) -> dict[str, Any]:
     }
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit of the working folder, read from the files of git; None where there is none.
+
+    git itself obeys the configuration of a repository, which can name programs to run, so it is not called in a folder
+    that may be somebody else's.
+    """
+    here = Path.cwd()
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        git = next(folder / ".git" for folder in (here, *here.parents) if (folder / ".git").exists())
+        if git.is_file():  # of a worktree or a submodule
+            git = git.parent / read_text(git, limit=GIT_LIMIT).removeprefix("gitdir:").strip()
+        head = read_text(git / "HEAD", limit=GIT_LIMIT).strip()
+        name = head.removeprefix("ref:").strip()
+        shared = git / read_text(git / "commondir", limit=GIT_LIMIT).strip() if (git / "commondir").exists() else git
+        places = [place / name for place in (git, shared) if name != head and (place / name).is_file()]
+        if places:
+            head = read_text(places[0], limit=GIT_LIMIT).strip()
+        elif name != head and (shared / "packed-refs").exists():
+            lines = (line.split() for line in read_text(shared / "packed-refs").splitlines())
+            head = next(words[0] for words in lines if words[1:] == [name])
+    except (StopIteration, OSError, ValueError):
         return None
-    return described.stdout.strip() or None
+    return head if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", head) else None
