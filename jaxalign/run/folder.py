@@ -14,6 +14,7 @@ from typing import Any
 import jaxalign
 from jaxalign.config.limits import to_json, upgraded
 from jaxalign.mistake import Mistake
+from jaxalign.outside import read_object, read_text
 
 # A continued run may differ in these: they change how long it runs and what it shows, not what step n computes.
 FREE_FIELDS = frozenset(
@@ -25,7 +26,7 @@ GIT_LIMIT = 4096  # bytes of a file of git that names a commit
 PACKAGES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "datasets", "safetensors"
 
 
-def open_run(config: Any, *, command: str, resume: bool, write: bool) -> bool:
+def open_run(config: Any, *, command: str, resume: bool, write: bool, weights: dict[str, str] | None = None) -> bool:
     """Makes `config.output` hold this run. True if it already held it, so that there may be something to continue.
 
     Of several hosts, the first alone calls it.
@@ -34,9 +35,11 @@ def open_run(config: Any, *, command: str, resume: bool, write: bool) -> bool:
       command: the name under which the config runs.
       resume: whether a folder with a run in it may be continued.
       write: make the folder; else only look.
+      weights: fingerprints of the models that the run reads, by their setting and source; None: not compared.
 
     Raises:
-      Mistake: the folder holds another run, or resuming was refused, or it is something else than a run.
+      Mistake: the folder holds another run, or one that began with other weights; or resuming was refused, or it is
+        something else than a run.
     """
     folder = Path(config.output)
     path = folder / "config.json"
@@ -44,6 +47,7 @@ def open_run(config: Any, *, command: str, resume: bool, write: bool) -> bool:
         raise Mistake(f"`output` {folder} is a file; name a folder")
     if path.exists():
         _check_same(config, command, path, resume)
+        check_weights(path, weights or {})
         return True
     if folder.is_dir() and any(folder.iterdir()):
         raise Mistake(f"`output` {folder} is not empty and holds no run (no config.json); name a new folder")
@@ -52,7 +56,7 @@ def open_run(config: Any, *, command: str, resume: bool, write: bool) -> bool:
         partial = path.with_suffix(".partial")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(describe(config, command), indent=2) + "\n")
+            partial.write_text(json.dumps(describe(config, command, weights), indent=2) + "\n")
             os.replace(partial, path)
         except OSError as error:
             raise Mistake(f"`output` {folder} cannot be written ({error.strerror}); name another folder") from None
@@ -88,6 +92,18 @@ def _check_same(config: Any, command: str, path: Path, resume: bool) -> None:
             f"`output` {path.parent} holds another run: {'; '.join(changed)}. Name another folder, or repeat its "
             f"settings with `from_config` {path}"
         )
+
+
+def check_weights(path: Path, weights: dict[str, str]) -> None:
+    """Raises Mistake where a model is another than the run began with. Runs of older versions did not record them."""
+    recorded = read_object(path).object("weights")
+    for source, fingerprint in weights.items():
+        if recorded.get(source, str, None) not in (None, fingerprint):
+            raise Mistake(
+                f"the weights or config of {source} have changed since {path.parent} was started, so the run cannot "
+                "continue bit for bit; restore them, or name a new `output`",
+                setting="output",
+            )
 
 
 def _defaults(config: Any) -> dict[str, Any]:
@@ -128,14 +144,16 @@ def mark(step: int) -> dict[str, Any]:
     return {MARK: step, "jaxalign": jaxalign.__version__}
 
 
-def describe(config: Any, command: str) -> dict[str, Any]:
-    """The config with what it ran on: versions, and the git commit of the working folder."""
+def describe(config: Any, command: str, weights: dict[str, str] | None = None) -> dict[str, Any]:
+    """The config with what it ran on: weights, versions, the working folder and its git commit."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "command": command,
         "config": to_json(config),
         "jaxalign": jaxalign.__version__,
-        "git_commit": _git_commit(),
+        "weights": weights or {},
+        "folder": os.getcwd(),
+        "git_commit": git_commit(),
         "python": platform.python_version(),
         "versions": versions,
     }

@@ -21,8 +21,8 @@ from jaxalign.data.batches.groups import BatchShapes, Responses
 from jaxalign.data.batches.plan import Plan
 from jaxalign.models import places
 from jaxalign.models.decoder.decoder import compute_dtype, decoder_for
-from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
+from jaxalign.models.files.weights import fingerprint
 from jaxalign.models.reading import LOGPS, response_logps
 from jaxalign.outside import writing
 from jaxalign.run.run import Run
@@ -63,18 +63,6 @@ def _with_logps(run: Run, plan: Plan, responses: Responses) -> Responses:
     return dataclasses.replace(responses, columns={**responses.columns, REF + LOGPS: values})
 
 
-def fingerprint(source: str) -> int:
-    """Changes when a weight of the model does: of each file its name, size, and first and last megabyte."""
-    total = 0
-    for file in sorted(huggingface.folder(source).glob("*.safetensors")):
-        size = file.stat().st_size
-        with file.open("rb") as handle:
-            total = zlib.crc32(f"{file.name} {size}".encode() + handle.read(2**20), total)
-            handle.seek(max(0, size - 2**20))
-            total = zlib.crc32(handle.read(2**20), total)
-    return total
-
-
 def read(path: Path, key: dict[str, Any]) -> np.ndarray | None:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -84,7 +72,6 @@ def read(path: Path, key: dict[str, Any]) -> np.ndarray | None:
 
 
 def write(path: Path, key: dict[str, Any], values: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

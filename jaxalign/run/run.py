@@ -151,11 +151,15 @@ class Run(Generic[ConfigT]):
         if self._keep_best and not data.held_out:
             raise Mistake(f"`checkpoint.keep_best` {self._keep_best} needs held-out data; give `eval_data`")
         fingerprints = {"data": data.fingerprint, "held-out data": str(data.held_out_fingerprint)}
-        hosts.agree(settings=json.dumps(to_json(config)), **fingerprints, steps=steps)
+        weights = self._weights()
+        hosts.agree(settings=json.dumps(to_json(config)), **fingerprints, steps=steps, **weights)
 
         def write() -> bool:
-            exists = open_run(config, command=self.command, resume=config.resume, write=True)
-            return exists and is_finished(self.folder, steps)
+            complete = is_finished(self.folder, steps)
+            compared = None if complete else weights
+            return (
+                open_run(config, command=self.command, resume=config.resume, write=True, weights=compared) and complete
+            )
 
         if not hosts.first_decides(write):
             return True
@@ -189,6 +193,8 @@ class Run(Generic[ConfigT]):
             check_kernels(recipe.part.graphdef, params, data.batches[0], self.mesh, microbatches=config.microbatches)
         recorder = self._recorder(recipe, steps, progress.step)
         rates = np.asarray(jax.vmap(program.schedule)(jnp.arange(steps * recipe.updates)), np.float64)
+
+        last: dict[str, Any] = {}
 
         def save(state: TrainState, progress: loop.Progress, row: loop.Row) -> None:
             seen = {"data": data.fingerprint, "held_out": data.held_out_fingerprint}
