@@ -1,7 +1,8 @@
 """Scalar heads on a decoder; several are an ensemble, whose disagreement measures how uncertain a score is.
 
 A scorer's parameters are {"model": the trunk, "head": [M D]}, and {"members": adapters [M ...]} if each member has its
-own adapters on the one trunk. Axis letters: M members, D model width.
+own adapters on the one trunk. A head that was read with a bias is [M D + 1], the bias in its last column. Axis letters:
+M members, D model width.
 """
 
 from __future__ import annotations
@@ -34,9 +35,16 @@ def init_head(key: jax.Array, members: int, width: int) -> jax.Array:
 
 
 def scores(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """Float32[... M], hidden [... D] · head [M D], summed in float32 whatever the trunk computes in."""
-    wide = hidden.astype(jnp.float32), head.astype(jnp.float32)
-    return jnp.einsum("...d,md->...m", *wide, precision=jax.lax.Precision.HIGHEST)
+    """Float32[... M], hidden [... D] · head [M D], summed in float32 whatever the trunk computes in.
+
+    With a head [M D + 1] the last column, a bias, is added.
+    """
+    width = hidden.shape[-1]
+    wide = hidden.astype(jnp.float32), head[:, :width].astype(jnp.float32)
+    products = jnp.einsum("...d,md->...m", *wide, precision=jax.lax.Precision.HIGHEST)
+    if head.shape[1] == width:
+        return products
+    return products + head[:, width].astype(jnp.float32).reshape((1,) * (products.ndim - 1) + (-1,))
 
 
 def each_member(graphdef: nnx.GraphDef, params: PyTree, score: Callable[[Any, jax.Array], jax.Array]) -> jax.Array:

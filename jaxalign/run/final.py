@@ -19,7 +19,7 @@ from jaxalign.models.adapters.lora import join
 from jaxalign.models.adapters.merge import merge_by_layer
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.peft import save_adapter
-from jaxalign.models.files.reward import DESCRIPTION, HEADS, MEMBERS, classifier_name
+from jaxalign.models.files.reward import CLASSIFIERS, DESCRIPTION, HEADS, MEMBERS, classifier_name
 from jaxalign.models.files.save import save_pretrained
 from jaxalign.run.folder import MARK_FILE, mark, trained_steps
 from jaxalign.run.run import Outcome, Run
@@ -120,12 +120,16 @@ def reward_model(
             save_adapter(partial / MEMBERS / str(m), member, run.lora, run.model, base_model=description["base"])
 
     hf_config = huggingface.read_hf_config(config.model)
+    generation = generation_config(config.tokenizer or config.model, vocabulary.terminators)
+    architecture = hf_config["architectures"][0]
+    if architecture not in CLASSIFIERS:
+        architecture = classifier_name(architecture)
     save_pretrained(
         folder,
         _first_member(params, run),
         run.model,
         hf_config
-        | {"architectures": [classifier_name(hf_config["architectures"][0])], "pad_token_id": pad}
+        | {"architectures": [architecture], "pad_token_id": pad, "eos_token_id": generation["eos_token_id"]}
         | {"id2label": {"0": "reward"}, "label2id": {"reward": 0}},
         tokenizer=tokenizer,
         generation_config=generation_config(config.tokenizer or config.model, vocabulary.terminators),

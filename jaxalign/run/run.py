@@ -33,6 +33,9 @@ from jaxalign.models.adapters.lora import Lora
 from jaxalign.models.decoder.config import ModelConfig, train_flops_per_token
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import check_files
+from jaxalign.models.files.reward import SCORE, trunk_of
+from jaxalign.models.files.weights import fingerprint, stored_dtype
+from jaxalign.rollout.rewards.rewards import Rewards
 from jaxalign.run import devices
 from jaxalign.run.check_kernels import check_kernels
 from jaxalign.run.folder import is_finished, open_run
@@ -100,23 +103,26 @@ class Run(Generic[ConfigT]):
     exists: bool  # the folder holds this run already
 
     @classmethod
-    def open(cls, config: ConfigT, command: str) -> Run[ConfigT]:
+    def open(cls, config: ConfigT, command: str, *, scores: bool = False) -> Run[ConfigT]:
         """Joins the hosts, starts the log and reads all but weights. The folder is looked at, not yet made."""
         devices.start(distributed=config.distributed)
         devices.start_log()
         metrics.check_wandb(config.log.wandb)
         exists = hosts.first_decides(lambda: open_run(config, command=command, resume=config.resume, write=False))
-        run = cls.read(config, command, exists=exists)
+        run = cls.read(config, command, exists=exists, scores=scores)
         if not exists and not huggingface.is_random(config.model):
-            check_files(config.model, run.model)
+            check_files(config.model, run.model, besides=SCORE if scores else ())
         return run
 
     @classmethod
-    def read(cls, config: ConfigT, command: str, *, exists: bool = True) -> Run[ConfigT]:
-        """The run of a config without its folder: mesh, model config, vocabulary and adapters."""
+    def read(cls, config: ConfigT, command: str, *, exists: bool = True, scores: bool = False) -> Run[ConfigT]:
+        """The run of a config without its folder: mesh, model config, vocabulary and adapters.
+
+        With `scores` the model is a trunk under heads, and may be read from a classifier.
+        """
         devices.check_attention(config.attention, config.max_length)
         mesh = places.make_mesh(**dataclasses.asdict(config.mesh))
-        model = huggingface.read_config(config.model)
+        model = (trunk_of if scores else huggingface.read_config)(config.model)
         if model.learned_positions and config.max_length > model.learned_positions:
             raise Mistake(
                 f"`max_length` {config.max_length}: {config.model} has {model.learned_positions} learned positions, "

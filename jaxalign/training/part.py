@@ -30,7 +30,14 @@ from jaxalign.models.decoder.decoder import decoder_for, init_params
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
 from jaxalign.models.files.peft import check_exportable
-from jaxalign.models.files.reward import CLASSIFIERS, RewardModel, load_reward_params, read_reward_model
+from jaxalign.models.files.reward import (
+    SCORE,
+    RewardModel,
+    heads_of,
+    is_classifier,
+    load_reward_params,
+    read_reward_model,
+)
 from jaxalign.types import PyTree
 
 ADAPTERS, HEADS, CRITIC = 1, 2, 3  # folded into a run's key, for what starts at random beside the model
@@ -87,17 +94,21 @@ def language_model(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Part:
 def scorer(config: RewardConfig, model: ModelConfig, mesh: Mesh) -> Part:
     """Scalar heads [M D] and the trunk they read; heads on a frozen trunk; or heads and adapters [M ...] on one base.
 
-    The whole parameters are those of models/heads.py. Heads start at random.
+    The whole parameters are those of models/heads.py. Heads start at random, or as those of a classifier.
     """
     lora, count, model = lora_of(config.lora, model), config.members, heads.trunk_config(model)
     graphdef, abstract = decoder_for(config, model, mesh, lora)
-    head = {"head": jax.ShapeDtypeStruct((count, model.hidden_size), jnp.float32)}
-    base_loader = _base_loader(config, model)
+    first_heads = heads_of(config.model, count, alike=lora is not None)
+    shape = (count, model.hidden_size) if first_heads is None else first_heads.shape
+    head = {"head": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    base_loader = _base_loader(config, model, besides=SCORE)
 
     def load(like: PyTree) -> PyTree:
         return {"model": base_loader(like["model"])}
 
     def new_heads(key: jax.Array, like: PyTree, frozen: PyTree) -> PyTree:
+        if first_heads is not None:
+            return {"head": jax.device_put(first_heads, like["head"].sharding)}
         make = jax.jit(heads.init_head, static_argnums=(1, 2), out_shardings=like["head"].sharding)
         return {"head": make(jax.random.fold_in(key, HEADS), *like["head"].shape)}
 
@@ -106,7 +117,8 @@ def scorer(config: RewardConfig, model: ModelConfig, mesh: Mesh) -> Part:
         return new_heads(key, like, frozen) | {"members": adapters}
 
     def new_model(key: jax.Array, like: PyTree, frozen: PyTree) -> PyTree:
-        return new_heads(key, like, frozen) | {"model": _model_loader(config, model)(key, like["model"], None)}
+        trunk = _loaded(config, model, config.model, like["model"], key, besides=SCORE)
+        return new_heads(key, like, frozen) | {"model": trunk}
 
     if lora is not None:
         base, adapter = split(abstract)
@@ -183,11 +195,6 @@ def laid_over(trained: PyTree, frozen: PyTree) -> PyTree:
     return {**(frozen or {}), **trained}
 
 
-def is_classifier(source: str) -> bool:
-    """True if a folder holds a sequence classifier: a reward model."""
-    return huggingface.read_hf_config(source).get("architectures", ["?"])[0] in CLASSIFIERS
-
-
 def mergeable_reward_model(source: str) -> RewardModel:
     """A reward model that a critic can start from. Raises Mistake where it is adapters on a base of their own."""
     model = read_reward_model(source)
@@ -234,6 +241,9 @@ def _critic_from_reward_model(config: PPOConfig, mesh: Mesh, source: str) -> Par
         params = load_reward_params(model, shardings=shardings)
         head = jnp.mean(params["head"] / params["std"][:, None], axis=0, keepdims=True)
         bias = -jnp.mean(params["mean"] / params["std"], keepdims=True)
+        width = like["head"].shape[1]
+        if head.shape[1] > width:
+            head, bias = head[:, :width], bias + head[:, width]
         first = {"head": head, "bias": bias, "model": params["model"]}
         return jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), first, like)
 
@@ -272,14 +282,16 @@ def _model_loader(config: TrainConfig, model: ModelConfig) -> Callable[[jax.Arra
     return init
 
 
-def _base_loader(config: TrainConfig, model: ModelConfig) -> Callable[[PyTree], PyTree]:
+def _base_loader(
+    config: TrainConfig, model: ModelConfig, *, besides: tuple[str, ...] = ()
+) -> Callable[[PyTree], PyTree]:
     """Reads the frozen base: the model's weights or, for config:, the random ones that a run without adapters draws."""
     kind = config.lora.quantise
 
     def load(like: PyTree) -> PyTree:
         key = _params_key(config)
         if not huggingface.is_random(config.model) or kind == "none":
-            return _loaded(config, model, config.model, like, key, quantise=kind)
+            return _loaded(config, model, config.model, like, key, quantise=kind, besides=besides)
 
         def quantised(key: jax.Array) -> PyTree:
             return quantise_kernels(init_params(model, key, param_dtype=config.param_dtype), kind)
@@ -297,12 +309,20 @@ def _loaded(
     key: jax.Array | None = None,
     *,
     quantise: str = "none",
+    besides: tuple[str, ...] = (),
 ) -> PyTree:
     """The weights of a folder or hub name; for config: random ones."""
     if huggingface.is_random(source):
         key = _params_key(config) if key is None else key
         return init_params(model, key, param_dtype=config.param_dtype, shardings=_places(like))
-    return load_params(source, model, param_dtype=config.param_dtype, shardings=_places(like), quantise=quantise)
+    return load_params(
+        source,
+        model,
+        param_dtype=config.param_dtype,
+        shardings=_places(like),
+        quantise=quantise,
+        besides=besides,
+    )
 
 
 def _params_key(config: TrainConfig) -> jax.Array:

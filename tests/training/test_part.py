@@ -170,16 +170,18 @@ def test_a_critic_from_a_language_model_is_a_head_of_zeros_on_its_trunk(config_o
         assert_equal(params, {"policy": loaded, "critic": zero_head(model) | {"model": expected}})
 
 
-def test_a_critic_from_a_reward_model_starts_at_its_normalised_scores(
-    config_of, model, tiny_model, other_model, mesh, tmp_path
+@pytest.mark.parametrize("biases", [(), (4.0, 8.0)])
+def test_a_critic_from_a_reward_model_starts_at_its_normalised_scores_and_a_scorer_with_its_heads(
+    config_of, model, tiny_model, other_model, mesh, tmp_path, biases
 ):
-    """Mean over members of (h · head - mean) / std: one head, Σ head / std / 2, and one bias, -Σ mean / std / 2."""
+    """The mean over members of (h · head + b - mean) / std is one head, and one bias, Σ (b - mean) / std / 2."""
     width, (_, weights), folder = model.hidden_size, other_model, tmp_path / "reward"
     members = np.stack([np.arange(width), np.ones(width)]).astype(np.float32)
+    biased = np.concatenate([members, np.reshape(biases, (2, -1))], axis=1).astype(np.float32)
 
     def write_members(partial):
         (partial / "members").mkdir()
-        save_file({"heads": members}, partial / "members" / "heads.safetensors")
+        save_file({"heads": biased}, partial / "members" / "heads.safetensors")
 
     hf_config = huggingface.read_hf_config(str(tiny_model)) | {
         "architectures": ["LlamaForSequenceClassification"],
@@ -194,14 +196,17 @@ def test_a_critic_from_a_reward_model_starts_at_its_normalised_scores(
         model,
         hf_config,
         extra={DESCRIPTION: description},
-        head=members.mean(axis=0, keepdims=True),
+        head=biased.mean(axis=0, keepdims=True),
         besides=write_members,
     )
+    scorer = part.scorer(config_of(RewardConfig, model=str(folder), members=2), model, mesh)
+    assert_equal(assembled(scorer, mesh), {"head": biased, "model": weights})
     config = config_of(PPOConfig)
     policy = part.language_model(config, model, mesh)
     params = assembled(part.critic(config, model, mesh, policy, source=str(folder)), mesh)
     head = (members[:1] / 2 + members[1:] / 4) / 2
-    expected = {"head": head, "bias": np.array([-(0.5 + 0.75) / 2], np.float32), "model": weights}
+    bias = ((4 / 2 + 8 / 4 if biases else 0) - (0.5 + 0.75)) / 2
+    expected = {"head": head, "bias": np.array([bias], np.float32), "model": weights}
     assert_equal(params, expected)
 
 

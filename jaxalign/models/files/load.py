@@ -66,12 +66,12 @@ def load_params(
     return jax.tree.map(lambda name: filled[name], leaf_names(abstract))
 
 
-def check_files(source: str, config: ModelConfig) -> None:
+def check_files(source: str, config: ModelConfig, *, besides: tuple[str, ...] = ()) -> None:
     """Raises the errors of `load_params` from the files' headers alone; no array is made."""
     path = folder(source)
     _, abstract = make_decoder(config)
     with contextlib.ExitStack() as stack:
-        _plan(path, _open(path, stack), config, abstract)
+        _plan(path, _open(path, stack), config, abstract, besides)
 
 
 def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -115,12 +115,14 @@ def _listed(index: Path) -> list[str]:
         raise Mistake(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from None
 
 
-def read_tensor(source: str, name: str) -> np.ndarray:
-    """The tensor of this name in the files. Raises Mistake when there is none."""
+def read_tensor(source: str, name: str, *, absent: np.ndarray | None = None) -> np.ndarray:
+    """The tensor of this name in the files; `absent`, or else a Mistake, when there is none."""
     path = folder(source)
     with contextlib.ExitStack() as stack:
         files = _open(path, stack)
         if name not in files:
+            if absent is not None:
+                return absent
             raise Mistake(f"{path} has no tensor {name}")
         return files[name].get_tensor(name)
 

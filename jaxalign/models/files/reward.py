@@ -7,7 +7,8 @@
 
 The folder is any Hugging Face sequence classifier with one label, whose score is not changed. `jaxalign reward` writes
 one, and beside it `reward.json`, which normalises scores to mean 0 and variance 1 on reference responses, and the
-members of an ensemble. Text is scored by `rollout/rewards`. Axis letters: M members, D model width.
+members of an ensemble. It also continues from one: `trunk_of` and `heads_of` read what it starts from. Text is scored
+by `rollout/rewards`. Axis letters: M members, D model width.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from jaxalign.outside import Fields, brief, read_object
 from jaxalign.select import names_own_code
 from jaxalign.types import PyTree
 
-DESCRIPTION, HEAD = "reward.json", "score.weight"
+DESCRIPTION, HEAD, BIAS = "reward.json", "score.weight", "score.bias"
+SCORE = (r"^score\.(weight|bias)$",)  # tensors beside the trunk's
 MEMBERS, HEADS = "members", "heads.safetensors"  # in a folder of their own: loaders read every safetensors file of one
 
 
@@ -136,6 +138,62 @@ def read_reward_model(
     )
 
 
+def is_classifier(source: str) -> bool:
+    """True if a folder holds a sequence classifier: a reward model."""
+    names = huggingface.read_hf_config(source).get("architectures")
+    return isinstance(names, list) and bool(names) and names[0] in list(CLASSIFIERS)
+
+
+def trunk_of(source: str) -> ModelConfig:
+    """The config, without an output matrix, of the language model or classifier that a reward model starts from."""
+    if is_classifier(source):
+        return heads.trunk_config(_causal_config(source, huggingface.read_hf_config(source)))
+    return heads.trunk_config(huggingface.read_config(source))
+
+
+def heads_of(source: str, members: int, *, alike: bool) -> np.ndarray | None:
+    """Float32[M D], or [M D + 1] with biases: the heads that a classifier starts `members` from; None without a head.
+
+    Args:
+      source: the model that training starts from.
+      members: of the ensemble.
+      alike: whether members may start with the same head, as they may with different adapters.
+
+    Raises:
+      Mistake: the classifier has another number of heads, or its members are adapters.
+    """
+    if huggingface.is_random(source) or not is_classifier(source):
+        return None
+    model = read_reward_model(source)
+    if model.base:
+        raise Mistake(
+            f"`model` {source} is an ensemble of adapters on {model.base}, which no run continues; start from that base"
+        )
+    head = _heads(model.folder, model.config.hidden_size)
+    if len(head) == 1 and members > 1 and alike:
+        return np.repeat(head, members, axis=0)
+    if len(head) != members:
+        raise Mistake(
+            f"`members` {members}: {source} has {len(head)} of them, and heads that start alike stay alike; give "
+            f"`members` {len(head)}, or start from a language model"
+        )
+    return head
+
+
+def _heads(path: Path, width: int) -> np.ndarray:
+    """Float32[M D], or [M D + 1] with a bias in the last column, of the raw scores of all members."""
+    file = path / MEMBERS / HEADS
+    if file.exists():
+        head = read_tensor(str(file.parent), "heads")
+    else:
+        head = read_tensor(str(path), HEAD)
+        bias = read_tensor(str(path), BIAS, absent=np.zeros(0))
+        head = np.concatenate([head, bias[:, None]], axis=1) if bias.shape == head.shape[:1] else head
+    if head.ndim != 2 or len(head) < 1 or head.shape[1] - width not in (0, 1) or not np.isfinite(head).all():
+        raise Mistake(f"{path}: its head has shape {list(head.shape)}; it must hold [1, {width}] finite numbers")
+    return head.astype(np.float32)
+
+
 def _causal_config(source: str, hf_config: dict[str, Any]) -> ModelConfig:
     fields = Fields(hf_config, f"{source}: config.json")
     names = fields.texts("architectures") or ["unknown"]
@@ -196,7 +254,7 @@ def load_reward_params(model: RewardModel, *, shardings: PyTree | None = None) -
         param_dtype=model.like["model"]["embed"]["embedding"].dtype,
         shardings=shardings["model"],
         quantise=model.quantise,
-        besides=(rf"^{HEAD}$",),
+        besides=SCORE,
     )
     description, count = _description(model.folder), model.like["head"].shape[0]
     small: dict[str, Any] = {
