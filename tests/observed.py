@@ -138,7 +138,9 @@ def _replace(patch: Any, observed: Observation) -> None:
         note("algorithm", algorithm.epochs, algorithm.minibatches, algorithm.at_first, algorithm.halt is None)
         return result
 
-    def load_params(source: str, model: Any, *, param_dtype: Any, shardings: Any, quantise: str = "none") -> Any:
+    def load_params(
+        source: str, model: Any, *, param_dtype: Any, shardings: Any, quantise: str = "none", besides: Any = ()
+    ) -> Any:
         note("weights", str(source), param_dtype, quantise)
         return shardings
 
@@ -193,9 +195,9 @@ def _replace(patch: Any, observed: Observation) -> None:
         return [([4], True)] * len(prompts)
 
     def save_pretrained(
-        folder: Path, params: Any, model: Any, hf: Any, *, extra: Any, head: Any = None, **_: Any
+        folder: Path, params: Any, model: Any, hf: Any, *, extra: Any, dtype: Any, head: Any = None, **_: Any
     ) -> None:
-        note("final", extra, {name: hf[name] for name in ("architectures", "pad_token_id") if name in hf}, head)
+        note("final", extra, {name: hf[name] for name in ("architectures", "pad_token_id") if name in hf}, head, dtype)
 
     def compute_logps(run_: Any, plan: Any, responses: Any, source: str) -> np.ndarray:
         note("precomputed", str(source), len(responses))
@@ -205,7 +207,7 @@ def _replace(patch: Any, observed: Observation) -> None:
     patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     patch.setattr(hosts, "join", lambda: note("hosts"))
     patch.setattr(decoder, "make_decoder", make_decoder)
-    patch.setattr(run, "check_files", lambda *_: None)
+    patch.setattr(run, "check_files", lambda *_, **__: None)
     patch.setattr(run, "compile_step", compiled)
     patch.setattr(run, "new_state", new_state)
     patch.setattr(run, "Checkpoints", Checkpoints)

@@ -58,6 +58,7 @@ VALUES: dict[str, Any] = {
     "max_length": 40,
     "max_dropped": 0.0,
     "precision": "bfloat16",
+    "export_dtype": "bfloat16",
     "attention": "cudnn",
     "implementation": "pallas",
     "eval_data": "{other_rows}",
@@ -385,13 +386,15 @@ def test_every_setting_of_export_changes_what_it_hands_on(files, monkeypatch, tm
         patch.setattr(export, "merge_by_layer", lambda params, lora: params)
         patch.setattr(part, "load_params", lambda *_, shardings, **__: shardings)
         for function in ("save_model", "save_lora"):
-            patch.setattr(final, function, lambda path, *_, function=function: note(function, path))
+            patch.setattr(
+                final, function, lambda path, run, *_, function=function: note(function, path, run.export_dtype)
+            )
 
     def run(config):
         return noted(monkeypatch, replace, "export", config)
 
     values = {"run": runs[0], "output": tmp_path / "exported"}
-    others = {"run": runs[1], "output": tmp_path / "elsewhere", "step": 3}
+    others = {"run": runs[1], "output": tmp_path / "elsewhere", "step": 3, "export_dtype": "bfloat16"}
     assert not disobeyed(ExportConfig, values, files, run, contexts={}, others=others)
 
 

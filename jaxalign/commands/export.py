@@ -48,6 +48,13 @@ def main(config: ExportConfig) -> int:
     if command not in COMMANDS or not COMMANDS[command].trains:
         raise Mistake(f"{config.run} is a run of {command!r}, which leaves no model")
     trained = from_json(COMMANDS[command].config, described["config"], where=str(config.run / "config.json"))
+    trained = _found(trained, config, described)
+    if config.export_dtype != "auto":
+        if config.adapter:
+            raise Mistake(
+                f"`export_dtype` {config.export_dtype}: adapters are float32 always; leave out one of the two"
+            )
+        trained = dataclasses.replace(trained, export_dtype=config.export_dtype)
     folder = Path(config.run) / "checkpoints"
     if not folder.is_dir():
         raise Mistake(f"{config.run} {NOTHING_YET}")

@@ -89,6 +89,8 @@ class ExportConfig:
     """Export the kept checkpoint with the lowest held-out loss."""
     adapter: bool = False
     """Export only the adapters of a LoRA run, in PEFT's format; otherwise they are merged into the base."""
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the exported weights. 'auto' is the run's own: --export-dtype, else that of its model's files."""
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,8 @@ class TrainConfig:
     """Dtype of computation. 'auto' is bfloat16 on TPU and GPU and float32 on CPU."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the parameters. With LoRA, dtype of the frozen base; adapters are always float32."""
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the exported model; checkpoints and adapters keep theirs. 'auto' is that of --model's files."""
     remat: Literal["none", "dots", "blocks"] = "blocks"
     """Activations that the backward pass recomputes: 'none', 'dots' (all but matrix products), 'blocks' (all)."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"

@@ -55,15 +55,18 @@ def language_model(run: Run, outcome: Outcome, *, among: str | None = None) -> i
 
 def save_model(folder: Path, run: Run, params: PyTree, step: int) -> None:
     """Writes whole parameters after `step` as a Hugging Face folder."""
+    tokenizer, generation = for_generation(run.config, run.vocabulary)
+    dtype = run.export_dtype
     save_pretrained(
         folder,
         params,
         run.model,
-        huggingface.read_hf_config(run.config.model),
-        tokenizer=run.vocabulary.tokenizer,
-        generation_config=generation_config(run.config.tokenizer or run.config.model, run.vocabulary.terminators),
-        model_card=model_card(run.config, run.command, step),
+        huggingface.read_hf_config(run.config.model) | {"eos_token_id": generation["eos_token_id"]},
+        tokenizer=tokenizer,
+        generation_config=generation,
+        model_card=model_card(run.config, run.command, step, dtype),
         extra={MARK_FILE: mark(step)},
+        dtype=dtype,
     )
 
 
@@ -95,7 +98,7 @@ def reward_model(
 
     config, vocabulary = run.config, run.vocabulary
     is_ensemble_of_adapters = "members" in params and config.members > 1
-    all_heads = hosts.gather(params["head"])
+    all_heads, dtype = hosts.gather(params["head"]), run.export_dtype
     tokenizer, pad = with_pad_token(vocabulary)
     description = {
         "members": len(all_heads),
@@ -132,11 +135,12 @@ def reward_model(
         | {"architectures": [architecture], "pad_token_id": pad, "eos_token_id": generation["eos_token_id"]}
         | {"id2label": {"0": "reward"}, "label2id": {"reward": 0}},
         tokenizer=tokenizer,
-        generation_config=generation_config(config.tokenizer or config.model, vocabulary.terminators),
-        model_card=model_card(config, run.command, step),
+        generation_config=generation,
+        model_card=model_card(config, run.command, step, dtype),
         extra={DESCRIPTION: description, MARK_FILE: mark(step)},
         head=all_heads[:1] if is_ensemble_of_adapters else all_heads.mean(axis=0, keepdims=True),
         besides=write_members,
+        dtype=dtype,
     )
 
 
@@ -179,7 +183,7 @@ def _put_aside(folder: Path) -> None:
         folder.rename(folder.with_name(f"{folder.name}-{'unknown' if steps is None else steps}"))
 
 
-def model_card(config: Any, command: str, step: int) -> str:
+def model_card(config: Any, command: str, step: int, dtype: str = "float32") -> str:
     """README.md of an exported folder: where the model comes from, and its held-out losses."""
     rows = [row for row in read_rows(Path(config.output) / "metrics.jsonl") if row["step"] <= step]
     losses = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
@@ -197,7 +201,8 @@ def model_card(config: Any, command: str, step: int) -> str:
     lines += [
         f"with jaxalign {jaxalign.__version__}: batches of {config.batch_size}, at most {config.max_length} tokens,"
     ]
-    lines += [f"AdamW at {config.optimizer.learning_rate:g} ({config.optimizer.schedule}), seed {config.seed}.", ""]
+    lines += [f"AdamW at {config.optimizer.learning_rate:g} ({config.optimizer.schedule}), seed {config.seed}."]
+    lines += [f"The weights are {dtype}.", ""]
     if losses:
         lines += ["| step | held-out loss |", "|---|---|"]
         lines += [f"| {at} | {loss:.4f} |" for at, loss in losses]

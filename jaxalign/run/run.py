@@ -249,6 +249,24 @@ class Run(Generic[ConfigT]):
             log.info("the model is in %s", self.folder / "final")
         return 0
 
+    def _weights(self) -> dict[str, str]:
+        """Fingerprints of the models that the run reads, by their setting and source as errors name them."""
+        config, critic = self.config, getattr(self.config, "critic", None)
+        sources = {"`model`": config.model, "`ref_model`": getattr(config, "ref_model", None)}
+        sources |= {"`critic.model`": getattr(critic, "model", None)}
+        if reward := getattr(config, "reward", None):
+            sources |= {f"`reward` {name}": path for name, path in Rewards(reward).models.items()}
+        return {f"{name} {source}": fingerprint(source) for name, source in sources.items() if source is not None}
+
+    @property
+    def export_dtype(self) -> str:
+        """Dtype of exported weights: `export_dtype`, else that of the model's files, else `param_dtype`."""
+        config = self.config
+        if config.export_dtype != "auto":
+            return config.export_dtype
+        stored = None if huggingface.is_random(config.model) else stored_dtype(config.model)
+        return stored or config.param_dtype
+
     @property
     def _keep_best(self) -> int:
         return getattr(self.config.checkpoint, "keep_best", 0)

@@ -51,7 +51,8 @@ def save_pretrained(
       max_shard_bytes: largest size of a file, unless a single tensor is larger.
       dtype: dtype of the tensors; by default the parameters' own.
       extra: content of further JSON files, by name.
-      head: [1 D], written as score.weight, which makes a trunk without an output matrix a sequence classifier.
+      head: [1 D], or [1 D + 1] with a bias, written as score.weight and score.bias: with them a trunk without an output
+        matrix is a sequence classifier.
       besides: called by every process to write further files into the folder, before the folder gets its name.
     """
     directory = Path(directory)
@@ -125,22 +126,40 @@ def _save_tensors(
     leaves = dict(zip(jax.tree.leaves(leaf_names(params)), jax.tree.leaves(params), strict=True))
     shards = _shards(config, leaves, dtype, max_shard_bytes)
     weight_map = {}
+    score = {} if head is None else _score(head, config.hidden_size)
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for name, tensor, layer in shard:
             parts = tuple(hosts.gather(_layer_of(leaves[leaf], layer)) for leaf in tensor.leaves)
             if writes:
-                tensors[name] = np.ascontiguousarray(tensor.to_hf(parts).astype(dtype))
-        weight_map |= dict.fromkeys((name for name, _, _ in shard), file)
-        if head is not None and number == len(shards):
-            weight_map["score.weight"], tensors["score.weight"] = file, np.asarray(head, dtype)
+                tensors[name] = _cast(name, tensor.to_hf(parts), dtype)
+        if number == len(shards):
+            tensors |= {name: _cast(name, x, dtype) for name, x in score.items()}
+        weight_map |= dict.fromkeys((*(name for name, _, _ in shard), *(score if number == len(shards) else ())), file)
         if writes:
             save_file(tensors, directory / file, metadata={"format": "pt"})
     if writes and len(shards) > 1:
         total = sum(leaf.size for leaf in leaves.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _score(head: np.ndarray, width: int) -> dict[str, np.ndarray]:
+    return {"score.weight": head[:, :width]} | ({"score.bias": head[:, width]} if head.shape[1] > width else {})
+
+
+def _cast(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The tensor in a dtype. Raises Mistake where finite numbers are beyond its range, as float16's is small."""
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(tensor.astype(dtype))
+    if dtype == np.float16 and (np.isinf(cast) & np.isfinite(tensor)).any():
+        largest = np.abs(tensor[np.isfinite(tensor)]).max()
+        raise Mistake(
+            f"tensor {name} holds {largest:g}, and float16 ends at {np.finfo(np.float16).max:g}; give `export_dtype` "
+            "bfloat16 or float32"
+        )
+    return cast
 
 
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, TensorMap, int | None]]:
