@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jaxalign.config.shared import MeshConfig, TrainConfig
 from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import join
 from jaxalign.models.adapters.merge import merge_by_layer
+from jaxalign.models.files import huggingface
 from jaxalign.run import devices, final
 from jaxalign.run.folder import check_writable, read_run
 from jaxalign.run.run import Run
@@ -25,8 +27,11 @@ from jaxalign.training import part
 from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.types import PyTree
 
+ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+
 log = logging.getLogger(__name__)
 
+PATHS = "model", "tokenizer", "chat_template"  # settings of a run, which export reads, that may be paths
 NOTHING_YET = "has no checkpoint yet; run its command again, which continues it"
 
 
@@ -71,6 +76,45 @@ def main(config: ExportConfig) -> int:
         raise Mistake(f"{config.run} {NOTHING_YET}")
     log.info("step %d of %s is in %s", step, config.run, config.output)
     return 0
+
+
+def _found(trained: ConfigT, config: ExportConfig, described: dict[str, Any]) -> ConfigT:
+    """The run's config with its folder where it is now, and with paths that hold from the present working folder.
+
+    Relative paths are those of the folder in which the run was started: the one that it recorded; or, of an older
+    version or after a move, the one from which `output` is the run folder.
+
+    Raises:
+      Mistake: a model or tokenizer is in none of them, nor on the hub.
+    """
+    run = Path(config.run).resolve()
+    depth = len(trained.output.parts)
+    origins = [Path(described.get("folder") or ".")]
+    if not trained.output.is_absolute() and run.parts[-depth:] == trained.output.parts:
+        origins = [*run.parents][depth - 1 : depth] + origins
+    paths = {}
+    for name in PATHS:
+        value = getattr(trained, name)
+        prefix = huggingface.RANDOM if value and huggingface.is_random(value) else ""
+        path = Path((value or "").removeprefix(prefix)).expanduser()
+        if not value or path.is_absolute():
+            continue
+        places = [origin / path for origin in [*origins, Path.cwd()] if (origin / path).exists()]
+        if places:
+            paths[name] = prefix + str(places[0].resolve())
+        elif name != "chat_template":
+            _check_on_hub(name, value, config.run, origins[0])
+    return dataclasses.replace(trained, output=run, **paths)
+
+
+def _check_on_hub(name: str, source: str, run: Path, origin: Path) -> None:
+    try:
+        huggingface.folder(source)
+    except Mistake as mistake:
+        raise Mistake(
+            f"`{name}` {source} of {run} is not in {origin}, from where the run named it, nor here ({mistake}); put it "
+            "back there"
+        ) from None
 
 
 def _reward_model(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +30,16 @@ from jaxalign.models import heads
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import decoder_for
 from jaxalign.models.files import huggingface
+from jaxalign.models.files.reward import heads_of
+from jaxalign.outside import brief
 from jaxalign.run import final
-from jaxalign.run.run import Data, Run
+from jaxalign.run.run import SUMMARY, Data, Run
 from jaxalign.run.vocabulary import Vocabulary
+from jaxalign.select import names_own_code
 from jaxalign.training import part
 from jaxalign.training.checkpoint import Checkpoints
-from jaxalign.training.program import Recipe, compile_step, load_frozen
-from jaxalign.training.sharding import put_batch
+from jaxalign.training.program import Recipe
+from jaxalign.training.sharding import placed, put_batch
 from jaxalign.types import PyTree, ResponseBatch
 
 PAIRWISE = {"chosen_scores", "rejected_scores"}
@@ -52,14 +57,16 @@ REFERENCE_GROUPS, FEWEST_GROUPS = 512, 64
 def main(config: RewardConfig) -> int:
     """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
     check(config)
-    run = _with_trunk(Run.open(config, "reward"))
+    run = Run.open(config, "reward", scores=True)
+    heads_of(config.model, config.members, alike=config.lora.rank > 0)
     data = load_data(config, run)
     if not run.claim(data):
         return 0
-    outcome = run.fit(recipe(config, run.model, run.mesh), data)
+    outcome = run.fit(recipe(config, run.model, run.mesh), data, summary=functools.partial(statistics, run, data))
     if outcome.is_new:
         params = part.laid_over(outcome.state.params, outcome.frozen)
-        _write(final.final_folder(run), run, data, params, outcome.step)
+        summary = outcome.summary or statistics(run, data, params)
+        final.reward_model(final.final_folder(run), run, params, summary, outcome.step)
     return run.end(outcome)
 
 
@@ -72,17 +79,20 @@ def recipe(config: RewardConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
 def export(config: RewardConfig, output: Path, checkpoints: Checkpoints, step: int | None) -> int | None:
     """Writes a checkpoint of a run as a folder like `final/`, on the devices that are here; its step, None without one.
 
-    The run's data are read again: scores are normalised on what was held out, and on more where that is little.
+    Scores are normalised as the checkpoint says. One of an older version says nothing: then the run's data are read
+    again, and refused if they have changed.
     """
     config = dataclasses.replace(config, mesh=MeshConfig())
-    run = _with_trunk(Run.read(config, "reward"))
-    data = load_data(config, run)
-    program = compile_step(config, recipe(config, run.model, run.mesh), run.mesh, steps=data.batches.steps)
-    restored = checkpoints.restore_part("params", program.like.params, step=step)
+    run = Run.read(config, "reward", scores=True)
+    trained = part.scorer(config, run.model, run.mesh)
+    restored = checkpoints.restore_part("params", placed(trained.trained, run.mesh), step=step)
     if restored is None:
         return None
     params, step = restored
-    _write(output, run, data, part.laid_over(params, load_frozen(program)), step)
+    params = trained.assemble(params, trained.load(placed(trained.frozen, run.mesh)))
+    extras = checkpoints.extras(step)
+    summary = extras.get(SUMMARY) or _statistics_again(run, extras, params)
+    final.reward_model(output, run, params, summary, step)
     return step
 
 
@@ -143,11 +153,6 @@ def _loss(config: RewardConfig) -> Callable:
     return select_loss(config.algorithm.loss, OUTCOME, STEPS)
 
 
-def _with_trunk(run: Run) -> Run:
-    """The run of a model whose output matrix is the heads."""
-    return dataclasses.replace(run, model=heads.trunk_config(run.model))
-
-
 def _check_columns(config: RewardConfig, sets: Set[Responses]) -> None:
     names = input_names(_loss(config))
     groups = {f"`data` {config.data}": sets.responses}
@@ -162,19 +167,47 @@ def _check_columns(config: RewardConfig, sets: Set[Responses]) -> None:
                 )
 
 
-def _write(folder: Path, run: Run, data: Data, params: PyTree, step: int) -> None:
+def statistics(run: Run, data: Data, params: PyTree) -> dict[str, Any]:
+    """Mean and standard deviation of each member's scores, and what else a reward model needs besides its params."""
     config = run.config
     if scores_steps(config):  # logits, whose zero and unit mean something
-        scores, separator = np.array([[-1.0], [1.0]]).repeat(config.members, axis=1), config.step_separator
-    else:
-        scores, separator = _reference_scores(run, data, params), None
-    final.reward_model(folder, run, params, scores.mean(axis=0), scores.std(axis=0), step, separator)
+        return {"mean": [0.0] * config.members, "std": [1.0] * config.members, "separator": config.step_separator}
+    scores = _reference_scores(run, data, params)
+    return {name: [float(x) for x in value] for name, value in (("mean", scores.mean(0)), ("std", scores.std(0)))}
+
+
+def _statistics_again(run: Run, extras: dict[str, Any], params: PyTree) -> dict[str, Any]:
+    """The statistics of a checkpoint that lacks them, of the run's data as they are now."""
+    config = run.config
+    if names_own_code(config.algorithm.loss):
+        raise Mistake(
+            f"{run.folder} names the loss {brief(config.algorithm.loss)}, code of a user's own, which export does not "
+            "run; repeat the command of the run, which exports its last step"
+        )
+    try:
+        data = load_data(config, run)
+    except Mistake as mistake:
+        raise Mistake(
+            f"the checkpoints of {run.folder} are of an older version, so scores are normalised on `data` "
+            f"{config.data}, which cannot be read: {mistake}. Put the data back where the run read them"
+        ) from None
+    if (extras.get("data"), extras.get("held_out")) != (data.fingerprint, data.held_out_fingerprint):
+        raise Mistake(
+            f"the data of `data` {config.data} have changed since {run.folder} was started, and its checkpoints, of an "
+            "older version, do not say how scores are normalised; restore the data"
+        )
+    return statistics(run, data, params)
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled(graphdef: Any) -> Any:
+    return jax.jit(functools.partial(response_scores, graphdef))
 
 
 def _reference_scores(run: Run, data: Data, params: PyTree) -> np.ndarray:
     """Float32[N M] of every held-out response; of some that were trained on where too few are held out."""
     graphdef, _ = decoder_for(run.config, run.model, run.mesh, run.lora)
-    scores = jax.jit(lambda params, batch: response_scores(graphdef, params, batch))
+    scores = _compiled(graphdef)
 
     def read(batch: ResponseBatch) -> tuple[np.ndarray, np.ndarray]:
         batch = put_batch(batch, run.mesh)

@@ -77,9 +77,7 @@ def save_lora(folder: Path, run: Run, adapter: PyTree, step: int) -> None:
     save_adapter(folder, adapter, run.lora, run.model, base_model=base, extra={MARK_FILE: mark(step)})
 
 
-def reward_model(
-    folder: Path, run: Run, params: PyTree, mean: np.ndarray, std: np.ndarray, step: int, separator: str | None = None
-) -> None:
+def reward_model(folder: Path, run: Run, params: PyTree, statistics: dict[str, Any], step: int) -> None:
     """Writes a folder that `models/files/reward.py` and transformers read.
 
     transformers sees a single raw score: the mean head for heads on one trunk; the first member, merged, for an
@@ -89,10 +87,9 @@ def reward_model(
       folder: made anew.
       run: the run; its model is the trunk.
       params: whole parameters, as models/heads.py names them.
-      mean: [M], of each member's scores of the reference responses.
-      std: [M], their standard deviations.
+      statistics: "mean" and "std" [M] of each member's scores of the reference responses and, of a model that scores
+        steps, the "separator" behind each.
       step: steps that it was trained for.
-      separator: text behind each step, for a model that scores steps.
     """
     from safetensors.numpy import save_file
 
@@ -103,13 +100,13 @@ def reward_model(
     description = {
         "members": len(all_heads),
         "rule": config.combine,
-        "mean": [float(x) for x in mean],
-        "std": [float(x) if x > FLAT else 1.0 for x in std],
+        "mean": statistics["mean"],
+        "std": [x if x > FLAT else 1.0 for x in statistics["std"]],
         "as_chat": config.as_chat,
         "max_length": config.max_length,
     }
-    if separator is not None:
-        description["separator"] = separator
+    if statistics.get("separator") is not None:
+        description["separator"] = statistics["separator"]
     if is_ensemble_of_adapters:
         description |= {"base": huggingface.absolute_source(config.model), "quantise": config.lora.quantise}
 

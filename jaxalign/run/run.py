@@ -52,6 +52,7 @@ from jaxalign.types import PyTree
 
 log = logging.getLogger(__name__)
 
+SUMMARY = "summary"  # in the extras of a checkpoint
 BatchesT = TypeVar("BatchesT", bound=Batches)
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 # (params as the algorithm sees them, step) -> (a batch, metrics of how it was made)
@@ -65,6 +66,7 @@ class Outcome(NamedTuple):
     frozen: PyTree | None
     stopped_by: int | None  # the signal that stopped it
     is_new: bool  # no model of this step has been exported yet
+    summary: dict[str, Any] | None = None  # of the last checkpoint
 
     @property
     def step(self) -> int:
@@ -178,6 +180,7 @@ class Run(Generic[ConfigT]):
         data: Data,
         *,
         source: SourceFn | None = None,
+        summary: Callable[[PyTree], dict[str, Any]] | None = None,
         last_because: Callable[[loop.Row], str | None] | None = None,
     ) -> Outcome:
         """Trains from the newest checkpoint, or from the start, to the last step or a signal.
@@ -186,6 +189,7 @@ class Run(Generic[ConfigT]):
           recipe: what is trained, and how.
           data: batches by their step, unless `source` makes them.
           source: on-policy: makes each batch of the params as they are.
+          summary: what a checkpoint says about its params, so that they can be exported without the data.
           last_because: the reason why a row of metrics ends the run; None while it goes on.
         """
         config, steps = self.config, data.batches.steps
@@ -204,7 +208,9 @@ class Run(Generic[ConfigT]):
 
         def save(state: TrainState, progress: loop.Progress, row: loop.Row) -> None:
             seen = {"data": data.fingerprint, "held_out": data.held_out_fingerprint}
-            extras = {"progress": dataclasses.asdict(progress), **seen}
+            if summary is not None:
+                last[SUMMARY] = summary(program.algorithm.assemble(state.params, frozen))
+            extras = {"progress": dataclasses.asdict(progress), **seen, **last}
             checkpoints.save(progress.step, state, extras, metric=row.get("eval_loss"))
 
         def on_policy(state: TrainState) -> tuple[Any, loop.Row]:
@@ -236,7 +242,7 @@ class Run(Generic[ConfigT]):
             recorder.close()
             checkpoints.close()
         is_new = stopped_by is None and not is_finished(self.folder, progress.step)
-        return Outcome(state, frozen, stopped_by, is_new)
+        return Outcome(state, frozen, stopped_by, is_new, last.get(SUMMARY))
 
     def end(self, outcome: Outcome) -> int:
         """The exit status: 0, or 128 + the number of the signal that stopped the run; logged."""

@@ -158,6 +158,10 @@ class Checkpoints:
             )
         return jax.tree.map(lambda name: leaves[name], names), whole[-1]
 
+    def extras(self, step: int) -> dict[str, Any]:
+        """The JSON that was saved with a step."""
+        return json.loads((self.directory / str(step) / "extras" / "metadata").read_text())
+
     def _check_exists(self, step: int | None) -> None:
         steps = self.steps()
         if step is not None and step not in steps:
@@ -191,7 +195,7 @@ class Checkpoints:
 
     def _check_structure(self, step: int, like: PyTree) -> None:
         """Raises Mistake naming the first leaf whose shape on disk differs."""
-        saved, expected = self._extras(step)[LEAVES], _shapes(like)
+        saved, expected = self.extras(step)[LEAVES], _shapes(like)
         for name in [*expected, *saved]:
             if saved.get(name) != expected.get(name):
                 raise Mistake(
@@ -224,12 +228,9 @@ class Checkpoints:
 
     def _metric_of(self, step: int) -> float | None:
         try:
-            return self._extras(step).get(BEST)
+            return self.extras(step).get(BEST)
         except (OSError, ValueError):
             return None
-
-    def _extras(self, step: int) -> dict[str, Any]:
-        return json.loads((self.directory / str(step) / "extras" / "metadata").read_text())
 
     def _check_space(self, state: PyTree) -> None:
         needed = int(SPARE * sum(_local_bytes(x) for x in jax.tree.leaves(state)))

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxalign.cli.main import main
 from jaxalign.commands import export, reward
@@ -188,16 +189,86 @@ def test_a_vocabulary_with_nothing_but_an_eos_token_pads_with_its_last_word(tiny
     assert pad == found.pad_token_id == len(tokenizer) - 1 and tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
-def test_a_checkpoint_is_exported_as_the_folder_that_the_run_would_have_ended_in(trained, tmp_path):
+def unreadable(*_):
+    raise AssertionError("export reads no data")
+
+
+def test_a_checkpoint_is_exported_as_the_folder_that_the_run_would_have_ended_in_without_its_data(
+    trained, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(reward, "load_data", unreadable)
     for step in (8, 4):
         assert export.main(ExportConfig(run=trained.output, output=tmp_path / str(step), step=step)) == 0
     folders = tmp_path / "8", tmp_path / "4", trained.output / "final"
     last, earlier, final = (folder / "members" / "heads.safetensors" for folder in folders)
     assert last.read_bytes() == final.read_bytes() != earlier.read_bytes()
     described = [json.loads((path.parents[1] / "reward.json").read_text()) for path in (last, final)]
-    np.testing.assert_allclose(described[0]["mean"], described[1]["mean"], atol=1e-5)
+    assert described[0] == described[1]
     with pytest.raises(ValueError, match="whose adapters go with its heads"):
         export.main(ExportConfig(run=trained.output, output=tmp_path / "adapter", adapter=True))
+
+
+def test_a_checkpoint_of_an_older_version_is_normalised_on_the_same_data_or_refused(trained, tmp_path, monkeypatch):
+    """It has no summary, so the data are read again; a loss of somebody's own is not imported for that."""
+    whole = reward.Checkpoints.extras
+    monkeypatch.setattr(reward.Checkpoints, "extras", lambda *a: {k: v for k, v in whole(*a).items() if k != "summary"})
+    assert export.main(ExportConfig(run=trained.output, output=tmp_path / "same")) == 0
+    described = [json.loads((f / "reward.json").read_text()) for f in (tmp_path / "same", trained.output / "final")]
+    np.testing.assert_allclose(described[0]["mean"], described[1]["mean"], atol=1e-5)
+    run, data = shutil.copytree(trained.output, tmp_path / "run"), tmp_path / "pairs.jsonl"
+    recorded = json.loads((run / "config.json").read_text())
+    (tmp_path / "stray.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\ndef mine(scores): return scores\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def refused(**changes):
+        (run / "config.json").write_text(json.dumps(recorded | {"config": recorded["config"] | changes}))
+        with pytest.raises(ValueError) as error:
+            export.main(ExportConfig(run=run, output=tmp_path / "out"))
+        assert not (tmp_path / "out").exists() and not (tmp_path / "trace").exists()
+        return str(error.value)
+
+    assert "scores are normalised on `data`" in refused(data=str(data))
+    data.write_text("".join(Path(trained.data).read_text().splitlines(keepends=True)[::-1]))
+    assert "have changed since" in refused(data=str(data))
+    own = refused(algorithm={"loss": "stray:mine"})
+    assert "names the loss stray:mine, code of a user's own, which export does not run" in own
+
+
+def test_a_run_goes_on_from_a_classifier_of_ours_or_of_others_head_and_bias_included(trained, pairs, tmp_path, capsys):
+    """At a learning rate of 0 what comes out is what went in."""
+    ours, other = trained.output / "final", tmp_path / "other"
+    shutil.copytree(ours, other, ignore=shutil.ignore_patterns("members", "reward.json", "jaxalign.json"))
+    tensors = load_file(other / "model.safetensors") | {"score.bias": np.array([0.75], np.float32)}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--data", str(pairs), "--steps", "1", "--max-length", "16", "--remat", "none", "--mesh.fsdp", "1"]
+    flags += ["--optimizer.learning-rate", "0", "--freeze-trunk"]
+    for model, more in ((ours, ["--members", "2"]), (other, [])):
+        output = tmp_path / f"from-{model.name}"
+        with on_one_device():
+            assert main(["reward", "--model", str(model), "--output", str(output), *flags, *more]) == 0
+        before, after = (load_file(folder / "model.safetensors") for folder in (model, output / "final"))
+        assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+        architectures = json.loads((output / "final" / "config.json").read_text())["architectures"]
+        assert architectures == ["LlamaForSequenceClassification"]
+    held = {row["step"]: row["eval_loss"] for row in rows(trained.output) if "eval_loss" in row}
+    again = {row["step"]: row["eval_loss"] for row in rows(tmp_path / "from-final") if "eval_loss" in row}
+    assert abs(again[0] - held[8]) < 1e-5  # the loss goes on where it was
+    mean = [
+        json.loads((tmp_path / f"from-{n}" / "final" / "reward.json").read_text())["mean"] for n in ("final", "other")
+    ]
+    np.testing.assert_allclose(np.mean(mean[0]) + 0.75, mean[1], atol=1e-4)
+    (loaded,) = load_reward_model(str(tmp_path / "from-other" / "final")).members(["one ?"], ["cat the a"])
+    (plain,) = load_reward_model(str(other)).members(["one ?"], ["cat the a"])
+    described = json.loads((tmp_path / "from-other" / "final" / "reward.json").read_text())
+    np.testing.assert_allclose(loaded * described["std"] + described["mean"], plain, atol=1e-5)
+    capsys.readouterr()
+    for model, more, message in (
+        (ours, [], "--members 1: "),
+        (other, ["--members", "3"], "has 1 of them, and heads that start alike stay alike; give --members 1"),
+    ):
+        with on_one_device():
+            assert main(["reward", "--model", str(model), "--output", str(tmp_path / "no"), *flags, *more]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_members_with_adapters_differ_and_are_read_with_their_base(trained, tmp_path, one_device):
