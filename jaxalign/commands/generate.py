@@ -43,7 +43,7 @@ def main(config: GenerateConfig) -> int:
     prompts, columns = read_rows(config.prompts)
     if rewards is not None:
         rewards.check(prompts, columns, later=["finished"])
-    model = load_tokenizer_only(config.model)
+    model = load_tokenizer_only(config.model, config.adapter)
     sampling = Sampling.of(config, model.terminators, config.stop)
     encode_prompts(model, prompts, sampling)
     count = config.n * len(prompts)

@@ -51,20 +51,24 @@ def load_model(source: str, *, adapter: Path | None = None, dtype: Any) -> Loade
     Raises:
       Mistake: what `load_tokenizer_only` raises; or weights or adapters are absent or do not fit.
     """
-    return with_params(load_tokenizer_only(source), adapter=adapter, dtype=dtype)
+    return with_params(load_tokenizer_only(source, adapter), adapter=adapter, dtype=dtype)
 
 
-def load_tokenizer_only(source: str) -> LoadedModel:
+def load_tokenizer_only(source: str, adapter: Path | None = None) -> LoadedModel:
     """The model without its params: enough to check prompts, and for a server that has them.
+
+    A tokenizer in the folder of an adapter, with its chat template and terminators, takes the place of the model's.
 
     Raises:
       Mistake: random weights, no tokenizer, or one of another model.
     """
     if huggingface.is_random(source):
         raise Mistake(f"`model` {source} has random weights, which answer nothing; name a folder with *.safetensors")
-    config, tokenizer = huggingface.read_config(source), huggingface.load_tokenizer(source)
-    huggingface.check_fits(tokenizer, config, source)
-    return LoadedModel(source, config, tokenizer, huggingface.terminators(source, tokenizer))
+    trained = huggingface.tokenizer_source(source, adapter)
+    config, tokenizer = huggingface.read_config(source), huggingface.load_tokenizer(trained)
+    huggingface.check_fits(tokenizer, config, trained)
+    ends = (end for folder in (trained, source) for end in huggingface.terminators(folder, tokenizer))
+    return LoadedModel(source, config, tokenizer, tuple(dict.fromkeys(ends)))
 
 
 def with_params(model: LoadedModel, *, adapter: Path | None = None, dtype: Any) -> LoadedModel:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 import jaxalign
 from jaxalign import hosts
@@ -71,10 +70,17 @@ def save_model(folder: Path, run: Run, params: PyTree, step: int) -> None:
 
 
 def save_lora(folder: Path, run: Run, adapter: PyTree, step: int) -> None:
-    """Writes the adapter after `step` in PEFT's format, with the mark that `final/` carries."""
+    """Writes the adapter after `step` in PEFT's format, with the mark, the tokenizer and what else `final/` carries."""
     assert run.lora is not None
+    tokenizer, generation = for_generation(run.config, run.vocabulary)
+
+    def write(partial: Path) -> None:
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(model_card(run.config, run.command, step, "float32"))
+
     base = huggingface.absolute_source(run.config.model)
-    save_adapter(folder, adapter, run.lora, run.model, base_model=base, extra={MARK_FILE: mark(step)})
+    extra = {MARK_FILE: mark(step), "generation_config.json": generation}
+    save_adapter(folder, adapter, run.lora, run.model, base_model=base, extra=extra, besides=write)
 
 
 def reward_model(folder: Path, run: Run, params: PyTree, statistics: dict[str, Any], step: int) -> None:
@@ -150,12 +156,35 @@ def final_folder(run: Run) -> Path:
 
 def with_pad_token(vocabulary: Vocabulary) -> tuple[Any, int]:
     """The tokenizer with a pad token that ends no text: transformers reads the score at the last other token."""
-    tokenizer = copy.deepcopy(vocabulary.tokenizer)
+    tokenizer = vocabulary.tokenizer
     ends = {*vocabulary.terminators, tokenizer.eos_token_id}
-    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
-    usable = [i for i in candidates if i is not None and i not in ends]
+    usable = [i for i in (tokenizer.pad_token_id, *_unused(tokenizer)) if i is not None and i not in ends]
     # a vocabulary with nothing but an eos token: the last word, which texts that were not cut do not end with
-    pad = usable[0] if usable else max(set(tokenizer.get_vocab().values()) - ends)
+    return _padded_with(tokenizer, usable[0] if usable else max(set(tokenizer.get_vocab().values()) - ends))
+
+
+def for_generation(config: Any, vocabulary: Vocabulary) -> tuple[Any, dict[str, Any]]:
+    """(tokenizer, content of generation_config.json) that name every token which ends a text, and one to pad with.
+
+    A tokenizer without a pad token gets one, so that whoever loads the folder can generate for several prompts at once.
+    """
+    tokenizer, ends = vocabulary.tokenizer, vocabulary.terminators
+    generation = generation_config(config.tokenizer or config.model, ends)
+    if tokenizer.pad_token_id is None:
+        usable = [i for i in _unused(tokenizer) if i is not None and i not in ends]
+        tokenizer, _ = _padded_with(tokenizer, usable[0] if usable else ends[-1])
+    if generation.get("pad_token_id") is None:
+        generation["pad_token_id"] = tokenizer.pad_token_id
+    return tokenizer, generation
+
+
+def _unused(tokenizer: Any) -> tuple[int | None, ...]:
+    """Special tokens that stand within no response."""
+    return tokenizer.unk_token_id, tokenizer.bos_token_id
+
+
+def _padded_with(tokenizer: Any, pad: int) -> tuple[Any, int]:
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     return tokenizer, pad
 
@@ -182,7 +211,8 @@ def _put_aside(folder: Path) -> None:
 
 def model_card(config: Any, command: str, step: int, dtype: str = "float32") -> str:
     """README.md of an exported folder: where the model comes from, and its held-out losses."""
-    rows = [row for row in read_rows(Path(config.output) / "metrics.jsonl") if row["step"] <= step]
+    metrics = Path(config.output) / "metrics.jsonl"
+    rows = [row for row in read_rows(metrics) if row["step"] <= step] if metrics.exists() else []
     losses = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
     lines = [
         "---",

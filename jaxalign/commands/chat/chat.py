@@ -6,6 +6,7 @@ Ctrl-C stops a response, which stays as far as it came; at the prompt it ends th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
 import logging
@@ -42,7 +43,8 @@ def main(config: ChatConfig) -> int:
     if huggingface.is_random(config.model):
         raise Mistake(f"`model` {config.model} has random weights, which answer nothing; name a trained model")
     model = huggingface.read_config(config.model)
-    vocabulary = load_vocabulary(config, model)
+    words = config.tokenizer or huggingface.tokenizer_source(config.model, config.adapter)
+    vocabulary = load_vocabulary(dataclasses.replace(config, tokenizer=words), model)
     talk = _conversation(config, model, vocabulary.tokenizer)
     loaded = with_params(
         LoadedModel(config.model, model, vocabulary.tokenizer, vocabulary.terminators),

@@ -118,6 +118,12 @@ def load_tokenizer(source: str) -> Any:
         ) from error
 
 
+def tokenizer_source(model: str, adapter: Path | str | None) -> str:
+    """The folder or name whose tokenizer a model is read with: the adapter's, which training left there, or its own."""
+    has_one = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
+    return str(adapter) if has_one else model
+
+
 def check_fits(tokenizer: Any, model: ModelConfig, source: str) -> None:
     """Raises Mistake if the tokenizer has ids for which the model has no embedding."""
     if len(tokenizer) > model.vocab_size:

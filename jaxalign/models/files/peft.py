@@ -12,9 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +57,7 @@ def save_adapter(
     *,
     base_model: str = "",
     extra: dict[str, Any] | None = None,
+    besides: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained(base, folder)` loads. Every process calls it; one writes.
 
@@ -69,6 +68,7 @@ def save_adapter(
       config: config of the base.
       base_model: the base's folder or hub name, from which PEFT loads it.
       extra: content of further JSON files, by name.
+      besides: writes further files into the folder, before the folder gets its name.
 
     Raises:
       Mistake: DoRA with adapters on some but not all of the kernels that the family fuses.
