@@ -130,6 +130,7 @@ def check_wandb(project: str | None) -> None:
 
 def _wandb(folder: Path, project: str) -> Any:
     check_wandb(project)
+    os.environ.setdefault("WANDB_DISABLE_GIT", "true")  # git runs programs that the configuration of a folder names
     import wandb
 
     path = folder / "wandb_run_id"
