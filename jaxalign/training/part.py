@@ -197,7 +197,7 @@ def laid_over(trained: PyTree, frozen: PyTree) -> PyTree:
 
 def mergeable_reward_model(source: str) -> RewardModel:
     """A reward model that a critic can start from. Raises Mistake where it is adapters on a base of their own."""
-    model = read_reward_model(source)
+    model = read_reward_model(source, rule="mean")  # the one rule that is linear in the hidden state
     if model.base:
         raise Mistake(
             f"reward model {source} is a LoRA ensemble on {model.base}; a critic needs one merged trunk: give "

@@ -11,6 +11,7 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from jaxalign import hosts
 from jaxalign.cli.main import main
 from jaxalign.commands import export, sft
 from jaxalign.config.inference import ExportConfig
@@ -164,7 +165,9 @@ def test_a_full_disk_at_the_end_is_one_line_and_leaves_nothing_half_done(run, tm
     assert export_of(run.output, tmp_path / "out") == 0
 
 
-def test_a_run_is_claimed_with_the_weights_it_began_with_or_not_at_all(run, tiny_model, tmp_path, one_device):
+def test_a_run_is_claimed_with_the_weights_it_began_with_or_not_at_all(
+    run, tiny_model, tmp_path, one_device, monkeypatch
+):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     config = dataclasses.replace(run, model=str(model), output=tmp_path / "run", lora=LoraConfig(rank=2))
 
@@ -172,7 +175,10 @@ def test_a_run_is_claimed_with_the_weights_it_began_with_or_not_at_all(run, tiny
         opened = Run.open(config, "sft")
         return opened.claim(sft.load_data(config, opened))
 
+    agreed = {}
+    monkeypatch.setattr(hosts, "agree", agreed.update)
     assert claim() and claim()
+    assert f"`model` {model}" in agreed  # hosts with other files are told apart by the folder's name
     tensors = load_file(model / "model.safetensors")
     scaled = {name: (x * 1.05).astype(np.float32) for name, x in tensors.items()}
     save_file(scaled, model / "model.safetensors", metadata={"format": "pt"})

@@ -26,7 +26,6 @@ ADAPTERS = {
     "llama": {"rank": 2},
     "gpt2": {"rank": 2, "rslora": True},
     "phi3": {"rank": 2, "dora": True},
-    "gemma3": {"rank": 2, "targets": "query,value"},
 }
 TALK = [{"role": "user", "content": "the cat sees"}]
 # PEFT asks transformers for an attribute that it has renamed.

@@ -164,7 +164,7 @@ def heads_of(source: str, members: int, *, alike: bool) -> np.ndarray | None:
     """
     if huggingface.is_random(source) or not is_classifier(source):
         return None
-    model = read_reward_model(source)
+    model = read_reward_model(source, rule="mean")  # whatever the folder's is: heads are trained one by one
     if model.base:
         raise Mistake(
             f"`model` {source} is an ensemble of adapters on {model.base}, which no run continues; start from that base"
