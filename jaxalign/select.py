@@ -2,8 +2,9 @@
 
 A bare name is looked up in the table that the caller passes; "module:function" is imported, which runs that module:
 only texts that the user wrote on the command line may do so, and none that comes from a file. Keyword values are Python
-literals, read by `ast.literal_eval`. Several with weights are a sum: "dpo(beta=0.1) + 0.2*sft". Everything that can be
-wrong with the text is raised here, before device work.
+literals, read by `ast.literal_eval`, of the type and within the `Limit`s that the function's annotations have, as
+settings are. Several with weights are a sum: "dpo(beta=0.1) + 0.2*sft". Everything that can be wrong with the text is
+raised here, before device work.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import inspect
 import io
 import math
 import tokenize
+import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from jaxalign.config.limits import broken_rule, described, fits, unpacked
 from jaxalign.mistake import Mistake
-from jaxalign.outside import brief
+from jaxalign.outside import NAMES, brief
 
 
 def select(text: str, table: Mapping[str, Callable]) -> Callable:
@@ -31,7 +34,8 @@ def select(text: str, table: Mapping[str, Callable]) -> Callable:
       table: the functions known by a bare name.
 
     Raises:
-      Mistake: the text is malformed, or the name, module or keyword does not exist; the message lists what does.
+      Mistake: the text is malformed; the name, module or keyword does not exist, and the message lists what does; or
+        a keyword's value is of another type than its annotation, or outside its limits.
     """
     target, keywords = _parse(text)
     function = _import(target, text) if ":" in target else _look_up(target, table)
@@ -40,8 +44,29 @@ def select(text: str, table: Mapping[str, Callable]) -> Callable:
     names = [n for n, p in known.items() if p.kind is p.KEYWORD_ONLY]
     for name in keywords:
         if name not in names and not takes_any:
-            raise Mistake(f"{text!r}: {target} has no keyword {name!r}{nearest(name, names)}; it takes {listed(names)}")
+            raise Mistake(
+                f"{brief(text)!r}: {target} has no keyword {name!r}{nearest(name, names)}; it takes {listed(names)}"
+            )
+    _check_values(target, function, keywords)
     return functools.partial(function, **keywords) if keywords else function
+
+
+def _check_values(target: str, function: Callable, keywords: Mapping[str, Any]) -> None:
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except Exception:  # the annotations of a user's function may name anything
+        hints = {}
+    for name, value in keywords.items():
+        hint, marks = unpacked(hints.get(name, Any))
+        rule = broken_rule(value, marks) if fits(value, hint) else _in_words(hint)
+        if rule:
+            raise Mistake(f"{target}: {name}={brief(repr(value))} must be {rule}")
+
+
+def _in_words(hint: Any) -> str:
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    words = {type(None): "None", **NAMES, bool: "True or False"}
+    return " or ".join(words.get(option) or described(option) for option in options)
 
 
 def select_sum(text: str, table: Mapping[str, Callable]) -> tuple[tuple[float, Callable], ...]:
@@ -104,12 +129,13 @@ def _weighted(term: str, text: str) -> tuple[float, str]:
         number = float(weight)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
+    if broken_rule(number, ()) or number == 0:
         raise Mistake(
-            f"{text!r}: {weight.strip()!r} is not a finite number; a weight stands before its function, as in 0.2*sft"
+            f"{brief(text)!r}: {brief(weight)!r} is not a finite number other than 0; a weight stands before its function, as in "
+            "0.2*sft"
         )
     if not rest.strip():
-        raise Mistake(f"{text!r} has a term without a function; a sum is written as in dpo(beta=0.1) + 0.2*sft")
+        raise Mistake(f"{brief(text)!r} has a term without a function; a sum is written as in dpo(beta=0.1) + 0.2*sft")
     return number, rest.strip()
 
 
@@ -121,15 +147,24 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"f({rest}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
             raise SyntaxError
-        return target.strip(), {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-    except (SyntaxError, ValueError):
-        raise Mistake(f"{text!r} is not of the form name(key=value, ...) with literal values") from None
+        return target.strip(), {k.arg: _literal(k.value) for k in call.keywords if k.arg}
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        # the last three: literals such as {[]: 1}, and thousands of brackets
+        raise Mistake(
+            f"{brief(text)!r} is not of the form name(key=value, ...) with literal values, such as 0.1, None or 'text'"
+        ) from None
+
+
+def _literal(node: ast.expr) -> Any:
+    """The value of a literal; also of inf and nan, which a number's rule then refuses by name."""
+    source = ast.unparse(node)
+    return float(source) if source in ("inf", "-inf", "nan") else ast.literal_eval(node)
 
 
 def _look_up(name: str, table: Mapping[str, Callable]) -> Callable:
     if name not in table:
         raise Mistake(
-            f"unknown name {name!r}{nearest(name, list(table))}; known are {listed(sorted(table))}, "
+            f"unknown name {brief(name)!r}{nearest(name, list(table))}; known are {listed(sorted(table))}, "
             "or name your own as package.module:function"
         )
     return table[name]
@@ -138,19 +173,19 @@ def _look_up(name: str, table: Mapping[str, Callable]) -> Callable:
 def _import(target: str, text: str) -> Callable:
     module_name, _, name = target.partition(":")
     if not module_name or not name:
-        raise Mistake(f"{text!r} is not of the form package.module:function")
+        raise Mistake(f"{brief(text)!r} is not of the form package.module:function")
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # importing runs the user's module, which may raise anything
         absent = isinstance(error, ModuleNotFoundError) and error.name in (module_name, module_name.split(".")[0])
         hint = "is its folder on PYTHONPATH?" if absent else "JAXALIGN_TRACEBACK=1 shows where"
         reason = f"{brief(type(error).__name__)}: {brief(str(error), 300)}"
-        raise Mistake(f"{text!r}: cannot import {module_name!r} ({reason}); {hint}") from error
+        raise Mistake(f"{brief(text)!r}: cannot import {module_name!r} ({reason}); {hint}") from error
     function = getattr(module, name, None)
     if not callable(function):
         public = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
         raise Mistake(
-            f"{text!r}: {module_name} has no function {name!r}{nearest(name, public)}; it has {listed(public)}"
+            f"{brief(text)!r}: {module_name} has no function {name!r}{nearest(name, public)}; it has {listed(public)}"
         )
     return function
 

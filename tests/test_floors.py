@@ -21,7 +21,7 @@ FLOORS = {
     "mistake": 0,
     "outside": 0.2,
     "types": 0.2,
-    "select": 0.5,
+    "select": 0.6,
     "config": 0.5,
     "hosts": 0.5,
     "kernels": 1,

@@ -33,6 +33,12 @@ def check(config: FeedbackConfig, loss: Callable) -> None:
         raise Mistake(f"`ref_model` {config.ref_model}: the loss {config.algorithm.loss!r} uses no reference")
     if config.precompute_reference and not needs_reference:
         raise Mistake(f"`precompute_reference`: the loss {config.algorithm.loss!r} uses no reference; leave it out")
+    of_parts = [n for n in contract.input_names(loss) if n.startswith("ref_") and n.endswith("_public_logps")]
+    if config.precompute_reference and of_parts:
+        raise Mistake(
+            "`precompute_reference` stores the reference's log-probabilities of whole responses, and the loss "
+            f"{config.algorithm.loss!r} needs {', '.join(of_parts)}, of their first tokens; leave it out"
+        )
     if config.ref_model not in (None, config.model) and config.lora.rank:
         raise Mistake("`ref_model`: with LoRA the reference is the base, `model`, which is held anyway; leave it out")
     if config.ref_update.every == 0:

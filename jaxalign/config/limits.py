@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -43,9 +44,19 @@ def above(least: float) -> Limit:
     return Limit(least, math.inf, True, True)
 
 
+def between(least: float, most: float) -> Limit:
+    """least <= value <= most."""
+    return Limit(least, most, False, False)
+
+
+def within(least: float, most: float) -> Limit:
+    """least < value < most."""
+    return Limit(least, most, True, True)
+
+
 def share() -> Limit:
     """0 <= value <= 1."""
-    return Limit(0, 1, False, False)
+    return between(0, 1)
 
 
 def positive_share() -> Limit:
@@ -53,6 +64,7 @@ def positive_share() -> Limit:
     return Limit(0, 1, True, False)
 
 
+LARGEST = 3.4028234e38  # of float32; any larger number would be infinite on a device
 EMPTY_IS_MEANT = object()  # marks a text that may be empty
 FUNCTION = object()  # marks a text that `select` reads, and so may name code to import
 
@@ -62,20 +74,31 @@ def check(config: Any, *, prefix: str = "") -> None:
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
-        plain, marks = _unpacked(hints[field.name])
+        plain, marks = unpacked(hints[field.name])
         if dataclasses.is_dataclass(value):
             check(value, prefix=f"{name}.")
             continue
         if value is None:
             continue
-        for limit in (mark for mark in marks if isinstance(mark, Limit)):
-            if isinstance(value, int | float) and value not in limit:
-                raise Mistake(f"`{name}` {value}: it must be {limit}", setting=name)
+        rule = broken_rule(value, marks)
+        if rule:
+            raise Mistake(f"`{name}` {value}: it must be {rule}", setting=name)
         choices = _choices(plain)
         if choices and value not in choices:
             raise Mistake(f"`{name}` {value!r} is not one of {', '.join(map(repr, choices))}", setting=name)
         if "" in (value if isinstance(value, tuple) else (value,)) and EMPTY_IS_MEANT not in marks:
             raise Mistake(f"`{name}` is empty; give it a value, or leave it out", setting=name)
+
+
+def broken_rule(value: Any, marks: Iterable[Any]) -> str | None:
+    """The rule that a number breaks, a `Limit` among the marks of its type or that float32 holds it; else None."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    finite = f"a finite number, at most {LARGEST:.8g}"
+    if abs(value) > LARGEST:
+        return finite
+    limit = next((str(mark) for mark in marks if isinstance(mark, Limit) and value not in mark), None)
+    return finite if limit is None and math.isnan(value) else limit
 
 
 def settings(kind: type, *, prefix: str = "") -> dict[str, Any]:
@@ -106,8 +129,8 @@ def to_json(config: Any) -> dict[str, Any]:
 def upgraded(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     """`to_json`'s values of an older version as this version names them.
 
-    A class lists in `renamed` the settings that moved, {old name: dotted new name}, and in `retired` those that its
-    command never obeyed, by dotted name.
+    A class lists in `renamed` the settings that moved, {old name: dotted new name}; in `retired` those that its command
+    never obeyed, by dotted name; and in `reworded` values that meant something else, {"group.name": {old: new}}.
     """
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
     for old, new in getattr(kind, "renamed", {}).items():
@@ -117,6 +140,11 @@ def upgraded(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     for retired in getattr(kind, "retired", ()):
         group, dot, name = retired.partition(".")
         (values.get(group, {}) if dot else values).pop(name if dot else group, None)
+    if "extend" not in values.get("optimizer", {"extend": None}):  # written before the words had their present meaning
+        for reworded, words in getattr(kind, "reworded", {}).items():
+            group, _, name = reworded.partition(".")
+            if values.get(group, {}).get(name) in words:
+                values[group][name] = words[values[group][name]]
     return values
 
 
@@ -139,14 +167,14 @@ def from_json(kind: type, values: dict[str, Any], *, where: str = "config.json")
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
             arguments[name] = from_json(hints[name], value, where=f"{where}: {name}")
             continue
-        if not _fits(value, hints[name]):
-            raise Mistake(f"{where}: {name} is {value!r}, and must be {_described(hints[name])}")
+        if not fits(value, hints[name]):
+            raise Mistake(f"{where}: {name} is {value!r}, and must be {described(hints[name])}")
         is_path = isinstance(value, str) and hints[name] in (Path, Path | None)
         arguments[name] = Path(value) if is_path else tuple(value) if isinstance(value, list) else value
     return kind(**arguments)
 
 
-def _unpacked(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+def unpacked(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     """(the type, the marks that Annotated puts on it)."""
     return (get_args(hint)[0], hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
 
@@ -155,18 +183,23 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
-def _described(hint: Any) -> str:
+def described(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """True if a JSON value has the field's type."""
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) in (Union, types.UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if get_origin(hint) is tuple:
-        return isinstance(value, list) and all(isinstance(part, str) for part in value)
-    if isinstance(value, bool):
+def fits(value: Any, hint: Any) -> bool:
+    """True if a value of JSON or a literal has the type; True for types that it has no rule for."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return fits(value, arguments[0])
+    if origin is Literal:
+        return value in arguments
+    if origin in (Union, types.UnionType):
+        return any(fits(value, option) for option in arguments)
+    if origin in (list, tuple):
+        parts = {part for part in arguments if part is not Ellipsis}
+        return isinstance(value, list | tuple) and all(any(fits(x, part) for part in parts) for x in value)
+    if isinstance(value, bool) and hint in (bool, int, float, str):
         return hint is bool
-    return isinstance(value, {Path: str, float: (int, float)}.get(hint, hint))
+    plain = {Path: str, float: (int, float), None: type(None)}.get(hint, hint)
+    return not isinstance(plain, type | tuple) or plain is Any or isinstance(value, plain)

@@ -1,14 +1,15 @@
 """The contract of a loss: inputs by name, hyperparameters by keyword, and one float32 value per element.
 
 A loss declares its inputs by naming them: its positional parameters are inputs out of one of the tables below, its
-keyword-only parameters are hyperparameters. An algorithm computes the inputs that the loss names and passes them by
-name, so `dpo`, with four log-probabilities, and `sft`, with one and a length, are called the same way, and so is a
-function of your own. A loss without a `ref_` input needs no reference model. An input with a default is optional.
+keyword-only parameters are hyperparameters, whose `Annotated` types hold their limits, as those of settings do. An
+algorithm computes the inputs that the loss names and passes them by name, so `dpo`, with four log-probabilities, and
+`sft`, with one and a length, are called the same way, and so is a function of your own. An input with a default is
+optional. A loss needs a reference model if one of its inputs does: a `ref_` one, or a statistic of log-ratios.
 
 Statistics of the whole batch (KTO's KL, BCO's shift) are inputs too: scalars that are computed without gradient over
 the global batch, so a loss stays a sum over rows and microbatches change nothing. Those that begin with `running_` are
 kept from step to step; the loss's hyperparameter `momentum` sets how. A loss that cannot be written so, because it
-sorts the batch, is marked by `@whole_batch`.
+sorts the batch, is marked by `@whole_batch`; `dpo` alone takes such losses.
 
 Axis letters: B rows, T tokens of a row, G groups of a row, S steps of a solution, K candidates.
 """
@@ -18,17 +19,24 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxalign.config.limits import above, at_least, between, share
 from jaxalign.mistake import Mistake
 from jaxalign.select import listed, nearest
 
 PerPair = Float[Array, "B"]
+# Ranges of hyperparameters, which `select` checks as the command line checks flags.
+Positive = Annotated[float, above(0)]
+Coefficient = Annotated[float, at_least(0)]
+Share = Annotated[float, share()]
+Smoothing = Annotated[float, between(0, 0.5)]  # of a label: at 1/2 it says nothing, and beyond it means its opposite
+Momentum = Annotated[float | None, at_least(0, below=1)]
 SIZES = {"B": 5, "T": 7, "G": 2, "S": 4, "K": 3}  # of abstract arrays; all differ, so no axis can stand for another
 
 
@@ -46,6 +54,7 @@ class Kind(NamedTuple):
     losses: Mapping[str, Callable]  # those known by a bare name
     inputs: Mapping[str, Input]
     axes: str  # of the values
+    whole_batches: bool = False  # its algorithm can give a loss all elements of a batch in one piece
 
 
 # Tokens of supervised fine-tuning. All are 0 on tokens that are not learned, and the loss's value there is dropped.
@@ -116,6 +125,11 @@ POLICY_INPUTS = {
     "mask": Input("True on response tokens; elsewhere the loss's value is dropped", "B T", "bool"),
 }
 
+# Statistics of log π/π_ref
+OF_LOG_RATIOS = {"kl", "mean_margin", "running_margin"} | {
+    name for name in (*PAIR_INPUTS, *UNPAIRED_INPUTS) if name.endswith("log_ratio")
+}
+
 
 def input_names(loss: Callable) -> tuple[str, ...]:
     """The names of the loss's inputs, in order: all its parameters but the keyword-only."""
@@ -143,8 +157,14 @@ def check_loss(loss: Callable, kind: Kind) -> None:
     """Calls the loss on abstract arrays of the kind's shapes, without device work.
 
     Raises:
-      Mistake: an unknown input, an error of the loss's own, or values that are not one float32 per element.
+      Mistake: an unknown input, an error of the loss's own, values that are not one float32 per element, or a mark
+        `@whole_batch` where batches come in parts.
     """
+    if needs_whole_batch(loss) and not kind.whole_batches:
+        raise Mistake(
+            f"{loss_name(loss)} is marked @whole_batch, and only losses of pairs get a batch in one piece; write it "
+            "with statistics of the batch as inputs, or take the mark off"
+        )
     values = {name: _abstract(*kind.inputs[name][1:]) for name in check_inputs(loss, kind.inputs)}
     shape = _abstract(kind.axes).shape
     try:
@@ -192,8 +212,8 @@ def _described(tree: Any) -> str:
 
 
 def needs_reference(loss: Callable) -> bool:
-    """True if the loss has an input of the reference model."""
-    return any(name.startswith("ref_") for name in input_names(loss))
+    """True if an input of the loss is made with the reference model."""
+    return any(name.startswith("ref_") or name in OF_LOG_RATIOS for name in input_names(loss))
 
 
 def apply(loss: Callable, values: Mapping[str, Any]) -> Any:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxalign.losses.contract import LANGUAGE_INPUTS, Kind
+from jaxalign.losses.contract import LANGUAGE_INPUTS, Coefficient, Kind, Share
 
 
 def cross_entropy(
@@ -14,8 +14,8 @@ def cross_entropy(
     log_normalizer: Float[Array, "*tokens"],
     mean_logit: Float[Array, "*tokens"],
     *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: Share = 0.0,
+    z_loss: Coefficient = 0.0,
 ) -> Float[Array, "*tokens"]:
     """Cross-entropy with the next token, optionally smoothed, optionally keeping the normaliser near 1.
 

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxalign.losses.contract import POLICY_INPUTS, Kind
+from jaxalign.config.limits import above, within
+from jaxalign.losses.contract import POLICY_INPUTS, Kind, Positive
 from jaxalign.mistake import Mistake
 
 PerToken = Float[Array, "*tokens"]
@@ -20,9 +23,9 @@ def ppo_clip(
     old_logps: PerToken,
     advantages: PerToken,
     *,
-    clip_epsilon: float = 0.2,
-    clip_epsilon_high: float | None = None,
-    dual_clip: float | None = None,
+    clip_epsilon: Annotated[float, within(0, 1)] = 0.2,
+    clip_epsilon_high: Annotated[float | None, above(0)] = None,
+    dual_clip: Annotated[float | None, above(1)] = None,
 ) -> PerToken:
     """max(-ρ A, -clip(ρ, 1 - ε, 1 + ε_high) A): the clipped surrogate.
 
@@ -63,7 +66,9 @@ def reinforce(logps: PerToken, old_logps: PerToken, advantages: PerToken) -> Per
     return -jnp.exp(logps - old_logps) * advantages
 
 
-def cispo(logps: PerToken, old_logps: PerToken, advantages: PerToken, *, clip_epsilon_high: float = 0.28) -> PerToken:
+def cispo(
+    logps: PerToken, old_logps: PerToken, advantages: PerToken, *, clip_epsilon_high: Positive = 0.28
+) -> PerToken:
     """-sg(min(ρ, 1 + ε_high)) A log π: the weight is clipped, and no token loses its gradient.
 
     Args:

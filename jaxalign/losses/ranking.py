@@ -5,11 +5,14 @@ Scores are a reward model's output, in its own unit; only their differences mean
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from jaxalign.losses.contract import OUTCOME_INPUTS, STEP_INPUTS, Kind, PerPair
+from jaxalign.config.limits import at_least
+from jaxalign.losses.contract import OUTCOME_INPUTS, STEP_INPUTS, Coefficient, Kind, PerPair, Smoothing
 from jaxalign.mistake import Mistake
 
 
@@ -17,9 +20,9 @@ def bradley_terry(
     chosen_scores: PerPair,
     rejected_scores: PerPair,
     *,
-    margin: float = 0.0,
-    centering_coef: float = 0.0,
-    label_smoothing: float = 0.0,
+    margin: Coefficient = 0.0,
+    centering_coef: Coefficient = 0.0,
+    label_smoothing: Smoothing = 0.0,
 ) -> PerPair:
     """Minus the log-likelihood of the preference, under odds of exp(difference of scores).
 
@@ -45,7 +48,7 @@ def bradley_terry(
 
 
 def graded_bradley_terry(
-    chosen_scores: PerPair, rejected_scores: PerPair, margins: PerPair, *, centering_coef: float = 0.0
+    chosen_scores: PerPair, rejected_scores: PerPair, margins: PerPair, *, centering_coef: Coefficient = 0.0
 ) -> PerPair:
     """Bradley-Terry with a margin for each pair, larger where the judges saw a larger difference.
 
@@ -65,7 +68,7 @@ def graded_bradley_terry(
 
 
 def soft_bradley_terry(
-    chosen_scores: PerPair, rejected_scores: PerPair, preferences: PerPair, *, centering_coef: float = 0.0
+    chosen_scores: PerPair, rejected_scores: PerPair, preferences: PerPair, *, centering_coef: Coefficient = 0.0
 ) -> PerPair:
     """Cross-entropy with a probability of preference for each pair, such as a judge's.
 
@@ -88,7 +91,11 @@ def soft_bradley_terry(
 
 
 def rao_kupper(
-    chosen_scores: PerPair, rejected_scores: PerPair, ties: Bool[Array, "B"], *, theta: float = 3.0
+    chosen_scores: PerPair,
+    rejected_scores: PerPair,
+    ties: Bool[Array, "B"],
+    *,
+    theta: Annotated[float, at_least(1)] = 3.0,
 ) -> PerPair:
     """Minus the log-likelihood of a win or a tie: Bradley-Terry with a threshold below which a difference goes unseen.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxalign.losses.contract import Kind, apply, check_loss, input_names, loss_name, needs_whole_batch
+from jaxalign.mistake import Mistake
 from jaxalign.select import select_sum
 
 
@@ -18,12 +19,18 @@ def select_loss(text: str, *kinds: Kind) -> Callable:
       kinds: that of the command. Of several, the loss's is the one that has most of its inputs.
 
     Raises:
-      Mistake: a refusal of `select` or `check_loss`, for any term; the message lists what exists.
+      Mistake: a refusal of `select` or `check_loss`, for any term, with a list of what exists; or a weight that is not
+        above 0.
     """
     terms = select_sum(text, {name: loss for kind in kinds for name, loss in kind.losses.items()})
     names = {name for _, loss in terms for name in input_names(loss)}
     kind = max(kinds, key=lambda kind: len(names & kind.inputs.keys()))
-    for _, loss in terms:
+    for weight, loss in terms:
+        if weight <= 0:
+            raise Mistake(
+                f"{loss_name(loss)} has the weight {weight:g}, which must be above 0: 0 turns a loss off, and below it "
+                "its opposite is learned; leave the term out, or write a loss of your own"
+            )
         check_loss(loss, kind)
     return terms[0][1] if len(terms) == 1 and terms[0][0] == 1.0 else mixture(terms)
 

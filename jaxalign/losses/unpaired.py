@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxalign.losses.contract import UNPAIRED_INPUTS, Kind
+from jaxalign.losses.contract import UNPAIRED_INPUTS, Kind, Momentum, Positive
 from jaxalign.mistake import Mistake
 
 PerRow = Float[Array, "B"]
@@ -21,9 +21,9 @@ def kto(
     labels: Bool[Array, "B"],
     kl: Float[Array, ""],
     *,
-    beta: float = 0.1,
-    lambda_d: float = 1.0,
-    lambda_u: float = 1.0,
+    beta: Positive = 0.1,
+    lambda_d: Positive = 1.0,
+    lambda_u: Positive = 1.0,
 ) -> PerRow:
     """Kahneman-Tversky optimisation: the utility of a response beside that of responses on average.
 
@@ -58,9 +58,9 @@ def apo_zero_unpaired(
     ref_logps: PerRow,
     labels: Bool[Array, "B"],
     *,
-    beta: float = 0.1,
-    lambda_d: float = 1.0,
-    lambda_u: float = 1.0,
+    beta: Positive = 0.1,
+    lambda_d: Positive = 1.0,
+    lambda_u: Positive = 1.0,
 ) -> PerRow:
     """KTO with z₀ = 0, which needs no mismatched pairs: λ_y [1 - σ(s β x)].
 
@@ -89,10 +89,10 @@ def bco(
     running_desirable_log_ratio: Float[Array, ""],
     running_undesirable_log_ratio: Float[Array, ""],
     *,
-    beta: float = 0.1,
-    lambda_d: float = 1.0,
-    lambda_u: float = 1.0,
-    momentum: float | None = None,
+    beta: Positive = 0.1,
+    lambda_d: Positive = 1.0,
+    lambda_u: Positive = 1.0,
+    momentum: Momentum = None,
 ) -> PerRow:
     """A binary classifier of desirable against undesirable, whose logit is the reward less the middle of both classes.
 

@@ -156,6 +156,17 @@ def test_a_loss_of_the_users_own_file_runs(trained, tmp_path, one_device, monkey
     [
         ("dpo", ["--algorithm.loss", "dpoo"], "unknown name 'dpoo' (did you mean 'dpo'?); known are aot, aot_unpaired"),
         ("dpo", ["--algorithm.loss", "ipo(betta=1)"], "ipo has no keyword 'betta' (did you mean 'beta'?); it takes"),
+        ("dpo", ["--algorithm.loss", "dpo(beta=-1)"], "dpo: beta=-1 must be above 0"),
+        ("dpo", ["--algorithm.loss", "dpo(label_smoothing=5)"], "label_smoothing=5 must be at least 0 and at most 0.5"),
+        ("dpo", ["--algorithm.loss", "ipo(beta='text')"], "ipo: beta='text' must be a number"),
+        ("dpo", ["--algorithm.loss", "dpo + 0*sft"], "sft has the weight 0, which must be above 0"),
+        ("kto", ["--algorithm.loss", "kto(lambda_d=[1])"], "kto: lambda_d=[1] must be a number"),
+        (
+            "dpo",
+            ["--algorithm.loss", "ld_dpo", "--precompute-reference"],
+            "--precompute-reference stores the reference's log-probabilities of whole responses, and the loss 'ld_dpo'",
+        ),
+        ("dpo", ["--algorithm.loss", "simpo", "--precompute-reference"], "the loss 'simpo' uses no reference"),
         ("kto", ["--algorithm.loss", "dpo"], "unknown name 'dpo'"),
         ("kto", ["--batch-size", "1"], "--batch-size 1: KTO's KL is a mean over the batch; give 2 or more"),
         ("dpo", ["--ref-model", "x", "--algorithm.loss", "simpo"], "the loss 'simpo' uses no reference"),

@@ -1,7 +1,9 @@
 """One convention for all losses: named inputs, checked before device work, in tables, sums and modules of one's own."""
 
 import importlib
+import inspect
 import sys
+from typing import Annotated, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 
 from jaxalign import losses
+from jaxalign.config.limits import Limit, between
 from jaxalign.losses import LANGUAGE, OUTCOME, PAIR, POLICY, STEPS, UNPAIRED, select_loss
-from jaxalign.losses.contract import SIZES, apply, check_loss, checked
+from jaxalign.losses.contract import SIZES, apply, check_loss, checked, needs_reference, needs_whole_batch
 from jaxalign.mistake import Mistake
 
 # (kind, an input of it, one input more that has the shape of the values)
@@ -132,8 +135,79 @@ def test_every_loss_is_in_one_namespace_and_has_a_name_of_its_own():
             assert getattr(losses, name) is loss
 
 
-def test_a_hyperparameter_that_cannot_be_is_refused_before_a_step():
-    assert refusal("robust(label_smoothing=0.7)", PAIR).startswith("label_smoothing=0.7 must be in [0, 0.5)")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("robust(label_smoothing=0.7)", "robust: label_smoothing=0.7 must be at least 0 and below 0.5"),
+        ("dpo(label_smoothing=5)", "dpo: label_smoothing=5 must be at least 0 and at most 0.5"),
+        ("dpo(beta=-1)", "dpo: beta=-1 must be above 0"),
+        ("dpo(beta=0)", "dpo: beta=0 must be above 0"),
+        ("dpo(beta=inf)", "dpo: beta=inf must be a finite number"),
+        ("dpo(beta=1e999)", "dpo: beta=inf must be a finite number"),
+        ("dpo(beta=1e300)", "dpo: beta=1e+300 must be a finite number, at most 3.4028234e+38"),
+        ("ipo(beta=nan)", "ipo: beta=nan must be above 0"),
+        ("dpo(beta='text')", "dpo: beta='text' must be a number"),
+        ("dpo(beta=[0.1])", "dpo: beta=[0.1] must be a number"),
+        ("dpo(beta=True)", "dpo: beta=True must be a number"),
+        ("dpo(beta=None)", "dpo: beta=None must be a number"),
+        ("ipo(average=1)", "ipo: average=1 must be True or False"),
+        ("wpo(max_weight='1')", "wpo: max_weight='1' must be a number or None"),
+        ("sft + aot(beta=-1)", "aot: beta=-1 must be above 0"),
+        ("0*dpo", "dpo has the weight 0, which must be above 0"),
+        ("dpo + -0.2*sft", "sft has the weight -0.2, which must be above 0"),
+        ("1e-400*dpo", "dpo has the weight 0, which must be above 0"),
+        (f"dpo(beta={'[' * 100_000}", "'dpo(beta=[[["),
+    ],
+)
+def test_a_hyperparameter_that_cannot_be_is_refused_before_a_step(text, message):
+    assert refusal(text, PAIR).startswith(message)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, *_ in KINDS.values()], ids=KINDS)
+def test_every_number_of_a_loss_of_a_table_has_a_range_that_holds_its_default(kind):
+    for name, loss in kind.losses.items():
+        hints = get_type_hints(loss, include_extras=True)
+        for keyword, parameter in inspect.signature(loss).parameters.items():
+            if parameter.kind is not parameter.KEYWORD_ONLY or hints[keyword] is bool:
+                continue
+            assert any(isinstance(mark, Limit) for mark in hints[keyword].__metadata__), (name, keyword)
+            select_loss(f"{name}({keyword}={parameter.default!r})", kind)
+            for text in ("-1", "1e999", "nan", "'a'", "[1]", "{}", "True"):
+                assert refusal(f"{name}({keyword}={text})", kind).startswith(f"{name}: {keyword}=")
+
+
+def test_a_keyword_of_ones_own_loss_has_the_type_and_limits_of_its_annotation(write):
+    write(["policy_chosen_logps"], "return x * policy_chosen_logps")
+    assert refusal("lab:f(x='a')", PAIR).startswith("lab:f fails for policy_chosen_logps")  # no annotation: it is tried
+    assert refusal("tests.losses.test_contract:annotated(x=2)", PAIR).endswith("x=2 must be at least 0 and at most 1")
+    assert refusal("tests.losses.test_contract:annotated(x='a')", PAIR).endswith("x='a' must be a number")
+
+
+def annotated(policy_chosen_logps, *, x: Annotated[float, between(0, 1)] = 0.5):
+    return x * policy_chosen_logps
+
+
+def test_a_loss_of_log_ratios_needs_a_reference(write):
+    """Also where it names no log-probability of the reference itself."""
+    for kind, inputs in (
+        (PAIR, ["policy_chosen_logps", "mean_margin"]),
+        (PAIR, ["policy_chosen_logps", "running_log_ratio"]),
+        (UNPAIRED, ["policy_logps", "kl"]),
+        (UNPAIRED, ["policy_logps", "mean_desirable_log_ratio"]),
+    ):
+        write(inputs, f"return {' + '.join(inputs)}")
+        assert needs_reference(select_loss("lab:f", kind))
+    write(["policy_chosen_logps", "mean_chosen_length"], "return policy_chosen_logps / mean_chosen_length")
+    assert not needs_reference(select_loss("lab:f", PAIR))
+
+
+def test_a_loss_that_sorts_is_refused_where_batches_come_in_parts(write):
+    for kind, first, _ in KINDS.values():
+        write([first], f"return {first}\n\nf.whole_batch = True")
+        if kind is PAIR:
+            assert needs_whole_batch(select_loss("lab:f", kind))
+        else:
+            assert refusal("lab:f", kind).startswith("lab:f is marked @whole_batch")
 
 
 def test_values_are_checked_where_a_program_is_traced():

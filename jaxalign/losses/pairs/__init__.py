@@ -49,4 +49,4 @@ PAIR_LOSSES = {
     "cpo": cpo,
     "slic": slic,
 }
-PAIR = Kind(PAIR_LOSSES, PAIR_INPUTS, "B")
+PAIR = Kind(PAIR_LOSSES, PAIR_INPUTS, "B", whole_batches=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from jaxalign.losses.contract import PerPair
+from jaxalign.config.limits import above
+from jaxalign.losses.contract import Coefficient, Momentum, PerPair, Positive, Smoothing
 from jaxalign.losses.ranking import bradley_terry
 
 
@@ -18,11 +21,11 @@ def beta_dpo(
     mean_margin: Float[Array, ""],
     running_margin: Float[Array, ""] | float = 0.0,
     *,
-    beta: float = 0.1,
-    alpha: float = 0.6,
-    min_beta: float = 1e-3,
-    label_smoothing: float = 0.0,
-    momentum: float = 0.9,
+    beta: Positive = 0.1,
+    alpha: Coefficient = 0.6,
+    min_beta: Positive = 1e-3,
+    label_smoothing: Smoothing = 0.0,
+    momentum: Momentum = 0.9,
 ) -> PerPair:
     """DPO with a β for each batch: larger, so more careful, where the pairs are already far apart.
 
@@ -63,9 +66,9 @@ def wpo(
     policy_chosen_collision_logps: PerPair,
     policy_rejected_collision_logps: PerPair,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    max_weight: float | None = None,
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.0,
+    max_weight: Annotated[float | None, above(0)] = None,
 ) -> PerPair:
     """DPO in which a pair is weighted by how likely the policy itself is to write it ("sampled alignment").
 
@@ -102,8 +105,8 @@ def wpo_unaligned(
     chosen_lengths: Num[Array, "B"],
     rejected_lengths: Num[Array, "B"],
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.0,
 ) -> PerPair:
     """WPO's first form, weighted by the probability per token alone: it needs log-probabilities and lengths only.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float
 
-from jaxalign.losses.contract import PerPair
+from jaxalign.losses.contract import Coefficient, Momentum, PerPair, Positive, Smoothing
 from jaxalign.losses.ranking import bradley_terry
 
 
@@ -19,7 +19,7 @@ def nca_pair(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> PerPair:
     """Noise-contrastive alignment of a pair: the chosen response is data, both are noise.
 
@@ -47,8 +47,8 @@ def bco_pair(
     ref_rejected_logps: PerPair,
     running_log_ratio: Float[Array, ""],
     *,
-    beta: float = 0.1,
-    momentum: float | None = None,
+    beta: Positive = 0.1,
+    momentum: Momentum = None,
 ) -> PerPair:
     """A binary classifier of chosen against rejected, whose logit is the reward less its mean.
 
@@ -78,7 +78,7 @@ def sppo_hard(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 1e-3,
+    beta: Positive = 1e-3,
 ) -> PerPair:
     """Self-play: the log-ratio of the winner is drawn to 1/(2β), of the loser to -1/(2β).
 
@@ -105,7 +105,7 @@ def apo_zero(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> PerPair:
     """Up with the chosen response, down with the rejected one: -σ(r_w) + σ(r_l).
 
@@ -131,7 +131,7 @@ def apo_down(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> PerPair:
     """Down with both, the rejected response further: σ(r_w) - σ(r_w - r_l).
 
@@ -157,9 +157,9 @@ def dpop(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 0.3,
-    penalty_coef: float = 50.0,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.3,
+    penalty_coef: Coefficient = 50.0,
+    label_smoothing: Smoothing = 0.0,
 ) -> PerPair:
     """DPO-positive: DPO with a penalty while the chosen response is less likely than under the reference.
 

@@ -7,10 +7,13 @@ finite in float32, and still with a gradient.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 
-from jaxalign.losses.contract import PerPair
+from jaxalign.config.limits import positive_share
+from jaxalign.losses.contract import PerPair, Positive, Smoothing
 from jaxalign.losses.ranking import bradley_terry
 from jaxalign.mistake import Mistake
 
@@ -48,8 +51,8 @@ def dpo_forward_kl(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.0,
 ) -> PerPair:
     """DPO under the forward KL: -log σ(β [π_ref/π(rejected) - π_ref/π(chosen)]).
 
@@ -72,8 +75,8 @@ def dpo_js(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.0,
 ) -> PerPair:
     """DPO under the Jensen-Shannon divergence: -log σ(β [log σ(x_w) - log σ(x_l)]), x the log-ratios.
 
@@ -96,9 +99,9 @@ def dpo_alpha(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 0.1,
-    alpha: float = 0.5,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    alpha: Annotated[float, positive_share()] = 0.5,
+    label_smoothing: Smoothing = 0.0,
 ) -> PerPair:
     """DPO under an α-divergence: -log σ(β/α [exp(-α x_l) - exp(-α x_w)]), x the log-ratios.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Num
 
-from jaxalign.losses.contract import PerPair
+from jaxalign.losses.contract import Coefficient, PerPair, Positive, Share, Smoothing
 from jaxalign.losses.ranking import bradley_terry
 
 
@@ -17,8 +17,8 @@ def sigmoid_norm(
     chosen_lengths: Num[Array, "B"],
     rejected_lengths: Num[Array, "B"],
     *,
-    beta: float = 5.0,
-    label_smoothing: float = 0.0,
+    beta: Positive = 5.0,
+    label_smoothing: Smoothing = 0.0,
 ) -> PerPair:
     """Length-normalised DPO: each response's log-ratio is divided by its own length.
 
@@ -49,9 +49,9 @@ def rdpo(
     chosen_lengths: Num[Array, "B"],
     rejected_lengths: Num[Array, "B"],
     *,
-    beta: float = 0.1,
-    alpha: float = 0.01,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    alpha: Coefficient = 0.01,
+    label_smoothing: Smoothing = 0.0,
 ) -> PerPair:
     """DPO for the reward r - α |response|: preferences that length explains are not learnt.
 
@@ -87,9 +87,9 @@ def ld_dpo(
     ref_chosen_public_logps: PerPair,
     ref_rejected_public_logps: PerPair,
     *,
-    beta: float = 0.1,
-    alpha: float = 0.5,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    alpha: Share = 0.5,
+    label_smoothing: Smoothing = 0.0,
 ) -> PerPair:
     """Length-desensitised DPO: tokens beyond the shorter response's length count α.
 

@@ -5,11 +5,14 @@ DPO is one of them, and others are functions of the same h.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Num
 
-from jaxalign.losses.contract import PerPair
+from jaxalign.config.limits import at_least, within
+from jaxalign.losses.contract import PerPair, Positive, Smoothing
 from jaxalign.mistake import Mistake
 
 
@@ -19,8 +22,8 @@ def dpo(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.0,
 ) -> PerPair:
     """Logistic loss on the margin of implicit rewards (direct preference optimisation).
 
@@ -52,8 +55,8 @@ def robust(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.1,
+    beta: Positive = 0.1,
+    label_smoothing: Annotated[float, at_least(0, below=0.5)] = 0.1,
 ) -> PerPair:
     """DPO whose expectation over flipped labels is DPO on the true ones.
 
@@ -86,7 +89,7 @@ def ipo(
     chosen_lengths: Num[Array, "B"],
     rejected_lengths: Num[Array, "B"],
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     average: bool = True,
 ) -> PerPair:
     """Squared distance of the margin from a fixed goal, so that a sure preference is not driven to infinity.
@@ -119,7 +122,7 @@ def hinge(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> PerPair:
     """Hinge on the margin, without gradient once a pair is won by 1/β nats: max(0, 1 - β h).
 
@@ -145,8 +148,8 @@ def exo_pair(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 1e-3,
+    beta: Positive = 0.1,
+    label_smoothing: Annotated[float, within(0, 1)] = 1e-3,
 ) -> PerPair:
     """KL divergence from the policy's preference to the smoothed label: DPO's divergence the other way round.
 
@@ -178,8 +181,8 @@ def discopop(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 0.05,
-    temperature: float = 0.05,
+    beta: Positive = 0.05,
+    temperature: Annotated[float, within(0, 1)] = 0.05,
 ) -> PerPair:
     """A loss found by a language model: logistic for lost pairs, exponential for won ones, blended by the margin.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from jaxalign.losses.contract import PerPair
+from jaxalign.losses.contract import Coefficient, PerPair, Positive, Smoothing
 from jaxalign.losses.ranking import bradley_terry
 
 
@@ -49,9 +49,9 @@ def simpo(
     chosen_lengths: Num[Array, "B"],
     rejected_lengths: Num[Array, "B"],
     *,
-    beta: float = 2.0,
-    gamma: float = 1.0,
-    label_smoothing: float = 0.0,
+    beta: Positive = 2.0,
+    gamma: Coefficient = 1.0,
+    label_smoothing: Smoothing = 0.0,
 ) -> PerPair:
     """Logistic loss on log-probabilities per token, with a margin to win by.
 
@@ -82,7 +82,7 @@ def orpo(
     chosen_lengths: Num[Array, "B"],
     rejected_lengths: Num[Array, "B"],
     *,
-    odds_coef: float = 0.1,
+    odds_coef: Positive = 0.1,
 ) -> PerPair:
     """Supervised fine-tuning with a preference for the odds of the chosen response.
 
@@ -122,9 +122,9 @@ def cpo(
     policy_chosen_logps: PerPair,
     policy_rejected_logps: PerPair,
     *,
-    beta: float = 0.1,
-    sft_coef: float = 1.0,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    sft_coef: Coefficient = 1.0,
+    label_smoothing: Smoothing = 0.0,
 ) -> PerPair:
     """DPO with a uniform reference, plus cross-entropy of the chosen response, so that its likelihood does not fall.
 
@@ -149,7 +149,7 @@ def cpo(
     return preference - sft_coef * policy_chosen_logps
 
 
-def slic(policy_chosen_logps: PerPair, policy_rejected_logps: PerPair, *, delta: float = 1.0) -> PerPair:
+def slic(policy_chosen_logps: PerPair, policy_rejected_logps: PerPair, *, delta: Coefficient = 1.0) -> PerPair:
     """Hinge on the two log-probabilities: max(0, δ - log π(chosen) + log π(rejected)).
 
     The paper adds cross-entropy of a supervised target: "slic(delta=1.0) + 0.1*sft_norm" uses chosen as the target.

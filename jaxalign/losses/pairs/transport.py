@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxalign.losses.contract import PerPair, whole_batch
+from jaxalign.losses.contract import PerPair, Positive, Smoothing, whole_batch
 from jaxalign.losses.ranking import bradley_terry
 
 
@@ -19,8 +19,8 @@ def aot(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.0,
 ) -> PerPair:
     """Preference for margins above the reference's in distribution: the k-th largest against the k-th largest.
 
@@ -48,8 +48,8 @@ def aot_unpaired(
     ref_chosen_logps: PerPair,
     ref_rejected_logps: PerPair,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.0,
 ) -> PerPair:
     """Preference for chosen rewards above rejected ones in distribution, whichever prompts they belong to.
 
