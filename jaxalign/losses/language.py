@@ -50,7 +50,7 @@ def dft(logps: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
     Args:
       logps: log p(token) in nats.
 
-    Reference: Wu et al. 2025, https://arxiv.org/abs/2508.05629, eq. 9.
+    Reference: Wu et al. 2025, https://arxiv.org/abs/2508.05629, the token-level loss.
     """
     return -jax.lax.stop_gradient(jnp.exp(logps)) * logps
 

@@ -77,7 +77,7 @@ def apo_zero_unpaired(
     Returns:
       One loss per row in (0, λ_y); λ_y/2 wherever policy and reference agree.
 
-    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, eq. 7; unpaired as in TRL's KTO.
+    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, APO-zero; unpaired as in TRL's KTO.
     """
     return kto(policy_logps, ref_logps, labels, jnp.zeros(()), beta=beta, lambda_d=lambda_d, lambda_u=lambda_u)
 

@@ -30,7 +30,7 @@ def keep_top_p(logits: Float[Array, "B V"], p: float) -> Bool[Array, "B V"]:
     """True on the smallest set of most likely tokens with probability p, the one that crosses p included.
 
     Tokens as likely as the least likely of them are included. Nucleus sampling, Holtzman et al. 2020,
-    https://arxiv.org/abs/1904.09751, eq. 2.
+    https://arxiv.org/abs/1904.09751, section 3.1.
     """
     if p >= 1.0:
         return jnp.ones(logits.shape, bool)

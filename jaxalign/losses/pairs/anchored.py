@@ -118,7 +118,7 @@ def apo_zero(
     Returns:
       One loss per pair in (-1, 1); 0 wherever policy and reference agree. TRL adds 1; gradients are the same.
 
-    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, eq. 7.
+    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, APO-zero.
     """
     chosen = beta * (policy_chosen_logps - ref_chosen_logps)
     rejected = beta * (policy_rejected_logps - ref_rejected_logps)
@@ -144,7 +144,7 @@ def apo_down(
     Returns:
       One loss per pair in (-1, 1); 0 wherever policy and reference agree. TRL adds 1; gradients are the same.
 
-    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, eq. 8.
+    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, APO-down.
     """
     chosen = beta * (policy_chosen_logps - ref_chosen_logps)
     rejected = beta * (policy_rejected_logps - ref_rejected_logps)

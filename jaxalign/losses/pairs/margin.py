@@ -41,7 +41,7 @@ def dpo(
       One loss per pair; log 2 wherever policy and reference agree.
 
     Reference: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7; with
-    label smoothing, Mitchell 2023, https://ericmitchell.ai/cdpo.pdf, eq. 3.
+    label smoothing, Mitchell 2023, https://ericmitchell.ai/cdpo.pdf (conservative DPO).
     """
     chosen = policy_chosen_logps - ref_chosen_logps
     rejected = policy_rejected_logps - ref_rejected_logps
@@ -163,7 +163,7 @@ def exo_pair(
     Returns:
       One loss per pair, 0 at the best p = 1 - ε; -log(2 √(ε (1 - ε))) wherever policy and reference agree.
 
-    Reference: Ji et al. 2024, https://arxiv.org/abs/2402.00856, eq. 16.
+    Reference: Ji et al. 2024, https://arxiv.org/abs/2402.00856, the EXO loss on preferences.
     """
     if not 0 < label_smoothing < 1:
         raise Mistake(
@@ -198,7 +198,7 @@ def discopop(
     Returns:
       One loss per pair; (log 2 + 1)/2 wherever policy and reference agree.
 
-    Reference: Lu et al. 2024, https://arxiv.org/abs/2406.08414, eq. 5, the log-ratio modulated loss (LRML).
+    Reference: Lu et al. 2024, https://arxiv.org/abs/2406.08414, the log-ratio modulated loss (LRML).
     """
     if not 0 < temperature < 1:
         raise Mistake(f"temperature={temperature} must be in (0, 1): beyond, lost pairs cost exponentially much")

@@ -98,7 +98,8 @@ def orpo(
     Returns:
       One loss per pair; log 2 + λ log 2 for P_w = P_l = 1/2. TRL's first term also counts the prompt's tokens.
 
-    Reference: Hong et al. 2024, https://arxiv.org/abs/2403.07691, eq. 7, with the odds of eq. 4.
+    Reference: Hong et al. 2024, https://arxiv.org/abs/2403.07691, eq. 6, with the odds ratio loss of
+    eq. 7 and the odds of eq. 4.
     """
     chosen = policy_chosen_logps / jnp.maximum(chosen_lengths, 1)
     rejected = policy_rejected_logps / jnp.maximum(rejected_lengths, 1)

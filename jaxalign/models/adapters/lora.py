@@ -12,7 +12,7 @@ The base alone, with the graphdef of `make_decoder` without `lora`, is the model
 needs no second copy, and several adapters (policy, critic, members of an ensemble) share one base.
 
 LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3. rsLoRA: Kalajdzievski 2023,
-https://arxiv.org/abs/2312.03732, eq. 4. DoRA: Liu et al. 2024, https://arxiv.org/abs/2402.09353, eq. 5.
+https://arxiv.org/abs/2312.03732. DoRA: Liu et al. 2024, https://arxiv.org/abs/2402.09353, eq. 5.
 """
 
 from __future__ import annotations
