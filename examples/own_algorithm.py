@@ -34,7 +34,7 @@ from jaxalign.data.sets.preferences import mismatched
 from jaxalign.losses import UNPAIRED, select_loss
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
-from jaxalign.rollout.scored import ScoredResponses
+from jaxalign.rollout.scored import ScoredResponses, score_std
 from jaxalign.run import final
 from jaxalign.run.run import Run
 from jaxalign.training import part
@@ -108,7 +108,7 @@ def to_batch(
     others = mismatched(rated, seed=config.seed + step)
     return UnpairedBatch(shapes.batch(rated), shapes.batch(others)), {
         "score": float(scores.mean()),
-        "score_std": float(scores.std(axis=1).mean()),
+        "score_std": score_std(scores),
         "desirable": float(labels.mean()),
     }
 

@@ -37,6 +37,8 @@ RUNS = {  # kind -> the command, the name of its data, its flags
     "grpo": ("grpo", "prompts", [*ON_POLICY, DOGS, "--dynamic-sampling=2", "--top-p=0.9", "--algorithm.kl-coef=0.1"]),
 }
 
+# The mean std of a prompt's scores, which divides by n - 1 now, as advantages always did; nothing is computed from it.
+REDEFINED = {"score_std"}
 CLOCKED = {"step_seconds", "tokens_per_second", "training_seconds", "trained_tokens_per_second"}
 CLOCKED |= {"generation_seconds", "generated_tokens_per_second", "reward_seconds"}
 
@@ -159,7 +161,9 @@ def metrics(run):
     """The metrics of each step as they are spelled, without times. `scores/` was `rewards/` before."""
     rows = [json.loads(line, parse_float=str) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
-        row["step"]: {n.replace("scores/", "rewards/"): value for n, value in row.items() if n not in CLOCKED}
+        row["step"]: {
+            n.replace("scores/", "rewards/"): value for n, value in row.items() if n not in CLOCKED | REDEFINED
+        }
         for row in rows
     }
 

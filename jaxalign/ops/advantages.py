@@ -152,25 +152,32 @@ def _matmul(delta: jax.Array, mask: jax.Array, decay: float) -> jax.Array:
     return jnp.take_along_axis(solved.swapaxes(0, 1).reshape(rows, width), jnp.maximum(place, 0), axis=1)
 
 
+SCALES = ("group", "batch", "scores", "none")
+
+
 def group_advantages(scores: Float[Array, "N G"], *, scale: str = "group", eps: float = 1e-4) -> Float[Array, "N G"]:
     """Scores relative to those of the other responses to the same prompt.
 
-    (s - mean_g s) / (std + eps), with the standard deviation of G - 1 degrees of freedom.
+    (s - mean_g s) / (std + eps), with the standard deviation of n - 1 degrees of freedom.
 
     Args:
       scores: scores of G responses to each of N prompts.
-      scale: "group", the std of the prompt's own scores (GRPO); "batch", of all scores (REINFORCE++); "none", no
-        division (Dr. GRPO: dividing favours prompts whose scores hardly differ).
+      scale: the numbers whose std it is: "group", the prompt's own scores (GRPO); "batch", s - mean_g s of all prompts,
+        so that advantages have variance 1 over the batch (REINFORCE++ with baseline); "scores", all scores, however far
+        the prompts' means lie apart (TRL's scale_rewards="batch"); "none", no division (Dr. GRPO: dividing favours
+        prompts whose scores hardly differ).
       eps: added to the std.
 
     Returns:
-      Float32, of mean 0 over each group; all 0 in a group of equal scores.
+      Float32, of mean 0 over each group; all 0 in a group of equal scores. The groups (0, 1), (10, 11), (20, 21),
+      (30, 31) have ±0.707 under "group", ±0.935 under "batch" and ±0.042 under "scores".
 
     Reference: Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2; Liu et al. 2025,
-    https://arxiv.org/abs/2503.20783; Hu et al. 2025, https://arxiv.org/abs/2501.03262.
+    https://arxiv.org/abs/2503.20783; Hu et al. 2025, https://arxiv.org/abs/2501.03262 (v9), "REINFORCE++ w/ Baseline":
+    the group's mean is subtracted, then mean and std of the batch are taken of what is left, whose mean is 0.
     """
-    if scale not in ("group", "batch", "none"):
-        raise Mistake(f"scale={scale!r} is not one of group, batch, none")
+    if scale not in SCALES:
+        raise Mistake(f"scale={scale!r} is not one of {', '.join(SCALES)}")
     if scores.shape[1] < 2:
         raise Mistake("a group of one response has no baseline; draw 2 or more for each prompt")
     scores = scores.astype(jnp.float32)
@@ -180,8 +187,30 @@ def group_advantages(scores: Float[Array, "N G"], *, scale: str = "group", eps: 
     centred = apart - jnp.mean(apart, axis=1, keepdims=True)
     if scale == "none":
         return centred
-    std = jnp.std(apart, axis=1, keepdims=True, ddof=1) if scale == "group" else jnp.std(scores, ddof=1)
-    return centred / (std + eps)
+    if scale == "group":
+        return centred / (jnp.std(apart, axis=1, keepdims=True, ddof=1) + eps)
+    return centred / (jnp.std(centred if scale == "batch" else scores, ddof=1) + eps)
+
+
+def batch_advantages(scores: Float[Array, "N G"], *, eps: float = 1e-4) -> Float[Array, "N G"]:
+    """(s - mean s) / (std + eps) over all responses of the batch, whatever their prompts: REINFORCE++.
+
+    The baseline is one for all prompts, so one response to each is enough. In the paper the score is less a KL penalty
+    of the tokens that follow before it is normalised; here the KL is in the loss (`kl_coef`).
+
+    Args:
+      scores: scores of G >= 1 responses to each of N prompts.
+      eps: added to the std, of n - 1 degrees of freedom.
+
+    Returns:
+      Float32, of mean 0 and variance 1 over the batch; all 0 where all scores are equal.
+
+    Reference: Hu et al. 2025, https://arxiv.org/abs/2501.03262 (v9), "Global Advantage Normalization".
+    """
+    if scores.size < 2:
+        raise Mistake("a batch of one response has no baseline; draw 2 or more")
+    apart = scores.astype(jnp.float32) - scores[0, 0]  # equal scores are exactly 0, as in `group_advantages`
+    return (apart - jnp.mean(apart)) / (jnp.std(apart, ddof=1) + eps)
 
 
 def decoupled_advantages(

@@ -54,6 +54,14 @@ def has_spread(scores: np.ndarray) -> np.ndarray:
     return scores.max(axis=1) > scores.min(axis=1)
 
 
+def score_std(scores: np.ndarray) -> float:
+    """Mean over prompts of the standard deviation of a prompt's n scores, of scores [G n]; 0 for n = 1.
+
+    It has n - 1 degrees of freedom, as the one that `ops/advantages.py: group_advantages` divides by.
+    """
+    return float(scores.std(axis=1, ddof=1).mean()) if scores.shape[1] > 1 else 0.0
+
+
 def replacements(count: int, chosen: np.ndarray, *, seed: int, step: int) -> np.ndarray:
     """Numbers of all `count` prompts but the chosen, in an order of this step's own."""
     order = np.random.default_rng((seed, step, 1)).permutation(count)

@@ -11,7 +11,15 @@ from jax.sharding import PartitionSpec as P
 
 from jaxalign.kernels import gae as kernel
 from jaxalign.kernels.runtime import interpreted
-from jaxalign.ops.advantages import decoupled_advantages, gae, group_advantages, leave_one_out, returns, shaped_rewards
+from jaxalign.ops.advantages import (
+    batch_advantages,
+    decoupled_advantages,
+    gae,
+    group_advantages,
+    leave_one_out,
+    returns,
+    shaped_rewards,
+)
 
 IMPLEMENTATIONS = ["scan", "associative", "matmul", "pallas"]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -200,10 +208,30 @@ def test_a_groups_advantages_by_hand():
     np.testing.assert_allclose(group_advantages(scores, eps=0.0)[0], [-1.0, 0.0, 1.0], atol=1e-6)
     np.testing.assert_allclose(group_advantages(scores)[1], 0.0)
     np.testing.assert_allclose(group_advantages(scores, scale="none")[0], [-2.0, 0.0, 2.0])
-    std = np.std(np.asarray(scores), ddof=1)
-    np.testing.assert_allclose(
-        group_advantages(scores, scale="batch", eps=0.0)[0], np.array([-2, 0, 2]) / std, rtol=1e-6
-    )
+    for scale, of in (("scores", scores), ("batch", [-2, 0, 2, 0, 0, 0])):
+        expected = np.array([-2, 0, 2]) / np.std(np.asarray(of), ddof=1)
+        np.testing.assert_allclose(group_advantages(scores, scale=scale, eps=0.0)[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("advantages", "first"),
+    [
+        (functools.partial(group_advantages, scale="group"), [-0.7070, 0.7070]),
+        (functools.partial(group_advantages, scale="batch"), [-0.9352, 0.9352]),  # REINFORCE++ with baseline
+        (functools.partial(group_advantages, scale="scores"), [-0.0418, 0.0418]),  # TRL's scale_rewards="batch"
+        (batch_advantages, [-1.2955, -1.2119]),  # REINFORCE++: (s - 15.5) / std, of all eight
+    ],
+)
+def test_prompts_of_different_difficulty_move_advantages_only_where_they_should(advantages, first):
+    scores = jnp.array([[0.0, 1.0], [10.0, 11.0], [20.0, 21.0], [30.0, 31.0]])
+    np.testing.assert_allclose(advantages(scores)[0], first, atol=1e-4)
+
+
+def test_the_advantages_of_a_batch_have_mean_0_and_variance_1_and_need_no_groups():
+    scores = jnp.array([[1.0], [2.0], [6.0]])
+    np.testing.assert_allclose(batch_advantages(scores, eps=0.0)[:, 0], np.array([-2, -1, 3]) / np.sqrt(7), rtol=1e-6)
+    with pytest.raises(ValueError, match="draw 2 or more"):
+        batch_advantages(scores[:1])
 
 
 def test_rewards_normalised_one_by_one_tell_two_successes_from_one():
@@ -221,8 +249,9 @@ def test_rewards_normalised_one_by_one_tell_two_successes_from_one():
 def test_of_equal_scores_no_rounding_is_left_to_learn_from(score, count):
     """The float32 mean of eight times 0.7 is not 0.7, and Adam makes a full step of any gradient."""
     scores = jnp.full((2, count), score)
-    for scale in ("group", "batch", "none"):
+    for scale in ("group", "batch", "scores", "none"):
         assert not group_advantages(scores, scale=scale).any()
+    assert not batch_advantages(scores).any()
     assert not leave_one_out(scores).any()
     assert not decoupled_advantages(scores[None], jnp.ones(1)).any()
 

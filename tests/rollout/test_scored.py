@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxalign.rollout.engine.engine import Response
-from jaxalign.rollout.scored import ScoredResponses, draw_with_spread, replacements
+from jaxalign.rollout.scored import ScoredResponses, draw_with_spread, replacements, score_std
 
 
 def drawing(worth, calls):
@@ -45,3 +45,9 @@ def test_replacements_follow_from_seed_and_step_alone_and_are_not_the_chosen():
     assert sorted(order.tolist()) == [0, 2, 4, 5]
     np.testing.assert_array_equal(order, replacements(6, chosen, seed=0, step=5))
     assert any(not np.array_equal(order, replacements(6, chosen, seed=0, step=step)) for step in range(5))
+
+
+def test_the_spread_of_scores_is_the_one_that_advantages_divide_by():
+    scores = np.array([[0.0, 1.0], [3.0, 7.0]], np.float32)
+    assert score_std(scores) == pytest.approx((np.sqrt(0.5) + np.sqrt(8)) / 2)
+    assert score_std(scores[:, :1]) == 0
