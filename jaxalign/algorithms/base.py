@@ -70,6 +70,7 @@ class Algorithm(NamedTuple):
     across: AcrossFn = rows_apart  # on the whole batch, after prepare, no gradient
     epochs: int = 1  # passes over a prepared batch (PPO)
     minibatches: int = 1  # optimizer updates in each pass (PPO)
+    rows: int | None = None  # of a batch that minibatches deal out, whatever rows fill it up; None: all
     halt: HaltFn | None = None  # ends the updates of a batch; None: all are applied
     at_first: tuple[str, ...] = ()  # metrics of a batch's first update that are logged too, as `first/<name>`
     assemble: AssembleFn = trained_only  # LoRA: models/adapters/lora.py: join

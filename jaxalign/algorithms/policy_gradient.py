@@ -8,7 +8,9 @@ Advantages come with the batch (`ops/advantages.py`); this module makes an updat
     GSPO         ppo_clip(clip_epsilon=3e-4, clip_epsilon_high=4e-4), level="sequence", aggregate="sequence"
     CISPO        cispo, aggregate="token"
     RLOO         reinforce; leave-one-out advantages
-    REINFORCE++  ppo_clip; advantages of the group, divided by the std of the batch
+    REINFORCE++  ppo_clip; advantages="global": scores less the batch's mean, divided by the batch's std
+                 with baseline: ppo_clip, advantages="batch": scores less the group's mean, divided by the batch's std
+                 of these differences; kl_coef > 0 with k2
 
 Tokens that were drawn from another distribution than the policy's (a nucleus; an engine of other numerics) are weighted
 by the ratio of the two, at most a cap: truncated importance sampling.

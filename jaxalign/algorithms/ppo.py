@@ -40,6 +40,18 @@ al.'s code, https://arxiv.org/abs/1909.08593:
     the KL coefficient seeks a target                                       `kl_target`, algorithms/memory.py
     positions count real tokens; padding reaches no statistic               types.py: TokenBatch
     rejection of responses without a period, by sampling again              no: the penalty does it
+
+TRL 1.12, the last with PPO (trl/experimental/ppo/ppo_trainer.py), differs; these settings give its numbers:
+
+    the score is earned one position past the last token, where the response is shorter than its limit: that position
+    has a value and a return, rewards are whitened over it too, and the value loss is a mean over one position more than
+    the policy's                                                            `score_at` after
+    the critic's head has no bias                                           `critic.bias` off
+    gradients are not clipped, whatever max_grad_norm is                    `optimizer.max_grad_norm` 0
+    minibatches add no updates: one for each epoch                          `minibatches` 1
+    sampling at temperature 0.7                                             `temperature` 0.7
+    the learning rate falls once for each batch of responses                not here: once for each update
+    means of `policy/approxkl_avg` and the like count padding               not here
 """
 
 from __future__ import annotations
@@ -79,6 +91,7 @@ from jaxalign.types import Average, PyTree, RolloutBatch
 VALUES, RETURNS = "old_values", "returns"  # columns [B T]
 REWARDED_SCORES, KL_COEF = "rewarded_scores", "kl_coef"  # columns [B]; the scores are normalised and clipped
 EXPLAINED, SHARE = "explained_variance", "pretraining_share"  # columns [B], of the whole batch
+VALUE_SHARE = "value_share"  # column [B]: response tokens for each position whose value counts
 
 
 def ppo(
@@ -89,6 +102,7 @@ def ppo(
     *,
     loss: Callable,
     temperature: float = 1.0,
+    longest: int | None = None,
     implementation: str | None = None,
     mesh: Mesh | None = None,
 ) -> Algorithm:
@@ -104,6 +118,7 @@ def ppo(
       reference: graphdef of the frozen reference.
       loss: one value per token; its parameters name its inputs (`losses/contract.py`: POLICY_INPUTS).
       temperature: of sampling. Ratios are of tempered policies, so the first is 1.
+      longest: number of tokens of the longest possible response, for `score_at` 'after'.
       implementation: an implementation of `ops/logprobs.py`; "pallas" is also that of GAE. None is the default.
       mesh: the mesh of the arrays.
 
@@ -122,7 +137,9 @@ def ppo(
     """
     contract.check_inputs(loss, contract.POLICY_INPUTS)
     check(config)
-    update = _Update(config, policy, critic, reference, loss, temperature, implementation, mesh)
+    if config.score_at == "after" and not longest:
+        raise Mistake("`algorithm.score_at` 'after' asks which responses have room behind them: give longest=")
+    update = _Update(config, policy, critic, reference, loss, temperature, longest, implementation, mesh)
     carry: dict[str, Any] = {"scores": Spread.start()} if config.normalise_scores else {}
     if config.kl_target is not None:
         carry["kl_coef"] = np.float32(config.kl_coef)
@@ -163,6 +180,7 @@ class _Update:
     reference: Any
     loss: Callable
     temperature: float
+    longest: int | None
     implementation: str | None
     mesh: Mesh | None
 
@@ -174,7 +192,7 @@ class _Update:
         )
         policy_hidden = None if has_trunk else hidden_states(self.policy, params["policy"], rows)[1]
         values = critic_values(self.critic, params["critic"], rows, policy_hidden)
-        columns = {REF_LOGPS: ref_logps, VALUES: jnp.where(rows.mask, values, 0.0)}
+        columns = {REF_LOGPS: ref_logps, VALUES: jnp.where(self.valued(rows.mask), values, 0.0)}
         return with_columns(batch, jax.lax.stop_gradient(columns))
 
     def remember(self, carry: PyTree, batch: RolloutBatch) -> tuple[PyTree, RolloutBatch]:
@@ -197,28 +215,30 @@ class _Update:
     def across(self, batch: RolloutBatch) -> RolloutBatch:
         """Adds advantages and returns, whitened over all response tokens, and statistics of the whole batch."""
         config, mask, values = self.config, batch.sequences.mask, batch.columns[VALUES]
-        coef = batch.columns[KL_COEF][0]
+        valued, coef = self.valued(mask), batch.columns[KL_COEF][0]
         kl = self.kl(log_ratio(batch)) if config.kl_in == "reward" else jnp.zeros_like(values)
-        rewards = shaped_rewards(batch.columns[REWARDED_SCORES], kl, mask, kl_coef=coef)
+        rewards = shaped_rewards(batch.columns[REWARDED_SCORES], kl, valued, kl_coef=coef)
         if config.whiten_rewards:
-            rewards = masked.whiten(rewards, mask, shift_mean=False)
+            rewards = masked.whiten(rewards, valued, shift_mean=False)
         advantages = gae(
             rewards,
             values,
-            mask,
+            valued,
             gamma=config.gamma,
             gae_lambda=config.gae_lambda,
             implementation="pallas" if self.implementation == "pallas" else None,
             mesh=self.mesh,
         )
-        targets = returns(advantages, values, mask)
-        variance = masked.masked_var(targets, mask)
-        explained = 1 - masked.masked_var(targets - values, mask) / jnp.where(variance > 0, variance, 1.0)
+        targets = returns(advantages, values, valued)
+        variance = masked.masked_var(targets, valued)
+        explained = 1 - masked.masked_var(targets - values, valued) / jnp.where(variance > 0, variance, 1.0)
         columns = {
             ADVANTAGES: masked.whiten(advantages, mask) if config.whiten_advantages else advantages,
             RETURNS: targets,
             EXPLAINED: jnp.full(mask.shape[:1], jnp.where(variance > 0, explained, 0.0)),
         }
+        if config.score_at == "after":
+            columns[VALUE_SHARE] = jnp.full(mask.shape[:1], jnp.sum(mask) / jnp.maximum(jnp.sum(valued), 1))
         if batch.pretraining is not None:
             tokens = jnp.sum(batch.pretraining.mask)
             columns[SHARE] = jnp.full(mask.shape[:1], jnp.sum(mask) / jnp.maximum(tokens, 1))
@@ -234,12 +254,16 @@ class _Update:
         values = critic_values(self.critic, params["critic"], rows, hidden)
         surrogate = contract.checked(self.loss, policy_inputs(token.logps, batch), rows.mask.shape)
         errors = value_clip(values, columns[VALUES], columns[RETURNS], clip_epsilon=config.value_clip_epsilon)
-        losses = surrogate + config.value_coef * errors - config.entropy_coef * token.entropy
+        of_values = config.value_coef * errors
+        losses = surrogate + (of_values if config.score_at == "last" else 0.0) - config.entropy_coef * token.entropy
         if config.kl_in == "loss":
             losses = losses + columns[KL_COEF][:, None] * self.kl(token.logps - columns[REF_LOGPS])
-        total = Average.of(losses, rows.mask)
+        total, valued = Average.of(losses, rows.mask), self.valued(rows.mask)
+        if config.score_at == "after":  # a mean over more positions, whose share is that of the whole batch
+            mean = columns[VALUE_SHARE][:, None] * of_values
+            total = Average(total.total + jnp.sum(jnp.where(valued, mean, 0.0)), total.count)
         metrics = rollout_metrics(jax.lax.stop_gradient(token.logps), batch)
-        metrics |= _ppo_metrics(batch, surrogate, errors, values, token.entropy, config.value_clip_epsilon)
+        metrics |= _ppo_metrics(batch, valued, surrogate, errors, values, token.entropy, config.value_clip_epsilon)
         if config.pretraining_coef:
             text = batch.pretraining
             text_losses = -token_logps(
@@ -249,6 +273,14 @@ class _Update:
             total = Average(total.total + jnp.sum(weight * text_losses), total.count)
             metrics["pretraining_loss"] = Average.of(text_losses, text.mask)
         return total, jax.lax.stop_gradient(metrics)
+
+    def valued(self, mask: jax.Array) -> jax.Array:
+        """Bool[B T], True where a value counts: on response tokens and, if the score is earned after them, there."""
+        if self.config.score_at == "last":
+            return mask
+        after = (masked.last_token_index(mask) + 1)[:, None]
+        lengths = jnp.sum(mask, axis=1, keepdims=True)
+        return mask | ((jnp.arange(mask.shape[1])[None, :] == after) & (lengths > 0) & (lengths < self.longest))
 
     def halt(self, averages: dict[str, Average]) -> jax.Array:
         """True once k3 of the old policy is beyond 1.5 times `halt_kl`."""
@@ -261,6 +293,7 @@ class _Update:
 
 def _ppo_metrics(
     batch: RolloutBatch,
+    valued: jax.Array,
     surrogate: jax.Array,
     errors: jax.Array,
     values: jax.Array,
@@ -276,8 +309,8 @@ def _ppo_metrics(
         "rlhf_reward": Average.of(columns[REWARDED_SCORES] - penalty, present),
         "kl_coef": Average.of(columns[KL_COEF], present),
         "policy_loss": Average.of(surrogate, mask),
-        "value_loss": Average.of(errors, mask),
-        "value_clip_fraction": Average.of(beyond, mask),
+        "value_loss": Average.of(errors, valued),
+        "value_clip_fraction": Average.of(beyond, valued),
         "explained_variance": Average.of(columns[EXPLAINED], present),
-        "returns": Average.of(columns[RETURNS], mask),
+        "returns": Average.of(columns[RETURNS], valued),
     }

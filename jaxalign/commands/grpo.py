@@ -17,10 +17,10 @@ from jaxalign.config.on_policy import GRPOConfig
 from jaxalign.losses import POLICY, select_loss
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
-from jaxalign.ops.advantages import decoupled_advantages, group_advantages, leave_one_out
+from jaxalign.ops.advantages import batch_advantages, decoupled_advantages, group_advantages, leave_one_out
 from jaxalign.rollout.batches import to_rollout_batch
 from jaxalign.rollout.engine.slots import Sampling
-from jaxalign.rollout.scored import ScoredResponses, has_spread
+from jaxalign.rollout.scored import ScoredResponses, has_spread, score_std
 from jaxalign.run import final
 from jaxalign.run.run import Run
 from jaxalign.training import part
@@ -30,9 +30,12 @@ from jaxalign.types import RolloutBatch
 log = logging.getLogger(__name__)
 
 DECOUPLED = "decoupled"  # compares the reward functions' own scores, not their sum
+GLOBAL = "global"  # compares all responses of a batch, so one to a prompt is enough
 ADVANTAGES: dict[str, Callable] = {
     "group": functools.partial(group_advantages, scale="group"),
     "batch": functools.partial(group_advantages, scale="batch"),
+    "scores": functools.partial(group_advantages, scale="scores"),
+    GLOBAL: batch_advantages,
     "none": functools.partial(group_advantages, scale="none"),
     "leave_one_out": leave_one_out,
 }
@@ -68,7 +71,7 @@ def recipe(config: GRPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
         temperature=config.temperature,
         corrected=_is_corrected(config),
         implementation=implementation(config),
-    )
+    )._replace(rows=config.batch_size * config.n)
     return Recipe(policy, gradient, reference, offload=config.offload_reference)
 
 
@@ -77,8 +80,10 @@ def check(config: GRPOConfig) -> None:
     on_policy.check(config)
     algorithm = config.algorithm
     check_algorithm(algorithm, _loss(config))
-    if config.n < 2:
+    if config.n < 2 and algorithm.advantages != GLOBAL:
         raise Mistake("`n` 1: a response is judged beside others to its prompt; draw 2 or more")
+    if config.n < 2 and (config.dynamic_sampling or config.batch_size < 2):
+        raise Mistake("`n` 1: it needs a `batch_size` of 2 or more, and no `dynamic_sampling`, which compares groups")
     if config.offload_reference and not algorithm.reference:
         raise Mistake("`offload_reference` with `algorithm.reference` off: there is none to keep")
     if config.kl_budget is not None and not algorithm.reference:
@@ -109,7 +114,7 @@ def to_batch(
         advantages = ADVANTAGES[config.algorithm.advantages](jnp.asarray(groups, jnp.float32))
     batch = to_rollout_batch(responses, prompts, advantages=np.asarray(advantages).reshape(-1), width=width, rows=rows)
     return batch, {
-        "score_std": float(groups.std(axis=1).mean()),
+        "score_std": score_std(groups),
         "same_scores": float(np.mean(~has_spread(groups))),
     }
 

@@ -22,7 +22,7 @@ from jaxalign.losses import PAIR, contract, select_loss
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.rollout.batches import best_and_worst, to_pairs
-from jaxalign.rollout.scored import ScoredResponses
+from jaxalign.rollout.scored import ScoredResponses, score_std
 from jaxalign.run import final
 from jaxalign.run.run import Run
 from jaxalign.training import part
@@ -56,7 +56,7 @@ def recipe(config: OnlineDPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
         implementation=implementation(config),
         epochs=config.algorithm.epochs,
         minibatches=config.algorithm.minibatches,
-    )
+    )._replace(rows=config.batch_size)
     return Recipe(policy, algorithm, reference, offload=config.offload_reference)
 
 
@@ -94,7 +94,7 @@ def to_batch(
         "score": float(responses.scores.mean()),
         "score_chosen": float(best.mean()) if len(best) else 0.0,
         "score_rejected": float(worst.mean()) if len(worst) else 0.0,
-        "score_std": float(groups.std(axis=1).mean()),
+        "score_std": score_std(groups),
         "ties": len(groups) - len(chosen),
         "length": float(np.mean([len(response.tokens) for response in responses.responses])),
         "ended": float(np.mean([response.finished for response in responses.responses])),

@@ -14,7 +14,7 @@ from jaxalign.algorithms.ppo import check as check_algorithm
 from jaxalign.algorithms.ppo import ppo
 from jaxalign.commands import on_policy
 from jaxalign.config.on_policy import PPOConfig
-from jaxalign.data.batches.plan import Plan
+from jaxalign.data.batches.plan import Plan, bucket_widths
 from jaxalign.data.batches.rows import TrainBatches
 from jaxalign.data.sets import supervised
 from jaxalign.losses import POLICY, select_loss
@@ -46,7 +46,7 @@ def main(config: PPOConfig) -> int:
     if not run.claim(data):
         return 0
     rows = on_policy.count_rows(config, run.mesh, responses=config.n)
-    responses = on_policy.rollouts(config, run, plan, prompting, functools.partial(to_batch, text, rows))
+    responses = on_policy.rollouts(config, run, plan, prompting, functools.partial(to_batch, config, text, rows))
     outcome = run.fit(
         plan, data, source=_of_policy(responses), last_because=on_policy.beyond_kl_budget(config.kl_budget)
     )
@@ -65,9 +65,10 @@ def recipe(config: PPOConfig, model: ModelConfig, mesh: Mesh) -> Recipe:
         reference.graphdef,
         loss=_loss(config),
         temperature=config.temperature,
+        longest=config.max_new_tokens,
         implementation=implementation(config),
         mesh=mesh,
-    )
+    )._replace(rows=config.batch_size * config.n)
     update = config.ref_update
     if update.every:
         move = follow(alpha=update.alpha, every=update.every)
@@ -124,6 +125,7 @@ def critic_source(config: PPOConfig) -> str:
 
 
 def to_batch(
+    config: PPOConfig,
     text: TrainBatches | None,
     rows: int,
     responses: ScoredResponses,
@@ -132,6 +134,10 @@ def to_batch(
     step: int,
 ) -> tuple[RolloutBatch, dict[str, float]]:
     """Responses behind their prompts and, for PPO-ptx, as many rows of text."""
+    if config.algorithm.score_at == "after":  # a position behind each response that could have been longer
+        lengths = [(len(prompt), len(r.tokens)) for prompt, r in zip(prompts, responses.responses, strict=True)]
+        longest = max(p + min(length + 1, config.max_new_tokens) for p, length in lengths)
+        width = next(wide for wide in bucket_widths(config.max_length) if wide >= longest)
     batch = to_rollout_batch(responses, prompts, width=width, rows=rows)
     return dataclasses.replace(batch, pretraining=None if text is None else text[step]), {}
 

@@ -9,11 +9,13 @@ from jaxalign.config.limits import FUNCTION, above, at_least, share
 from jaxalign.config.shared import (
     ChatRowSettings,
     LogpSettings,
+    OptimizerConfig,
     RefUpdateConfig,
     TrainConfig,
     TruncationSettings,
 )
 
+Advantages = Literal["group", "batch", "scores", "none", "leave_one_out", "decoupled", "global"]
 NEVER_OBEYED = ("eval_data", "eval_share", "packing", "check_kernels", "checkpoint.keep_best")
 
 
@@ -91,10 +93,11 @@ class GRPOAlgorithm(UpdateSettings):
 
     loss: Annotated[str, FUNCTION] = "ppo_clip"
     """Loss per token: 'ppo_clip(clip_epsilon_high=0.28)', 'reinforce', 'cispo', or your own 'my.module:function'."""
-    advantages: Literal["group", "batch", "none", "leave_one_out", "decoupled"] = "group"
-    """Advantage of a response: its score minus the prompt's mean, over the prompt's std ('group', GRPO), the\
- batch's std ('batch') or nothing ('none', Dr. GRPO); 'leave_one_out' (RLOO): minus the others' mean;\
- 'decoupled' (GDPO): each reward function by itself."""
+    advantages: Advantages = "group"
+    """Advantage of a response: its score minus the prompt's mean, over the prompt's std ('group', GRPO), the std of\
+ these differences in the batch ('batch', REINFORCE++ with baseline), the std of all scores ('scores', TRL's\
+ scale_rewards='batch') or nothing ('none', Dr. GRPO); 'leave_one_out' (RLOO): minus the others' mean; 'decoupled'\
+ (GDPO): each reward function by itself; 'global' (REINFORCE++): minus the batch's mean, over its std; --n may be 1."""
     aggregate: Literal["token", "sequence", "fixed"] = "token"
     """Mean of the loss: of all tokens ('token', DAPO), of each response's mean ('sequence', GRPO), or of sums over\
  --max-new-tokens ('fixed', Dr. GRPO)."""
@@ -122,6 +125,12 @@ class GroupConfig(TruncationSettings, RolloutConfig):
 class GRPOConfig(KLBudgetSettings, GroupConfig):
     """Group-relative policy optimisation (GRPO, DAPO, Dr. GRPO, GSPO, CISPO) on a model's own responses."""
 
+    default_learning_rate: ClassVar[float] = 1e-6  # Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.2
+
+    reworded: ClassVar[dict[str, dict[str, str]]] = {"algorithm.advantages": {"batch": "scores"}}
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW, schedule, clipping. Default learning rate: 1e-6 (DeepSeekMath); with LoRA 1e-5 (x 10, Schulman 2025)."""
     algorithm: GRPOAlgorithm = field(default_factory=GRPOAlgorithm)
 
 
@@ -131,7 +140,7 @@ class RLOOAlgorithm(GRPOAlgorithm):
 
     loss: Annotated[str, FUNCTION] = "reinforce"
     """Loss per token: 'reinforce', 'ppo_clip', 'cispo', or your own 'my.module:function(x=1)'."""
-    advantages: Literal["group", "batch", "none", "leave_one_out", "decoupled"] = "leave_one_out"
+    advantages: Advantages = "leave_one_out"
     """Advantage of a response: 'leave_one_out' subtracts the mean score of the prompt's other responses; for the\
  others see jaxalign grpo --help."""
     aggregate: Literal["token", "sequence", "fixed"] = "fixed"
@@ -143,6 +152,10 @@ class RLOOAlgorithm(GRPOAlgorithm):
 class RLOOConfig(GRPOConfig):
     """REINFORCE with leave-one-out baselines (RLOO) on a model's own responses, without clipping."""
 
+    default_learning_rate: ClassVar[float] = 1e-6  # Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW, schedule, clipping. Default learning rate: 1e-6 (Ahmadian 2024); with LoRA 1e-5 (x 10, Schulman 2025)."""
     algorithm: RLOOAlgorithm = field(default_factory=RLOOAlgorithm)
 
 
@@ -160,12 +173,16 @@ class OnlineDPOAlgorithm(UpdateSettings):
 class OnlineDPOConfig(GroupConfig):
     """Online DPO: the best and the worst of a model's own responses to a prompt are a pair."""
 
+    default_learning_rate: ClassVar[float] = 5e-7  # Guo et al. 2024, https://arxiv.org/abs/2402.04792
+
     retired: ClassVar[tuple[str, ...]] = (*NEVER_OBEYED, "kl_budget")
 
     n: Annotated[int, at_least(1)] = 2
     """Number of responses to each prompt, at least 2; the best and the worst by the reward are a pair."""
     temperature: Annotated[float, at_least(0)] = 1.0
     """Sampling temperature, above 0. The loss uses log-probabilities at temperature 1."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW, schedule, clipping. Default learning rate: 5e-7 (Guo 2024); with LoRA 5e-6 (x 10, Schulman 2025)."""
     algorithm: OnlineDPOAlgorithm = field(default_factory=OnlineDPOAlgorithm)
 
 
@@ -183,6 +200,9 @@ class PPOAlgorithm(UpdateSettings):
     """Estimator of the KL from the sampled tokens."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Place of the KL penalty: token by token in the 'reward', or in the 'loss'."""
+    score_at: Literal["last", "after"] = "last"
+    """Position that earns the score: a response's 'last' token, or the one 'after' it (TRL), whose value counts then\
+ too; a response of --max-new-tokens has none after it."""
     gamma: Annotated[float, share()] = 1.0
     """Discount per token."""
     gae_lambda: Annotated[float, share()] = 0.95
@@ -217,6 +237,8 @@ class CriticConfig:
     """Reward or language model that the critic starts from; none: the reward model of --reward, else --model."""
     shared: bool = False
     """Use a head on the policy's own hidden states as critic, in place of a separate model."""
+    bias: bool = True
+    """Add a trained bias to the critic's head; TRL's has none."""
     learning_rate: Annotated[float | None, at_least(0)] = None
     """Peak learning rate of the critic; none: the policy's."""
 
@@ -224,6 +246,8 @@ class CriticConfig:
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(KLBudgetSettings, RolloutConfig):
     """Proximal policy optimisation (PPO) with a critic, on a model's own responses."""
+
+    default_learning_rate: ClassVar[float] = 3e-6  # Huang et al. 2024, https://arxiv.org/abs/2403.17031
 
     retired: ClassVar[tuple[str, ...]] = (*NEVER_OBEYED, "top_p", "top_k", "min_p")
 
@@ -233,4 +257,6 @@ class PPOConfig(KLBudgetSettings, RolloutConfig):
     """Text to train on besides, given as sft's --data; needs --algorithm.pretraining-coef; none: no text."""
     ref_update: RefUpdateConfig = field(default_factory=RefUpdateConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW, schedule, clipping. Default learning rate: 3e-6 (Huang 2024); with LoRA 3e-5 (x 10, Schulman 2025)."""
     algorithm: PPOAlgorithm = field(default_factory=PPOAlgorithm)

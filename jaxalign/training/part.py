@@ -160,7 +160,7 @@ def critic(
       source: folder or hub name that a trunk of its own starts from; by default `model`.
     """
     if config.critic.shared:
-        head = _head_like(model.hidden_size)
+        head = _head_like(config, model.hidden_size)
         return Part(policy.graphdef, head, None, _zero_head, _nothing, _trained_alone, flops=0.0)
     lora = lora_of(config.lora, model)
     if lora is not None:
@@ -209,7 +209,7 @@ def mergeable_reward_model(source: str) -> RewardModel:
 def _adapted_critic(config: PPOConfig, model: ModelConfig, mesh: Mesh, lora: Lora) -> Part:
     """Adapters and a head on the policy's frozen base."""
     graphdef, abstract = decoder_for(config, model, mesh, lora)
-    like = _head_like(model.hidden_size) | {"model": split(abstract)[1]}
+    like = _head_like(config, model.hidden_size) | {"model": split(abstract)[1]}
 
     def init(key: jax.Array, like: PyTree, base: PyTree) -> PyTree:
         return _zero_head(key, like, base) | {"model": _new_adapter(key, like["model"], base)}
@@ -227,7 +227,9 @@ def _critic_from_language_model(config: PPOConfig, model: ModelConfig, mesh: Mes
     def init(key: jax.Array, like: PyTree, frozen: PyTree) -> PyTree:
         return _zero_head(key, like, frozen) | {"model": _loaded(config, model, source, like["model"])}
 
-    return Part(graphdef, _head_like(model.hidden_size) | {"model": abstract}, None, init, _nothing, _trained_alone)
+    return Part(
+        graphdef, _head_like(config, model.hidden_size) | {"model": abstract}, None, init, _nothing, _trained_alone
+    )
 
 
 def _critic_from_reward_model(config: PPOConfig, mesh: Mesh, source: str) -> Part:
@@ -245,18 +247,20 @@ def _critic_from_reward_model(config: PPOConfig, mesh: Mesh, source: str) -> Par
         if head.shape[1] > width:
             head, bias = head[:, :width], bias + head[:, width]
         first = {"head": head, "bias": bias, "model": params["model"]}
+        first = {name: first[name] for name in like}  # without `critic.bias` values start at another zero than scores
         return jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), first, like)
 
-    like = _head_like(model.config.hidden_size) | {"model": abstract}
+    like = _head_like(config, model.config.hidden_size) | {"model": abstract}
     return Part(graphdef, like, None, init, _nothing, _trained_alone)
 
 
-def _head_like(width: int) -> PyTree:
-    return {"head": jax.ShapeDtypeStruct((1, width), jnp.float32), "bias": jax.ShapeDtypeStruct((1,), jnp.float32)}
+def _head_like(config: PPOConfig, width: int) -> PyTree:
+    head = {"head": jax.ShapeDtypeStruct((1, width), jnp.float32)}
+    return head | ({"bias": jax.ShapeDtypeStruct((1,), jnp.float32)} if config.critic.bias else {})
 
 
 def _zero_head(key: jax.Array, like: PyTree, frozen: PyTree) -> PyTree:
-    head = {name: like[name] for name in ("head", "bias")}
+    head = {name: like[name] for name in ("head", "bias") if name in like}
     return jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), head)
 
 

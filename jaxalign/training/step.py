@@ -149,9 +149,19 @@ def _prepare_in_parts(algorithm: Algorithm, microbatches: int) -> Callable:
 
 
 def _minibatches(algorithm: Algorithm, key: jax.Array, batch: Any) -> Any:
-    """[updates, rows / minibatches, ...], with a new random order of rows in each epoch."""
+    """[updates, rows / minibatches, ...], with a new random order of rows in each epoch.
+
+    Rows that fill a batch up, which depend on the number of devices, are behind the others and have no order.
+    """
     rows = jax.tree.leaves(batch)[0].shape[0]
-    orders = [jax.random.permutation(epoch_key, rows) for epoch_key in jax.random.split(key, algorithm.epochs)]
+    dealt = rows if algorithm.rows is None else algorithm.rows
+    filling = jnp.arange(dealt, rows)
+
+    def order(key: jax.Array) -> jax.Array:
+        shuffled = jax.random.permutation(key, dealt)
+        return jnp.concatenate([shuffled, filling]) if rows > dealt else shuffled
+
+    orders = [order(epoch_key) for epoch_key in jax.random.split(key, algorithm.epochs)]
     epochs = [cut(jax.tree.map(lambda x, order=order: x[order], batch), algorithm.minibatches) for order in orders]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *epochs)
 

@@ -23,6 +23,7 @@ from jaxalign.training.step import make_train_step
 from jaxalign.types import Average, TokenBatch
 
 LAMBDA, KL_COEF, VALUE_COEF, ENTROPY_COEF, PRETRAINING_COEF = 0.9, 0.3, 0.5, 0.02, 0.7
+LONGEST = 7  # tokens of the longest possible response
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def text():
 
 def algorithm_of(tiny, **options):
     settings = {"kl_coef": KL_COEF, "gae_lambda": LAMBDA, "value_coef": VALUE_COEF, "epochs": 1} | options
-    return ppo(PPOAlgorithm(**settings), tiny[0], tiny[0], tiny[0], loss=ppo_clip)
+    return ppo(PPOAlgorithm(**settings), tiny[0], tiny[0], tiny[0], loss=ppo_clip, longest=LONGEST)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,74 @@ def metrics_of(tiny, params, batch, carry=None, **options):
 
     columns, metrics = run(params, tiny[2])
     return columns, {name: float(value) for name, value in metrics.items()}
+
+
+def trl_whitened(values, mask, shift_mean=True):
+    """masked_whiten of TRL's PPO."""
+    mean = (values * mask).sum() / mask.sum()
+    variance = ((values - mean) ** 2 * mask).sum() / mask.sum() * mask.sum() / (mask.sum() - 1)
+    return (values - mean) / np.sqrt(variance + 1e-8) + (0.0 if shift_mean else mean)
+
+
+def trl_update(batch, logps, ref, new_logps, values, *, whiten_rewards):
+    """(returns, advantages, policy loss, value loss) by TRL 1.12's ppo_trainer.py, lines 757 to 847, one batch.
+
+    In its layout, responses only, padded on the right to the longest possible; `values` as far as there is room.
+    """
+    mask, scores = np.asarray(batch.sequences.mask), np.asarray(batch.columns["scores"], np.float64)
+    rows = [row for row in range(len(mask)) if mask[row].any()]
+    starts, lengths = mask.argmax(1)[rows], mask.sum(1)[rows]
+
+    def laid_out(array):
+        return np.stack([array[row, at : at + LONGEST] for row, at in zip(rows, starts, strict=True)])
+
+    padded = (
+        np.pad(values, ((0, 0), (0, LONGEST))),
+        *(np.pad(x, ((0, 0), (0, LONGEST))) for x in (logps, ref, new_logps)),
+    )
+    values, logps, ref, new_logps = map(laid_out, padded)
+    places, last = np.arange(LONGEST)[None], lengths[:, None] - 1
+    padding, padding_p1 = places > last, places > last + 1
+    logps, ref, new_logps = (np.where(padding, 1.0, x) for x in (logps, ref, new_logps))
+    values = np.where(padding_p1, 0.0, values)
+    log_ratio = ref - logps
+    rewards = -KL_COEF * (np.exp(log_ratio) - 1 - log_ratio)
+    end = np.where(lengths < LONGEST, lengths, lengths - 1)
+    rewards[np.arange(len(rows)), end] += scores[rows]
+    if whiten_rewards:
+        rewards = np.where(padding_p1, 0.0, trl_whitened(rewards, ~padding_p1, shift_mean=False))
+    advantages, ahead = np.zeros_like(rewards), 0.0
+    for t in reversed(range(LONGEST)):
+        following = values[:, t + 1] if t < LONGEST - 1 else 0.0
+        ahead = rewards[:, t] + following - values[:, t] + LAMBDA * ahead
+        advantages[:, t] = ahead
+    returns = advantages + values
+    advantages = np.where(padding, 0.0, trl_whitened(advantages, ~padding))
+    ratio = np.exp(new_logps - logps)
+    losses = np.maximum(-advantages * ratio, -advantages * np.clip(ratio, 0.8, 1.2))
+    policy_loss = (losses * ~padding).sum() / (~padding).sum()
+    value_loss = 0.5 * ((values - returns) ** 2 * ~padding_p1).sum() / (~padding_p1).sum()
+    return (returns, ~padding_p1, starts), (advantages, ~padding, starts), policy_loss, value_loss
+
+
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+def test_named_options_give_the_numbers_of_trl(whiten_rewards, tiny, params, rolled_out, dumped):
+    critic = {name: params["critic"][name] for name in ("head", "model")}  # `critic.bias` off
+    options = {"score_at": "after", "kl_estimator": "k3", "whiten_rewards": whiten_rewards}
+    columns, metrics = metrics_of(tiny, params | {"critic": critic}, rolled_out, **options)
+    logps, ref, _, hidden = dumped
+    values = np.pad(hidden[:, :-1] @ np.asarray(critic["head"], np.float64)[0], ((0, 0), (1, 0)))
+    old = np.asarray(rolled_out.columns["old_logps"], np.float64)
+    returns, advantages, policy_loss, value_loss = trl_update(
+        rolled_out, old, ref, logps, values, whiten_rewards=whiten_rewards
+    )
+    for name, (expected, there, starts) in {"returns": returns, "advantages": advantages}.items():
+        for row, at in enumerate(starts):
+            count = there[row].sum()
+            np.testing.assert_allclose(columns[name][row, at : at + count], expected[row, :count], atol=2e-5)
+    assert metrics["policy_loss"] == pytest.approx(policy_loss, abs=2e-5)
+    assert metrics["value_loss"] == pytest.approx(value_loss, abs=2e-5)
+    assert metrics["loss"] == pytest.approx(policy_loss + VALUE_COEF * value_loss, abs=2e-5)
 
 
 def test_a_critic_on_the_policys_trunk_reads_its_hidden_states(tiny, params, rolled_out, dumped):

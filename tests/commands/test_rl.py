@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from jaxalign.config.on_policy import (
     RLOOConfig,
 )
 from jaxalign.config.shared import LoraConfig, OptimizerConfig
+from jaxalign.rollout.engine.engine import Response
 from jaxalign.rollout.rewards.rewards import RewardError
+from jaxalign.rollout.scored import ScoredResponses
 from jaxalign.run.folder import open_run
 from tests.commands.settings import ON_POLICY
 from tests.rollout.answers import answers
@@ -87,6 +90,18 @@ def test_rewards_rise_and_the_screen_tells_the_truth(trained, name):
     assert 0 < found[0]["entropy"] < np.log(32)
 
 
+@pytest.mark.parametrize(("advantages", "first"), [("batch", 0.9352), ("scores", 0.0418), ("global", -1.2119)])
+def test_advantages_of_prompts_of_different_difficulty_are_those_that_are_named(advantages, first):
+    """Groups (0, 1), (10, 11), (20, 21), (30, 31): REINFORCE++ with baseline, TRL's "batch", and REINFORCE++."""
+    scores = np.array([0, 1, 10, 11, 20, 21, 30, 31], np.float32)
+    responses = [Response(np.array([5, 2]), np.zeros(2), np.zeros(2), True)] * 8
+    scored = ScoredResponses(np.arange(8) // 2, responses, [""] * 8, scores, {})
+    config = GRPOConfig(model="m", data="d", output=Path("o"), n=2, algorithm=GRPOAlgorithm(advantages=advantages))
+    batch, metrics = grpo.to_batch(config, {}, 8, scored, [(1, 4)] * 8, width=4, step=0)
+    assert batch.columns["advantages"][1, 2] == pytest.approx(first, abs=1e-4)
+    assert metrics["score_std"] == pytest.approx(0.5**0.5)
+
+
 def test_dynamic_sampling_learns_from_unequal_scores_alone_and_a_nucleus_weighs_its_mass(trained):
     config, _ = trained("dapo")
     found = rows(config.output)
@@ -150,6 +165,7 @@ def test_a_run_whose_reward_took_too_long_goes_on_with_more_time_for_it(tmp_path
             "the data have no column 'solution'; they have answer, finished, tokens. needs takes it as an argument too",
         ),
         (["--n", "1"], "--n 1: a response is judged beside others"),
+        (["--n", "1", "--algorithm.advantages", "global", "--dynamic-sampling", "1"], "no --dynamic-sampling"),
         (["--max-new-tokens", "16"], "--max-new-tokens 16 leaves no room for a prompt in --max-length 16"),
         (["--temperature", "0"], "--temperature 0: greedy responses are all alike"),
         (["--algorithm.minibatches", "3"], "cannot be cut into --algorithm.minibatches 3"),

@@ -165,6 +165,19 @@ def test_epochs_and_minibatches_update_once_each_and_draw_rows_from_the_step_key
     np.testing.assert_allclose(metrics["bias"], Average.of(batch["y"], batch["mask"]).compute(), rtol=1e-5)
 
 
+def test_rows_that_fill_a_batch_up_do_not_change_which_rows_are_in_a_minibatch():
+    """More devices need more of them; each minibatch gets its share, and the others are dealt as without."""
+    optimizer, batch = optax.sgd(0.05), regression()
+    filled = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros((4, *x.shape[1:]), x.dtype)]), batch)
+    expected, metrics = make_train_step(Algorithm(squared_error, epochs=2, minibatches=4), optimizer)(
+        start(optimizer), None, batch
+    )
+    algorithm = Algorithm(squared_error, epochs=2, minibatches=4, rows=ROWS)
+    for rows in (batch, filled):
+        state, others = jax.jit(make_train_step(algorithm, optimizer, microbatches=1))(start(optimizer), None, rows)
+        chex.assert_trees_all_close((state.params, others["loss"]), (expected.params, metrics["loss"]), atol=1e-6)
+
+
 def test_the_update_that_halts_is_not_applied_and_those_behind_it_are_not_computed():
     """w = 1, 2, 2.5, ... with losses 4, 1, 0.25: the third halts."""
     batch = {"x": jnp.array([[[1.0, 0, 0]]]), "y": jnp.array([[3.0]]), "mask": jnp.array([[True]])}
