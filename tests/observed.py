@@ -131,8 +131,8 @@ def _replace(patch: Any, observed: Observation) -> None:
     note = observed.note
     compile_step = run.compile_step
 
-    def compiled(config: Any, recipe: Any, mesh: Any, *, steps: int) -> Any:
-        observed.program = result = compile_step(config, recipe, mesh, steps=steps)
+    def compiled(config: Any, recipe: Any, mesh: Any, *, steps: int, earlier: list[int]) -> Any:
+        observed.program = result = compile_step(config, recipe, mesh, steps=steps, earlier=earlier)
         algorithm = result.algorithm
         note("leaves", result.like, result.frozen)
         note("algorithm", algorithm.epochs, algorithm.minibatches, algorithm.at_first, algorithm.halt is None)

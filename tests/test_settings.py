@@ -64,6 +64,7 @@ VALUES: dict[str, Any] = {
     "eval_data": "{other_rows}",
     "ref_model": "{other_model}",
     "log.wandb": "project",
+    "optimizer.learning_rate": 1e-3,
     "lora.rank": 2,
     "lora.alpha": 8.0,
     "lora.targets": "q_proj",

@@ -10,6 +10,7 @@ from jaxalign.config.shared import (
     ChatRowSettings,
     KernelCheckSettings,
     OfflineConfig,
+    OptimizerConfig,
     RefUpdateConfig,
     SampleSettings,
 )
@@ -27,12 +28,16 @@ class SFTAlgorithm:
 class SFTConfig(SampleSettings, KernelCheckSettings, OfflineConfig):
     """Supervised fine-tuning; with --model config:PATH, pretraining from scratch."""
 
+    default_learning_rate: ClassVar[float] = 2e-5  # Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca
+
     renamed: ClassVar[dict[str, str]] = {"loss": "algorithm.loss"}
 
     turns: Literal["all", "last"] = "all"
     """Assistant turns of a conversation that are learned: 'all', or only the 'last'."""
     long_text: Literal["truncate", "split"] = "truncate"
     """Texts beyond --max-length: 'truncate' keeps their first tokens, 'split' makes rows; .txt files are split."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW, schedule, clipping. Default learning rate: 2e-5 (Alpaca); with LoRA 2e-4 (QLoRA)."""
     algorithm: SFTAlgorithm = field(default_factory=SFTAlgorithm)
 
 
@@ -76,10 +81,14 @@ class FeedbackConfig(ChatRowSettings, SampleSettings, KernelCheckSettings, Offli
 class DPOConfig(FeedbackConfig):
     """Direct preference optimisation and its family, from pairs of responses."""
 
+    default_learning_rate: ClassVar[float] = 5e-7  # Tunstall et al. 2023, https://arxiv.org/abs/2310.16944
+
     batch_size: Annotated[int, at_least(1)] = 8
     """Number of pairs per step, over all devices."""
     share_prompt: bool = False
     """Compute a prompt once for both responses where they fit in a row; not with splash or --no-packing."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW, schedule, clipping. Default learning rate: 5e-7 (Zephyr); with LoRA 5e-6 (its recipe)."""
     algorithm: DPOAlgorithm = field(default_factory=DPOAlgorithm)
 
 
@@ -87,8 +96,12 @@ class DPOConfig(FeedbackConfig):
 class KTOConfig(FeedbackConfig):
     """Kahneman-Tversky optimisation and its family, from responses that are rated good or bad."""
 
+    default_learning_rate: ClassVar[float] = 5e-7  # TRL 1.16, scripts/kto.py
+
     batch_size: Annotated[int, at_least(1)] = 8
     """Number of rated responses per step, over all devices; at least 2."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW, schedule, clipping. Default learning rate: 5e-7 (TRL's recipe); with LoRA 5e-6 (x 10, Schulman 2025)."""
     algorithm: KTOAlgorithm = field(default_factory=KTOAlgorithm)
 
 
@@ -104,6 +117,8 @@ class RewardAlgorithm:
 class RewardConfig(ChatRowSettings, OfflineConfig):
     """Reward models, from pairs or rankings of responses."""
 
+    default_learning_rate: ClassVar[float] = 9e-6  # Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, appendix C
+
     retired: ClassVar[tuple[str, ...]] = ("samples", "implementation", "check_kernels")
 
     batch_size: Annotated[int, at_least(1)] = 8
@@ -116,4 +131,6 @@ class RewardConfig(ChatRowSettings, OfflineConfig):
     """Text that ends a solution step, for the losses 'process' and 'process_mse'; default: a line break."""
     freeze_trunk: bool = False
     """Train the heads only, on a trunk that stays as it is."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW, schedule, clipping. Default learning rate: 9e-6 (InstructGPT); with LoRA 9e-5 (x 10, Schulman 2025)."""
     algorithm: RewardAlgorithm = field(default_factory=RewardAlgorithm)

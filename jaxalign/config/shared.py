@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from jaxalign.config.limits import above, at_least, positive_share, share
 
@@ -13,10 +13,14 @@ from jaxalign.config.limits import above, at_least, positive_share, share
 class OptimizerConfig:
     """AdamW, its schedule and clipping."""
 
-    learning_rate: Annotated[float, at_least(0)] = 2e-5
-    """Peak learning rate."""
+    learning_rate: Annotated[float | None, at_least(0)] = None
+    """Peak learning rate; none: the one named above, or that of the run which --output holds."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the learning rate after warm-up. 'linear' and 'cosine' fall to 0 at the last step."""
+    extend: Literal["refuse", "restart", "stretch"] = "refuse"
+    """Schedule of a run continued to another last step. 'restart': the planned schedule ends as planned, then warm-up\
+ and schedule begin anew over the added steps, with Adam's moments kept; 'stretch': from now on rates are those of a\
+ run planned for all steps, so the next one jumps; 'refuse': neither, the run is not continued."""
     warmup_steps: Annotated[int, at_least(0)] = 0
     """Number of optimizer updates during which the learning rate rises linearly to its peak."""
     weight_decay: Annotated[float, at_least(0)] = 0.0
@@ -103,6 +107,9 @@ class RefUpdateConfig:
 class TrainConfig:
     """Settings that every command that trains obeys."""
 
+    default_learning_rate: ClassVar[float] = 2e-5  # for all parameters; each command has a published one of its own
+    lora_factor: ClassVar[float] = 10.0  # of adapters: Schulman et al. 2025, https://thinkingmachines.ai/blog/lora/
+
     model: str
     """Model to start from: Hugging Face folder or hub name; config:PATH gives random weights (sft, reward only)."""
     data: str
@@ -152,6 +159,13 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`optimizer.learning_rate`; where it is None the command's own, times `lora_factor` for adapters."""
+        if self.optimizer.learning_rate is not None:
+            return self.optimizer.learning_rate
+        return self.default_learning_rate * (self.lora_factor if self.lora.rank else 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

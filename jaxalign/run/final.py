@@ -228,7 +228,7 @@ def model_card(config: Any, command: str, step: int, dtype: str = "float32") -> 
     lines += [
         f"with jaxalign {jaxalign.__version__}: batches of {config.batch_size}, at most {config.max_length} tokens,"
     ]
-    lines += [f"AdamW at {config.optimizer.learning_rate:g} ({config.optimizer.schedule}), seed {config.seed}."]
+    lines += [f"AdamW at {config.peak_learning_rate:g} ({config.optimizer.schedule}), seed {config.seed}."]
     lines += [f"The weights are {dtype}.", ""]
     if losses:
         lines += ["| step | held-out loss |", "|---|---|"]

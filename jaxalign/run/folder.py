@@ -14,13 +14,19 @@ from typing import Any
 import jaxalign
 from jaxalign.config.limits import to_json, upgraded
 from jaxalign.mistake import Mistake
-from jaxalign.outside import read_object, read_text
+from jaxalign.outside import brief, read_object, read_text
 
-# A continued run may differ in these: they change how long it runs and what it shows, not what step n computes.
-FREE_FIELDS = frozenset(
+# A continued run may differ in these settings, or groups of them. The first line changes how long it runs and what it
+# shows; the second who generates; the third where and in which order the same numbers are added up, so that results
+# differ by roundings at most.
+FREE = frozenset(
     {"output", "resume", "profile", "check_kernels", "checkpoint", "log", "samples", "distributed", "steps", "epochs"}
-    | {"engine", "engine_kind", "engine_reload", "reward_seconds"}
+    | {"optimizer.extend", "eval_every", "max_dropped", "algorithm.reference"}
+    | {"engine", "engine_kind", "engine_reload", "reward_seconds", "slots", "decode_layout"}
+    | {"microbatches", "mesh", "remat", "attention", "implementation", "offload_reference", "precompute_reference"}
+    | {"share_prompt"}
 )
+LEARNING_RATE = "optimizer.learning_rate"
 MARK, MARK_FILE = "trained_steps", "jaxalign.json"  # of an exported folder
 GIT_LIMIT = 4096  # bytes of a file of git that names a commit
 PACKAGES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "datasets", "safetensors"
@@ -79,13 +85,13 @@ def _check_same(config: Any, command: str, path: Path, resume: bool) -> None:
         raise Mistake(f"`output` {path.parent} holds a run already and `resume` is off; name another folder")
     if described["command"] != command:
         raise Mistake(f"`output` {path.parent} holds a run of `{described['command']}`, not of `{command}`")
-    before = _defaults(config) | upgraded(
-        type(config), described["config"]
-    )  # a setting that an older version did not have was at its default
+    # a setting that an older version did not have was at its default
+    before = _by_name(_defaults(config)) | _by_name(upgraded(type(config), described["config"]))
     changed = [
-        f"{name} was {before.get(name)!r}, now {value!r}"
-        for name, value in to_json(config).items()
-        if name not in FREE_FIELDS and before.get(name) != value
+        f"{name} was {brief(repr(before.get(name)))}, now {brief(repr(value))}"
+        for name, value in _by_name(to_json(config)).items()
+        if before.get(name) != value and not FREE & {name, name.partition(".")[0]}
+        if (name, value) != (LEARNING_RATE, None)  # that of the run
     ]
     if changed:
         raise Mistake(
@@ -104,6 +110,21 @@ def check_weights(path: Path, weights: dict[str, str]) -> None:
                 "continue bit for bit; restore them, or name a new `output`",
                 setting="output",
             )
+
+
+def _by_name(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings by their dotted names."""
+    result = {}
+    for name, value in values.items():
+        group = value if isinstance(value, dict) else None
+        result |= {name: value} if group is None else {f"{name}.{inner}": x for inner, x in group.items()}
+    return result
+
+
+def learning_rate_of(folder: Path) -> float:
+    """The peak learning rate of the run that a folder holds."""
+    group, _, name = LEARNING_RATE.partition(".")
+    return read_run(folder)["config"][group][name]
 
 
 def _defaults(config: Any) -> dict[str, Any]:

@@ -38,11 +38,12 @@ from jaxalign.models.files.weights import fingerprint, stored_dtype
 from jaxalign.rollout.rewards.rewards import Rewards
 from jaxalign.run import devices
 from jaxalign.run.check_kernels import check_kernels
-from jaxalign.run.folder import is_finished, open_run
+from jaxalign.run.extend import earlier_ends
+from jaxalign.run.folder import is_finished, learning_rate_of, open_run, read_run
 from jaxalign.run.samples import Sampler
 from jaxalign.run.vocabulary import Vocabulary, load_vocabulary
 from jaxalign.training import loop, metrics
-from jaxalign.training.checkpoint import Checkpoints
+from jaxalign.training.checkpoint import Checkpoints, newest_extras
 from jaxalign.training.compiled import CompiledStep
 from jaxalign.training.evaluate import make_evaluate
 from jaxalign.training.part import lora_of
@@ -57,6 +58,9 @@ BatchesT = TypeVar("BatchesT", bound=Batches)
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 # (params as the algorithm sees them, step) -> (a batch, metrics of how it was made)
 SourceFn = Callable[[PyTree, int], tuple[Any, dict[str, float]]]
+
+
+SCHEDULE = "schedule"  # in a checkpoint: last steps of the schedules of the learning rate
 
 
 class Outcome(NamedTuple):
@@ -111,6 +115,9 @@ class Run(Generic[ConfigT]):
         devices.start_log()
         metrics.check_wandb(config.log.wandb)
         exists = hosts.first_decides(lambda: open_run(config, command=command, resume=config.resume, write=False))
+        if config.optimizer.learning_rate is None:
+            peak = learning_rate_of(config.output) if exists else config.peak_learning_rate
+            config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=peak))
         run = cls.read(config, command, exists=exists, scores=scores)
         if not exists and not huggingface.is_random(config.model):
             check_files(config.model, run.model, besides=SCORE if scores else ())
@@ -148,10 +155,28 @@ class Run(Generic[ConfigT]):
     def counted(self, batches: BatchesT, *, updates: int = 1) -> BatchesT:
         """The batches, as many as `steps`, else as `epochs` hold. Logs the number, and checks the schedule over it."""
         config, per_epoch = self.config, batches.steps_per_epoch
-        steps = config.steps if config.steps is not None else max(1, int(np.ceil(config.epochs * per_epoch)))
+        steps = counted_steps(config.steps, config.epochs, per_epoch)
         log.info("%d steps, %.1f of them an epoch", steps, per_epoch)
-        learning_rate(config, steps * updates)
+        learning_rate(config, steps, self._earlier_ends(batches, steps, updates=updates), updates=updates)
         return batches.with_steps(steps)
+
+    def _earlier_ends(self, batches: Batches, steps: int, *, updates: int, logs: bool = False) -> list[int]:
+        """Steps after which the schedule begins anew: none, unless the run was extended."""
+        config, extend = self.config, self.config.optimizer.extend
+        if extend != "refuse" and config.optimizer.schedule == "constant":
+            raise Mistake(f"`optimizer.extend` {extend}: a constant learning rate has no last step; leave it out")
+        if extend != "refuse" and not self.exists:
+            raise Mistake(f"`optimizer.extend` {extend}: {config.output} holds no run to extend; leave it out")
+        checkpoint = newest_extras(self.folder / "checkpoints") if self.exists else None
+        if checkpoint is None:
+            return []
+        done, extras = checkpoint
+        planned = extras.get(SCHEDULE)  # older versions wrote none, and stretched
+        if planned is None:
+            first = read_run(self.folder)["config"]
+            end = counted_steps(first.get("steps"), first.get("epochs", 1.0), batches.steps_per_epoch)
+            planned = [end if done <= end else steps]
+        return [] if done >= steps else earlier_ends(config, steps, planned, done=done, updates=updates, logs=logs)
 
     def claim(self, data: Data) -> bool:
         """Makes the folder this run's, once all hosts agree on settings and data. False if the run is complete."""
@@ -193,7 +218,8 @@ class Run(Generic[ConfigT]):
           last_because: the reason why a row of metrics ends the run; None while it goes on.
         """
         config, steps = self.config, data.batches.steps
-        program = compile_step(config, recipe, self.mesh, steps=steps)
+        earlier = self._earlier_ends(data.batches, steps, updates=recipe.updates, logs=True)
+        program = compile_step(config, recipe, self.mesh, steps=steps, earlier=earlier)
         checkpoints = Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep, keep_best=self._keep_best)
         self._check_not_beyond(checkpoints, steps)
         frozen = load_frozen(program)
@@ -210,7 +236,7 @@ class Run(Generic[ConfigT]):
             seen = {"data": data.fingerprint, "held_out": data.held_out_fingerprint}
             if summary is not None:
                 last[SUMMARY] = summary(program.algorithm.assemble(state.params, frozen))
-            extras = {"progress": dataclasses.asdict(progress), **seen, **last}
+            extras = {"progress": dataclasses.asdict(progress), SCHEDULE: [*earlier, steps], **seen, **last}
             checkpoints.save(progress.step, state, extras, metric=row.get("eval_loss"))
 
         def on_policy(state: TrainState) -> tuple[Any, loop.Row]:
@@ -347,3 +373,8 @@ class Run(Generic[ConfigT]):
             return held_out_metrics(state)
 
         return evaluate
+
+
+def counted_steps(steps: int | None, epochs: float, per_epoch: float) -> int:
+    """`steps`; where it is None, as many as `epochs` of the data take."""
+    return steps if steps is not None else max(1, int(np.ceil(epochs * per_epoch)))

@@ -246,6 +246,16 @@ class Checkpoints:
         return f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no earlier checkpoint"
 
 
+def newest_extras(directory: Path) -> tuple[int, dict[str, Any]] | None:
+    """(step, extras) of the newest checkpoint whose extras can be read, without opening the folder for writing."""
+    for step in sorted((int(f.name) for f in directory.glob("*") if f.name.isdigit()), reverse=True):
+        try:
+            return step, json.loads((directory / str(step) / "extras" / "metadata").read_text())
+        except (OSError, ValueError):
+            continue
+    return None
+
+
 def checksum(file: Path) -> int:
     """CRC-32 of a file, read in pieces."""
     total = 0

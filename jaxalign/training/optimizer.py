@@ -7,7 +7,7 @@ separate loops.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,29 @@ from jaxalign.mistake import Mistake
 from jaxalign.types import PyTree, leaf_names
 
 
-def learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
+def learning_rate_schedule(config: OptimizerConfig, *, steps: int, earlier: Sequence[int] = ()) -> optax.Schedule:
     """Learning rate of update n = 0, 1, ...: a linear rise over `warmup_steps`, then constant or a fall.
 
     The rise takes (n + 1) / (warmup_steps + 1) of the peak, so that no update has rate 0; "linear" and "cosine" reach 0
     after the last of `steps` updates.
+
+    Args:
+      config: with a learning rate.
+      steps: number of updates.
+      earlier: numbers of updates after which the run began anew: each part has a rise and a fall of its own.
     """
+    ends = [*earlier, steps]
+    parts = [_part(config, end - start) for start, end in zip([0, *earlier], ends, strict=True)]
+    return optax.join_schedules(parts, ends[:-1]) if earlier else parts[0]
+
+
+def _part(config: OptimizerConfig, steps: int) -> optax.Schedule:
     peak, warmup_steps = config.learning_rate, config.warmup_steps
     if warmup_steps >= max(steps, 1):
         raise Mistake(
             f"`optimizer.warmup_steps` {warmup_steps}: it must be below {steps}, the number of updates in this run"
         )
+    assert peak is not None, "TrainConfig.peak_learning_rate is filled in before"
     rest = max(steps - warmup_steps, 1)
     fall = {
         "constant": optax.constant_schedule(peak),

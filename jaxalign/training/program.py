@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,8 +53,10 @@ class Program(NamedTuple):
     step: Any  # the jitted train step
 
 
-def compile_step(config: TrainConfig, recipe: Recipe, mesh: Mesh, *, steps: int) -> Program:
-    """The train step of a recipe, not yet lowered; no array is made.
+def compile_step(
+    config: TrainConfig, recipe: Recipe, mesh: Mesh, *, steps: int, earlier: Sequence[int] = ()
+) -> Program:
+    """The train step of a recipe, not yet lowered; no array is made. The schedule begins anew after `earlier` steps.
 
     The step's frozen argument is what lies under the trained leaves; where nothing does, the reference, unless it
     follows the policy and is a part of the state.
@@ -63,8 +67,18 @@ def compile_step(config: TrainConfig, recipe: Recipe, mesh: Mesh, *, steps: int)
     frozen = part.frozen
     if frozen is None and reference is not None and algorithm.follow is None:
         frozen = reference.frozen
-    schedule = learning_rate(config, steps * recipe.updates)
-    adamw = _optimizer(config, schedule, recipe)
+    peak, own = config.peak_learning_rate, recipe.critic_learning_rate
+    schedule = learning_rate(config, steps, earlier, updates=recipe.updates)
+    if own is None:
+        critic_schedule = schedule
+    elif peak == 0:  # the critic alone learns
+        critic_schedule = learning_rate(config, steps, earlier, updates=recipe.updates, peak=own)
+    else:
+
+        def critic_schedule(update: jax.Array) -> jax.Array:
+            return schedule(update) * (own / peak)
+
+    adamw = _optimizer(config, recipe, policy=schedule, critic=critic_schedule)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def create(params: PyTree, key: jax.Array, reference: PyTree) -> TrainState:
@@ -106,9 +120,15 @@ def new_state(config: TrainConfig, program: Program, frozen: PyTree | None) -> T
     return jax.jit(create, out_shardings=places, donate_argnums=(0, 2))(params, state_key, reference)
 
 
-def learning_rate(config: TrainConfig, updates: int) -> optax.Schedule:
-    """The schedule of a config over its optimizer updates. Raises Mistake when it cannot be."""
-    return optimizer.learning_rate_schedule(config.optimizer, steps=updates)
+def learning_rate(
+    config: TrainConfig, steps: int, earlier: Sequence[int] = (), *, updates: int = 1, peak: float | None = None
+) -> optax.Schedule:
+    """The schedule of a config over its optimizer updates, `updates` a step. Raises Mistake when it cannot be."""
+    rate = config.peak_learning_rate if peak is None else peak
+    settings = dataclasses.replace(config.optimizer, learning_rate=rate)
+    return optimizer.learning_rate_schedule(
+        settings, steps=steps * updates, earlier=[step * updates for step in earlier]
+    )
 
 
 def implementation(config: Any) -> str | None:
@@ -124,14 +144,8 @@ def _load_on_devices(reference: Part, like: PyTree) -> PyTree:
     return reference.load(on_device)
 
 
-def _optimizer(config: TrainConfig, schedule: optax.Schedule, recipe: Recipe) -> Any:
+def _optimizer(config: TrainConfig, recipe: Recipe, **rates: optax.Schedule) -> Any:
     """AdamW; where a critic is beside the policy, one for each, with its own rate, moments and clipping."""
     if not isinstance(recipe.part.trained, dict) or set(recipe.part.trained) != {"policy", "critic"}:
-        return optimizer.adamw(config.optimizer, schedule)
-    peak, own = config.optimizer.learning_rate, recipe.critic_learning_rate
-
-    def critic_schedule(update: jax.Array) -> jax.Array:
-        return schedule(update) * (own / peak)
-
-    schedules = {"policy": schedule, "critic": schedule if own is None else critic_schedule}
-    return optimizer.partition({name: optimizer.adamw(config.optimizer, rate) for name, rate in schedules.items()})
+        return optimizer.adamw(config.optimizer, rates["policy"])
+    return optimizer.partition({name: optimizer.adamw(config.optimizer, rate) for name, rate in rates.items()})

@@ -252,7 +252,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_leaves_the_earlier_o
     # the system lets no file grow beyond a limit, as a full disk would not: the write fails in Orbax's own threads
     assert main(started) == 0
     full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (16_384, 16_384))
-    run = [sys.executable, "-m", "jaxalign.cli.main", *started, "--steps", "4"]
+    run = [sys.executable, "-m", "jaxalign.cli.main", *started, "--steps", "4", "--optimizer.extend", "stretch"]
     environment = os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     done = subprocess.run(run, preexec_fn=full, env=environment, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr

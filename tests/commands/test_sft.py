@@ -78,15 +78,22 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(tiny_model, tiny_
 def test_more_steps_continue_a_finished_run_and_keep_its_old_result(tiny_model, tiny_data, tmp_path, one_device):
     config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=2)
     sft.main(config)
-    assert sft.main(dataclasses.replace(config, steps=3)) == 0
+    more = dataclasses.replace(config, steps=3)
+    with pytest.raises(ValueError, match=r"`steps` 3: .* was planned for 2, and the cosine learning rate depends on"):
+        sft.main(more)
+    restarted = dataclasses.replace(more, optimizer=OptimizerConfig(learning_rate=3e-3, extend="restart"))
+    assert sft.main(restarted) == 0
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
+    assert [row.get("learning_rate") for row in rows(tmp_path / "run")] == [None, 3e-3, pytest.approx(1.5e-3), 3e-3]
     assert (tmp_path / "run" / "final-2").is_dir()
+    assert sft.main(more) == 0  # the checkpoint has the schedule
 
 
 def test_held_out_data_that_have_changed_are_refused(tiny_model, tiny_data, tmp_path, one_device):
     held = tmp_path / "held.jsonl"
     held.write_text('{"text": "the cat sees a dog"}\n')
-    config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=1, eval_data=str(held))
+    constant = OptimizerConfig(learning_rate=3e-3, schedule="constant")
+    config = config_of(tiny_model, tiny_data, tmp_path / "run", steps=1, eval_data=str(held), optimizer=constant)
     assert sft.main(config) == 0
     held.write_text('{"text": "the dog sees a cat"}\n')
     with pytest.raises(ValueError, match=r"the held-out data of .*held.jsonl have changed since"):
