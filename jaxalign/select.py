@@ -129,10 +129,10 @@ def _weighted(term: str, text: str) -> tuple[float, str]:
         number = float(weight)
     except ValueError:
         number = math.nan
-    if broken_rule(number, ()) or number == 0:
+    if broken_rule(number, ()):
         raise Mistake(
-            f"{brief(text)!r}: {brief(weight)!r} is not a finite number other than 0; a weight stands before its function, as in "
-            "0.2*sft"
+            f"{brief(text)!r}: {brief(weight)!r} is not a finite number; a weight stands before its "
+            "function, as in 0.2*sft"
         )
     if not rest.strip():
         raise Mistake(f"{brief(text)!r} has a term without a function; a sum is written as in dpo(beta=0.1) + 0.2*sft")

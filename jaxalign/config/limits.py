@@ -116,7 +116,7 @@ def settings(kind: type, *, prefix: str = "") -> dict[str, Any]:
 
 def functions(config: Any) -> dict[str, str]:
     """The texts of a config that name functions, by dotted name of their setting."""
-    names = (name for name, hint in settings(type(config)).items() if FUNCTION in _unpacked(hint)[1])
+    names = (name for name, hint in settings(type(config)).items() if FUNCTION in unpacked(hint)[1])
     values = {name: functools.reduce(getattr, name.split("."), config) for name in names}
     return {name: text for name, text in values.items() if text}
 
