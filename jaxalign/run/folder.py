@@ -121,10 +121,10 @@ def _by_name(values: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def learning_rate_of(folder: Path) -> float:
-    """The peak learning rate of the run that a folder holds."""
-    group, _, name = LEARNING_RATE.partition(".")
-    return read_run(folder)["config"][group][name]
+def learning_rate_of(folder: Path) -> float | None:
+    """The peak learning rate of the run that a folder holds; None where its config.json has no number for it."""
+    value = _by_name(read_run(folder)["config"]).get(LEARNING_RATE)
+    return value if isinstance(value, int | float) else None
 
 
 def _defaults(config: Any) -> dict[str, Any]:

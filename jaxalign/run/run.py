@@ -116,7 +116,8 @@ class Run(Generic[ConfigT]):
         metrics.check_wandb(config.log.wandb)
         exists = hosts.first_decides(lambda: open_run(config, command=command, resume=config.resume, write=False))
         if config.optimizer.learning_rate is None:
-            peak = learning_rate_of(config.output) if exists else config.peak_learning_rate
+            stored = learning_rate_of(config.output) if exists else None
+            peak = config.peak_learning_rate if stored is None else stored
             config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=peak))
         run = cls.read(config, command, exists=exists, scores=scores)
         if not exists and not huggingface.is_random(config.model):
@@ -176,7 +177,9 @@ class Run(Generic[ConfigT]):
             first = read_run(self.folder)["config"]
             end = counted_steps(first.get("steps"), first.get("epochs", 1.0), batches.steps_per_epoch)
             planned = [end if done <= end else steps]
-        return [] if done >= steps else earlier_ends(config, steps, planned, done=done, updates=updates, logs=logs)
+        if done >= steps:
+            return [step for step in planned[:-1] if step < steps]
+        return earlier_ends(config, steps, planned, done=done, updates=updates, logs=logs)
 
     def claim(self, data: Data) -> bool:
         """Makes the folder this run's, once all hosts agree on settings and data. False if the run is complete."""

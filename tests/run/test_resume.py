@@ -130,6 +130,8 @@ def test_a_finished_run_gets_more_steps_only_with_a_word_about_its_schedule(extr
     assert "planned for 4 steps; restart begins it anew after step 4" in caplog.text
     trained(tmp_path, 6, schedule=[4, 8])  # what the run did is known from then on
     np.testing.assert_allclose(observed(8), [*COSINE[4], *COSINE[4]], rtol=1e-5, atol=1e-9)
+    trained(tmp_path, 8, schedule=[4, 8])  # also where the last checkpoint is damaged, and step 7 is taken again
+    np.testing.assert_allclose(observed(8), [*COSINE[4], *COSINE[4]], rtol=1e-5, atol=1e-9)
     assert "was planned for 8" in str(observed(12))
     np.testing.assert_allclose(observed(12, extend="stretch"), [*COSINE[4], *COSINE[8]], rtol=1e-5, atol=1e-9)
 
