@@ -7,6 +7,8 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.follow import follow
@@ -139,7 +141,10 @@ def to_batch(
         longest = max(p + min(length + 1, config.max_new_tokens) for p, length in lengths)
         width = next(wide for wide in bucket_widths(config.max_length) if wide >= longest)
     batch = to_rollout_batch(responses, prompts, width=width, rows=rows)
-    return dataclasses.replace(batch, pretraining=None if text is None else text[step]), {}
+    if text is None:
+        return batch, {}
+    filling = ((0, rows - text.plan.batch_size), (0, 0))
+    return dataclasses.replace(batch, pretraining=jax.tree.map(lambda x: np.pad(x, filling), text[step])), {}
 
 
 def _of_policy(responses: SourceFn) -> SourceFn:
@@ -166,5 +171,5 @@ def _pretraining(config: PPOConfig, run: Run) -> TrainBatches | None:
         return None
     options = supervised.Options.of(config, run.vocabulary.terminators)
     data = supervised.load(config.pretraining_data, run.vocabulary.tokenizer, options)
-    rows = on_policy.count_rows(config, run.mesh, responses=config.n)
-    return TrainBatches(data.train, Plan(rows, config.max_length, seed=config.seed), steps=2**31)
+    plan = Plan(config.batch_size * config.n, config.max_length, seed=config.seed)
+    return TrainBatches(data.train, plan, steps=2**31)

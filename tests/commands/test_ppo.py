@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,11 @@ from jaxalign.config.inference import ExportConfig
 from jaxalign.config.offline import RewardConfig
 from jaxalign.config.on_policy import CriticConfig, PPOAlgorithm, PPOConfig
 from jaxalign.config.shared import LoraConfig, MeshConfig, OptimizerConfig, RefUpdateConfig
+from jaxalign.data.batches.plan import Mixture, Plan
+from jaxalign.data.batches.rows import TrainBatches
+from jaxalign.data.read.tokens import Examples
+from jaxalign.rollout.engine.engine import Response
+from jaxalign.rollout.scored import ScoredResponses
 from tests.commands.settings import ON_POLICY
 from tests.shared import final, on_one_device, rows
 
@@ -175,3 +181,17 @@ def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, pro
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("score_at", "limit", "width"), [("last", 8, 8), ("after", 8, 12), ("after", 4, 8)])
+def test_a_score_after_a_response_has_a_position_where_the_response_could_have_been_longer(score_at, limit, width):
+    """Prompt and response fill their bucket of 8; rows that fill up hold no text of their own."""
+    algorithm = PPOAlgorithm(score_at=score_at)
+    config = PPOConfig(model="m", data="d", output=Path("o"), max_length=16, max_new_tokens=limit, algorithm=algorithm)
+    responses = [Response(np.arange(4, 8), np.zeros(4), np.zeros(4), True)] * 2
+    scored = ScoredResponses(np.arange(2), responses, [""] * 2, np.ones(2, np.float32), {})
+    text = Examples.of([(np.arange(3, 9), np.ones(6, bool))] * 4)
+    batches = TrainBatches(Mixture.of(text, [4], [None]), Plan(2, 16), steps=4)
+    batch, _ = ppo.to_batch(config, batches, 3, scored, [(1, 4, 5, 6)] * 2, width=8, step=0)
+    assert batch.sequences.tokens.shape == (3, width) and batch.columns["scores"].tolist() == [1, 1, 0]
+    assert batch.pretraining.tokens.shape == (3, 16) and batch.pretraining.mask.any(axis=1).tolist()[2] is False
