@@ -55,7 +55,8 @@ def proxy(
     """Reward of the policy: the members' scores, combined by a rule of `models/heads.py`.
 
     Each call also appends a line to `notes`: proxy and gold reward of these responses, which are fresh samples of the
-    step's policy. Responses are scored with a terminator, as in training, even if they were cut off.
+    step's policy. Responses are scored with a terminator, as in training, even if they were cut off. The members run on
+    the CPU, for a reward function of one's own has a process without accelerator.
     """
     scores = np.asarray(heads.combine(members(prompts, responses, folders), rule))
     known = np.array(gold(prompts, responses, path=lexicon_path))

@@ -11,6 +11,7 @@ A reward function returns one score per response. The name of its first paramete
 
 Columns of the data are passed by keyword, those that the function names, or all if it has **columns. Either kind may be
 `async def`; the calls of one for single responses then run concurrently, as suits a function that queries a service.
+Your own functions, and `regex`, run in processes of their own (`worker`), all others in threads.
 """
 
 from __future__ import annotations
