@@ -27,9 +27,14 @@ class PromptCompletion:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Messages {"role": system | user | assistant | tool, "content": text}. The assistant's turns are learned."""
+    """Messages {"role": system | developer | user | assistant | tool, "content": text}. The assistant's are learned.
 
-    messages: tuple[dict[str, str], ...]
+    A message may have "tool_calls" (of {"type": "function", "function": {"name": ..., "arguments": {...}}}), "name",
+    "tool_call_id", "reasoning_content" (text), and "learn": False, which makes a turn of the assistant mere context.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] | None = None  # JSON schemas of the functions that the assistant may call
 
 
 Normal = Text | PromptCompletion | Conversation
