@@ -5,25 +5,33 @@ stories.jsonl.gz:train           its rows whose column `split` is "train"
 name  name:split  name:config:split      a set on the Hugging Face hub
 a.jsonl*0.7,b.jsonl*0.3          a mixture; without weights every row counts once
 
-The name of an existing file may contain colons, commas and stars.
+The name of an existing file may contain colons, commas and stars. A .json file holds a list of objects, an object with
+one such list, or an object on each line.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import difflib
 import gzip
 import io
 import json
+import logging
 import math
 import os
 import re
+import stat
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from jaxalign.mistake import Mistake
+from jaxalign.outside import MIB, brief
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Splits = dict[str | None, Sequence[Row]]
@@ -31,6 +39,12 @@ TRAIN_NAMES = ("train", "training")
 HELD_OUT_NAMES = ("test", "validation", "valid", "val", "held", "heldout", "dev", "eval")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet", ".txt", ".txt.gz")
 
+# A .gz file may unpack to UNPACKED bytes, or to UNPACKED_RATIO times its size if that is more; text packs to a third,
+# very repetitive rows to a fiftieth, and a file made to fill the memory to a thousandth.
+UNPACKED, UNPACKED_RATIO = 64 * MIB, 100
+
+# Objects in whose keys Arrow's None means that the row lacks them: schemas of tools, and calls.
+OF_TOOLS = ("tools", "functions", "tool_calls", "function_call")
 # Columns of feedback that a CSV file, which has no types, holds as numbers or truth values.
 NUMBERS = ("label", "desirable", "margin", "preference", "tie", "score_chosen", "score_rejected")
 
@@ -51,6 +65,34 @@ class Loaded:
 
     rows: Sequence[Row]
     split: str | None = None
+
+
+class _ArrowRows(Sequence[Row]):
+    """Rows of a dataset. Arrow gives all objects of a column the same keys; those added as None leave OF_TOOLS again.
+
+    Keys in JSON files stay as they are, null too.
+    """
+
+    def __init__(self, dataset: Sequence[Row]):
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _compact(self._dataset[index])
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(_compact, self._dataset)
+
+
+def _compact(value: Any, *, of_tools: bool = False) -> Any:
+    if isinstance(value, list):
+        return [_compact(item, of_tools=of_tools) for item in value]
+    if not isinstance(value, dict):
+        return value
+    items = value.items()
+    return {k: _compact(v, of_tools=of_tools or k in OF_TOOLS) for k, v in items if v is not None or not of_tools}
 
 
 def parse(spec: str) -> list[Source]:
@@ -137,7 +179,7 @@ def _pick(source: Source, splits: dict[str | None, Sequence[Row]], held_out: boo
     names = [name for name in splits if name is not None]
     if source.split is not None:
         if source.split not in splits:
-            raise Mistake(f"{source.name} has no split {source.split!r}; it has {', '.join(names) or 'no splits'}")
+            raise Mistake(f"{source.name} has no split {source.split!r}; it has {_listed(names) or 'no splits'}")
         return Loaded(splits[source.split], source.split)
     if not names:
         return Loaded([] if held_out else splits[None])
@@ -146,9 +188,15 @@ def _pick(source: Source, splits: dict[str | None, Sequence[Row]], held_out: boo
     if split is None and held_out:
         return Loaded([])
     if split is None and len(names) > 1:
-        raise Mistake(f"{source.name} has splits {', '.join(names)}; choose one: {source.name}:{names[0]}")
+        raise Mistake(f"{source.name} has splits {_listed(names)}; choose one: {source.name}:{brief(names[0], 40)}")
     split = split or names[0]
+    if None in splits and not held_out:
+        log.warning("%s: %d rows are in no split and are not read", source.name, len(splits[None]))
     return Loaded(splits[split], split)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return brief(", ".join(brief(name, 40) for name in names), 400)
 
 
 def repaired(text: str) -> str:
@@ -163,12 +211,16 @@ def _by_split_column(rows: Sequence[Row], path: Path) -> Splits:
     for number, row in enumerate(rows, start=1):
         name = row.get("split") or None
         if not isinstance(name, str | None):
-            raise Mistake(f"data file {path}, row {number}: `split` is {name!r}; it must be a text, as in row 1")
+            raise Mistake(
+                f"data file {path}, row {number}: 'split' is {brief(repr(name))}; it must be a text, as in row 1"
+            )
         splits.setdefault(name, []).append(row)
     return dict(splits) if len(splits) > 1 else {None: rows}
 
 
 def _read_file(path: Path) -> Sequence[Row]:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may give bytes for ever, or never
+        raise Mistake(f"data {path} is not a regular file; write its rows into one")
     rows = _read_rows(path)
     if not rows:
         raise Mistake(f"data file {path} is empty")
@@ -178,7 +230,7 @@ def _read_file(path: Path) -> Sequence[Row]:
 def _read_rows(path: Path) -> Sequence[Row]:
     name = path.name.removesuffix(".gz")
     if name.endswith(".jsonl"):
-        return list(_read_jsonl(path))
+        return list(_read_jsonl(_text(path), path))
     if name.endswith(".txt"):
         text = _text(path)
         return [{"text": text}] if text.strip() else []
@@ -192,76 +244,138 @@ def _read_rows(path: Path) -> Sequence[Row]:
 
         try:
             pyarrow.parquet.read_schema(path)  # raises the error that `datasets` would also log
-            return cast(Sequence[Row], Dataset.from_parquet(str(path)))
+            return _ArrowRows(cast(Sequence[Row], Dataset.from_parquet(str(path))))
         except Exception as error:  # arrow's errors, under many names
             causes = [error, error.__cause__ or error]  # `datasets` gives the reason in the cause
             reason = (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
-            raise Mistake(f"data file {path} cannot be read as {path.suffix}: {reason}") from None
+            raise Mistake(f"data file {path} cannot be read as {path.suffix}: {brief(reason, 200)}") from None
     raise Mistake(f"data file {path}: unknown kind {path.suffix!r}; known are {', '.join(SUFFIXES)}")
 
 
 def _text(path: Path) -> str:
+    raw = b""
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        raw = _unpacked(path) if path.suffix == ".gz" else path.read_bytes()
         return raw.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error) as error:
         raise Mistake(
             f"data file {path} is not readable: {error}; is it whole, and of the kind that its name says?"
         ) from None
     except UnicodeDecodeError as error:
-        raise Mistake(f"data file {path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise Mistake(f"data file {path}, line {line}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
-def _parse_json(text: str) -> Any:
-    """json.loads, which also repairs texts that were cut through an emoji, as "\\ud83d" was."""
-    value = json.loads(text)
-    if not re.search(r"\\u[dD][89a-fA-F]", text):
-        return value
-    return json.loads(repaired(json.dumps(value, ensure_ascii=False)))
+def _unpacked(path: Path) -> bytes:
+    limit = max(UNPACKED, UNPACKED_RATIO * path.stat().st_size)
+    with gzip.open(path) as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise Mistake(
+            f"data file {path} unpacks to more than {limit:,} bytes, {UNPACKED_RATIO} times its size, as a file that "
+            "was made to fill the memory does; if it is right, unpack it yourself"
+        )
+    return raw
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _parse_json(text: str, path: Path, line: int = 1) -> Any:
+    """json.loads, which also repairs texts that were cut through an emoji, as "\\ud83d" was. Raises Mistake."""
+    try:
+        value = json.loads(text)
+        if not re.search(r"\\u[dD][89a-fA-F]", text):
+            return value
+        return json.loads(repaired(json.dumps(value, ensure_ascii=False)))
+    except RecursionError:
+        at, reason = _deepest(text), "lists or objects are nested too deeply"
+    except json.JSONDecodeError as error:
+        at, reason = error.pos, f"not JSON ({error.msg})"
+    except ValueError:  # of int()
+        digits = sys.get_int_max_str_digits()
+        number = re.search(rf"\d{{{digits + 1},}}", text)
+        at, reason = number.start() if number else 0, f"a number has more than {digits} digits"
+    start = text.rfind("\n", 0, at) + 1
+    shown = brief(repr(text[start : start + 60]))
+    raise Mistake(f"data file {path}, line {line + text.count(chr(10), 0, at)}: {reason}: {shown}")
+
+
+def _deepest(text: str) -> int:
+    """Index of the innermost bracket outside texts."""
+    depth, deepest, at = 0, 0, 0
+    for match in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{}\]]', text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth > deepest:
+            deepest, at = depth, match.start()
+    return at
+
+
+def _read_jsonl(text: str, path: Path) -> Iterator[Row]:
     # lines end with \n alone: str.splitlines would also cut at U+2028 and others that JSON strings may contain
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = _parse_json(line)
-        except json.JSONDecodeError as error:
-            raise Mistake(f"data file {path}, line {number}: not JSON ({error.msg}): {line[:60]!r}") from None
+        row = _parse_json(line, path, number)
         if not isinstance(row, dict):
             raise Mistake(f"data file {path}, line {number}: a {type(row).__name__}, not an object of columns")
         yield row
 
 
 def _read_json(path: Path) -> list[Row]:
-    try:
-        rows = _parse_json(_text(path))
-    except json.JSONDecodeError as error:
-        raise Mistake(f"data file {path}, line {error.lineno}: not JSON ({error.msg})") from None
+    text = _text(path)
+    first, _, rest = text.strip().partition("\n")
+    if rest and _is_object(first):
+        return list(_read_jsonl(text, path))
+    rows = _parse_json(text, path)
     if isinstance(rows, dict):
-        rows = next((v for v in rows.values() if isinstance(v, list)), None)
+        rows = _rows_in(rows, path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise Mistake(f"data file {path} is not a list of objects")
+        raise Mistake(f"data file {path} is not a list of objects, nor an object on each line")
     return rows
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _rows_in(value: Row, path: Path) -> list[Row] | None:
+    """The list of objects in an object; the object as the only row if it has turns or texts instead."""
+
+    def is_turn(item: Any) -> bool:
+        return isinstance(item, dict) and bool({"role", "from"} & set(item)) and bool({"content", "value"} & set(item))
+
+    lists = {name: items for name, items in value.items() if isinstance(items, list) and items}
+    rows = {name: items for name, items in lists.items() if all(isinstance(item, dict) for item in items)}
+    tables = [name for name, items in rows.items() if not all(map(is_turn, items))]
+    if len(tables) > 1:
+        raise Mistake(f"data file {path} has several lists of rows, {_listed(tables)}; write each into a file")
+    if tables:
+        return rows[tables[0]]
+    return [value] if rows or any(isinstance(item, str) for item in value.values()) else None
 
 
 def _read_csv(path: Path) -> list[Row]:
     """Rows whose cells are texts, "007", "NA" and "true" too; only the columns NUMBERS become numbers."""
-    import pandas
-
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    rows: list[Row] = []
     try:
-        cells = pandas.read_csv(io.StringIO(_text(path)), header=None, dtype=str, keep_default_na=False).to_numpy()
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
-        raise Mistake(f"data file {path} cannot be read as .csv: {str(error).strip()}") from None
-    names = cells[0].tolist()
-    twice = sorted({name for name in names if name and names.count(name) > 1})
-    if twice:
-        raise Mistake(f"data file {path} has several columns {', '.join(twice)}; rename all but one of each")
-    reads = [_number if name in NUMBERS else str for name in names]
-    return [
-        {name: read(cell) for name, read, cell in zip(names, reads, row, strict=True)} for row in cells[1:].tolist()
-    ]
+        names = next(reader, [])
+        twice = sorted({name for name in names if name and names.count(name) > 1})
+        if twice:
+            raise Mistake(f"data file {path} has several columns {_listed(twice)}; rename all but one of each")
+        reads = [_number if name in NUMBERS else str for name in names]
+        for cells in reader:
+            if cells and len(cells) != len(names):
+                raise Mistake(
+                    f"data file {path}, line {reader.line_num}: {len(cells)} cells, and the first line has {len(names)}"
+                )
+            if cells:
+                rows.append({name: read(cell) for name, read, cell in zip(names, reads, cells, strict=True)})
+    except csv.Error as error:
+        raise Mistake(f"data file {path}, line {reader.line_num}: cannot be read as .csv: {error}") from None
+    return rows
 
 
 def _number(cell: str) -> Any:
@@ -282,7 +396,11 @@ def _load_folder(path: Path) -> Splits:
         dataset = load_from_disk(str(path))
     except FileNotFoundError:
         raise Mistake(f"data folder {path} is not a dataset saved with save_to_disk") from None
-    return cast(Splits, dict(dataset) if isinstance(dataset, DatasetDict) else {None: dataset})
+    except Exception as error:  # of a damaged folder, under many names
+        reason = brief(f"{type(error).__name__}: {error}", 200)
+        raise Mistake(f"data folder {path} cannot be read: {reason}; save it again") from None
+    splits = dict(dataset) if isinstance(dataset, DatasetDict) else {None: dataset}
+    return {name and str(name): _ArrowRows(cast(Sequence[Row], rows)) for name, rows in splits.items()}
 
 
 def _load_hub(source: Source) -> Splits:
@@ -290,9 +408,10 @@ def _load_hub(source: Source) -> Splits:
 
     unreachable = _go_offline_if_unreachable(source.name)
     try:
-        return cast(Splits, dict(load_dataset(source.name, source.config)))
+        splits = dict(load_dataset(source.name, source.config))
+        return {str(name): _ArrowRows(cast(Sequence[Row], rows)) for name, rows in splits.items()}
     except Exception as error:  # the hub client raises under many names
-        reason = unreachable or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        reason = brief(unreachable or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}", 200)
         raise Mistake(
             f"data {source.name!r} is no local file and could not be fetched from the hub ({reason}). Check the "
             "spelling and the network"

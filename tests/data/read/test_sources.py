@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -112,7 +113,7 @@ def test_a_split_column_divides_a_file(tmp_path):
 
 def test_a_split_that_is_no_text_is_named(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"text": "a", "split": "train"}, {"text": "b", "split": ["x"]}])
-    with pytest.raises(ValueError, match=r"row 2: `split` is \['x'\]; it must be a text"):
+    with pytest.raises(ValueError, match=r"row 2: 'split' is \['x'\]; it must be a text"):
         load(Source(path))
 
 
@@ -141,7 +142,7 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
     (tmp_path / "bad.parquet").write_text("no")
     for name, message in {
         "empty.jsonl": "is empty",
-        "latin.jsonl": "not UTF-8 at byte 13",
+        "latin.jsonl": "line 1: not UTF-8 at byte 13",
         "cut.jsonl.gz": "is not readable",
         "odd.xml": "unknown kind '.xml'; known are .jsonl",
         "bad.json": "is not a list of objects",
@@ -149,6 +150,92 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             load(Source(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"n": %s}' % ("1" * 5000), "a number has more than 4300 digits"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"text": "\x1b[2J"} x', r"not JSON \(Invalid control character at\): '.*\\x1b"),
+    ],
+)
+def test_a_row_that_no_reader_should_follow_is_named_with_its_line(text, message, tmp_path):
+    good = '{"text": "x"}'
+    (tmp_path / "rows.jsonl").write_text(f"{good}\n{good}\n{text}\n")
+    (tmp_path / "lines.json").write_text(f"{good}\n{good}\n{text}\n")
+    (tmp_path / "list.json").write_text(f"[{good},\n{good},\n{text}]\n")
+    for name in ("rows.jsonl", "lines.json", "list.json"):
+        with pytest.raises(Mistake, match=rf"{name}, line 3: .*{message}") as error:
+            load(Source(str(tmp_path / name)))
+        assert len(str(error.value)) < 400 and "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ('{"text": "a"}\n\n{"text": "b"}\n', [{"text": "a"}, {"text": "b"}]),
+        ('{"version": 1, "tags": ["x"], "data": [{"text": "a"}]}', [{"text": "a"}]),
+        ('{"prompt": "p", "completion": "c"}', [{"prompt": "p", "completion": "c"}]),
+        ('{"messages": [{"role": "user", "content": "a"}]}', [{"messages": [{"role": "user", "content": "a"}]}]),
+    ],
+)
+def test_a_json_file_holds_a_list_or_an_object_with_one_or_json_lines(text, rows, tmp_path):
+    (tmp_path / "rows.json").write_text(text)
+    assert load(Source(str(tmp_path / "rows.json"))).rows == rows
+
+
+def test_an_object_with_two_lists_of_rows_is_refused_by_their_names(tmp_path):
+    (tmp_path / "rows.json").write_text('{"train": [{"text": "a"}], "test": [{"text": "b"}]}')
+    with pytest.raises(Mistake, match="several lists of rows, train, test; write each into a file"):
+        load(Source(str(tmp_path / "rows.json")))
+
+
+def test_what_never_ends_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    for name in ("rows.jsonl", "zero.txt"):
+        with pytest.raises(Mistake, match="is not a regular file"):
+            load(Source(str(tmp_path / name)))
+    monkeypatch.setattr(sources, "UNPACKED", 1000)
+    bomb = tmp_path / "bomb.jsonl.gz"
+    bomb.write_bytes(gzip.compress(b" " * 1_000_000))
+    with pytest.raises(Mistake, match=r"bomb.jsonl.gz unpacks to more than [\d,]+ bytes, 100 times its size"):
+        load(Source(str(bomb)))
+
+
+def test_a_line_of_a_csv_file_with_other_cells_than_the_first_is_named(tmp_path):
+    for line, message in {"c": "1 cells", "c,d,e": "3 cells", 'c,"d': "cannot be read as .csv"}.items():
+        (tmp_path / "rows.csv").write_text(f"prompt,completion\na,b\n{line}\n")
+        with pytest.raises(Mistake, match=f"rows.csv, line 3: {message}"):
+            load(Source(str(tmp_path / "rows.csv")))
+
+
+def test_rows_of_no_split_are_counted_in_the_log(tmp_path, caplog):
+    path = write(
+        tmp_path / "rows.jsonl", [{"text": "a", "split": "train"}, {"text": "b"}, {"text": "c", "split": "test"}]
+    )
+    assert [row["text"] for row in load(Source(path)).rows] == ["a"]
+    assert "1 rows are in no split and are not read" in caplog.text
+
+
+def test_names_of_splits_and_columns_are_shown_safely(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "a", "split": "\x1b[2Jx"}, {"text": "b", "split": "y" * 999}])
+    with pytest.raises(Mistake) as error:
+        load(Source(path))
+    assert "\x1b" not in str(error.value) and "\\x1b[2Jx" in str(error.value) and len(str(error.value)) < 700
+
+
+def test_arrow_adds_no_keys_to_tools_and_calls(tmp_path):
+    from datasets import Dataset
+
+    def row(name, **values):
+        call = {"function": {"name": name, "arguments": values}}
+        return {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}], "tools": [{"name": name}]}
+
+    rows = [row("f", x=1), row("g", y="2")]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    assert list(load(Source(str(tmp_path / "rows.parquet"))).rows) == rows
 
 
 def test_an_absent_file_names_those_that_are_alike(tmp_path):
