@@ -83,6 +83,10 @@ def _loss(config: KTOConfig) -> Callable:
 def _log_balance(labels: np.ndarray) -> None:
     desirable, undesirable = int(labels.sum()), int((~labels).sum())
     log.info("%d desirable and %d undesirable responses", desirable, undesirable)
+    if not desirable or not undesirable:
+        only, other = ("desirable", "undesirable") if desirable else ("undesirable", "desirable")
+        log.warning("all responses are %s: without %s ones nothing holds the policy back", only, other)
+        return
     weights = balanced_lambdas(desirable, undesirable)
     if max(weights) > 1:
         log.info("the paper's rule would weigh them kto(lambda_d=%.3g, lambda_u=%.3g)", *weights)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import shutil
 import time
 
@@ -11,10 +12,11 @@ from safetensors.numpy import load_file
 
 from jaxalign.cli.main import main
 from jaxalign.commands import dpo, kto
-from jaxalign.config.offline import DPOAlgorithm, DPOConfig, KTOConfig
-from jaxalign.config.shared import BestCheckpointConfig, LoraConfig, RefUpdateConfig
+from jaxalign.config.offline import DPOAlgorithm, DPOConfig, KTOAlgorithm, KTOConfig
+from jaxalign.config.shared import BestCheckpointConfig, LoraConfig, MeshConfig, RefUpdateConfig
 from jaxalign.run import reference_logps
 from tests.commands.settings import OFFLINE
+from tests.observed import observe
 from tests.shared import final, on_one_device, rows
 
 
@@ -149,6 +151,17 @@ def test_a_loss_of_the_users_own_file_runs(trained, tmp_path, one_device, monkey
     config = dataclasses.replace(config, output=tmp_path / "run", algorithm=algorithm, steps=2)
     assert run(config) == 0
     assert rows(config.output)[1]["loss"] > 0
+
+
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired", "bco"])
+def test_responses_of_one_class_train_with_a_warning(loss, tiny_model, tmp_path, monkeypatch, caplog):
+    path = tmp_path / "rated.jsonl"
+    rows = [{"prompt": f"{word} ?", "completion": "cat", "label": True} for word in ("one", "two", "red", "blue")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    settings = OFFLINE | {"mesh": MeshConfig(), "algorithm": KTOAlgorithm(loss)}
+    config = KTOConfig(model=str(tiny_model), data=str(path), output=tmp_path / "run", **settings)
+    assert observe(config, monkeypatch).mistake is None
+    assert "all responses are desirable: without undesirable ones nothing holds the policy back" in caplog.text
 
 
 @pytest.mark.parametrize(
