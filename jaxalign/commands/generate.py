@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from jaxalign.data.sets import prompts as prompting
 from jaxalign.data.sets.prompts import Prompt
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.decoder import compute_dtype
-from jaxalign.outside import sayable, visible
+from jaxalign.outside import brief, sayable, visible
 from jaxalign.rollout.engine.http import HttpEngine
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.respond import encode_prompts, load_tokenizer_only, respond, with_params
@@ -40,7 +40,7 @@ def main(config: GenerateConfig) -> int:
     devices.start()
     devices.start_log()
     rewards = None if config.reward is None else Rewards(config.reward, seconds=config.reward_seconds)
-    prompts, columns = read_rows(config.prompts)
+    prompts, columns = read_rows(config.prompts, *(() if rewards is None else (rewards.reads,)))
     if rewards is not None:
         rewards.check(prompts, columns, later=["finished"])
     model = load_tokenizer_only(config.model, config.adapter)
@@ -184,25 +184,44 @@ def _check_output(path: Path) -> None:
         raise Mistake(f"`output` {path} cannot be written ({error.strerror}); name another place") from None
 
 
-def read_rows(text: str) -> tuple[list[Prompt], dict[str, list[Any]]]:
-    """The prompts, and the other columns of their rows, by name."""
+def read_rows(
+    text: str, elsewhere: Callable[[str], bool] = lambda column: False
+) -> tuple[list[Prompt], dict[str, list[Any]]]:
+    """The prompts, and the other columns of their rows, by name.
+
+    Args:
+      text: names of files, or a prompt.
+      elsewhere: True for a column that a reward reads.
+    """
     if not _names_data(text):
         return [sources.repaired(text)], {}
     prompts, others = [], []
     for source in sources.parse(text):
-        rows = _rows(source)
-        column = next((name for name in ("prompt", "messages") if name in rows[0]), None)
-        if column is None:
-            raise Mistake(f"{source.name}: rows have {', '.join(rows[0])}; prompts are in `prompt` or `messages`")
-        for number, row in enumerate(rows, 1):
-            prompts.append(prompting.as_prompt(row.get(column), f"{source.name}, row {number}", column))
-            others.append({name: value for name, value in row.items() if name != column})
+        part, _, columns = prompting.read(_rows(source), source.name, elsewhere=elsewhere)
+        prompts += part
+        others += columns
     return prompts, prompting.by_column(others)
 
 
 def _names_data(text: str) -> bool:
-    name = re.sub(r":[\w.-]+$", "", text)  # that of a split
-    return name.endswith(sources.SUFFIXES) or (os.sep in name and os.path.exists(name))
+    """True for names of files. Such a name has no blank, and a file's ending or a separator of folders.
+
+    A name with a blank is one of a file only if there is this file. Raises Mistake where a name is that of no file.
+    """
+    parts = [text] if os.path.exists(text) else [part.strip() for part in text.split(",")]
+    names = [re.sub(r"\*[\d.e+-]+$", "", part) for part in parts]  # without a weight
+    names = [name if os.path.exists(name) else re.sub(r":[\w.-]+$", "", name) for name in names]  # without a split
+    there = [os.path.exists(os.path.expanduser(name)) for name in names]
+    for name, is_there in zip(names, there, strict=True):
+        if not (name.endswith(sources.SUFFIXES) or os.sep in name) or (re.search(r"\s", name) and not is_there):
+            return False
+    for name, is_there in zip(names, there, strict=True):
+        if not is_there and not name.endswith(sources.SUFFIXES):  # of those with an ending `sources` names the alike
+            raise Mistake(
+                f"`prompts` {brief(name)} has no blank and a {os.sep!r}, as a file's name has, and there is no such "
+                "file; to ask exactly this, write it into a .txt file"
+            )
+    return True
 
 
 def _rows(source: sources.Source) -> Sequence[sources.Row]:

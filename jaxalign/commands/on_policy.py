@@ -72,6 +72,7 @@ def load_prompts(config: RolloutConfig, run: Run, *, updates: int) -> Prompting:
         max_length=config.max_length - config.max_new_tokens,
         max_dropped=config.max_dropped,
         as_chat=config.as_chat,
+        elsewhere=rewards.reads,
     )
     rewards.check(prompts.raw, prompts.columns, later=["finished", "tokens"])
     if not run.exists:

@@ -47,7 +47,7 @@ def _loss(config: SFTConfig) -> Callable:
 def load_data(config: SFTConfig, run: Run) -> Data:
     """Rows of tokens for training, and those held out."""
     options = Options.of(config, run.vocabulary.terminators, turns=config.turns, long_text=config.long_text)
-    sets = load(config.data, run.vocabulary.tokenizer, options, eval_spec=config.eval_data)
+    sets = load(config.data, run.vocabulary.tokenizer, options, eval_spec=config.eval_data, as_chat=config.as_chat)
     plan = Plan.of(config)
     batches = run.counted(TrainBatches(sets.train, plan))
     return Data.of(sets, batches, eval_batches(sets.held_out, plan))

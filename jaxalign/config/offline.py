@@ -25,7 +25,7 @@ class SFTAlgorithm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(SampleSettings, KernelCheckSettings, OfflineConfig):
+class SFTConfig(ChatRowSettings, SampleSettings, KernelCheckSettings, OfflineConfig):
     """Supervised fine-tuning; with --model config:PATH, pretraining from scratch."""
 
     default_learning_rate: ClassVar[float] = 2e-5  # Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca

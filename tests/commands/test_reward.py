@@ -336,7 +336,7 @@ def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tm
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--algorithm.loss", "process"], "hold no steps; needed are prompt, completions, labels"),
+        (["--algorithm.loss", "process"], "hold no steps; known are prompt+completions+labels"),
         (["--algorithm.loss", "graded_bradley_terry"], "needs a column margin in every pair"),
         (["--algorithm.loss", "rao_kupper"], "add it, or use --algorithm.loss bradley_terry"),
         (["--combine", "median"], "unknown name 'median'"),

@@ -7,19 +7,35 @@ makes a conversation of two such texts: the prompt is a turn of the user, the re
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxalign.data.read import formats
-from jaxalign.data.read.formats import Conversation, Format, Normal, PromptCompletion, turns_of
+from jaxalign.data.read.formats import (
+    BEFORE,
+    BESIDE,
+    SYSTEM,
+    TOOLS,
+    Format,
+    Normal,
+    PromptCompletion,
+    framed,
+    question,
+    sequence,
+    tools_beside,
+    turns_of,
+)
 from jaxalign.data.read.sources import Row
+from jaxalign.data.read.spellings import is_empty
 from jaxalign.mistake import Mistake
+from jaxalign.outside import brief
 
 PAIRS, RANKED, RATED = "pairs", "ranked", "rated"
 # Columns of a pair: by how much the first is better, the probability that it is, whether the two are equally good.
 OPINIONS = "margin", "preference", "tie"
+SCORES = "score_chosen", "score_rejected"  # of a pair: without a margin, their difference is the margin
+LARGEST = (2 - 2**-23) * 2.0**127  # float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,30 +50,21 @@ class Group:
     ranks: tuple[int, ...] | None = None  # of a ranking in which some are equal; 0 is the best
 
 
-def sequence(prompt: Any, response: Any, as_chat: bool) -> Normal:
-    """The normal form of a prompt (text or messages) with its response (text, message or messages)."""
-    if isinstance(prompt, str) and isinstance(response, str) and not as_chat:
-        return PromptCompletion(prompt, response)
-    responses = [response] if isinstance(response, dict) else turns_of(response, "assistant")
-    return _conversation([*turns_of(prompt), *responses])
-
-
-def _conversation(turns: Sequence[Row]) -> Conversation:
-    """The conversation of messages in either spelling: role and content, or from and value."""
-    return formats.messages([{"role": t["from"], "content": t["value"]} if "from" in t else t for t in turns])
-
-
-def _pair(column: str) -> Callable[[Row, bool], list[Group]]:
+def _pair(column: str, *, as_turns: bool = False) -> Callable[[Row, bool], list[Group]]:
     """Converts rows with a prompt in `column` and with chosen and rejected, which may repeat or continue it."""
 
     def convert(row: Row, as_chat: bool) -> list[Group]:
-        prompt = row[column]
-        if row.get("system") and isinstance(prompt, str):
-            prompt = [{"role": "system", "content": row["system"]}, {"role": "user", "content": prompt}]
-        parts = [_context_and_response(prompt, row[name]) for name in ("chosen", "rejected")]
-        return [Group(tuple(sequence(*part, as_chat) for part in parts), opinions=_opinions(row))]
+        prompt, tools = framed(question(row, column), row), tools_beside(row)
+        parts = [_context_and_response(prompt, _response(row, name)) for name in ("chosen", "rejected")]
+        pair = tuple(sequence(*part, as_chat or as_turns, tools) for part in parts)
+        return [Group(pair, opinions=_opinions(row))]
 
     return convert
+
+
+def _response(row: Row, column: str) -> Any:
+    """A text, a message or messages."""
+    return row[column] if isinstance(row[column], list | dict) else formats.text_in(row, column)
 
 
 def _context_and_response(prompt: Any, response: Any) -> tuple[Any, Any]:
@@ -68,7 +75,7 @@ def _context_and_response(prompt: Any, response: Any) -> tuple[Any, Any]:
     """
     if not isinstance(response, list) or len(response) < 2:
         return prompt, response
-    turns, before = (_conversation(turns_of(part)).messages for part in (response, prompt))
+    turns, before = (formats.messages(turns_of(part)).messages for part in (response, prompt))
     if _within(before, turns[:-1]):
         return response[:-1], response[-1:]
     if _within(turns[:-1], before[1 - len(turns) :]):  # the last turns of the prompt
@@ -83,49 +90,64 @@ def _context_and_response(prompt: Any, response: Any) -> tuple[Any, Any]:
 
 def _within(few: Sequence[Row], many: Sequence[Row]) -> bool:
     """True if `few` is a run of turns of `many`; white space around a text makes no difference."""
-    part, whole = ([(turn["role"], turn["content"].strip()) for turn in turns] for turns in (few, many))
+    part, whole = ([turn | {"content": turn["content"].strip()} for turn in turns] for turns in (few, many))
     return any(whole[i : i + len(part)] == part for i in range(len(whole) - len(part) + 1))
 
 
-def _check_finite(name: str, *values: float) -> None:
-    for value in values:
-        if not math.isfinite(value):
-            raise Mistake(f"{name} is {value!r}, not a finite number; give one, or leave it out")
+def number_in(name: str, value: Any) -> float:
+    """The value as a float that float32 can hold. Raises Mistake."""
+    if not isinstance(value, int | float):
+        raise Mistake(f"{name} is {brief(repr(value))}, not a number; give one, leave it out, or rename the column")
+    if not abs(value) <= LARGEST:  # an int may be too large for a float
+        shown = brief(repr(value)) if isinstance(value, float) or abs(value) < 10**30 else "beyond 1e30"
+        raise Mistake(f"{name} is {shown}, not a finite number in float32; give one, or leave it out")
+    return float(value)
 
 
 def _opinions(row: Row) -> dict[str, float]:
-    for name in (*OPINIONS, "score_chosen", "score_rejected"):
-        if isinstance(row.get(name), int | float):
-            _check_finite(name, row[name])
-    opinions = {name: float(row[name]) for name in OPINIONS if isinstance(row.get(name), int | float)}
+    names = (*OPINIONS, *SCORES)
+    opinions = {name: number_in(name, row[name]) for name in names if not is_empty(row.get(name))}
     if not 0 <= opinions.get("preference", 1) <= 1:
         raise Mistake(f"preference is {row['preference']!r}, not a probability")
-    chosen, rejected = row.get("score_chosen"), row.get("score_rejected")
-    if "margin" not in opinions and isinstance(chosen, int | float) and isinstance(rejected, int | float):
-        opinions["margin"] = float(chosen - rejected)
+    chosen, rejected = (opinions.pop(name, None) for name in SCORES)
+    if "margin" not in opinions and chosen is not None and rejected is not None:
+        opinions["margin"] = number_in("score_chosen - score_rejected", chosen - rejected)
     return opinions
-
-
-def _instruction_pair(row: Row, as_chat: bool) -> list[Group]:
-    prompt = formats.with_context(row["instruction"], row.get("input") or "")
-    return [Group(tuple(sequence(prompt, row[name], True) for name in ("chosen", "rejected")), opinions=_opinions(row))]
 
 
 def _whole_dialogues(row: Row, as_chat: bool) -> list[Group]:
     """The pair of two dialogues, texts as in hh-rlhf or lists of messages, that share all but their last turn."""
-    chosen, rejected = (_dialogue(row[name]) for name in ("chosen", "rejected"))
+    tools = tools_beside(row)
+    chosen, rejected = (formats.messages(framed(_dialogue(row[n]), row), tools) for n in ("chosen", "rejected"))  # type: ignore[arg-type]
     return [Group((chosen, rejected), opinions=_opinions(row))]
 
 
-def _dialogue(text: Any) -> Conversation:
+def _dialogue(text: Any) -> list[Row]:
     if not isinstance(text, str):
-        return _conversation(list(text))
+        return list(text)
     parts = re.split(r"\n\n(Human|Assistant):", text)
     if parts[0].strip() or len(parts) < 3:
         raise Mistake(r"a dialogue must begin with '\n\nHuman:' or '\n\nAssistant:'")
     roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [{"role": roles[r], "content": text.strip()} for r, text in zip(parts[1::2], parts[2::2], strict=True)]
-    return formats.messages(turns)
+    return [{"role": roles[r], "content": text.strip()} for r, text in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _texts_of_dialogues(row: Row, as_chat: bool) -> list[Group]:
+    """The pair of two texts, whose prompt is what both begin with, markers of turns included; of messages, themselves.
+
+    A space at the end of the prompt opens the responses, as in TRL's `extract_prompt`.
+    """
+    if not isinstance(row["chosen"], str):
+        return _whole_dialogues(row, as_chat)
+    chosen, rejected = (formats.text_in(row, name) for name in ("chosen", "rejected"))
+    shortest = min(len(chosen), len(rejected))
+    shared = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest)
+    if shared == shortest:  # one text is the beginning of the other
+        shared = max(shared - 1, 0)
+    elif chosen[:shared].endswith(" "):
+        shared -= 1
+    pair = tuple(PromptCompletion(text[:shared], text[shared:]) for text in (chosen, rejected))
+    return [Group(pair, opinions=_opinions(row))]
 
 
 def _tree(row: Row, as_chat: bool) -> list[Group]:
@@ -148,51 +170,99 @@ def _tree(row: Row, as_chat: bool) -> list[Group]:
 def _ranking(row: Row, as_chat: bool) -> list[Group]:
     """A ranking by `ranks` (1 is best) or `scores` (more is better), or of `responses` that stand best first."""
     responses = list(row["responses"])
-    if row.get("ranks") is not None:
-        keys = list(row["ranks"])
-    else:
-        keys = [-s for s in row["scores"]] if row.get("scores") is not None else list(range(len(responses)))
+    name = next((name for name in ("ranks", "scores") if row.get(name) is not None), None)
+    keys = [number_in(f"a value in {name!r}", key) for key in row[name]] if name else list(range(len(responses)))
     if len(keys) != len(responses):
         raise Mistake(f"{len(responses)} responses, but {len(keys)} ranks or scores")
-    _check_finite("a rank or score", *keys)
+    if name == "scores":
+        keys = [-key for key in keys]
     order = sorted(range(len(responses)), key=lambda i: keys[i])
     levels = sorted(set(keys))
     ranks = tuple(levels.index(keys[i]) for i in order)
-    sequences = tuple(sequence(row["prompt"], responses[i], as_chat) for i in order)
+    prompt, tools = framed(question(row, "prompt"), row), tools_beside(row)
+    sequences = tuple(sequence(prompt, responses[i], as_chat, tools) for i in order)
     return [Group(sequences, ranks=ranks if len(levels) < len(keys) else None)]
 
 
-def _rated(label: str) -> Callable[[Row, bool], list[Group]]:
-    """Converts rows of a response each, with its label in the column `label`."""
+def _rated(label: str, form: Format) -> Format:
+    """Rows of a format of instruction data, each with its label in the column `label`."""
 
     def convert(row: Row, as_chat: bool) -> list[Group]:
         value = row[label]
-        if not isinstance(value, bool) and value not in (0, 1):
-            raise Mistake(f"column {label} holds {value!r}, not true or false")
-        if "messages" in row:
-            return [Group((_conversation(row["messages"]),), label=bool(value))]
-        return [Group((sequence(row["prompt"], row["completion"], as_chat),), label=bool(value))]
+        if not is_rating(value):
+            raise Mistake(f"column {label!r} holds {brief(repr(value))}, not true or false")
+        return [Group((form.convert(row, as_chat),), label=bool(value))]
 
-    return convert
+    name = f"{form.name} with a label" if label == "label" else f"{form.name}, {label}"
+    return Format(name, (*form.columns, label), convert, form.reads)
 
 
+def is_rating(value: Any) -> bool:
+    """True for true, false, 1 and 0."""
+    return isinstance(value, int | float) and value in (0, 1)
+
+
+_FORMATS = {form.name: form for form in formats.FORMATS}
+_OF_PAIRS = (*OPINIONS, *SCORES)
+_OF_PROMPTS = (*BEFORE, *BESIDE)
+_OF_TURNS = (*SYSTEM, *TOOLS)
+_DIALOGUES = Format("pair of dialogues", ("chosen", "rejected"), _whole_dialogues, (*_OF_TURNS, *_OF_PAIRS))
+_TEXTS = Format("pair of dialogues as texts", ("chosen", "rejected"), _texts_of_dialogues, _OF_PAIRS)
+_TREE = Format("OASST tree", ("message_tree_id", "prompt"), _tree)
 FEEDBACK_FORMATS: tuple[Format, ...] = (
-    Format("messages with a label", ("messages", "label"), _rated("label")),
-    Format("prompt+completion with a label", ("prompt", "completion", "label"), _rated("label")),
-    Format("prompt+completion, desirable", ("prompt", "completion", "desirable"), _rated("desirable")),
-    Format("ShareGPT pair", ("conversations", "chosen", "rejected"), _pair("conversations")),
-    Format("prompt with a pair", ("prompt", "chosen", "rejected"), _pair("prompt")),
-    Format("Alpaca pair", ("instruction", "chosen", "rejected"), _instruction_pair),
-    Format("question with a pair", ("question", "chosen", "rejected"), _pair("question")),
-    Format("pair of dialogues", ("chosen", "rejected"), _whole_dialogues),
-    Format("OASST tree", ("message_tree_id", "prompt"), _tree),
-    Format("prompt with ranked responses", ("prompt", "responses"), _ranking),
+    _rated("label", _FORMATS["messages"]),
+    _rated("label", _FORMATS["ShareGPT"]),
+    _rated("label", _FORMATS["prompt+completion"]),
+    _rated("desirable", _FORMATS["prompt+completion"]),
+    Format("ShareGPT pair", ("conversations", "chosen", "rejected"), _pair("conversations"), (*_OF_TURNS, *_OF_PAIRS)),
+    Format("prompt with a pair", ("prompt", "chosen", "rejected"), _pair("prompt"), (*_OF_PROMPTS, *_OF_PAIRS)),
+    Format(
+        "Alpaca pair",
+        ("instruction", "chosen", "rejected"),
+        _pair("instruction", as_turns=True),
+        (*_OF_PROMPTS, *_OF_PAIRS),
+    ),
+    Format("question with a pair", ("question", "chosen", "rejected"), _pair("question"), (*_OF_PROMPTS, *_OF_PAIRS)),
+    Format("messages with a pair", ("messages", "chosen", "rejected"), _pair("messages"), (*_OF_TURNS, *_OF_PAIRS)),
+    _DIALOGUES,
+    _TREE,
+    Format("prompt with ranked responses", ("prompt", "responses"), _ranking, (*_OF_PROMPTS, "ranks", "scores")),
 )
 
 
-def recognise(columns: Iterable[str], *, where: str) -> Format:
-    """The format of rows of feedback with these columns. Raises Mistake as `formats.recognise` does."""
-    return formats.recognise(columns, FEEDBACK_FORMATS, where=where, otherwise="hold no feedback")
+def recognise(columns: Iterable[str], *, where: str, dialogues_as_texts: bool = False) -> Format:
+    """The format of rows of feedback with these columns. Raises Mistake as `formats.recognise` does.
+
+    Args:
+      columns: of the first row.
+      where: the place of the data, for errors.
+      dialogues_as_texts: two dialogues are the texts that they are, for a tokenizer without a chat template.
+    """
+    forms = _with_texts(FEEDBACK_FORMATS, dialogues_as_texts)
+    return formats.recognise(columns, forms, where=where, otherwise="hold no feedback")
+
+
+def recognise_demonstrations(row: Row, *, where: str, dialogues_as_texts: bool = False) -> Format:
+    """The format of supervised data: instruction data, or feedback, of which `demonstrations` are learned.
+
+    A label that is neither true nor false in the first row is not a rating.
+    """
+    forms = [form for form in _with_texts(FEEDBACK_FORMATS, dialogues_as_texts) if form is not _TREE]
+    labels = [label for label in ("label", "desirable") if not is_rating(row.get(label))]
+    forms = [form for form in forms if not set(labels) & set(form.columns)]
+    form = next((form for form in forms if row.keys() >= set(form.columns)), None)
+    return form or formats.recognise(row, [*formats.FORMATS, *forms], where=where)
+
+
+def _with_texts(forms: Sequence[Format], as_texts: bool) -> list[Format]:
+    return [_TEXTS if as_texts and form is _DIALOGUES else form for form in forms]
+
+
+def demonstrations(converted: Normal | list[Group]) -> list[Normal]:
+    """Sequences of a row that are worth imitating: of feedback the best of each group, unless it is undesirable."""
+    if not isinstance(converted, list):
+        return [converted]
+    return [group.sequences[0] for group in converted if group.label is not False]
 
 
 def as_kind(groups: list[Group], kind: str, *, ties: bool = False) -> list[Group]:

@@ -1,13 +1,20 @@
-"""The formats of instruction data, recognised from their columns, and the three normal forms of a row."""
+"""The formats of instruction data, recognised from their columns, and the three normal forms of a row.
+
+A format states every column that it reads. A column of CONTENT that has a value and that the format does not read is a
+mistake; other columns are listed in the log. docs/data.md explains both to users.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
+from jaxalign.data.read import spellings
 from jaxalign.data.read.sources import Row
+from jaxalign.data.read.spellings import is_empty
 from jaxalign.mistake import Mistake
+from jaxalign.outside import brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,58 +53,100 @@ class Format:
 
     name: str
     columns: tuple[str, ...]
-    convert: Callable[..., Any]  # row -> its normal form; of feedback, (row, as_chat) -> groups of responses
+    convert: Callable[..., Any]  # (row, as_chat) -> its normal form; of feedback, groups of responses
+    reads: tuple[str, ...] = ()  # further columns, where a row has them
+
+    def reads_column(self, column: str) -> bool:
+        """True if the column decides what is learned; `split` always does."""
+        return column in self.columns or column in self.reads or column == "split"
 
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-}
-CALLS = "tool_calls", "function_call"  # of a turn, beside its text
+SYSTEM = ("system", "system_prompt")  # a turn of the system, in front
+TOOLS = ("tools", "functions")  # JSON schemas of functions, for the chat template
+BEFORE = (*SYSTEM, "history", *TOOLS)  # in front of a prompt that is a text; it becomes a conversation
+BESIDE = ("input", "context")  # paragraphs behind a question or an instruction
+ROW_WEIGHTS = ("weight", "weights", "train", "training")  # of a row; 1 and true change nothing
+OF_RESPONSES = (*spellings.REASONING, "tool_calls", "function_call", *ROW_WEIGHTS, "train_detail")
+# Columns that are known to carry content. A row whose format does not read one of them is refused.
+CONTENT = (*BEFORE, *BESIDE, *spellings.UNREADABLE, *OF_RESPONSES, "chat_template_kwargs")
+IN_TURNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")  # may hold turns
 
 
-def _role(name: str) -> str:
-    if name not in ROLES:
-        raise Mistake(f"role {name!r} is not one of {', '.join(ROLES)}")
-    return ROLES[name]
-
-
-def _text(row: Row, column: str) -> str:
-    """The text in a column; None is an empty text, as an empty cell of a CSV file is."""
+def text_in(row: Row, column: str) -> str:
+    """The text in a column; None is an empty text, as an empty cell of a CSV file is. Raises Mistake."""
     value = row[column]
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise Mistake(f"column {column} holds {value!r}, not text")
+        raise Mistake(f"column {column!r} holds {brief(value)}, not text")
     return value
 
 
-def messages(turns: Sequence[Row], role: str = "role", content: str = "content") -> Conversation:
-    """The conversation of turns whose role and content stand under these names. Raises Mistake."""
-    if isinstance(turns, str) or not all(isinstance(turn, dict) for turn in turns):
-        raise Mistake(f"{repr(turns)[:60]} is not a list of turns, each with `{role}` and `{content}`")
-    if any(turn.get(call) for turn in turns for call in CALLS):
-        raise Mistake(
-            f"a turn calls a tool in `{'` or `'.join(CALLS)}`, which templates do not read; write the call into its "
-            f"`{content}`, as the model should write it, or leave the row out"
-        )
-    return Conversation(tuple({"role": _role(t[role]), "content": _text(t, content)} for t in turns))
+def messages(turns: Sequence[Row], tools: Any = None) -> Conversation:
+    """The conversation of turns in any spelling, with the tools of its row. Raises Mistake."""
+    _check_turns(turns)
+    return Conversation(tuple(map(spellings.message, turns)), spellings.tools_of(turns, tools))
 
 
-def _instruction(row: Row, instruction: str, context: str, response: str) -> Conversation:
-    """A question and its answer, from the columns of these names; `context` may be absent."""
-    question = with_context(_text(row, instruction), _text(row, context) if context in row else "")
-    return Conversation(({"role": "user", "content": question}, {"role": "assistant", "content": _text(row, response)}))
+def _check_turns(turns: Any) -> None:
+    if not isinstance(turns, list | tuple) or not all(isinstance(turn, dict) for turn in turns):
+        raise Mistake(f"{brief(repr(turns), 60)} is not a list of turns, each with 'role' and 'content'")
+
+
+def tools_beside(row: Row) -> Any:
+    """The tools in the columns of a row."""
+    return spellings.tools_of([{"tools": row.get(name)} for name in TOOLS], None)
+
+
+def framed(prompt: Any, row: Row) -> str | list[Row]:
+    """A prompt (text or turns) behind the system text and the history of its row: a text if there are neither."""
+    systems = dict.fromkeys(text_in(row, name) for name in SYSTEM if not is_empty(row.get(name)))
+    if len(systems) > 1:
+        raise Mistake("'system' and 'system_prompt' differ; keep one")
+    system: list[Row] = [{"role": "system", "content": text} for text in systems if text.strip()]
+    if isinstance(prompt, str):
+        before = [*system, *_history(row.get("history"))]
+        return [*before, {"role": "user", "content": prompt}] if before else prompt
+    _check_turns(prompt)
+    if not is_empty(row.get("history")):
+        raise Mistake("'history' stands beside messages, which are not a text; write it in front of them")
+    if system and prompt:
+        first = spellings.message(prompt[0])
+        if first["role"] in ("system", "developer"):
+            if first["content"].strip() != system[0]["content"].strip():
+                raise Mistake("'system' differs from the messages' own system turn; keep one of the two")
+            system = []
+    return [*system, *prompt]
+
+
+def _history(history: Any) -> list[Row]:
+    """Earlier turns: pairs of a text of the user and one of the assistant, or messages."""
+    if is_empty(history):
+        return []
+    if not isinstance(history, list):
+        raise Mistake(f"'history' holds {brief(history)}, not a list of [question, answer]")
+    result: list[Row] = []
+    for item in history:
+        if isinstance(item, dict):
+            result.append(item)
+        elif isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(text, str) for text in item):
+            result += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), item, strict=True)]
+        else:
+            raise Mistake(f"'history' holds {brief(item)}, not [question, answer]")
+    return result
+
+
+def question(row: Row, column: str) -> Any:
+    """The prompt in a column; a text has `input` and `context` in paragraphs behind it."""
+    if isinstance(row[column], str | None):
+        text = text_in(row, column)
+        for name in BESIDE:
+            text = with_context(text, text_in(row, name) if name in row else "")
+        return text
+    for name in BESIDE:
+        if not is_empty(row.get(name)):
+            raise Mistake(f"{name!r} stands beside messages; write it into the turn that it belongs to")
+    return row[column]
 
 
 def with_context(instruction: str, context: str) -> str:
@@ -105,11 +154,12 @@ def with_context(instruction: str, context: str) -> str:
     return f"{instruction}\n\n{context}" if context.strip() else instruction
 
 
-def _prompt_completion(row: Row) -> Normal:
-    prompt, completion = row["prompt"], row["completion"]
-    if not isinstance(prompt, list) and not isinstance(completion, list):
-        return PromptCompletion(_text(row, "prompt"), _text(row, "completion"))
-    return messages([*turns_of(prompt), *turns_of(completion, "assistant")])
+def sequence(prompt: Any, response: Any, as_chat: bool, tools: Any = None) -> Normal:
+    """The normal form of a prompt (text or messages) with its response (text, message or messages)."""
+    if isinstance(prompt, str) and isinstance(response, str) and not as_chat and not tools:
+        return PromptCompletion(prompt, response)
+    responses = [response] if isinstance(response, dict) else turns_of(response, "assistant")
+    return messages([*turns_of(prompt), *responses], tools)
 
 
 def turns_of(text_or_messages: Any, role: str = "user") -> list[Row]:
@@ -119,51 +169,87 @@ def turns_of(text_or_messages: Any, role: str = "user") -> list[Row]:
     return list(text_or_messages)
 
 
-def _oasst_tree(row: Row) -> Conversation:
+def _texts(prompt: str, response: str) -> Callable[..., Normal]:
+    """Converts rows of a text, or messages, and a text that continues it."""
+
+    def convert(row: Row, as_chat: bool = False) -> Normal:
+        texts = ["" if row[name] is None else row[name] for name in (prompt, response)]
+        for name, value in zip((prompt, response), texts, strict=True):
+            if not isinstance(value, str | list | dict):
+                text_in(row, name)  # raises
+        return sequence(framed(texts[0], row), texts[1], as_chat, tools_beside(row))
+
+    return convert
+
+
+def _instruction(instruction: str, response: str) -> Callable[..., Normal]:
+    """Converts rows of a question, with `input` and `context`, and its answer, which are a conversation."""
+
+    def convert(row: Row, as_chat: bool = False) -> Normal:
+        text_in(row, instruction)
+        return sequence(framed(question(row, instruction), row), text_in(row, response), True, tools_beside(row))
+
+    return convert
+
+
+def _messages(column: str) -> Callable[..., Conversation]:
+    """Converts rows of turns."""
+
+    def convert(row: Row, as_chat: bool = False) -> Conversation:
+        _check_turns(row[column])
+        return messages(framed(row[column], row), tools_beside(row))  # type: ignore[arg-type]
+
+    return convert
+
+
+def _oasst_tree(row: Row, as_chat: bool = False) -> Conversation:
     """The conversation from the root along the best-ranked replies."""
-    turns, node = [], row["prompt"]
+    thread, node = [], row["prompt"]
     while node is not None:
-        turns.append({"role": node["role"], "content": node["text"]})
+        thread.append({"role": node["role"], "content": node["text"]})
         replies = [reply for reply in node.get("replies") or [] if not reply.get("deleted")]
         node = min(replies, key=_rank) if replies else None
-    return messages(turns[: len(turns) - (turns[-1]["role"] == "prompter")])
+    return messages(thread[: len(thread) - (thread[-1]["role"] == "prompter")])
 
 
 def _rank(reply: Row) -> float:
     return float("inf") if reply.get("rank") is None else reply["rank"]
 
 
-def _best_of_pair(row: Row) -> Conversation:
-    return messages([*turns_of(row["prompt"]), {"role": "assistant", "content": row["chosen"]}])
+def _self_instruct(row: Row, as_chat: bool = False) -> Normal:
+    instances = row["instances"]
+    if len(instances) > 1:
+        raise Mistake(f"'instances' holds {len(instances)} examples; write a row for each")
+    merged = {**row, **instances[0]}
+    _check_columns(ALPACA, merged, ())
+    return ALPACA.convert(merged)
 
 
-def _self_instruct(row: Row) -> Conversation:
-    first = row["instances"][0]
-    return _instruction({"instruction": row["instruction"], **first}, "instruction", "input", "output")
-
-
-MESSAGES = Format("messages", ("messages",), lambda row: messages(row["messages"]))
+MESSAGES = Format("messages", ("messages",), _messages("messages"), (*SYSTEM, *TOOLS))
+ALPACA = Format("Alpaca", ("instruction", "output"), _instruction("instruction", "output"), (*BEFORE, *BESIDE))
 FORMATS: tuple[Format, ...] = (
     MESSAGES,
-    Format("ShareGPT", ("conversations",), lambda row: messages(row["conversations"], "from", "value")),
+    Format("ShareGPT", ("conversations",), _messages("conversations"), (*SYSTEM, *TOOLS)),
     Format("OASST tree", ("message_tree_id", "prompt"), _oasst_tree),
-    Format("prompt+completion", ("prompt", "completion"), _prompt_completion),
-    Format("chosen of a pair", ("prompt", "chosen"), _best_of_pair),
-    Format("Alpaca", ("instruction", "output"), lambda row: _instruction(row, "instruction", "input", "output")),
-    Format("self-instruct", ("instruction", "instances"), _self_instruct),
+    Format("prompt+completion", ("prompt", "completion"), _texts("prompt", "completion"), BEFORE),
+    Format("chosen of a pair", ("prompt", "chosen"), _texts("prompt", "chosen"), BEFORE),
+    ALPACA,
+    Format("self-instruct", ("instruction", "instances"), _self_instruct, BEFORE),
     Format(
         "Dolly",
         ("instruction", "context", "response"),
-        lambda row: _instruction(row, "instruction", "context", "response"),
+        _instruction("instruction", "response"),
+        (*BEFORE, "input"),
     ),
     Format(
         "Alpaca with response",
         ("instruction", "response"),
-        lambda row: _instruction(row, "instruction", "input", "response"),
+        _instruction("instruction", "response"),
+        (*BEFORE, *BESIDE),
     ),
-    Format("FLAN", ("inputs", "targets"), lambda row: PromptCompletion(_text(row, "inputs"), _text(row, "targets"))),
-    Format("question and answer", ("question", "answer"), lambda row: _instruction(row, "question", "", "answer")),
-    Format("text", ("text",), lambda row: Text(_text(row, "text"))),
+    Format("FLAN", ("inputs", "targets"), _texts("inputs", "targets"), BEFORE),
+    Format("question and answer", ("question", "answer"), _instruction("question", "answer"), (*BEFORE, *BESIDE)),
+    Format("text", ("text",), lambda row, as_chat=False: Text(text_in(row, "text"))),
 )
 
 
@@ -180,16 +266,54 @@ def recognise(
         if columns.issuperset(form.columns):
             return form
     known = "; ".join(f"{'+'.join(form.columns)} ({form.name})" for form in formats)
-    raise Mistake(f"{where}: columns {', '.join(sorted(columns))} {otherwise}; known are {known}")
+    names = ", ".join(brief(column, 40) for column in sorted(columns))
+    raise Mistake(f"{where}: columns {brief(names, 400)} {otherwise}; known are {known}")
 
 
-def normalise(form: Format, row: Row, *options: bool, where: str) -> Any:
-    """The row in its normal form. Raises Mistake, with the place, when a column holds something else."""
+def normalise(form: Format, row: Row, *options: bool, where: str, elsewhere: Container[str] = ()) -> Any:
+    """The row in its normal form.
+
+    Args:
+      form: of the data.
+      row: a row.
+      options: `as_chat`, where the format has it.
+      where: the place of the row, for errors.
+      elsewhere: columns that something else reads.
+
+    Raises:
+      Mistake: a column holds another type, or one of CONTENT that the format does not read holds something.
+    """
     try:
+        _check_columns(form, row, elsewhere)
         return form.convert(row, *options)
     except KeyError as error:
         raise Mistake(f"{where}: {error} is missing, which the format {form.name} of the first row needs") from None
     except (TypeError, AttributeError, IndexError) as error:
-        raise Mistake(f"{where}: not a row of format {form.name} ({type(error).__name__}: {error})") from None
+        reason = brief(f"{type(error).__name__}: {error}")
+        raise Mistake(f"{where}: not a row of format {form.name} ({reason})") from None
+    except RecursionError:
+        raise Mistake(f"{where}: lists or objects are nested too deeply") from None
     except ValueError as error:
         raise Mistake(f"{where}: {error}") from None
+
+
+def _check_columns(form: Format, row: Row, elsewhere: Container[str]) -> None:
+    for column in CONTENT:
+        value = row.get(column)
+        if is_empty(value) or form.reads_column(column) or column in elsewhere:
+            continue
+        if column in ROW_WEIGHTS and value in (1, True):
+            continue
+        raise Mistake(
+            f"column {column!r} holds {brief(value, 40)}, which the format {form.name} does not read; write it into "
+            f"{' or '.join(map(repr, form.columns))}, or rename or remove the column"
+        )
+
+
+def unread(form: Format, row: Row) -> set[str]:
+    """Columns of the row with a value that the format does not read, and keys of its turns, as 'messages.id'."""
+    names = {name for name, value in row.items() if not form.reads_column(name) and not is_empty(value)}
+    columns = [name for name in IN_TURNS if name in form.columns and name in row]
+    if "message_tree_id" not in form.columns:
+        names |= {f"{column}.{key}" for column in columns for key in spellings.unread_keys(row[column])}
+    return names

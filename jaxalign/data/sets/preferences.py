@@ -17,8 +17,9 @@ from jaxalign.data.read.formats import Conversation, Format
 from jaxalign.data.read.tokens import Encoder, Examples, show
 from jaxalign.data.sets import split
 from jaxalign.data.sets.split import Set
-from jaxalign.data.sets.supervised import Options, check_template, openings
+from jaxalign.data.sets.supervised import Options, check_template, log_unread, openings
 from jaxalign.mistake import Mistake
+from jaxalign.outside import visible
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def load(
     responses = data.responses
     for k, name in enumerate(("the first response", "and the one it is compared with")[: responses.groups.shape[1]]):
         ids, mask = responses.examples[int(responses.groups[0, k])]
-        log.info("%s, its compared tokens between ⟦ ⟧:\n%s", name, show(tokenizer, ids, mask))
+        log.info("%s, its compared tokens between ⟦ ⟧:\n%s", name, visible(show(tokenizer, ids, mask)))
     return dataclasses.replace(data, prompts=openings(first_responses(data.held_out)))
 
 
@@ -77,22 +78,28 @@ class _Reader:
     ties: bool
 
     def read(self, source: sources.Source, loaded: sources.Loaded, where: str) -> Responses:
-        form = feedback_formats.recognise(loaded.rows[0], where=where)
+        form = feedback_formats.recognise(
+            loaded.rows[0], where=where, dialogues_as_texts=not self.as_chat and not self.tokenizer.chat_template
+        )
         encoder = Encoder(self.tokenizer, self.options.terminators, self.options.max_length, "last")
-        builder, dropped = _Builder(self.width), Counter()
+        builder, dropped, unread = _Builder(self.width), Counter(), set()
         for number, row in enumerate(loaded.rows, start=1):
             place = f"{where}, row {number}"
+            unread |= formats.unread(form, row)
             for group in formats.normalise(form, row, self.as_chat, where=place):
                 groups = feedback_formats.as_kind([group], self.kind, ties=self.ties)
                 if not groups:
                     dropped[NOTHING_BETTER] += 1
                 for part in groups:
-                    if any(isinstance(s, Conversation) for s in part.sequences):
-                        check_template(self.tokenizer, where)
+                    for sequence in part.sequences:
+                        if isinstance(sequence, Conversation):
+                            check_template(self.tokenizer, where, number, row)
+                            _check_is_learned(sequence, place)
                     if reason := builder.add(part, encoder, place):
                         dropped[reason] += 1
         responses = builder.build(self.kind)
         self._report(where, form, responses, dropped, encoder)
+        log_unread(where, unread)
         return responses
 
     def _report(self, where: str, form: Format, responses: Responses, dropped: Counter, encoder: Encoder) -> None:
@@ -112,6 +119,14 @@ class _Reader:
         if encoder.shortened:
             text = "%s: %d responses were cut at %d tokens; a cut response has no terminator"
             log.warning(text, where, encoder.shortened, self.options.max_length)
+
+
+def _check_is_learned(conversation: Conversation, place: str) -> None:
+    if conversation.messages and conversation.messages[-1].get("learn") is False:
+        raise Mistake(
+            f"{place}: the last turn of a response is marked as not learned, and feedback is about this turn; remove "
+            "its 'weight' or 'train', or leave the row out"
+        )
 
 
 class _Builder:

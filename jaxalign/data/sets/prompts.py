@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,40 @@ import numpy as np
 from jaxalign.data.batches.plan import Batches, Plan, order
 from jaxalign.data.read import chat, formats, sources
 from jaxalign.mistake import Mistake
+from jaxalign.outside import brief
 
 log = logging.getLogger(__name__)
 
-Prompt = str | Sequence[dict[str, str]]  # a text to continue, or messages to answer
-COLUMNS = ("prompt", "messages", "question", "instruction", "query")
+Prompt = str | Sequence[dict[str, Any]]  # a text to continue, or messages to answer
+
+
+def _prompt(column: str, *, question: bool = False) -> formats.Format:
+    """Rows with a prompt in this column, behind the system text and history of the row; answers stand elsewhere."""
+
+    def convert(row: sources.Row) -> Prompt:
+        value = row.get(column)
+        if not isinstance(value, str) and not (isinstance(value, list) and value):
+            raise Mistake(f"{column!r} holds {brief(repr(value))}; it must be a text, or a list of messages")
+        prompt = formats.framed(formats.question(row, column) if question else value, row)
+        if isinstance(prompt, str):
+            return prompt
+        conversation = formats.messages(prompt)
+        if conversation.tools:
+            raise Mistake("'tools' of a prompt are not read; write them into the system text")
+        return conversation.messages
+
+    history = () if column == "messages" else ("history",)
+    reads = (*formats.SYSTEM, *history, *(formats.BESIDE if question else ()))
+    return formats.Format(f"prompts in {column!r}", (column,), convert, reads)
+
+
+PROMPT_FORMATS = (
+    _prompt("prompt"),
+    _prompt("messages"),
+    _prompt("question", question=True),
+    _prompt("instruction", question=True),
+    _prompt("query", question=True),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,43 +66,77 @@ class Prompts:
         return zlib.crc32(whole.encode())
 
 
-def load(spec: str, tokenizer: Any, *, max_length: int, max_dropped: float, as_chat: bool = False) -> Prompts:
+def read(
+    rows: Sequence[sources.Row], name: str, *, elsewhere: Callable[[str], bool] = lambda column: False
+) -> tuple[list[Prompt], list[Any], list[sources.Row]]:
+    """(the prompt of each row, the same as it stands in the data, the row's other columns)
+
+    Args:
+      rows: of one source.
+      name: of the source, for errors and the log.
+      elsewhere: True for a column that something else reads, as a reward.
+
+    Raises:
+      Mistake: no column holds a prompt, a row has no prompt, or a column that carries content is not read.
+    """
+    form = formats.recognise(rows[0], PROMPT_FORMATS, where=f"data {name}", otherwise="hold no prompt")
+    (column,) = form.columns
+    exempt = {name for name in formats.CONTENT if elsewhere(name)} | set(formats.OF_RESPONSES)
+    prompts, raw, others, unread = [], [], [], set()
+    for number, row in enumerate(rows, 1):
+        prompt = formats.normalise(form, row, where=f"{name}, row {number}", elsewhere=exempt)
+        unread |= formats.unread(form, row)
+        prompts.append(prompt)
+        # messages stay in the spelling of the data, unless something is put in front of them
+        same = isinstance(row[column], list) and len(row[column]) == len(prompt)
+        raw.append(row[column] if same else prompt if isinstance(prompt, str) else list(prompt))
+        others.append({name: value for name, value in row.items() if name != column})
+    if unread := {column for column in unread if not elsewhere(column)}:
+        log.info("%s: nothing reads %s", name, brief(", ".join(sorted(unread)), 400))
+    return prompts, raw, others
+
+
+def load(
+    spec: str,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    max_dropped: float,
+    as_chat: bool = False,
+    elsewhere: Callable[[str], bool] = lambda column: False,
+) -> Prompts:
     """The prompts of `data`.
 
     Args:
-      spec: as in `sources.parse`; rows have one of COLUMNS, which holds a text or a conversation to go on with.
+      spec: as in `sources.parse`; rows are of one of PROMPT_FORMATS: a text, or a conversation to go on with.
       tokenizer: with a chat template, if prompts are conversations.
       max_length: most tokens of a prompt; longer ones are dropped, for a cut prompt asks another question.
       max_dropped: largest share of prompts that may be dropped.
       as_chat: texts are turns of the user.
+      elsewhere: True for a column that a reward reads.
 
     Raises:
-      Mistake: there are no rows or no such column, a row has no prompt, or an empty one, or too many are too long.
+      Mistake: there are no rows, what `read` raises, a prompt is empty, or too many are too long.
     """
     ids, raw, others, dropped = [], [], [], 0
     for source in sources.parse(spec):
         rows = sources.load(source).rows
         if not len(rows):
             raise Mistake(f"data {source.name} has no rows")
-        column = next((name for name in COLUMNS if name in rows[0]), None)
-        if column is None:
-            raise Mistake(
-                f"data {source.name}: rows have {', '.join(rows[0])}; a prompt must be in one of {', '.join(COLUMNS)}"
-            )
-        for number, row in enumerate(rows, 1):
-            where = f"{source.name}, row {number}"
-            prompt = as_prompt(row.get(column), where, column)
+        prompts, texts, columns = read(rows, source.name, elsewhere=elsewhere)
+        for number, prompt in enumerate(prompts):
+            where = f"{source.name}, row {number + 1}"
             if as_chat and isinstance(prompt, str):
                 prompt = formats.turns_of(prompt)
             tokens = tuple(encode(prompt, tokenizer, where))
             if not tokens:
-                raise Mistake(f"{where}: `{column}` is empty, so there is nothing to answer")
+                raise Mistake(f"{where}: the prompt is empty, so there is nothing to answer")
             if len(tokens) > max_length:
                 dropped += 1
                 continue
             ids.append(tokens)
-            raw.append(row[column])
-            others.append({name: value for name, value in row.items() if name != column})
+            raw.append(texts[number])
+            others.append(columns[number])
     total = dropped + len(ids)
     if dropped:
         log.warning("%d of %d prompts have more than %d tokens and were dropped", dropped, total, max_length)
@@ -90,15 +153,6 @@ def by_column(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """The values of every name that any row has; None where a row lacks it."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
-
-
-def as_prompt(value: Any, where: str, column: str) -> Prompt:
-    """The prompt in a row's `column`, a text or messages. Raises Mistake, with the place, when it holds neither."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value:
-        return formats.normalise(formats.MESSAGES, {"messages": value}, where=where).messages
-    raise Mistake(f"{where}: `{column}` holds {value!r}; it must be a text, or a list of messages")
 
 
 def encode(prompt: Prompt, tokenizer: Any, where: str) -> list[int]:

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data.batches.groups import Responses
-from jaxalign.data.read import sources
+from jaxalign.data.read import formats, sources
 from jaxalign.data.read.tokens import Encoder, Examples, show
 from jaxalign.data.sets import split
 from jaxalign.data.sets.preferences import joined
 from jaxalign.data.sets.split import Set
-from jaxalign.data.sets.supervised import Options
+from jaxalign.data.sets.supervised import Options, log_unread
 from jaxalign.mistake import Mistake
+from jaxalign.outside import brief, visible
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def load(
     data = split.load(spec, eval_spec, read, joined, eval_share=options.eval_share, seed=options.seed)
     log.info("held out for evaluation: %d solutions", len(data.held_out))
     ids, mask = data.responses.examples[int(data.responses.groups[0, 0])]
-    log.info("the first solution, the end of each step between ⟦ ⟧:\n%s", show(tokenizer, ids, mask))
+    log.info("the first solution, the end of each step between ⟦ ⟧:\n%s", visible(show(tokenizer, ids, mask)))
     return data
 
 
@@ -66,11 +67,12 @@ def encode(encoder: Encoder, prompt: str, steps: Sequence[str], separator: str) 
 
 
 def _read(rows: Sequence[dict], where: str, encoder: Encoder, separator: str, options: Options) -> Responses:
-    if not set(COLUMNS) <= set(rows[0]):
-        raise Mistake(f"{where}: columns {', '.join(sorted(rows[0]))} hold no steps; needed are {', '.join(COLUMNS)}")
-    parts, ends, labels, dropped = [], [], [], Counter()
+    form = formats.recognise(rows[0], (FORMAT,), where=where, otherwise="hold no steps")
+    parts, ends, labels, dropped, unread, long = [], [], [], Counter(), set(), 0
     for number, row in enumerate(rows, start=1):
-        step_labels = _labels(row, f"{where}, row {number}")
+        step_labels = formats.normalise(form, row, where=f"{where}, row {number}")
+        unread |= formats.unread(form, row)
+        long += len(row["completions"]) > MOST_STEPS
         ids, at = encode(encoder, row["prompt"], row["completions"], separator)
         step_labels[at[:MOST_STEPS] >= options.max_length] = -1
         if not (step_labels >= 0).any():
@@ -89,21 +91,27 @@ def _read(rows: Sequence[dict], where: str, encoder: Encoder, separator: str, op
             f"{options.max_length}; raise it{allow}"
         )
     log.info("%s: %d solutions, %d labelled steps, %d dropped", where, len(parts), np.sum(np.array(labels) >= 0), lost)
+    if long:
+        log.warning("%s: the labels beyond %d steps of %d solutions are not learned", where, MOST_STEPS, long)
+    log_unread(where, unread)
     columns = {"step_ends": np.array(ends, np.int32), "step_labels": np.array(labels, np.float32)}
     return Responses(Examples.of(parts), np.arange(len(parts))[:, None], columns)
 
 
-def _labels(row: dict, place: str) -> np.ndarray:
+def _labels(row: sources.Row) -> np.ndarray:
     """Float32[min(steps, MOST_STEPS)], -1 where a step has none."""
-    prompt, solution, labels = (row.get(name) for name in COLUMNS)
+    prompt, solution, labels = (row[name] for name in COLUMNS)
     if not isinstance(solution, list) or not isinstance(labels, list):
         name, value = ("labels", labels) if isinstance(solution, list) else ("completions", solution)
-        raise Mistake(f"{place}: `{name}` is {value!r}; it must be a list, of one entry for each step")
+        raise Mistake(f"{name!r} is {brief(repr(value))}; it must be a list, of one entry for each step")
     if not isinstance(prompt, str) or not all(isinstance(step, str) for step in solution):
-        raise Mistake(f"{place}: prompt and completions must be texts")
+        raise Mistake("prompt and completions must be texts")
     if len(labels) != len(solution):
-        raise Mistake(f"{place}: {len(solution)} completions, but {len(labels)} labels")
+        raise Mistake(f"{len(solution)} completions, but {len(labels)} labels")
     wrong = [x for x in labels if x is not None and not (isinstance(x, int | float) and 0 <= x <= 1)]
     if wrong:
-        raise Mistake(f"{place}: a label is {wrong[0]!r}; it must be true, false, a probability or null")
+        raise Mistake(f"a label is {brief(repr(wrong[0]))}; it must be true, false, a probability or null")
     return np.array([-1.0 if x is None else float(x) for x in labels[:MOST_STEPS]], np.float32)
+
+
+FORMAT = formats.Format("solution steps", COLUMNS, _labels)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxalign.data.batches.plan import Mixture
 from jaxalign.data.read import sources
 from jaxalign.mistake import Mistake
+from jaxalign.outside import brief
 
 MAX_DEFAULT_EVAL = 512  # examples held out by share
 
@@ -102,7 +103,7 @@ def _eval_data(source: sources.Source, read: ReadFn) -> S:
 
 
 def _where(source: sources.Source, loaded: sources.Loaded) -> str:
-    return f"{source.name}:{loaded.split}" if loaded.split else source.name
+    return f"{source.name}:{brief(loaded.split, 40)}" if loaded.split else source.name
 
 
 def _hold_out(train: list[S], share: float, seed: int, numbers: Callable[[S], np.ndarray]) -> tuple[list[S], list[S]]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxalign.config.shared import TrainConfig
-from jaxalign.data.read import chat, formats, sources
+from jaxalign.data.read import chat, feedback_formats, formats, sources
+from jaxalign.data.read.spellings import is_empty
 from jaxalign.data.read.tokens import Encoder, Examples, joined, show
 from jaxalign.data.sets import split
 from jaxalign.data.sets.split import Set
 from jaxalign.mistake import Mistake
+from jaxalign.outside import brief, visible
 
 log = logging.getLogger(__name__)
 
@@ -44,51 +47,80 @@ class Options:
         )
 
 
-def load(spec: str, tokenizer: Any, options: Options, *, eval_spec: str | None = None) -> Set[Examples]:
-    """Training and held-out examples, as `split.load` divides them.
+def load(
+    spec: str, tokenizer: Any, options: Options, *, eval_spec: str | None = None, as_chat: bool = False
+) -> Set[Examples]:
+    """Training and held-out examples, as `split.load` divides them. Of feedback, the best responses are learned.
+
+    Args:
+      spec: as in `sources.parse`.
+      tokenizer: with a chat template if the data are conversations.
+      options: window, terminators and shares.
+      eval_spec: held-out data of their own.
+      as_chat: text prompts and responses are turns of a conversation.
 
     Raises:
       Mistake: a source is malformed or empty, has unknown columns, or loses more than `max_dropped` of its rows.
     """
 
     def read(source: sources.Source, loaded: sources.Loaded, where: str) -> Examples:
-        return _examples(source, loaded, where, tokenizer, options)
+        return _examples(source, loaded, where, tokenizer, options, as_chat)
 
     data = split.load(spec, eval_spec, read, joined, eval_share=options.eval_share, seed=options.seed)
     log.info("held out for evaluation: %d examples", len(data.held_out))
     ids, mask = data.train.examples[0]
-    log.info("the first example, its learned tokens between ⟦ ⟧:\n%s", show(tokenizer, ids, mask))
+    log.info("the first example, its learned tokens between ⟦ ⟧:\n%s", visible(show(tokenizer, ids, mask)))
     return dataclasses.replace(data, prompts=openings(data.held_out))
 
 
-def _examples(source: sources.Source, loaded: sources.Loaded, where: str, tokenizer: Any, options: Options) -> Examples:
-    form = formats.recognise(loaded.rows[0], where=where)
+def _examples(
+    source: sources.Source, loaded: sources.Loaded, where: str, tokenizer: Any, options: Options, as_chat: bool
+) -> Examples:
+    form = feedback_formats.recognise_demonstrations(
+        loaded.rows[0], where=where, dialogues_as_texts=not as_chat and not tokenizer.chat_template
+    )
     if _is_plain_text_file(source):
         options = dataclasses.replace(options, long_text="split")
     encoder = Encoder(
         tokenizer, options.terminators, options.max_length, options.turns, windows=options.long_text == "split"
     )
-    parts = []
+    parts, unread, undesirable = [], set(), 0
     for number, row in enumerate(loaded.rows, start=1):
         place = f"{where}, row {number}"
-        normal = formats.normalise(form, row, where=place)
-        if isinstance(normal, formats.Conversation):
-            check_template(tokenizer, where)
-        parts += encoder.encode(normal, where=place)
+        unread |= formats.unread(form, row)
+        sequences = feedback_formats.demonstrations(formats.normalise(form, row, as_chat, where=place))
+        undesirable += not sequences
+        for sequence in sequences:
+            if isinstance(sequence, formats.Conversation):
+                check_template(tokenizer, where, number, row)
+            parts += encoder.encode(sequence, where=place)
+    if undesirable == len(loaded.rows):
+        raise Mistake(f"{where}: all rows are rated undesirable, so there is nothing to imitate; use jaxalign kto")
     _report(where, form, encoder, parts, len(loaded.rows), options)
+    if undesirable:
+        log.warning("%s: %d rows are rated undesirable and are not learned; kto uses them", where, undesirable)
+    log_unread(where, unread)
     return Examples.of(parts)
+
+
+def log_unread(where: str, names: Collection[str]) -> None:
+    """Logs the columns, and the keys of turns, that nothing reads."""
+    if names:
+        log.info("%s: nothing reads %s", where, brief(", ".join(sorted(names)), 400))
 
 
 def _is_plain_text_file(source: sources.Source) -> bool:
     return Path(source.name).name.removesuffix(".gz").endswith(".txt")
 
 
-def check_template(tokenizer: Any, where: str) -> None:
-    """Raises Mistake, which names the data, if the tokenizer has no template for messages."""
+def check_template(tokenizer: Any, where: str, number: int, row: sources.Row) -> None:
+    """Raises Mistake, which names the data and the column that is to blame, if there is no template for messages."""
     try:
         chat.require_template(tokenizer)
     except ValueError as error:
-        raise Mistake(f"{where}: {error}") from None
+        frame = [name for name in formats.BEFORE if not is_empty(row.get(name))]
+        reason = f", row {number}: column {frame[0]!r} makes it a conversation" if frame else ""
+        raise Mistake(f"{where}{reason}: {error}") from None
 
 
 def _report(where: str, form: formats.Format, encoder: Encoder, parts: list, rows: int, options: Options) -> None:

@@ -103,6 +103,13 @@ class Rewards:
         models = ((name, f) for name, f in self._functions.items() if _unbound(f) is reward_model)
         return {name: function.keywords["path"] for name, function in models}
 
+    def reads(self, column: str) -> bool:
+        """True if a function of the sum takes the data's column of this name."""
+        return any(
+            column in columns_for(function, [column, *inspect.signature(function).parameters])
+            for function in self._functions.values()
+        )
+
     def check(self, prompts: Sequence[Any], columns: Mapping[str, Sequence[Any]], *, later: Sequence[str] = ()) -> None:
         """Requires of all prompts what scoring needs, so that no run ends at the step that draws a bad one.
 

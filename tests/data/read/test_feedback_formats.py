@@ -4,7 +4,7 @@ import pytest
 
 from jaxalign.data.read import sources
 from jaxalign.data.read.feedback_formats import PAIRS, RANKED, RATED, Group, as_kind, recognise
-from jaxalign.data.read.formats import Conversation, PromptCompletion
+from jaxalign.data.read.formats import Conversation, PromptCompletion, normalise
 
 USER, YES, NO = ({"role": r, "content": c} for r, c in (("user", "p"), ("assistant", "y"), ("assistant", "n")))
 HH = "\n\nHuman: a ?\n\nAssistant: b\n\nHuman: c ?\n\nAssistant: "
@@ -144,3 +144,32 @@ def test_real_feedback_is_read_whole(shared_data, name, kind, groups):
     read = [group for row in rows for group in as_kind(form.convert(row, True), kind)]
     assert len(read) >= groups if kind == RANKED else len(read) == groups
     assert all(group.sequences for group in read)
+
+
+def test_dialogues_without_a_template_are_texts_whose_common_beginning_is_the_prompt():
+    """As TRL's extract_prompt has it: a space before the first difference belongs to the responses."""
+    row = {"chosen": HH + "yes, a cat", "rejected": HH + "no"}
+    form = recognise(row.keys(), where="here", dialogues_as_texts=True)
+    assert form.convert(row, False)[0].sequences == (
+        PromptCompletion(HH[:-1], " yes, a cat"),
+        PromptCompletion(HH[:-1], " no"),
+    )
+    within = {"chosen": HH + "yes", "rejected": HH + "yes it is"}
+    assert [s.completion for s in form.convert(within, False)[0].sequences] == ["s", "s it is"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"margin": 10**400}, "margin is beyond 1e30, not a finite number in float32"),
+        ({"margin": 1e39}, r"margin is 1e\+39, not a finite number in float32"),
+        ({"margin": "2"}, "margin is '2', not a number; give one, leave it out, or rename the column"),
+        ({"score_chosen": 1e308, "score_rejected": -1e308}, r"score_chosen is 1e\+308, not a finite"),
+        ({"score_chosen": 3e38, "score_rejected": -3e38}, r"score_chosen - score_rejected is 6e\+38, not a finite"),
+        ({"responses": ["y", "n"], "scores": [10**400, 1]}, "a value in 'scores' is beyond 1e30, not a finite number"),
+    ],
+)
+def test_numbers_that_float32_does_not_hold_are_refused_with_their_row(change, message):
+    row = ({"prompt": "p"} if "scores" in change else {"prompt": "p", "chosen": "y", "rejected": "n"}) | change
+    with pytest.raises(ValueError, match=f"d, row 1: {message}"):
+        normalise(recognise(row, where="d"), row, False, where="d, row 1")

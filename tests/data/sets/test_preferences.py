@@ -61,12 +61,14 @@ def test_ranks_of_a_ranking_are_a_column_where_some_are_equal(tmp_path, tiny_mod
         ("margin", {"margin": float("nan")}),
         ("tie", {"tie": float("nan")}),
         ("score_chosen", {"score_chosen": float("inf"), "score_rejected": 1.0}),
-        ("a rank or score", {"responses": ["cat", "dog"], "scores": [1.0, float("nan")]}),
+        ("a value in 'scores'", {"responses": ["cat", "dog"], "scores": [1.0, float("nan")]}),
     ],
 )
 def test_a_number_that_is_not_finite_is_refused_with_its_row(tmp_path, tiny_model, name, columns):
     pair = {} if "responses" in columns else {"chosen": "a dog", "rejected": "red"}
-    with pytest.raises(ValueError, match=f"row 1: {name} is (nan|inf), not a finite number; give one, or leave"):
+    with pytest.raises(
+        ValueError, match=f"row 1: {name} is (nan|inf), not a finite number in float32; give one, or leave"
+    ):
         load(tmp_path, tiny_model, [{"prompt": "the ?", **pair, **columns}])
 
 
@@ -223,3 +225,12 @@ def test_a_mismatched_response_answered_another_prompt_where_there_is_one(tmp_pa
         assert prompt.split()[-2] != response.split()[0]
     one = data.responses.take(range(4, len(rows) * 2))
     assert len(preferences.mismatched(one, seed=seed)) == 10
+
+
+def test_feedback_on_a_turn_that_is_not_learned_is_refused(tmp_path, chat_tokenizer):
+    answers = [[{"role": "assistant", "content": text, "weight": 0}] for text in ("a dog", "red")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "the cat ?", "chosen": answers[0], "rejected": answers[1]}))
+    options = Options(max_length=32, terminators=(2,))
+    with pytest.raises(ValueError, match="row 1: the last turn of a response is marked as not learned"):
+        preferences.load(str(path), chat_tokenizer, options, kind=PAIRS)

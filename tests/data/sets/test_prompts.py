@@ -16,10 +16,10 @@ def load(tokenizer, tmp_path, rows, **options):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"x": 3}, "row 2: `prompt` holds None; it must be a text, or a list of messages"),
-        ({"prompt": None}, "row 2: `prompt` holds None"),
-        ({"prompt": 3}, "row 2: `prompt` holds 3"),
-        ({"prompt": []}, r"row 2: `prompt` holds \[\]"),
+        ({"x": 3}, "row 2: 'prompt' holds None; it must be a text, or a list of messages"),
+        ({"prompt": None}, "row 2: 'prompt' holds None"),
+        ({"prompt": 3}, "row 2: 'prompt' holds 3"),
+        ({"prompt": []}, r"row 2: 'prompt' holds \[\]"),
         ({"prompt": [{"role": "user"}]}, "row 2: 'content' is missing"),
         ({"prompt": [{"content": "a"}]}, "row 2: 'role' is missing"),
         ({"prompt": ["a"]}, r"row 2: \['a'\] is not a list of turns"),
@@ -49,3 +49,43 @@ def test_that_no_prompt_is_short_enough_is_told_even_where_all_may_be_dropped(to
     assert load(tokenizer, tmp_path, rows, max_length=1, max_dropped=1.0).ids == [(5,)]
     with pytest.raises(ValueError, match=r"2 of 3 prompts have .*, or allow it with `max_dropped`"):
         load(tokenizer, tmp_path, rows, max_length=1)
+
+
+def read(row, **options):
+    prompts_, raw, others = prompts.read([row], "d", **options)
+    return prompts_[0], raw[0], others[0]
+
+
+def test_an_instruction_is_asked_with_its_input_and_its_context():
+    row = {"instruction": "Repeat the word:", "input": "cat", "answer": "cat"}
+    asked = "Repeat the word:\n\ncat"
+    assert read(row) == (asked, asked, {"input": "cat", "answer": "cat"})
+    assert read({"question": "who ?", "context": "a dog"})[0] == "who ?\n\na dog"
+
+
+def test_a_system_text_and_a_history_stand_in_front_of_a_prompt():
+    row = {"prompt": "p", "system": "s", "history": [["a", "b"]]}
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "p")]
+    assert [(m["role"], m["content"]) for m in read(row)[0]] == turns
+    spelled = [{"from": "human", "value": "p"}]
+    prompt, raw, _ = read({"messages": spelled})
+    assert raw == spelled and list(prompt) == [{"role": "user", "content": "p"}]
+
+
+@pytest.mark.parametrize("name", ["context", "input", "tools", "images", "documents"])
+def test_a_column_of_content_is_refused_unless_a_reward_reads_it(name):
+    row = {"prompt": "p", name: ["x"]}
+    with pytest.raises(
+        ValueError, match=f"d, row 1: column '{name}' holds .*, which the format prompts in 'prompt' does"
+    ):
+        read(row)
+    assert read(row, elsewhere=lambda column: column == name) == ("p", "p", {name: ["x"]})
+
+
+def test_the_log_lists_the_columns_that_neither_the_prompt_nor_a_reward_reads(caplog):
+    with caplog.at_level("INFO"):
+        read(
+            {"prompt": "p", "answer": "a", "source": "web", "thinking": "hm"},
+            elsewhere=lambda column: column == "answer",
+        )
+    assert "d: nothing reads source, thinking" in caplog.text

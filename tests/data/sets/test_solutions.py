@@ -42,7 +42,7 @@ def test_steps_beyond_the_window_have_no_label_and_solutions_without_one_are_dro
         ({"labels": [True]}, "row 1: 2 completions, but 1 labels"),
         ({"labels": [True, 2]}, "a label is 2; it must be true, false, a probability or null"),
         ({"labels": [True, "false"]}, "row 1: a label is 'false'; it must be true, false, a probability or null"),
-        ({"completions": None}, "row 1: `completions` is None; it must be a list"),
+        ({"completions": None}, "row 1: 'completions' is None; it must be a list"),
         ({"prompt": [{"role": "user", "content": "one ?"}]}, "prompt and completions must be texts"),
     ],
 )
@@ -52,5 +52,5 @@ def test_mistakes_name_their_row(change, message, tmp_path, tiny_model):
 
 
 def test_a_later_row_without_labels_is_named(tmp_path, tiny_model):
-    with pytest.raises(ValueError, match="row 2: `labels` is None; it must be a list, of one entry for each step"):
+    with pytest.raises(ValueError, match="row 2: 'labels' is missing, which the format solution steps"):
         load(tmp_path, tiny_model, [ROW, {name: ROW[name] for name in ("prompt", "completions")}])

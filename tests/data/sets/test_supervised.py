@@ -5,7 +5,10 @@ import logging
 
 import pytest
 
+from jaxalign.data.read.feedback_formats import PAIRS
+from jaxalign.data.sets import preferences
 from jaxalign.data.sets.supervised import Options, load
+from tests.shared import TEMPLATE
 
 EOS = 2
 
@@ -93,6 +96,12 @@ def test_conversations_need_a_template_and_the_error_says_how_to_get_one(tokeniz
         read(path, tokenizer)
 
 
+def test_a_system_text_needs_a_template_and_the_error_names_its_row_and_column(tokenizer, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [*pairs(2), *pairs(1, system="be brief")])
+    with pytest.raises(ValueError, match=r"row 3: column 'system' makes it a conversation: .*`chat_template`"):
+        read(path, tokenizer)
+
+
 def test_a_broken_row_in_the_middle_is_named(tokenizer, tmp_path):
     path = write(tmp_path / "rows.jsonl", [*pairs(2), {"prompt": "a"}])
     with pytest.raises(ValueError, match=r"rows.jsonl, row 3: 'completion' is missing"):
@@ -100,7 +109,7 @@ def test_a_broken_row_in_the_middle_is_named(tokenizer, tmp_path):
 
 
 REAL = {
-    "alpaca-eval/gpt4_pairs_vs_davinci003.jsonl.gz": "chosen of a pair",
+    "alpaca-eval/gpt4_pairs_vs_davinci003.jsonl.gz": "prompt with a pair",
     "gpteacher/roleplay-instruct.jsonl.gz": "Alpaca with response",
     "gsm8k/test.jsonl.gz": "question and answer",
     "llama-factory-demos/alpaca_en_demo.jsonl.gz": "Alpaca",
@@ -111,7 +120,7 @@ REAL = {
     "tinyshakespeare/input.txt.gz": "text",
     "tinystories/sample.jsonl.gz": "text",
     "sst2/dev.jsonl.gz": "text",
-    "xstest/xstest_v2_completions.jsonl.gz": "prompt+completion",
+    "xstest/xstest_v2_completions.jsonl.gz": "prompt+completion, desirable",
 }
 
 
@@ -137,3 +146,41 @@ def test_real_files_are_recognised_and_their_masks_hold_what_is_answered(shared_
         assert all(0 < mask.sum() < len(mask) - 1 for _, mask in map(examples.__getitem__, range(len(examples))))
     if REAL[name] not in ("text", "OASST tree"):  # one turn, one terminator
         assert (examples.ids == EOS).sum() == (examples.ids[ends] == EOS).sum()
+
+
+def test_feedback_is_learned_from_its_best_responses_and_the_log_counts_the_others(tokenizer, tmp_path, caplog):
+    rated = [{"prompt": "the", "completion": word, "label": word == "cat"} for word in ("cat", "dog", "cat")]
+    with caplog.at_level(logging.INFO, "jaxalign"):
+        data = read(write(tmp_path / "rated.jsonl", rated), tokenizer)
+    assert [tokenizer.decode(data.train.examples[i][0]) for i in range(2)] == ["the cat </s>"] * 2
+    assert len(data.train.examples) == 2 and "1 rows are rated undesirable and are not learned" in caplog.text
+    with pytest.raises(ValueError, match="all rows are rated undesirable, so there is nothing to imitate"):
+        read(write(tmp_path / "bad.jsonl", rated[1:2]), tokenizer)
+
+
+DIALOGUE = {"chosen": "\n\nHuman: a ?\n\nAssistant: cat", "rejected": "\n\nHuman: a ?\n\nAssistant: dog"}
+
+
+@pytest.mark.parametrize(
+    "row", [DIALOGUE, {"prompt": "the", "chosen": "cat", "rejected": "dog"}, {"prompt": "the", "chosen": "cat"}]
+)
+@pytest.mark.parametrize("templated", [False, True])
+def test_sft_and_dpo_make_the_same_ids_of_a_pair(row, templated, tokenizer, tmp_path):
+    if templated:
+        tokenizer.chat_template = TEMPLATE
+    path = write(tmp_path / "rows.jsonl", [row])
+    options = Options(max_length=32, terminators=(EOS,), eval_share=0.0)
+    ids, mask = load(path, tokenizer, options).train.examples[0]
+    if "rejected" in row:
+        pairs = preferences.load(path, tokenizer, options, kind=PAIRS).responses
+        assert ids.tolist() == pairs.examples[0][0].tolist() and mask.tolist() == pairs.examples[0][1].tolist()
+    assert ("Human" in tokenizer.decode(ids)) == (row is DIALOGUE)
+    as_chat = None if not templated else load(path, tokenizer, options, as_chat=True).train.examples[0][0]
+    assert as_chat is None or "Human" in tokenizer.decode(as_chat)
+
+
+def test_the_log_lists_what_nothing_reads_without_control_characters(tokenizer, tmp_path, caplog):
+    path = write(tmp_path / "rows.jsonl", [{**row, "\x1b[2J": 1, "id": 3, "split": ""} for row in pairs(2)])
+    with caplog.at_level(logging.INFO, "jaxalign"):
+        read(path, tokenizer)
+    assert f"{path}: nothing reads \\x1b[2J, id" in caplog.text and "\x1b" not in caplog.text
