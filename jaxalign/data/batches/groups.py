@@ -27,6 +27,7 @@ class Responses:
     examples: Examples
     groups: np.ndarray  # Int64[N K], index of an example; -1 where there is none
     columns: dict[str, np.ndarray]  # [N ...] each, what else is known of a group: margin, label, ref_logps
+    prompt_lengths: np.ndarray | None = None  # Int64[examples]; None: as the masks have it, so never 0
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -40,7 +41,7 @@ class Responses:
         """Some of the groups, in the order given; the examples stay as they are."""
         chosen = np.asarray(indices, np.int64)
         columns = {name: values[chosen] for name, values in self.columns.items()}
-        return Responses(self.examples, self.groups[chosen], columns)
+        return dataclasses.replace(self, groups=self.groups[chosen], columns=columns)
 
     def fingerprint(self) -> int:
         """Number that changes with any token, mask, group or column."""

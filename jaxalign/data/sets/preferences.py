@@ -174,7 +174,8 @@ class _Builder:
             rows = [(*(ranks or order), *order)[: self._width] for ranks in self._ranks]
             columns["ranks"] = np.array(rows, np.int32).reshape(-1, self._width)
         groups = np.array(self._groups, np.int64).reshape(-1, self._width)
-        return Responses(Examples.of(self._parts), groups, columns)
+        prompt_lengths = np.array([_prompt_length(mask) for _, mask in self._parts], np.int64)
+        return Responses(Examples.of(self._parts), groups, columns, prompt_lengths)
 
     def _opinion_columns(self) -> dict[str, np.ndarray]:
         """The columns of DEFAULTS that any pair has."""
@@ -184,6 +185,13 @@ class _Builder:
 
 def _prompt_length(mask: np.ndarray) -> int:
     return int(np.argmax(mask))
+
+
+def _prompt_lengths(responses: Responses) -> np.ndarray:
+    """Int64[examples]. Of an empty prompt the mask says 1, as the first token of a sequence is never learned."""
+    if responses.prompt_lengths is not None:
+        return responses.prompt_lengths
+    return np.array([_prompt_length(mask) for _, mask in responses.examples], np.int64)
 
 
 def _same_prompts(encoded: list[tuple[np.ndarray, np.ndarray]]) -> bool:
@@ -200,7 +208,8 @@ def joined(sets: Sequence[Responses]) -> Responses:
     groups = [np.where(s.groups >= 0, s.groups + at, -1) for s, at in zip(sets, starts, strict=False)]
     examples = Examples.of([s.examples[i] for s in sets for i in range(len(s.examples))])
     columns = {name: np.concatenate([_column(s, name) for s in sets]) for name in sorted(names)}
-    return Responses(examples, np.concatenate(groups), columns)
+    prompt_lengths = np.concatenate([_prompt_lengths(s) for s in sets])
+    return Responses(examples, np.concatenate(groups), columns, prompt_lengths)
 
 
 def _column(responses: Responses, name: str) -> np.ndarray:
@@ -220,8 +229,8 @@ def first_responses(responses: Responses) -> Examples:
 def prompt_numbers(responses: Responses) -> np.ndarray:
     """Int64[N], equal where groups have the same prompt; prompts are numbered as they first appear."""
     known: dict[bytes, int] = {}
-    firsts = (responses.examples[int(i)] for i in responses.groups[:, 0])
-    prompts = (ids[: _prompt_length(mask)].tobytes() for ids, mask in firsts)
+    lengths = _prompt_lengths(responses)
+    prompts = (responses.examples[int(i)][0][: lengths[i]].tobytes() for i in responses.groups[:, 0])
     return np.array([known.setdefault(prompt, len(known)) for prompt in prompts], np.int64)
 
 
@@ -270,12 +279,11 @@ def mismatched(responses: Responses, *, seed: int) -> Responses:
     order = np.random.default_rng((seed, 7)).permutation(len(responses))
     partner = np.empty(len(order), np.int64)
     partner[order] = order[_next_other(prompt_numbers(responses)[order])]
-    longest = int(responses.lengths.max())
+    longest, lengths = int(responses.lengths.max()), _prompt_lengths(responses)
     parts = []
     for i in range(len(responses)):
-        ids, mask = responses.examples[int(responses.groups[i, 0])]
-        other, learned = responses.examples[int(responses.groups[partner[i], 0])]
-        prompt, response = ids[: _prompt_length(mask)], other[_prompt_length(learned) :]
+        own, others = responses.groups[[i, partner[i]], 0]
+        prompt, response = responses.examples[own][0][: lengths[own]], responses.examples[others][0][lengths[others] :]
         whole = np.concatenate([prompt, response])[:longest]
         parts.append((whole, np.arange(len(whole)) >= len(prompt)))
     return Responses(Examples.of(parts), np.arange(len(parts))[:, None], {})

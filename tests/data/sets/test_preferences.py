@@ -227,6 +227,22 @@ def test_a_mismatched_response_answered_another_prompt_where_there_is_one(tmp_pa
     assert len(preferences.mismatched(one, seed=seed)) == 10
 
 
+def test_a_response_without_prompt_is_mismatched_whole(tmp_path, tokenizer):
+    """The first token of a sequence is never learned; of an empty prompt it is the response's, not the prompt's."""
+    rows = [{"prompt": "", "completion": text, "label": True} for text in ("cat runs to", "dog sees a red")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = Options(max_length=16, terminators=(2,), eval_share=0.0)
+    assert tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]
+    responses = preferences.load(str(path), tokenizer, options, kind=RATED).responses
+    halves = preferences.joined([responses.take([0]), responses.take([1])])
+    for part in (responses, halves):
+        other = preferences.mismatched(part, seed=0)
+        texts = [tokenizer.decode(other.examples[i][0].tolist()).split() for i in range(2)]
+        assert texts[0][:4] == ["dog", "sees", "a", "red"] and texts[1][:3] == ["cat", "runs", "to"]
+        assert [other.examples[i][1].sum() for i in range(2)] == [len(t) - 1 for t in texts]
+
+
 def test_feedback_on_a_turn_that_is_not_learned_is_refused(tmp_path, chat_tokenizer):
     answers = [[{"role": "assistant", "content": text, "weight": 0}] for text in ("a dog", "red")]
     path = tmp_path / "rows.jsonl"
