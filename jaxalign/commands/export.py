@@ -20,8 +20,10 @@ from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import join
 from jaxalign.models.adapters.merge import merge_by_layer
 from jaxalign.models.files import huggingface
+from jaxalign.models.files.weights import fingerprint
+from jaxalign.outside import Fields
 from jaxalign.run import devices, final
-from jaxalign.run.folder import check_writable, read_run
+from jaxalign.run.folder import check_weights, check_writable, read_run
 from jaxalign.run.run import Run
 from jaxalign.training import part
 from jaxalign.training.checkpoint import Checkpoints
@@ -81,15 +83,15 @@ def main(config: ExportConfig) -> int:
 def _found(trained: ConfigT, config: ExportConfig, described: dict[str, Any]) -> ConfigT:
     """The run's config with its folder where it is now, and with paths that hold from the present working folder.
 
-    Relative paths are those of the folder in which the run was started: the one that it recorded; or, of an older
-    version or after a move, the one from which `output` is the run folder.
+    Relative paths are those of the folder in which the run was started: the one from which `output` is the run folder,
+    as it is after a move too; or the one that it recorded; or, of an older version, the present one.
 
     Raises:
-      Mistake: a model or tokenizer is in none of them, nor on the hub.
+      Mistake: a model or tokenizer is in none of them, nor on the hub; or the base of adapters has changed.
     """
     run = Path(config.run).resolve()
     depth = len(trained.output.parts)
-    origins = [Path(described.get("folder") or ".")]
+    origins = [Path(Fields(described, str(config.run)).get("folder", str, str(Path.cwd())))]
     if not trained.output.is_absolute() and run.parts[-depth:] == trained.output.parts:
         origins = [*run.parents][depth - 1 : depth] + origins
     paths = {}
@@ -99,12 +101,15 @@ def _found(trained: ConfigT, config: ExportConfig, described: dict[str, Any]) ->
         path = Path((value or "").removeprefix(prefix)).expanduser()
         if not value or path.is_absolute():
             continue
-        places = [origin / path for origin in [*origins, Path.cwd()] if (origin / path).exists()]
+        places = [origin / path for origin in origins if (origin / path).exists()]
         if places:
             paths[name] = prefix + str(places[0].resolve())
         elif name != "chat_template":
             _check_on_hub(name, value, config.run, origins[0])
-    return dataclasses.replace(trained, output=run, **paths)
+    found = dataclasses.replace(trained, output=run, **paths)
+    if trained.lora.rank or getattr(trained, "freeze_trunk", False):  # else its weights are not read
+        check_weights(run / "config.json", {f"`model` {trained.model}": fingerprint(found.model)})
+    return found
 
 
 def _check_on_hub(name: str, source: str, run: Path, origin: Path) -> None:
@@ -112,8 +117,8 @@ def _check_on_hub(name: str, source: str, run: Path, origin: Path) -> None:
         huggingface.folder(source)
     except Mistake as mistake:
         raise Mistake(
-            f"`{name}` {source} of {run} is not in {origin}, from where the run named it, nor here ({mistake}); put it "
-            "back there"
+            f"`{name}` {source} of {run} is not in {origin}, from where the run named it, nor on the hub ({mistake}); "
+            "put it back there"
         ) from None
 
 

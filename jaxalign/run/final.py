@@ -7,6 +7,7 @@ to transformers, with its members besides.
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from jaxalign.models.adapters.lora import join
 from jaxalign.models.adapters.merge import merge_by_layer
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.peft import save_adapter
-from jaxalign.models.files.reward import CLASSIFIERS, DESCRIPTION, HEADS, MEMBERS, classifier_name
+from jaxalign.models.files.reward import BASE, CLASSIFIERS, DESCRIPTION, HEADS, MEMBERS, classifier_name
 from jaxalign.models.files.save import save_pretrained
+from jaxalign.models.files.weights import fingerprint
 from jaxalign.run.folder import MARK_FILE, mark, trained_steps
 from jaxalign.run.run import Outcome, Run
 from jaxalign.run.vocabulary import Vocabulary
@@ -120,6 +122,9 @@ def reward_model(folder: Path, run: Run, params: PyTree, statistics: dict[str, A
         if jax.process_index() == 0:
             (partial / MEMBERS).mkdir()
             save_file({"heads": all_heads}, partial / MEMBERS / HEADS)
+            if is_ensemble_of_adapters:
+                base = {"fingerprint": fingerprint(config.model)}
+                (partial / MEMBERS / BASE).write_text(json.dumps(base) + "\n")
         for m in range(len(all_heads) if is_ensemble_of_adapters else 0):
             assert run.lora is not None
             member = jax.tree.map(lambda x, m=m: x[m], params["members"])

@@ -106,8 +106,8 @@ def check_weights(path: Path, weights: dict[str, str]) -> None:
     for source, fingerprint in weights.items():
         if recorded.get(source, str, None) not in (None, fingerprint):
             raise Mistake(
-                f"the weights or config of {source} have changed since {path.parent} was started, so the run cannot "
-                "continue bit for bit; restore them, or name a new `output`",
+                f"the weights or config of {source} have changed since {path.parent} was started, so it can neither go "
+                "on nor be exported with them; restore them, or start anew with another `output`",
                 setting="output",
             )
 

@@ -124,7 +124,7 @@ def test_a_relative_path_is_that_of_the_folder_in_which_the_run_began(run, tiny_
     capsys.readouterr()
     assert export_of(lost, tmp_path / "no") == 2
     error = capsys.readouterr().err
-    assert f"model models/base of {lost} is not in {tmp_path}, from where the run named it, nor here" in error
+    assert f"model models/base of {lost} is not in {tmp_path}, from where the run named it, nor on the hub" in error
 
 
 def test_the_dtype_is_that_of_the_base_or_as_asked(run, tiny_model, tmp_path, capsys):
@@ -166,7 +166,7 @@ def test_a_full_disk_at_the_end_is_one_line_and_leaves_nothing_half_done(run, tm
 
 
 def test_a_run_is_claimed_with_the_weights_it_began_with_or_not_at_all(
-    run, tiny_model, tmp_path, one_device, monkeypatch
+    run, tiny_model, tmp_path, one_device, monkeypatch, capsys
 ):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     config = dataclasses.replace(run, model=str(model), output=tmp_path / "run", lora=LoraConfig(rank=2))
@@ -184,6 +184,9 @@ def test_a_run_is_claimed_with_the_weights_it_began_with_or_not_at_all(
     save_file(scaled, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(Mistake, match=rf"config of `model` {model} have changed since .*run was started"):
         claim()
+    (config.output / "checkpoints").mkdir()
+    assert export_of(config.output, tmp_path / "out") == 2  # adapters would be merged into other weights
+    assert f"config of model {model} have changed since" in capsys.readouterr().err
     described = json.loads((config.output / "config.json").read_text())
     (config.output / "config.json").write_text(json.dumps({k: v for k, v in described.items() if k != "weights"}))
     assert claim()  # a run of a version that recorded none

@@ -15,6 +15,7 @@ from jaxalign.commands import export, reward
 from jaxalign.config.inference import ExportConfig
 from jaxalign.config.offline import RewardAlgorithm, RewardConfig
 from jaxalign.config.shared import LoraConfig, OptimizerConfig
+from jaxalign.models.files import reward as files
 from jaxalign.models.files.huggingface import load_tokenizer
 from jaxalign.rollout.rewards import functions
 from jaxalign.rollout.rewards.rewards import Rewards
@@ -271,7 +272,9 @@ def test_a_run_goes_on_from_a_classifier_of_ours_or_of_others_head_and_bias_incl
         assert message in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
-def test_members_with_adapters_differ_and_are_read_with_their_base(trained, tmp_path, one_device):
+def test_members_with_adapters_differ_and_are_read_with_their_base(
+    trained, tiny_model, tmp_path, one_device, monkeypatch
+):
     config = dataclasses.replace(trained, output=tmp_path / "run", lora=LoraConfig(rank=2), members=3, combine="min")
     assert reward.main(config) == 0
     held = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
@@ -282,6 +285,9 @@ def test_members_with_adapters_differ_and_are_read_with_their_base(trained, tmp_
     assert members.shape == (4, 3) and np.abs(members[:, 0] - members[:, 1]).max() > 0.01
     np.testing.assert_array_equal(found(PROMPTS, RESPONSES), members.min(axis=1))
     described = json.loads((folder / "reward.json").read_text())
+    monkeypatch.setattr(files, "fingerprint", lambda base: "another")
+    with pytest.raises(ValueError, match=f"has adapters on {tiny_model}, whose weights or config have changed"):
+        load_reward_model(str(folder))
     one = tmp_path / "one"  # without what is besides, the folder is the first member's, merged
     shutil.copytree(folder, one, ignore=shutil.ignore_patterns("members", "reward.json"))
     first = load_reward_model(str(one), batch_size=4).members(PROMPTS, RESPONSES)[:, 0]

@@ -33,13 +33,15 @@ from jaxalign.models.files import huggingface
 from jaxalign.models.files.families import FAMILIES, model_config
 from jaxalign.models.files.load import load_params, read_tensor
 from jaxalign.models.files.peft import load_adapter
+from jaxalign.models.files.weights import fingerprint
 from jaxalign.outside import Fields, brief, read_object
 from jaxalign.select import names_own_code
 from jaxalign.types import PyTree
 
 DESCRIPTION, HEAD, BIAS = "reward.json", "score.weight", "score.bias"
 SCORE = (r"^score\.(weight|bias)$",)  # tensors beside the trunk's
-MEMBERS, HEADS = "members", "heads.safetensors"  # in a folder of their own: loaders read every safetensors file of one
+# In a folder of their own: loaders read every safetensors file of one.
+MEMBERS, HEADS, BASE = "members", "heads.safetensors", "base.json"
 
 
 def classifier_name(architecture: str) -> str:
@@ -245,6 +247,8 @@ def _statistics(description: Fields, key: str, default: float, count: int) -> np
 
 def load_reward_params(model: RewardModel, *, shardings: PyTree | None = None) -> PyTree:
     """The parameters, in the places of `shardings`, a tree like `model.like`; by default on the first device."""
+    if model.base:
+        _check_base(model.folder / MEMBERS / BASE, model.base)
     if shardings is None:
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: first, model.like)
@@ -271,6 +275,13 @@ def load_reward_params(model: RewardModel, *, shardings: PyTree | None = None) -
 
     placed = {name: jax.tree.map(put, x, model.like[name], shardings[name]) for name, x in small.items()}
     return {"model": trunk, **placed}
+
+
+def _check_base(file: Path, base: str) -> None:
+    """Raises Mistake where the base of the members is another than they were trained on; older folders do not say."""
+    recorded = read_object(file).get("fingerprint", str) if file.exists() else None
+    if recorded not in (None, fingerprint(base)):
+        raise Mistake(f"{file.parents[1]} has adapters on {base}, whose weights or config have changed; restore them")
 
 
 def member_scores(graphdef: nnx.GraphDef, params: PyTree, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
