@@ -35,7 +35,7 @@ from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import check_files
 from jaxalign.models.files.reward import SCORE, trunk_of
 from jaxalign.models.files.weights import fingerprint, stored_dtype
-from jaxalign.rollout.rewards.rewards import Rewards
+from jaxalign.rollout.rewards.rewards import reward_models
 from jaxalign.run import devices
 from jaxalign.run.check_kernels import check_kernels
 from jaxalign.run.extend import earlier_ends
@@ -287,11 +287,11 @@ class Run(Generic[ConfigT]):
     def _weights(self) -> dict[str, str]:
         """Fingerprints of the models that the run reads, by their setting and source as errors name them."""
         config, critic = self.config, getattr(self.config, "critic", None)
-        sources = {"`model`": config.model, "`ref_model`": getattr(config, "ref_model", None)}
-        sources |= {"`critic.model`": getattr(critic, "model", None)}
+        sources = [("`model`", config.model), ("`ref_model`", getattr(config, "ref_model", None))]
+        sources.append(("`critic.model`", getattr(critic, "model", None)))
         if reward := getattr(config, "reward", None):
-            sources |= {f"`reward` {name}": path for name, path in Rewards(reward).models.items()}
-        return {f"{name} {source}": fingerprint(source) for name, source in sources.items() if source is not None}
+            sources += [("`reward`", folder) for folder in reward_models(reward)]
+        return {f"{name} {source}": fingerprint(source) for name, source in sources if source is not None}
 
     @property
     def export_dtype(self) -> str:
