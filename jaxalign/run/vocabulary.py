@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from jaxalign.data.read import chat
+from jaxalign.data.read.turns import with_turn_ends
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files import huggingface
@@ -26,10 +27,9 @@ def load_vocabulary(config: Any, model: ModelConfig) -> Vocabulary:
     source = config.tokenizer or config.model
     tokenizer = huggingface.load_tokenizer(source)
     huggingface.check_fits(tokenizer, model, source)
-    ending = chat.choose_template(tokenizer, config.chat_template)
-    terminators = huggingface.terminators(source, tokenizer)
-    if ending is not None:
-        terminators = tuple(dict.fromkeys([tokenizer.convert_tokens_to_ids(ending), *terminators]))
+    chat.choose_template(tokenizer, config.chat_template)
+    named = config.chat_template in chat.TEMPLATES
+    terminators = with_turn_ends(tokenizer, huggingface.terminators(source, tokenizer), first=named)
     if not terminators:
         raise Mistake(f"{source} names no eos token, so nothing can end a response; set eos_token_id in its config")
     return Vocabulary(tokenizer, terminators)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxalign.data.read import chat
+from jaxalign.data.read.tokens import context_ids, continuation, text_ids
 from jaxalign.mistake import Mistake
 
 
@@ -56,8 +56,7 @@ class Conversation:
         self._turns = []
 
     def _ids(self, turns: list[dict[str, str]]) -> list[int]:
-        text = chat.render(self._tokenizer, [*self._system, *turns], True)
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return context_ids(self._tokenizer, [*self._system, *turns])
 
 
 class Continuation:
@@ -72,7 +71,7 @@ class Continuation:
 
     def ask(self, text: str) -> ModelInput:
         """Adds a line. Raises Mistake, and adds nothing, where it alone is too long."""
-        added = self._tokenizer(f"\n{text}" if self._ids else text, add_special_tokens=not self._ids)["input_ids"]
+        added = continuation(self._tokenizer, f"\n{text}") if self._ids else text_ids(self._tokenizer, text)
         if len(added) > self._room:
             raise Mistake(_too_long(len(added), self._room))
         dropped = max(0, len(self._ids) + len(added) - self._room)

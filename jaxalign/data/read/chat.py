@@ -1,19 +1,23 @@
-"""Chat templates, rendered turn by turn, which finds the assistant's responses without template markers.
+"""Chat templates: which one a tokenizer has, and the text that it makes of messages.
 
-For each assistant turn, the text up to and including the generation prompt is context; what the template adds for the
-turn, up to its terminator, is the response; what follows the terminator (a newline, often) is context of the next turn.
+Every template is rendered by `render`, for training and for inference alike; data/read/turns.py parts its text.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from jaxalign import outside
 from jaxalign.mistake import Mistake
 
-Message = dict[str, str]
+log = logging.getLogger(__name__)
+
+Message = dict[str, Any]  # as formats.Conversation has them
 
 # Small templates for tokenizers without one. Each ends a turn of the assistant with the tokenizer's own eos token.
 TEMPLATES: dict[str, str] = {
@@ -42,44 +46,41 @@ TEMPLATES: dict[str, str] = {
 }
 
 
-# The marker that ends an assistant's turn, where that is not the tokenizer's eos token.
-ENDINGS: dict[str, str] = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
-
-
-class Span(NamedTuple):
-    """A stretch of rendered text."""
-
-    text: str
-    learned: bool
-
-
-def choose_template(tokenizer: Any, choice: str | None) -> str | None:
+def choose_template(tokenizer: Any, choice: str | None) -> None:
     """Sets the tokenizer's template: a name of TEMPLATES or a Jinja file; None keeps the tokenizer's own.
 
-    Returns the token that ends an assistant's turn, if the template is a named one that has its own.
+    The template decides alone whether a bos token opens a conversation; of a named one the log says what it decides.
 
     Raises:
       Mistake: there is no such template, or its markers are not tokens of the tokenizer.
     """
     if choice is None:
-        return None
+        return
     if choice in TEMPLATES:
         tokenizer.chat_template = TEMPLATES[choice]
         _check_markers(tokenizer, choice)
-        return ENDINGS.get(choice)
-    if Path(choice).is_file():
-        tokenizer.chat_template = Path(choice).read_text()
-        return None
-    raise Mistake(f"chat template {choice!r} is neither a file nor one of {', '.join(TEMPLATES)}")
+        opens = "{{ bos_token }}" in TEMPLATES[choice] and tokenizer.bos_token
+        log.info("chat template %s: a conversation begins with %s", choice, opens or "no bos token")
+    elif Path(choice).is_file():
+        tokenizer.chat_template = outside.read_text(choice)
+    else:
+        raise Mistake(f"chat template {choice!r} is neither a file nor one of {', '.join(TEMPLATES)}")
 
 
 def _check_markers(tokenizer: Any, choice: str) -> None:
-    unknown = sorted(set(re.findall(r"<\|[a-z_]+\|>", TEMPLATES[choice])) - set(tokenizer.get_vocab()))
+    markers = sorted(set(re.findall(r"<\|[a-z_]+\|>", TEMPLATES[choice])))
+    unknown = [marker for marker in markers if not is_token(tokenizer, marker)]
     if unknown:
         raise Mistake(
-            f"chat template {choice!r} needs the tokens {', '.join(unknown)}, which this tokenizer does not have; "
-            "'plain' and 'alpaca' need none"
+            f"chat template {choice!r} needs the tokens {', '.join(unknown)}, which this tokenizer does not have, or "
+            "cuts into pieces; 'plain' and 'alpaca' need none"
         )
+
+
+def is_token(tokenizer: Any, marker: str) -> bool:
+    """True if a marker in a text is one token: some tokenizers cut even a token of theirs into pieces."""
+    ids = tokenizer(f"\n{marker}", add_special_tokens=False)["input_ids"]
+    return marker in tokenizer.get_vocab() and ids[-1:] == [tokenizer.convert_tokens_to_ids(marker)]
 
 
 def require_template(tokenizer: Any) -> None:
@@ -91,51 +92,60 @@ def require_template(tokenizer: Any) -> None:
         )
 
 
-def spans(tokenizer: Any, messages: Sequence[Message], *, terminators: Sequence[str], turns: str = "all") -> list[Span]:
-    """The rendered conversation as stretches of context and response, up to the terminator of its last response.
+def render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    generation: bool,
+    *,
+    tools: Sequence[dict[str, Any]] | None = None,
+    open_turn: bool = False,
+) -> str:
+    """The conversation as text.
 
     Args:
       tokenizer: with a chat template.
-      messages: the conversation; messages behind the last assistant turn are left out.
-      terminators: texts of the tokens that may end a turn.
-      turns: the assistant turns that are responses, "all" or the "last". An empty turn before the last is never one:
-        it would teach the model to be silent.
+      messages: as `formats.Conversation` has them.
+      generation: end with the beginning of an assistant turn.
+      tools: JSON schemas of the functions that the assistant may call.
+      open_turn: end behind the text of the last message, which a response continues.
 
     Raises:
-      Mistake: there is no assistant turn, or the template changes earlier turns when later ones are added.
+      Mistake: the template is damaged, or refuses the messages.
     """
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if not answers:
-        raise Mistake("a conversation without a turn of the assistant")
-    stretches, done = [], ""
-    for i in answers:
-        before = render(tokenizer, messages[:i], True)
-        after = render(tokenizer, messages[: i + 1], False)
-        if not before.startswith(done) or not after.startswith(before):
-            raise Mistake(
-                f"the chat template renders turn {i + 1} in a way that changes what stands before it, so the response "
-                "cannot be separated from its context; use another with `chat_template`"
-            )
-        response = _until_terminator(after[len(before) :], terminators)
-        is_response = i == answers[-1] or (turns == "all" and bool(messages[i]["content"].strip()))
-        stretches += [Span(before[len(done) :], False), Span(response, is_response)]
-        done = before + response
-    return stretches
-
-
-def render(tokenizer: Any, messages: Sequence[Message], generation: bool) -> str:
-    """The conversation as text, which ends with the beginning of an assistant turn if `generation`. Raises Mistake."""
     import jinja2
 
+    def apply(turns: list[Message]) -> str:
+        return tokenizer.apply_chat_template(
+            turns,
+            tools=list(tools) if tools else None,
+            tokenize=False,
+            add_generation_prompt=generation,
+            continue_final_message=open_turn,
+        )
+
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
+        try:
+            return apply([_as_templates_read(m) for m in messages])
+        except TypeError:  # some templates join the arguments of a call to text, so they need them as JSON
+            if not any(m.get("tool_calls") for m in messages):
+                raise
+            return apply([_as_templates_read(m, json_arguments=True) for m in messages])
     except jinja2.TemplateSyntaxError as error:
         raise Mistake(f"the chat template is not Jinja, line {error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:
         roles = ", ".join(m["role"] for m in messages)
-        raise Mistake(f"the chat template refuses a conversation of {roles}: {error}") from None
+        raise Mistake(
+            f"the chat template refuses a conversation of {roles}: {outside.brief(str(error), 200)}"
+        ) from None
 
 
-def _until_terminator(text: str, terminators: Sequence[str]) -> str:
-    ends = [text.rfind(t) + len(t) for t in terminators if t and t in text]
-    return text[: max(ends)] if ends else text.rstrip("\n")
+def _as_templates_read(message: Message, *, json_arguments: bool = False) -> Message:
+    """The message without what is ours, and its reasoning under both names that templates have for it."""
+    turn = {key: value for key, value in message.items() if key != "learn"}
+    if "reasoning_content" in turn:
+        turn["thinking"] = turn["reasoning_content"]
+    if json_arguments and turn.get("tool_calls"):
+        calls = [dict(call["function"]) for call in turn["tool_calls"]]
+        texts = [call | {"arguments": json.dumps(call["arguments"], ensure_ascii=False)} for call in calls]
+        turn["tool_calls"] = [call | {"function": text} for call, text in zip(turn["tool_calls"], texts, strict=True)]
+    return turn

@@ -1,4 +1,8 @@
-"""Ids and masks of rows, in one flat array. Prompt and response are tokenised apart and their ids joined."""
+"""Ids and masks of rows, in one flat array; and the ids of contexts, one law for training and inference.
+
+Before a learned token stand exactly the ids that inference reads: `text_ids` of a text, `context_ids` of messages. The
+ids of a response continue them.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.data.read import chat
+from jaxalign.data.read import turns
+from jaxalign.data.read.chat import Message
 from jaxalign.data.read.formats import Conversation, Normal, PromptCompletion, Text
+from jaxalign.data.read.turns import Turns
 from jaxalign.mistake import Mistake
 
 
@@ -59,15 +65,80 @@ def joined(sets: Sequence[Examples]) -> Examples:
     return Examples.of([examples[i] for examples in sets for i in range(len(examples))])
 
 
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text, and nothing before or behind them."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text that opens a sequence: behind what the tokenizer puts before a text, such as a bos token, once.
+
+    Some tokenizers put an eos token behind a text, too. It is left off, since it would end what a response continues.
+    """
+    part, whole = plain_ids(tokenizer, "a"), tokenizer("a")["input_ids"]
+    opening = whole[: next((k for k in range(len(whole)) if whole[k : k + len(part)] == part), 0)]
+    ids = plain_ids(tokenizer, text)
+    return ids if ids[: len(opening)] == opening else [*opening, *ids]
+
+
+def context_ids(
+    tokenizer: Any, messages: Sequence[Message], tools: Any = None, *, open_turn: bool = False
+) -> list[int]:
+    """Ids that inference reads of messages, up to the beginning of the response.
+
+    They are those of apply_chat_template(add_generation_prompt=True): of the whole text of the template, which writes
+    its own bos token, or none.
+
+    Args:
+      tokenizer: with a chat template.
+      messages: as `formats.Conversation` has them.
+      tools: JSON schemas of the functions that the assistant may call, or None.
+      open_turn: the response continues the last message.
+
+    Raises:
+      Mistake: the template refuses the messages, or leaves out a part of them.
+    """
+    return plain_ids(tokenizer, turns.context(tokenizer, messages, tools, open_turn=open_turn))
+
+
+def response_ids(tokenizer: Any, context: str, response: str) -> list[int]:
+    """Ids of a response behind a context, whose own ids stay as they are.
+
+    They are the rest of the ids of both texts together; or, where a token of these would reach from the context into
+    the response, the ids of a text that continues another.
+    """
+    before = plain_ids(tokenizer, context)
+    if tokenizer.is_fast:
+        both = tokenizer(context + response, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, places, count = both["input_ids"], both["offset_mapping"], len(before)
+        ends, starts = (end for _, end in places[:count][-1:]), (start for start, _ in places[count:][:1])
+        if ids[:count] == before and max(ends, default=0) <= len(context) <= min(starts, default=len(context)):
+            return ids[count:]
+    return continuation(tokenizer, response)
+
+
+def continuation(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text that continues another: without the blank that SentencePiece puts before every text.
+
+    It puts none behind a newline.
+    """
+    anchor, behind = plain_ids(tokenizer, "\n"), plain_ids(tokenizer, "\na")
+    if behind[: len(anchor)] == anchor and plain_ids(tokenizer, "a") != behind[len(anchor) :]:
+        ids = plain_ids(tokenizer, f"\n{text}")
+        if ids[: len(anchor)] == anchor:
+            return ids[len(anchor) :]
+    return plain_ids(tokenizer, text)
+
+
 @dataclasses.dataclass
 class Encoder:
     """Tokenises rows by the settings of a run, and counts the rows that it drops and cuts.
 
-    The bos token opens a sequence if the tokenizer itself would put it there; one terminator ends each response.
+    A learned response stands behind the ids that inference reads, and ends with one terminator.
     """
 
     tokenizer: Any
-    terminators: Sequence[int]  # ids; the first is appended, unless a templated turn ends with one of them
+    terminators: Sequence[int]  # ids; the first is appended to responses that nothing ends
     max_length: int
     turns: str = "all"
     windows: bool = False  # texts longer than max_length are cut into several examples, not shortened
@@ -75,51 +146,57 @@ class Encoder:
     dropped: Counter = dataclasses.field(default_factory=Counter)
     first_dropped: dict[str, str] = dataclasses.field(default_factory=dict)
     shortened: int = 0
+    notes: Counter = dataclasses.field(default_factory=Counter)  # what was done to conversations, with their number
 
     def __post_init__(self) -> None:
-        probe = self.tokenizer("a")["input_ids"]
-        bos = self.tokenizer.bos_token_id
-        self.bos = [bos] if bos is not None and probe[:1] == [bos] else []
-        self._terminator_texts = [t for t in self.tokenizer.convert_ids_to_tokens(list(self.terminators)) if t]
-        self._anchor = self._plain("\n")
-        # SentencePiece puts a space before every text that it tokenises, but not behind a newline
-        self._anchored = (
-            self._plain("\na")[: len(self._anchor)] == self._anchor
-            and self._plain("a") != (self._plain("\na")[len(self._anchor) :])
-        )
+        self._ends = [self.tokenizer.decode([i], skip_special_tokens=False) for i in self.terminators]
+        self._turns = Turns(self.tokenizer, self._ends)
 
-    def _plain(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def opening(self, text: str) -> list[int]:
+        """Ids of text that begins a sequence."""
+        return text_ids(self.tokenizer, text)
 
     def continuation(self, text: str) -> list[int]:
-        """Ids of text that continues another: without the space that some tokenizers put before a text."""
-        if not self._anchored:
-            return self._plain(text)
-        ids = self._plain("\n" + text)
-        return ids[len(self._anchor) :] if ids[: len(self._anchor)] == self._anchor else self._plain(text)
+        """Ids of text that continues another."""
+        return continuation(self.tokenizer, text)
 
     def encode(self, row: Normal, *, where: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, mask) of each example of a row: one, several windows of it, or none if it is dropped."""
+        """(ids, mask) of each example of a row: one, several windows or turns of it, or none if it is dropped."""
         if isinstance(row, Text):
             return self._text(row.text, where)
         if isinstance(row, PromptCompletion):
-            if not row.completion.strip() and not self.keeps_empty:
+            if not turns.once_ended(row.completion, self._ends)[0].strip() and not self.keeps_empty:
                 return self._drop("empty response", where)
-            prompt = [*self.bos, *self._plain(row.prompt)]
-            parts = [(prompt, False), ([*self.continuation(row.completion), self.terminators[0]], True)]
-        else:
-            answers = [m["content"].strip() for m in row.messages if m["role"] == "assistant"]
-            if not answers:
-                return self._drop("no turn of the assistant", where)
-            if not answers[-1] and not self.keeps_empty:
-                return self._drop("empty response", where)
-            parts = self._conversation(row, where)
-        return self._fit(parts, where)
+            prompt, response = self.opening(row.prompt), self._response(row.prompt, row.completion)
+            return self._fit([([*prompt, *response], [*[False] * len(prompt), *[True] * len(response)])], where)
+        answers = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
+        learned = [i for i in answers if i and row.messages[i].get("learn", True)]
+        if not learned:
+            reasons = ("no turn of the assistant", "no turn of the assistant that is learned and has one before it")
+            return self._drop(reasons[bool(answers)], where)
+        if not turns.says(row.messages[learned[-1]]) and not self.keeps_empty:
+            return self._drop("empty response", where)
+        if answers[0] == 0:
+            self.notes["begin with the assistant, whose first turn is context only, as nothing asks for it"] += 1
+        if self.turns == "last":
+            learned = learned[-1:]
+        try:
+            return self._fit(self._conversation(row, learned), where)
+        except Mistake as error:
+            raise Mistake(f"{where}: {error}") from None
+
+    def _response(self, context: str, text: str, end: str = "") -> list[int]:
+        """Ids of a response and one terminator, unless the text ends with the token `end` of the template."""
+        ids = response_ids(self.tokenizer, context, "".join(turns.once_ended(text, self._ends)))
+        ends = {*self.terminators, *([self.tokenizer.convert_tokens_to_ids(end)] if end else [])}
+        return ids if ids and ids[-1] in ends else [*ids, self.terminators[0]]
 
     def _text(self, text: str, where: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        text = "".join(turns.once_ended(text, self._ends))
         if not text.strip():
             return self._drop("empty text", where)
-        ids = np.array([*self.bos, *self._plain(text), self.terminators[0]], np.int32)
+        whole = self.opening(text)
+        ids = np.array(whole if whole[-1] in self.terminators else [*whole, self.terminators[0]], np.int32)
         step = self.max_length if self.windows else len(ids)
         if len(ids) > self.max_length:
             self.shortened += 1
@@ -127,33 +204,28 @@ class Encoder:
         windows = [(piece, np.ones(len(piece), bool)) for piece in pieces if len(piece) > 1]
         return windows or self._drop("a text of one token, which nothing predicts", where)
 
-    def _conversation(self, row: Conversation, where: str) -> list[tuple[list[int], bool]]:
-        try:
-            spans = chat.spans(self.tokenizer, row.messages, terminators=self._terminator_texts, turns=self.turns)
-        except ValueError as error:
-            raise Mistake(f"{where}: {error}") from None
-        parts = []
-        for i, span in enumerate(spans):
-            ids = self.continuation(span.text) if i else self.opening(span.text)
-            if span.learned and ids[-1:] and ids[-1] not in self.terminators:
-                ids = [*ids, self.terminators[0]]
-            parts.append((ids, span.learned))
+    def _conversation(self, row: Conversation, learned: Sequence[int]) -> list[tuple[list[int], list[bool]]]:
+        """(ids, mask) of examples in which every learned turn has the ids before it that inference reads.
+
+        A turn stands in one example with those before it if its context begins with that example; else it begins an
+        example of its own, behind its whole context.
+        """
+        says = [i for i in learned if turns.says(row.messages[i]) or i == learned[-1]]  # silence is not taught
+        parts: list[tuple[list[int], list[bool]]] = []
+        for turn in self._turns.learned(row, says):
+            context = plain_ids(self.tokenizer, turn.context)
+            response = self._response(turn.context, turn.response, turn.end)
+            mask = parts.pop()[1] if parts and context[: len(parts[-1][0])] == parts[-1][0] else []
+            mask = [*mask, *[False] * (len(context) - len(mask)), *[True] * len(response)]
+            parts.append(([*context, *response], mask))
+        if len(parts) > 1:
+            self.notes["became an example a turn, as no single one has the ids of inference before every turn"] += 1
         return parts
 
-    def opening(self, text: str) -> list[int]:
-        """Ids of text that begins a sequence, behind one bos token if the tokenizer puts it there."""
-        ids = self._plain(text)
-        return ids if ids[: len(self.bos)] == self.bos else [*self.bos, *ids]
-
-    def _fit(self, parts: list[tuple[list[int], bool]], where: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        ids = np.concatenate([np.array(part, np.int32) for part, _ in parts])
-        mask = np.concatenate([np.full(len(part), learned) for part, learned in parts])
-        if len(ids) > self.max_length:
-            self.shortened += 1
-            ids, mask = ids[: self.max_length], mask[: self.max_length]
-        if not mask[1:].any():
-            return self._drop("the prompt fills the window", where)
-        return [(ids, mask)]
+    def _fit(self, parts: list[tuple[list[int], list[bool]]], where: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        self.shortened += any(len(ids) > self.max_length for ids, _ in parts)
+        rows = [(np.array(i, np.int32)[: self.max_length], np.array(m, bool)[: self.max_length]) for i, m in parts]
+        return [(ids, mask) for ids, mask in rows if mask[1:].any()] or self._drop("the prompt fills the window", where)
 
     def _drop(self, reason: str, where: str) -> list:
         self.dropped[reason] += 1

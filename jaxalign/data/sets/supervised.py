@@ -136,6 +136,8 @@ def _report(where: str, form: formats.Format, encoder: Encoder, parts: list, row
     tokens, learned = sum(len(ids) for ids, _ in parts), sum(int(mask[1:].sum()) for _, mask in parts)
     log.info("%s: format %s, %d rows, %d examples", where, form.name, rows, len(parts))
     log.info("%s: %s tokens, %s of them learned", where, f"{tokens:,}", f"{learned:,}")
+    for note, count in encoder.notes.items():
+        log.info("%s: %d conversations %s", where, count, note)
     if dropped:
         log.warning("%s: dropped %d rows: %s", where, dropped, reasons)
     if encoder.shortened:

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.data.read.feedback_formats import sequence
+from jaxalign.data.read.formats import Conversation
 from jaxalign.data.read.tokens import Encoder
+from jaxalign.data.read.turns import with_turn_ends
 from jaxalign.data.sets.solutions import MOST_STEPS, encode
 from jaxalign.mistake import Mistake
 from jaxalign.models import heads
@@ -63,7 +65,7 @@ def load_reward_model(
         rule=rule,
     )
     tokenizer = huggingface.load_tokenizer(source)
-    terminators = huggingface.terminators(source, tokenizer)
+    terminators = with_turn_ends(tokenizer, huggingface.terminators(source, tokenizer))
     if not terminators:
         raise Mistake(f"{source} names no eos token, so nothing can end a response; set eos_token_id in its config")
     params = load_reward_params(model, shardings=None if mesh is None else shardings(model.like, mesh))
@@ -118,7 +120,11 @@ class Scorer:
         return ids if ended or ids[-1] not in self.terminators else ids[:-1]
 
     def _encoded(self, prompt: Prompt, response: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        return self._encoder.encode(sequence(prompt, response, self.model.as_chat), where="scoring")
+        row = sequence(prompt, response, self.model.as_chat)
+        if isinstance(row, Conversation) and len(row.messages) > 1 and row.messages[-2]["role"] == "assistant":
+            *before, begun, rest = row.messages  # the response continues the last turn of the prompt
+            row = Conversation((*before, begun | {"content": begun["content"] + rest["content"]}), row.tools)
+        return self._encoder.encode(row, where="scoring")
 
     def _fills(self, prompt: Prompt) -> str:
         return (
