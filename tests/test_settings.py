@@ -92,6 +92,7 @@ VALUES: dict[str, Any] = {
     "algorithm.clip_scores": 0.1,
     "algorithm.halt_kl": 0.1,
     "algorithm.kl_in": "loss",
+    "last_turn": "continue",
 }
 LOSSES = {
     "sft": "dft",
@@ -117,6 +118,7 @@ CONTEXTS: dict[str, dict[str, Any]] = {
     "as_chat": CHAT,
     "turns": CHAT | {"data": "{talks}"},
     "long_text": {"data": "{texts}"},
+    "last_turn": CHAT | {"data": "{talks}", "last_turn": "drop", "max_length": 48, "reward": "length(target=3)"},
     "ref_update.alpha": {"ref_update.every": 1},
     "combine": {"members": 2},
     "step_separator": {"data": "{solutions}", "algorithm.loss": "process"},

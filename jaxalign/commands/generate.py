@@ -41,11 +41,12 @@ def main(config: GenerateConfig) -> int:
     devices.start_log()
     rewards = None if config.reward is None else Rewards(config.reward, seconds=config.reward_seconds)
     prompts, columns = read_rows(config.prompts, *(() if rewards is None else (rewards.reads,)))
+    prompts = [prompting.settled(p, f"prompt {number}", config.last_turn) for number, p in enumerate(prompts, 1)]
     if rewards is not None:
         rewards.check(prompts, columns, later=["finished"])
     model = load_tokenizer_only(config.model, config.adapter)
     sampling = Sampling.of(config, model.terminators, config.stop)
-    encode_prompts(model, prompts, sampling)
+    encode_prompts(model, prompts, sampling, last_turn=config.last_turn)
     count = config.n * len(prompts)
     batch_size, engine = min(config.batch_size, count), None
     if config.engine is None:
@@ -66,6 +67,7 @@ def main(config: GenerateConfig) -> int:
             cache_dtype=None if config.cache_dtype == "auto" else config.cache_dtype,
             engine=engine,
             on_response=finished.__setitem__,
+            last_turn=config.last_turn,
         )
     except BaseException:
         if finished:

@@ -73,6 +73,7 @@ def load_prompts(config: RolloutConfig, run: Run, *, updates: int) -> Prompting:
         max_dropped=config.max_dropped,
         as_chat=config.as_chat,
         elsewhere=rewards.reads,
+        last_turn=config.last_turn,
     )
     rewards.check(prompts.raw, prompts.columns, later=["finished", "tokens"])
     if not run.exists:

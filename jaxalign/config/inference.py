@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from jaxalign.config.limits import EMPTY_IS_MEANT, FUNCTION, above, at_least
-from jaxalign.config.shared import TruncationSettings
+from jaxalign.config.shared import PromptSettings, TruncationSettings
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class InferenceConfig(TruncationSettings):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(InferenceConfig):
+class GenerateConfig(PromptSettings, InferenceConfig):
     """Responses of a model to prompts."""
 
     prompts: Annotated[str, EMPTY_IS_MEANT]

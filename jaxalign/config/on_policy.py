@@ -10,6 +10,7 @@ from jaxalign.config.shared import (
     ChatRowSettings,
     LogpSettings,
     OptimizerConfig,
+    PromptSettings,
     RefUpdateConfig,
     TrainConfig,
     TruncationSettings,
@@ -32,7 +33,7 @@ class UpdateSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig(ChatRowSettings, LogpSettings, TrainConfig):
+class RolloutConfig(PromptSettings, ChatRowSettings, LogpSettings, TrainConfig):
     """Settings of generation and rewards."""
 
     retired: ClassVar[tuple[str, ...]] = NEVER_OBEYED

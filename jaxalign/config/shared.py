@@ -93,6 +93,15 @@ class LoraConfig:
     """Format of the frozen base's kernels: 'int8' is 8 bits, 'nf4' 4 bits (QLoRA), 'none' full precision."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings:
+    """Settings of commands that respond to prompts."""
+
+    last_turn: Literal["refuse", "continue", "drop"] = "refuse"
+    """Treatment of prompts whose last turn is the assistant's: an error ('refuse'), or the response goes on with it\
+ ('continue'), or it is taken off ('drop')."""
+
+
 @dataclass(frozen=True)
 class RefUpdateConfig:
     """Updates of the reference towards the policy (TR-DPO)."""

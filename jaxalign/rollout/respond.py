@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxalign.data.read.turns import with_turn_ends
 from jaxalign.data.sets import prompts as prompting
-from jaxalign.data.sets.prompts import Prompt
+from jaxalign.data.sets.prompts import LastTurn, Prompt
 from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import join
 from jaxalign.models.decoder.config import ModelConfig
@@ -67,8 +68,8 @@ def load_tokenizer_only(source: str, adapter: Path | None = None) -> LoadedModel
     trained = huggingface.tokenizer_source(source, adapter)
     config, tokenizer = huggingface.read_config(source), huggingface.load_tokenizer(trained)
     huggingface.check_fits(tokenizer, config, trained)
-    ends = (end for folder in (trained, source) for end in huggingface.terminators(folder, tokenizer))
-    return LoadedModel(source, config, tokenizer, tuple(dict.fromkeys(ends)))
+    ends = [end for folder in (trained, source) for end in huggingface.terminators(folder, tokenizer)]
+    return LoadedModel(source, config, tokenizer, with_turn_ends(tokenizer, tuple(dict.fromkeys(ends))))
 
 
 def with_params(model: LoadedModel, *, adapter: Path | None = None, dtype: Any) -> LoadedModel:
@@ -91,6 +92,7 @@ def respond(
     cache_dtype: Any = None,
     engine: Engine | None = None,
     on_response: Callable[[int, tuple[str, bool]], None] | None = None,
+    last_turn: LastTurn = "refuse",
 ) -> list[tuple[str, bool]]:
     """(text, whether it ended by itself) of n responses to each prompt in turn. Texts are continued, messages answered.
 
@@ -105,11 +107,12 @@ def respond(
       cache_dtype: of cached keys and values; None: the dtype of computation.
       engine: draws in place of this process's devices, at a batch size of its own.
       on_response: called with (number, (text, whether it ended by itself)) of each response when it is there.
+      last_turn: for messages of which the last is the assistant's: refuse, continue or drop it.
 
     Raises:
       Mistake: what `encode_prompts` raises, or the model has no params and there is no engine.
     """
-    ids = encode_prompts(model, prompts, sampling)
+    ids = encode_prompts(model, prompts, sampling, last_turn=last_turn)
     longest = max(map(len, ids)) + sampling.max_new_tokens
     if longest > model.config.max_length:
         log.warning(
@@ -133,8 +136,10 @@ def respond(
     requests = [Request(tuple(row), n * number + k) for number, row in enumerate(ids) for k in range(n)]
 
     def as_text(number: int, response: Response) -> tuple[str, bool]:
-        # a response to a text is decoded behind it; one to messages is a text of its own
-        before = ids[number // n] if isinstance(prompts[number // n], str) else ()
+        # a response that continues a text is decoded behind it; one to messages is a text of its own
+        prompt = prompts[number // n]
+        continued = isinstance(prompt, str) or (last_turn == "continue" and prompting.ends_with_assistant(prompt))
+        before = ids[number // n] if continued else ()
         return text_after(model.tokenizer, before, without_terminator(response.tokens, sampling)), response.finished
 
     def hand_on(number: int, response: Response) -> None:
@@ -147,7 +152,9 @@ def respond(
     return [as_text(number, response) for number, response in enumerate(responses)]
 
 
-def encode_prompts(model: LoadedModel, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
+def encode_prompts(
+    model: LoadedModel, prompts: Sequence[Prompt], sampling: Sampling, *, last_turn: LastTurn = "refuse"
+) -> list[list[int]]:
     """The ids of each prompt, with room for a response behind it; needs no params.
 
     Raises:
@@ -159,7 +166,7 @@ def encode_prompts(model: LoadedModel, prompts: Sequence[Prompt], sampling: Samp
             f"`temperature` {sampling.temperature} must be at least 0, `top_p` {sampling.top_p} above 0 and at most 1, "
             f"`top_k` {sampling.top_k} at least 0 and `max_new_tokens` {sampling.max_new_tokens} at least 1"
         )
-    ids = [prompting.encode(prompt, model.tokenizer, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+    ids = [prompting.encode(p, model.tokenizer, f"prompt {number}", last_turn) for number, p in enumerate(prompts, 1)]
     _check_lengths(ids, sampling.max_new_tokens, model.config, model.source)
     return ids
 

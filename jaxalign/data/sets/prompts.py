@@ -6,18 +6,21 @@ import dataclasses
 import logging
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxalign.data.batches.plan import Batches, Plan, order
-from jaxalign.data.read import chat, formats, sources
+from jaxalign.data.read import formats, sources
+from jaxalign.data.read.formats import Conversation
+from jaxalign.data.read.tokens import context_ids, text_ids
 from jaxalign.mistake import Mistake
 from jaxalign.outside import brief
 
 log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[dict[str, Any]]  # a text to continue, or messages to answer
+LastTurn = Literal["refuse", "continue", "drop"]  # for a prompt whose last turn is the assistant's
 
 
 def _prompt(column: str, *, question: bool = False) -> formats.Format:
@@ -103,6 +106,7 @@ def load(
     max_length: int,
     max_dropped: float,
     as_chat: bool = False,
+    last_turn: LastTurn = "refuse",
     elsewhere: Callable[[str], bool] = lambda column: False,
 ) -> Prompts:
     """The prompts of `data`.
@@ -113,12 +117,13 @@ def load(
       max_length: most tokens of a prompt; longer ones are dropped, for a cut prompt asks another question.
       max_dropped: largest share of prompts that may be dropped.
       as_chat: texts are turns of the user.
+      last_turn: for prompts whose last turn is the assistant's: refuse, continue or drop it.
       elsewhere: True for a column that a reward reads.
 
     Raises:
       Mistake: there are no rows, what `read` raises, a prompt is empty, or too many are too long.
     """
-    ids, raw, others, dropped = [], [], [], 0
+    ids, raw, others, dropped, answered = [], [], [], 0, 0
     for source in sources.parse(spec):
         rows = sources.load(source).rows
         if not len(rows):
@@ -128,15 +133,20 @@ def load(
             where = f"{source.name}, row {number + 1}"
             if as_chat and isinstance(prompt, str):
                 prompt = formats.turns_of(prompt)
-            tokens = tuple(encode(prompt, tokenizer, where))
+            answered += ends_with_assistant(prompt)
+            prompt = settled(prompt, where, last_turn)
+            tokens = tuple(encode(prompt, tokenizer, where, last_turn))
             if not tokens:
                 raise Mistake(f"{where}: the prompt is empty, so there is nothing to answer")
             if len(tokens) > max_length:
                 dropped += 1
                 continue
             ids.append(tokens)
-            raw.append(texts[number])
+            raw.append(texts[number] if isinstance(texts[number], str) else texts[number][: len(prompt)])
             others.append(columns[number])
+    if answered:
+        what = {"continue": "goes on with", "drop": "does without"}[last_turn]
+        log.info("%d prompts end with a turn of the assistant, which the response %s", answered, what)
     total = dropped + len(ids)
     if dropped:
         log.warning("%d of %d prompts have more than %d tokens and were dropped", dropped, total, max_length)
@@ -155,17 +165,42 @@ def by_column(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def encode(prompt: Prompt, tokenizer: Any, where: str) -> list[int]:
+def encode(prompt: Prompt | Conversation, tokenizer: Any, where: str, last_turn: LastTurn = "refuse") -> list[int]:
     """Ids of a text, or of messages up to the beginning of the response. Raises Mistake, with the place."""
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
+        return text_ids(tokenizer, prompt)
     if not tokenizer.chat_template:
         raise Mistake(f"{where}: the prompt is a conversation, but the tokenizer has no chat template; give texts")
+    messages, tools = (prompt.messages, prompt.tools) if isinstance(prompt, Conversation) else (prompt, None)
+    messages = settled(messages, where, last_turn)
     try:
-        text = chat.render(tokenizer, prompt, True)
-    except ValueError as error:
+        return context_ids(tokenizer, messages, tools, open_turn=ends_with_assistant(messages))
+    except Mistake as error:
         raise Mistake(f"{where}: {error}") from None
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def ends_with_assistant(prompt: Prompt) -> bool:
+    """True of messages of which the last is the assistant's."""
+    return not isinstance(prompt, str) and len(prompt) > 0 and prompt[-1]["role"] == "assistant"
+
+
+def settled(prompt: Any, where: str, last_turn: LastTurn) -> Any:
+    """The prompt, of which `last_turn` drop takes off the turns of the assistant at its end.
+
+    Raises:
+      Mistake: the last turn is the assistant's and is refused, or there are no others to keep.
+    """
+    if not ends_with_assistant(prompt) or last_turn == "continue":
+        return prompt
+    if last_turn == "refuse":
+        raise Mistake(
+            f"{where}: the last turn of the prompt is the assistant's, and a second one would begin behind it; with "
+            "`last_turn` continue the response goes on with it, with drop it is taken off"
+        )
+    shorter = settled(prompt[:-1], where, last_turn)
+    if not shorter:
+        raise Mistake(f"{where}: all turns of the prompt are the assistant's, so with `last_turn` drop none is left")
+    return shorter
 
 
 class PromptBatches(Batches):

@@ -1,6 +1,7 @@
 """Prompts that on-policy commands answer, and the errors of rows that hold none."""
 
 import json
+import logging
 
 import pytest
 
@@ -89,3 +90,32 @@ def test_the_log_lists_the_columns_that_neither_the_prompt_nor_a_reward_reads(ca
             elsewhere=lambda column: column == "answer",
         )
     assert "d: nothing reads source, thinking" in caplog.text
+
+
+ANSWERED = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sees a"}]
+
+
+@pytest.mark.parametrize(
+    ("last_turn", "end", "raw", "said"),
+    [
+        ("continue", "Assistant : sees a", ANSWERED, "goes on with"),
+        ("drop", "the cat \n Assistant :", ANSWERED[:1], "does without"),
+    ],
+)
+def test_a_last_turn_of_the_assistant_is_continued_or_dropped(
+    chat_tokenizer, tmp_path, caplog, last_turn, end, raw, said
+):
+    with caplog.at_level(logging.INFO, "jaxalign"):
+        loaded = load(chat_tokenizer, tmp_path, [{"messages": ANSWERED}], max_length=30, last_turn=last_turn)
+    assert chat_tokenizer.decode(loaded.ids[0]).endswith(end) and loaded.raw == [raw]
+    assert f"1 prompts end with a turn of the assistant, which the response {said}" in caplog.messages
+
+
+def test_by_default_it_is_refused_with_its_row(chat_tokenizer, tmp_path):
+    rows = [{"messages": ANSWERED[:1]}, {"messages": ANSWERED}]
+    with pytest.raises(
+        ValueError, match=r"row 2: the last turn of the prompt is the assistant's, .*`last_turn` continue"
+    ):
+        load(chat_tokenizer, tmp_path, rows, max_length=30)
+    with pytest.raises(ValueError, match="row 1: all turns of the prompt are the assistant's"):
+        load(chat_tokenizer, tmp_path, [{"messages": ANSWERED[1:]}], last_turn="drop")
