@@ -73,7 +73,8 @@ def read_bytes(path: Path | str, *, limit: int) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise Mistake(f"{brief(str(path), 200)} is not a regular file; give a file")
         with open(path, "rb") as file:
-            content = file.read(limit + 1)
+            # a buffer of the size that is asked for is made first
+            content = file.read(min(limit, status.st_size or limit) + 1)
     except OSError as error:
         raise Mistake(f"{brief(str(path), 200)} cannot be read: {error.strerror or error}") from None
     if len(content) > limit:
