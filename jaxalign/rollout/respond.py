@@ -69,7 +69,9 @@ def load_tokenizer_only(source: str, adapter: Path | None = None) -> LoadedModel
     config, tokenizer = huggingface.read_config(source), huggingface.load_tokenizer(trained)
     huggingface.check_fits(tokenizer, config, trained)
     ends = [end for folder in (trained, source) for end in huggingface.terminators(folder, tokenizer)]
-    return LoadedModel(source, config, tokenizer, with_turn_ends(tokenizer, tuple(dict.fromkeys(ends))))
+    terminators = with_turn_ends(tokenizer, tuple(dict.fromkeys(ends)))
+    huggingface.check_ids(terminators, config, trained)
+    return LoadedModel(source, config, tokenizer, terminators)
 
 
 def with_params(model: LoadedModel, *, adapter: Path | None = None, dtype: Any) -> LoadedModel:

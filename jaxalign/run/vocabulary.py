@@ -22,7 +22,7 @@ def load_vocabulary(config: Any, model: ModelConfig) -> Vocabulary:
     """From `config.tokenizer`, else `config.model`, with `config.chat_template`.
 
     Raises:
-      Mistake: more tokens than the model has, a template that does not fit, or nothing that could end a response.
+      Mistake: a template that does not fit, or no token, or none that the model has, to end a response.
     """
     source = config.tokenizer or config.model
     tokenizer = huggingface.load_tokenizer(source)
@@ -32,4 +32,5 @@ def load_vocabulary(config: Any, model: ModelConfig) -> Vocabulary:
     terminators = with_turn_ends(tokenizer, huggingface.terminators(source, tokenizer), first=named)
     if not terminators:
         raise Mistake(f"{source} names no eos token, so nothing can end a response; set eos_token_id in its config")
+    huggingface.check_ids(terminators, model, source)
     return Vocabulary(tokenizer, terminators)

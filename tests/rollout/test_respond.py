@@ -1,11 +1,15 @@
 """Texts in, texts out: what is refused before weights are read, and which settings a config gives."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxalign.config.inference import GenerateConfig
 from jaxalign.config.on_policy import PPOConfig
+from jaxalign.mistake import Mistake
 from jaxalign.rollout.engine.http import HttpEngine
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.respond import encode_prompts, load_model, load_tokenizer_only, respond
@@ -49,3 +53,20 @@ def test_a_server_answers_as_the_model_here_with_the_tokenizer_alone(tiny_model)
     with Server(tiny_model) as server:
         model = load_tokenizer_only(str(tiny_model))
         assert respond(model, prompts, sampling, engine=HttpEngine(server.url)) == local
+
+
+def test_of_a_tokenizer_longer_than_the_embedding_only_the_ids_that_occur_are_refused(tiny_model, tmp_path):
+    folder = tmp_path / "few"
+    shutil.copytree(tiny_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:20].copy()
+    save_file(tensors, folder / "model.safetensors")
+    hf = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(hf | {"vocab_size": 20}))
+    model = load_tokenizer_only(str(folder))
+    assert encode_prompts(model, ["the cat"], Sampling(4)) == [[4, 6]]
+    with pytest.raises(Mistake, match=r"token '\.' is number 20 of the tokenizer of .* has embeddings for 20"):
+        encode_prompts(model, ["the cat", "the cat ."], Sampling(4))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 20]}))
+    with pytest.raises(Mistake, match="token 20 is to end texts, and the model has tokens 0 to 19"):
+        load_tokenizer_only(str(folder))

@@ -6,13 +6,18 @@ code when they are opened.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
-from jaxalign.models.files.families import model_config
+from jaxalign.models.files.families import embedding_names, model_config
+from jaxalign.models.files.families.base import note_once
+from jaxalign.models.files.tensors import INDEX, equal, files_in, open_folder
+from jaxalign.outside import brief, read_object
 
 RANDOM = "config:"
 _WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
@@ -67,38 +72,61 @@ def _download(name: str) -> Path:
 
 
 def read_hf_config(source: str) -> dict[str, Any]:
-    """The source's config.json, unchanged."""
+    """The source's config.json; `tie_word_embeddings` is false where the files hold an output matrix of their own.
+
+    transformers 5 keeps such a matrix whatever the config says, and an exported config says it too.
+    """
     path = Path(source.removeprefix(RANDOM)).expanduser()
     if not (is_random(source) and path.is_file()):
         path = folder(source) / "config.json"
     if not path.exists():
         raise Mistake(f"{path.parent} has no config.json; is it a Hugging Face model folder?")
-    return _read_json(path)
+    hf_config = read_object(path).content
+    if not is_random(source) and hf_config.get("architectures") and _has_own_head(path.parent, hf_config):
+        note_once(
+            f"{path}: 'tie_word_embeddings' is true, and the files hold an output matrix that is not the embedding; "
+            "the matrix is kept, as in transformers 5"
+        )
+        hf_config["tie_word_embeddings"] = False
+    return hf_config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _has_own_head(path: Path, hf_config: dict[str, Any]) -> bool:
+    """True if the config ties the output matrix to the embedding and the files hold another one."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise Mistake(f"{path} is not JSON: {error}; fetch it again") from None
-    if not isinstance(content, dict):
-        raise Mistake(f"{path} contains a {type(content).__name__}, not the config of a model; fetch it again")
-    return content
+        config = model_config(hf_config)
+    except Mistake:  # raised by those who need the config
+        return False
+    if not config.tied or not (any(path.glob("*.safetensors")) or (path / INDEX).exists()):
+        return False
+    return _differ(path, embedding_names(config), tuple(sorted(map(_stamp, files_in(path)))))
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    status = file.stat()
+    return str(file), status.st_mtime_ns, status.st_size
+
+
+@functools.cache
+def _differ(path: Path, names: tuple[str, str], stamps: tuple) -> bool:
+    """True if both tensors are in the files and hold other numbers; `stamps` change with the files."""
+    with contextlib.ExitStack() as stack:
+        tensors = open_folder(path, stack)
+        embedding, head = (
+            next((tensors[n] for n in (name, name.partition(".")[2]) if n in tensors), None) for name in names
+        )
+        return embedding is not None and head is not None and not equal(embedding, head)
 
 
 def read_generation_config(source: str) -> dict[str, Any]:
     """The source's generation_config.json, unchanged; {} if it has none."""
     path = folder(source) / "generation_config.json"
-    return _read_json(path) if path.exists() else {}
+    return read_object(path).content if path.exists() else {}
 
 
 def read_config(source: str) -> ModelConfig:
     """The neutral config of a source. Raises Mistake, naming the source, when the architecture is not supported."""
-    hf_config = read_hf_config(source)
-    try:
-        return model_config(hf_config)
-    except ValueError as error:
-        raise Mistake(f"{source}: {error}") from None
+    return model_config(read_hf_config(source), f"{source}: config.json")
 
 
 def load_tokenizer(source: str) -> Any:
@@ -125,11 +153,41 @@ def tokenizer_source(model: str, adapter: Path | str | None) -> str:
 
 
 def check_fits(tokenizer: Any, model: ModelConfig, source: str) -> None:
-    """Raises Mistake if the tokenizer has ids for which the model has no embedding."""
-    if len(tokenizer) > model.vocab_size:
+    """Makes a tokenizer with more ids than the model has embeddings raise Mistake on a text that has such an id.
+
+    Models come with tokenizers of a few more tokens, which texts do not have; gemma-3-1b has one for images.
+    """
+    if max(tokenizer.get_vocab().values(), default=0) < model.vocab_size:
+        return
+
+    def checked(ids: Any) -> None:
+        if len(ids) and not isinstance(ids[0], int):
+            for row in ids:
+                checked(row)
+        elif len(ids) and max(ids) >= model.vocab_size:
+            token = brief(repr(tokenizer.convert_ids_to_tokens(int(max(ids)))))
+            raise Mistake(
+                f"token {token} is number {max(ids)} of the tokenizer of {source}, and the model has embeddings for "
+                f"{model.vocab_size}; use the tokenizer that the model was made with, or texts without this token"
+            )
+
+    kind = type(tokenizer)
+
+    def call(self: Any, *texts: Any, **options: Any) -> Any:
+        encoded = kind.__call__(self, *texts, **options)
+        checked(encoded["input_ids"])
+        return encoded
+
+    tokenizer.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+
+
+def check_ids(ids: Iterable[int], model: ModelConfig, source: str) -> None:
+    """Raises Mistake unless the ids, such as terminators, are tokens of the model."""
+    foreign = [i for i in ids if not 0 <= i < model.vocab_size]
+    if foreign:
         raise Mistake(
-            f"the tokenizer of {source} has {len(tokenizer)} tokens and the model's vocabulary is {model.vocab_size}; "
-            "use the tokenizer that the model was made with"
+            f"{source}: token {brief(str(foreign[0]))} is to end texts, and the model has tokens 0 to "
+            f"{model.vocab_size - 1}; correct 'eos_token_id' in its generation_config.json, or the tokenizer"
         )
 
 
@@ -141,7 +199,7 @@ def terminators(source: str, tokenizer: Any) -> tuple[int, ...]:
     """
     config = folder(source) / "config.json"
     ends: list[int] = []
-    for settings in (read_generation_config(source), _read_json(config) if config.exists() else {}):
+    for settings in (read_generation_config(source), read_object(config).content if config.exists() else {}):
         ids = settings.get("eos_token_id")
         ends += ids if isinstance(ids, list) else [] if ids is None else [ids]
     if tokenizer.eos_token_id is not None:

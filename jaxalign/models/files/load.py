@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +24,12 @@ from jaxalign.models.adapters.quantise import Quantised, quantise_kernel
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files.families import TensorMap, ignored_tensors, tensor_maps
+from jaxalign.models.files.families.base import note_once
 from jaxalign.models.files.huggingface import folder
+from jaxalign.models.files.tensors import Tensor, names_of, open_folder
 from jaxalign.types import PyTree, leaf_names
 
-INDEX = "model.safetensors.index.json"
+SMALL = 1 << 20  # numbers of a tensor whose shape is worked out whatever the file holds
 
 
 def load_params(
@@ -51,7 +53,8 @@ def load_params(
 
     Raises:
       Mistake: no safetensors, or a listed file is absent.
-      Mistake: a tensor is missing, too many or of the wrong shape, or a file is truncated; the message names it.
+      Mistake: a tensor is missing, too many, of the wrong shape or dtype, or holds NaN, or a file is truncated; the
+        message names it.
     """
     path = folder(source)
     _, plain = make_decoder(config, param_dtype=param_dtype)
@@ -60,7 +63,7 @@ def load_params(
         first = SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: first, abstract)
     with contextlib.ExitStack() as stack:
-        files = _open(path, stack)
+        files = open_folder(path, stack)
         plan = _plan(path, files, config, plain, besides)
         filled = _fill(plan, dict(_leaves(abstract)), dict(_leaves(shardings)), quantise)
     return jax.tree.map(lambda name: filled[name], leaf_names(abstract))
@@ -71,66 +74,25 @@ def check_files(source: str, config: ModelConfig, *, besides: tuple[str, ...] = 
     path = folder(source)
     _, abstract = make_decoder(config)
     with contextlib.ExitStack() as stack:
-        _plan(path, _open(path, stack), config, abstract, besides)
-
-
-def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """{tensor's name: the open file that contains it}."""
-    import safetensors
-
-    files = {}
-    for file in _files(path):
-        try:
-            handle = stack.enter_context(safetensors.safe_open(file, framework="np"))
-        except safetensors.SafetensorError as error:
-            size = file.stat().st_size
-            raise Mistake(f"{file} ({size:,} bytes) is truncated or damaged: {error}; fetch it again") from None
-        files |= dict.fromkeys(handle.keys(), handle)
-    return files
-
-
-def _files(path: Path) -> list[Path]:
-    if (path / INDEX).exists():
-        names = _listed(path / INDEX)
-        absent = [name for name in names if not (path / name).exists()]
-        if absent:
-            raise Mistake(f"{path / INDEX} lists {', '.join(absent)}, which is not there; fetch it again")
-        return [path / name for name in names]
-    files = sorted(path.glob("*.safetensors"))
-    if files:
-        return files
-    old = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
-    if old:
-        raise Mistake(
-            f"{path} holds {', '.join(old)} but no *.safetensors. Such files can run code when opened; convert "
-            "them once in transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-        )
-    raise Mistake(f"{path} has no *.safetensors; start from random weights with config:{path}")
-
-
-def _listed(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Mistake(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from None
+        _plan(path, open_folder(path, stack), config, abstract, besides)
 
 
 def read_tensor(source: str, name: str, *, absent: np.ndarray | None = None) -> np.ndarray:
     """The tensor of this name in the files; `absent`, or else a Mistake, when there is none."""
     path = folder(source)
     with contextlib.ExitStack() as stack:
-        files = _open(path, stack)
-        if name not in files:
+        tensors = open_folder(path, stack)
+        if name not in tensors:
             if absent is not None:
                 return absent
             raise Mistake(f"{path} has no tensor {name}")
-        return files[name].get_tensor(name)
+        return tensors[name].read()
 
 
 def _plan(
-    path: Path, files: dict[str, Any], config: ModelConfig, abstract: PyTree, besides: tuple[str, ...] = ()
-) -> list[tuple]:
-    """(open file, tensor's name, its map, its layer) of all tensors; raises Mistake on one that does not fit."""
+    path: Path, files: dict[str, Tensor], config: ModelConfig, abstract: PyTree, besides: tuple[str, ...] = ()
+) -> list[tuple[Tensor, TensorMap, int | None]]:
+    """(tensor, its map, its layer) of all that are read; raises Mistake on one that does not fit, logs those unread."""
     shapes = {name: leaf.shape for name, leaf in _leaves(abstract)}
     plan, used = [], set()
     for tensor in tensor_maps(config):
@@ -138,18 +100,20 @@ def _plan(
             name = _name_in(files, _named(tensor, layer))
             if name is None:
                 raise Mistake(f"{path}: tensor {_named(tensor, layer)} of {config.architecture} is missing")
-            _check_shape(path, name, files[name].get_slice(name).get_shape(), tensor, layer, shapes)
-            plan.append((files[name], name, tensor, layer))
+            files[name].check_dtype()
+            _check_shape(files[name], tensor, layer, shapes)
+            plan.append((files[name], tensor, layer))
             used.add(name)
-    ignored = (*ignored_tensors(config), *besides)
-    extra = sorted(n for n in files if n not in used and not any(re.search(p, n) for p in ignored))
+    unread = {n for n in files if n not in used and not any(re.search(p, n) for p in besides)}
+    extra = [n for n in unread if not any(re.search(p, n) for p in ignored_tensors(config))]
     if extra:
-        others = f" and {len(extra) - 5} more" if len(extra) > 5 else ""
-        raise Mistake(f"{path}: {config.architecture} has no place for {', '.join(extra[:5])}{others}")
+        raise Mistake(f"{path}: {config.architecture} has no place for {names_of(extra)}")
+    if unread:
+        note_once(f"{path}: not read, since the config or another tensor says the same: {names_of(unread)}")
     return plan
 
 
-def _name_in(files: dict[str, Any], name: str) -> str | None:
+def _name_in(files: dict[str, Tensor], name: str) -> str | None:
     """The tensor's name in the files: some, the hub's gpt2 among them, leave out the base model's prefix."""
     return next((n for n in (name, name.partition(".")[2]) if n in files), None)
 
@@ -162,13 +126,15 @@ def _named(tensor: TensorMap, layer: int | None) -> str:
     return tensor.name if layer is None else tensor.name.format(layer=layer)
 
 
-def _check_shape(
-    path: Path, name: str, shape: list[int], tensor: TensorMap, layer: int | None, shapes: dict[str, tuple]
-) -> None:
+def _check_shape(file: Tensor, tensor: TensorMap, layer: int | None, shapes: dict[str, tuple]) -> None:
     of_leaves = [shapes[leaf] if layer is None else shapes[leaf][1:] for leaf in tensor.leaves]
-    expected = tensor.to_hf(tuple(np.broadcast_to(np.int8(0), of_leaf) for of_leaf in of_leaves)).shape
-    if tuple(shape) != expected:
-        raise Mistake(f"{path}: tensor {name} has shape {list(shape)}, config.json implies {list(expected)}")
+    expected: tuple[int, ...] | str = f"{sum(map(math.prod, of_leaves)):,} numbers"
+    # The map is tried on bytes, as many as the file's header has numbers: a file cannot be smaller than its tensors.
+    if sum(map(math.prod, of_leaves)) <= max(math.prod(file.shape), SMALL):
+        expected = tensor.to_hf(tuple(np.broadcast_to(np.int8(0), of_leaf) for of_leaf in of_leaves)).shape
+    if file.shape != expected:
+        implied = expected if isinstance(expected, str) else list(expected)
+        raise Mistake(f"{file.file}: tensor {file.name} has shape {list(file.shape)}, config.json implies {implied}")
 
 
 def _fill(
@@ -191,8 +157,8 @@ def _fill(
                 filled[name] = sent[name] = _write_layer(sharding)(filled[name], x, layer)
         return list(sent.values())
 
-    for handle, name, tensor, layer in plan:
-        parts = tensor.to_ours(handle.get_tensor(name))
+    for file, tensor, layer in plan:
+        parts = tensor.to_ours(file.read())
         jax.block_until_ready(travelling)
         travelling = send(tensor, layer, parts)
         del parts

@@ -68,6 +68,8 @@ def load_reward_model(
     terminators = with_turn_ends(tokenizer, huggingface.terminators(source, tokenizer))
     if not terminators:
         raise Mistake(f"{source} names no eos token, so nothing can end a response; set eos_token_id in its config")
+    huggingface.check_fits(tokenizer, model.config, source)
+    huggingface.check_ids(terminators, model.config, source)
     params = load_reward_params(model, shardings=None if mesh is None else shardings(model.like, mesh))
     if mesh is not None:
         batch_size = -(-batch_size // mesh.size) * mesh.size

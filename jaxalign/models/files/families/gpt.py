@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import LayerKind, ModelConfig
 from jaxalign.models.files.families.base import (
     HfConfig,
@@ -11,38 +12,52 @@ from jaxalign.models.files.families.base import (
     activation,
     fused_last,
     kinds,
+    positive,
     require,
     rope,
+    rope_settings,
     same,
     transposed,
 )
 
+# Names of other families that transformers takes for GPT-2's as well.
+GPT2_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
 
 def gpt2(hf: HfConfig) -> ModelConfig:
-    require(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False)
-    require(hf, add_cross_attention=False)
-    width, heads, layers = hf["n_embd"], hf["n_head"], hf["n_layer"]
+    require(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    for alias, name in GPT2_ALIASES.items():
+        hf = hf.defaults(**{name: hf.get(alias, int)}) if alias in hf else hf
+        require(hf, **{alias: hf.size(name)})
+    width, heads, layers = hf.size("n_embd"), hf.size("n_head"), hf.size("n_layer")
+    if width % heads:
+        raise Mistake(f"{hf.where}: 'n_embd' is {width}, which is no multiple of 'n_head' {heads}")
     return ModelConfig(
-        architecture=hf["architectures"][0],
-        vocab_size=hf["vocab_size"],
+        architecture=hf.texts("architectures")[0],
+        vocab_size=hf.size("vocab_size"),
         hidden_size=width,
-        intermediate_size=hf.get("n_inner") or 4 * width,
+        intermediate_size=hf.size("n_inner", 4 * width),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=width // heads,
         **kinds([LayerKind()] * layers),
-        max_length=hf["n_positions"],
-        tied=bool(hf.get("tie_word_embeddings", True)),
-        activation=activation(hf.get("activation_function", "gelu_new")),
+        max_length=hf.size("n_positions"),
+        tied=hf.get("tie_word_embeddings", bool, True),
+        activation=activation(hf, "activation_function", "gelu_new"),
         gated_mlp=False,
         norm="layer",
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        norm_eps=hf.get("layer_norm_epsilon", float, 1e-5),
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
-        learned_positions=hf["n_positions"],
-        initializer_range=hf.get("initializer_range", 0.02),
+        learned_positions=hf.size("n_positions"),
+        initializer_range=hf.get("initializer_range", float, 0.02),
     )
 
 
@@ -69,31 +84,37 @@ def gpt2_tensors(config: ModelConfig) -> list[TensorMap]:
 
 
 def neox(hf: HfConfig) -> ModelConfig:
-    width, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
-    head_dim, bias = width // heads, bool(hf.get("attention_bias", True))
-    named = {"partial_rotary_factor": hf.get("rotary_pct", 0.25), "rope_theta": hf.get("rotary_emb_base", 10_000)}
-    turning = rope({**named, **hf}, head_dim)
+    width, heads, layers = hf.size("hidden_size"), hf.size("num_attention_heads"), hf.size("num_hidden_layers")
+    head_dim, bias = width // heads, hf.get("attention_bias", bool, True)
+    require(hf, head_dim=head_dim)
+    turning = rope(
+        hf,
+        rope_settings(hf),
+        head_dim,
+        theta=positive(hf, "rotary_emb_base", 10_000.0),
+        share=positive(hf, "rotary_pct", 0.25),
+    )
     return ModelConfig(
-        architecture=hf["architectures"][0],
-        vocab_size=hf["vocab_size"],
+        architecture=hf.texts("architectures")[0],
+        vocab_size=hf.size("vocab_size"),
         hidden_size=width,
-        intermediate_size=hf["intermediate_size"],
+        intermediate_size=hf.size("intermediate_size"),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=head_dim,
         **kinds([LayerKind(None, turning)] * layers),
-        max_length=hf.get("max_position_embeddings", 2048),
-        tied=bool(hf.get("tie_word_embeddings", False)),
-        activation=activation(hf.get("hidden_act", "gelu")),
+        max_length=hf.size("max_position_embeddings", 2048),
+        tied=hf.get("tie_word_embeddings", bool, False),
+        activation=activation(hf, "hidden_act", "gelu"),
         gated_mlp=False,
         norm="layer",
-        norm_eps=hf.get("layer_norm_eps", 1e-5),
-        parallel=bool(hf.get("use_parallel_residual", True)),
+        norm_eps=hf.get("layer_norm_eps", float, 1e-5),
+        parallel=hf.get("use_parallel_residual", bool, True),
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=True,
-        initializer_range=hf.get("initializer_range", 0.02),
+        initializer_range=hf.get("initializer_range", float, 0.02),
     )
 
 

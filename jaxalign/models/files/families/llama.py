@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from jaxalign.models.decoder.config import LayerKind, ModelConfig
+from jaxalign.mistake import Mistake
+from jaxalign.models.decoder.config import LayerKind, ModelConfig, Rope
 from jaxalign.models.files.families.base import (
     HfConfig,
     TensorMap,
     activation,
+    check_read,
     fused_rows,
     kinds,
     layer_types,
+    positive,
     require,
     rope,
+    rope_settings,
     same,
     transposed,
 )
@@ -21,141 +26,177 @@ from jaxalign.models.files.families.base import (
 # Values that transformers gives to fields that a config leaves out, where they are not Llama's.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
-    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
-    "gemma2": {"num_key_value_heads": 4, "max_position_embeddings": 8192, "final_logit_softcapping": 30.0},
-    "gemma3": {
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 131072,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "head_dim": 128,
     },
+    "gemma": {
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+    },
+    "gemma2": {
+        "max_position_embeddings": 8192,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+    "gemma3": {"max_position_embeddings": 131072},
     "olmo2": {"rms_norm_eps": 1e-5},
     "phi3": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
 }
 
 
 def llama(hf: HfConfig) -> ModelConfig:
-    bias = bool(hf.get("attention_bias", False))
+    bias = hf.get("attention_bias", bool, False)
     return ModelConfig(
         **_common(hf),
         **_uniform(hf, None),
         qkv_bias=bias,
         output_bias=bias,
-        mlp_bias=bool(hf.get("mlp_bias", False)),
+        mlp_bias=hf.get("mlp_bias", bool, False),
     )
 
 
 def mistral(hf: HfConfig) -> ModelConfig:
-    hf = DEFAULTS["mistral"] | dict(hf)
-    return ModelConfig(**_common(hf), **_uniform(hf, hf["sliding_window"]))
+    hf = hf.defaults(**DEFAULTS["mistral"])
+    return ModelConfig(**_common(hf), **_uniform(hf, _window(hf)))
 
 
 def qwen2(hf: HfConfig) -> ModelConfig:
-    hf = DEFAULTS["qwen2"] | dict(hf)
+    hf = hf.defaults(**DEFAULTS["qwen2"])
     return ModelConfig(**_common(hf), **_qwen_layers(hf), qkv_bias=True)
 
 
 def qwen3(hf: HfConfig) -> ModelConfig:
-    hf = DEFAULTS["qwen3"] | dict(hf)
-    bias = bool(hf.get("attention_bias", False))
+    hf = hf.defaults(**DEFAULTS["qwen3"])
+    bias = hf.get("attention_bias", bool, False)
     return ModelConfig(**_common(hf), **_qwen_layers(hf), qkv_bias=bias, output_bias=bias, qk_norm="head")
 
 
 def gemma2(hf: HfConfig) -> ModelConfig:
-    hf = DEFAULTS["gemma2"] | dict(hf)
-    count = hf["num_hidden_layers"]
-    types = layer_types(hf, ["full_attention" if i % 2 else "sliding_attention" for i in range(count)])
-    return ModelConfig(**_gemma(hf, types), attention_softcap=hf.get("attn_logit_softcapping", 50.0))
+    hf = hf.defaults(**DEFAULTS["gemma"], **DEFAULTS["gemma2"])
+    types = layer_types(hf, ["full_attention" if i % 2 else "sliding_attention" for i in range(_layers(hf))])
+    turning = rope(hf, rope_settings(hf), _head_dim(hf))
+    return _gemma(hf, types, {"sliding_attention": turning, "full_attention": turning})
 
 
 def gemma3(hf: HfConfig) -> ModelConfig:
-    hf = DEFAULTS["gemma3"] | dict(hf)
-    count, period = hf["num_hidden_layers"], hf.get("sliding_window_pattern") or 6
-    types = layer_types(hf, ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(count)])
-    require(hf, use_bidirectional_attention=False)
-    return ModelConfig(**_gemma(hf, types), attention_softcap=hf.get("attn_logit_softcapping"), qk_norm="head")
+    hf = hf.defaults(**DEFAULTS["gemma"], **DEFAULTS["gemma3"])
+    period = hf.get("sliding_window_pattern", int, 6) or 6
+    types = layer_types(hf, [f"{'sliding' if (i + 1) % period else 'full'}_attention" for i in range(_layers(hf))])
+    settings, older = hf.object("rope_parameters"), hf.object("rope_scaling")
+    full, sliding = settings.object("full_attention"), settings.object("sliding_attention")
+    # The older `rope_scaling` is of the full layers alone.
+    full = HfConfig(full.content | older.content, older.where if older.content else full.where)
+    require(hf, original_max_position_embeddings=(), attn_logit_softcapping=())  # transformers reads neither
+    turning = {
+        "full_attention": rope(hf, full, _head_dim(hf), theta=positive(hf, "rope_theta", 1_000_000.0)),
+        "sliding_attention": rope(hf, sliding, _head_dim(hf), theta=positive(hf, "rope_local_base_freq", 10_000.0)),
+    }
+    check_read(settings)
+    return dataclasses.replace(_gemma(hf, types, turning), qk_norm="head")
 
 
 def olmo2(hf: HfConfig) -> ModelConfig:
-    hf = DEFAULTS["olmo2"] | dict(hf)
-    bias = bool(hf.get("attention_bias", False))
+    hf = hf.defaults(**DEFAULTS["olmo2"])
+    bias = hf.get("attention_bias", bool, False)
     return ModelConfig(
         **_common(hf), **_uniform(hf, None), qkv_bias=bias, output_bias=bias, qk_norm="full", norm_places="post"
     )
 
 
 def phi3(hf: HfConfig) -> ModelConfig:
-    hf = DEFAULTS["phi3"] | dict(hf)
-    return ModelConfig(**_common(hf), **_uniform(hf, hf.get("sliding_window")))
+    hf = hf.defaults(**DEFAULTS["phi3"])
+    turning = rope(
+        hf,
+        rope_settings(hf),
+        _head_dim(hf),
+        share=positive(hf, "partial_rotary_factor", 1.0),
+        kinds=("default",),
+    )
+    hf.get("original_max_position_embeddings", int, 4096)  # of longrope only
+    return ModelConfig(**_common(hf), **_uniform(hf, _window(hf), turning))
 
 
-def _common(hf: HfConfig) -> dict[str, Any]:
-    heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
+def _common(hf: HfConfig, act: str = "hidden_act") -> dict[str, Any]:
+    heads = hf.size("num_attention_heads")
     return {
-        "architecture": hf["architectures"][0],
-        "vocab_size": hf["vocab_size"],
-        "hidden_size": hidden,
-        "intermediate_size": hf["intermediate_size"],
-        "num_layers": hf["num_hidden_layers"],
+        "architecture": hf.texts("architectures")[0],
+        "vocab_size": hf.size("vocab_size"),
+        "hidden_size": hf.size("hidden_size"),
+        "intermediate_size": hf.size("intermediate_size"),
+        "num_layers": _layers(hf),
         "num_heads": heads,
-        "num_kv_heads": hf.get("num_key_value_heads") or heads,
-        "head_dim": hf.get("head_dim") or hidden // heads,
-        "max_length": hf.get("max_position_embeddings", 2048),
-        "tied": bool(hf.get("tie_word_embeddings", False)),
-        "activation": activation(hf.get("hidden_act") or hf.get("hidden_activation") or "silu"),
-        "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "initializer_range": hf.get("initializer_range", 0.02),
+        "num_kv_heads": hf.size("num_key_value_heads", heads),
+        "head_dim": _head_dim(hf),
+        "max_length": hf.size("max_position_embeddings", 2048),
+        "tied": hf.get("tie_word_embeddings", bool, False),
+        "activation": activation(hf, act, "silu"),
+        "norm_eps": hf.get("rms_norm_eps", float, 1e-6),
+        "initializer_range": hf.get("initializer_range", float, 0.02),
     }
 
 
+def _layers(hf: HfConfig) -> int:
+    return hf.size("num_hidden_layers")
+
+
 def _head_dim(hf: HfConfig) -> int:
-    return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    return hf.size("head_dim", hf.size("hidden_size") // hf.size("num_attention_heads"))
 
 
-def _uniform(hf: HfConfig, window: int | None) -> dict[str, tuple]:
-    return kinds([LayerKind(window, rope(hf, _head_dim(hf)))] * hf["num_hidden_layers"])
+def _window(hf: HfConfig) -> int | None:
+    return hf.size("sliding_window") if "sliding_window" in hf else hf.get("sliding_window", int, None)
+
+
+def _uniform(hf: HfConfig, window: int | None, turning: Rope | None = None) -> dict[str, tuple]:
+    alike = ["full_attention" if window is None else "sliding_attention"] * _layers(hf)
+    if layer_types(hf, alike) != alike:
+        raise Mistake(f"{hf.where}: 'layer_types' must hold {alike[0]} only; the layers of this family are alike")
+    turning = turning or rope(hf, rope_settings(hf), _head_dim(hf))
+    return kinds([LayerKind(window, turning)] * len(alike))
 
 
 def _qwen_layers(hf: HfConfig) -> dict[str, tuple]:
     """Kinds of layers: with use_sliding_window, those from max_window_layers on have a window."""
-    slides = bool(hf.get("use_sliding_window")) and hf.get("sliding_window") is not None
-    first = hf.get("max_window_layers", 28)
+    window = _window(hf)
+    window = window if hf.get("use_sliding_window", bool, False) else None
+    first = hf.get("max_window_layers", int, 28)
     default = [
-        "sliding_attention" if slides and i >= first else "full_attention" for i in range(hf["num_hidden_layers"])
+        "sliding_attention" if window is not None and i >= first else "full_attention" for i in range(_layers(hf))
     ]
-    turning = rope(hf, _head_dim(hf))
-    window = hf.get("sliding_window") if slides else None
     types = layer_types(hf, default)
+    if "sliding_attention" in types and window is None:
+        raise Mistake(f"{hf.where}: 'layer_types' names sliding layers, and 'sliding_window' is off or absent")
+    turning = rope(hf, rope_settings(hf), _head_dim(hf))
     return kinds([LayerKind(window if kind == "sliding_attention" else None, turning) for kind in types])
 
 
-def _gemma(hf: HfConfig, types: list[str]) -> dict[str, Any]:
-    hf = {**hf, "hidden_act": hf.get("hidden_activation") or "gelu_pytorch_tanh", "head_dim": hf.get("head_dim", 256)}
-    require(hf, attention_bias=False)
-    local = float(hf.get("rope_local_base_freq") or 10_000.0)
-
-    def kind(layer_type: str) -> LayerKind:
-        if layer_type == "full_attention":
-            return LayerKind(None, rope(hf, hf["head_dim"], layer_type=layer_type))
-        turning = rope(hf, hf["head_dim"], layer_type=layer_type)
-        if "rope_local_base_freq" in hf and not _per_type(hf):
-            turning = rope({"rope_theta": local}, hf["head_dim"])  # Gemma 3's local layers are not scaled
-        return LayerKind(hf.get("sliding_window", 4096), turning)
-
-    return {
-        **_common({"tie_word_embeddings": True, **hf}),
-        **kinds([kind(layer_type) for layer_type in types]),
-        "norm_offset": 1.0,
-        "norm_places": "both",
-        "query_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5,
-        "final_softcap": hf.get("final_logit_softcapping"),
-        "embedding_scale": hf["hidden_size"] ** 0.5,
-    }
-
-
-def _per_type(hf: HfConfig) -> bool:
-    return "sliding_attention" in (hf.get("rope_parameters") or {})
+def _gemma(hf: HfConfig, types: list[str], turning: dict[str, Rope]) -> ModelConfig:
+    bias, window = hf.get("attention_bias", bool, False), _window(hf)
+    if "sliding_attention" in types and window is None:
+        raise Mistake(f"{hf.where}: 'layer_types' names sliding layers, and 'sliding_window' is absent")
+    scale = hf.get("query_pre_attn_scalar", float)
+    if scale <= 0:
+        raise Mistake(f"{hf.where}: 'query_pre_attn_scalar' is {scale:g}; it must be above 0")
+    return ModelConfig(
+        **_common(hf, "hidden_activation"),
+        **kinds([LayerKind(window if kind == "sliding_attention" else None, turning[kind]) for kind in types]),
+        qkv_bias=bias,
+        output_bias=bias,
+        norm_offset=1.0,
+        norm_places="both",
+        query_scale=scale**-0.5,
+        attention_softcap=hf.get("attn_logit_softcapping", float, None),
+        final_softcap=hf.get("final_logit_softcapping", float, None),
+        embedding_scale=hf.size("hidden_size") ** 0.5,
+    )
 
 
 def tensors(config: ModelConfig) -> list[TensorMap]:
