@@ -223,9 +223,13 @@ QKV = "base_model.model.model.layers.1.self_attn.qkv_proj"
     [
         ({"peft_type": "LOHA"}, None, "peft_type 'LOHA' is not supported; only LORA is"),
         ({"modules_to_save": ["lm_head"]}, None, r"modules_to_save=\['lm_head'\] is not supported"),
-        ({"alpha_pattern": {"down_proj": 9}}, None, "down_proj is scaled by 4.5 and others by 2"),
+        (
+            {"alpha_pattern": {"qkv_proj": 12, "gate_up_proj": 8, "down_proj": 9}},
+            None,
+            r"down_proj is scaled by 4.5 and \S+ by 2",
+        ),
         ({}, without(f"{DOWN}.lora_A.weight"), f"{DOWN} has lora_B without lora_A"),
-        ({}, without(f"{DOWN}.lora_A.weight", f"{DOWN}.lora_B.weight"), "mlp/down has an adapter in 2 of 3 layers"),
+        ({}, without(f"{DOWN}.lora_A.weight", f"{DOWN}.lora_B.weight"), f"lacks {DOWN[17:]}, which 'target_modules'"),
         ({}, ones(f"{DOWN}.lora_B.weight", 9, 2), r"lora_B \[9, 2\], not \[32, 2\]"),
         ({}, ones(f"{DOWN}.lora_A.weight", 2, 9), r"lora_A \[2, 9\], not \[2, 48\]"),
         ({}, ones(f"{QKV}.lora_B.weight", 64, 6), "has rank 6 over fused kernels"),
@@ -244,8 +248,12 @@ def test_ranks_that_differ_are_refused(tmp_path):
                 name = f"base_model.model.model.layers.{i}.mlp.down_proj.lora_{x}.weight"
                 t[name] = np.ascontiguousarray(np.concatenate([t[name]] * 2, axis=axis))
 
-    with pytest.raises(ValueError, match=r"ranks differ .*'mlp/down': 4"):
+    with pytest.raises(Mistake, match=r"down_proj has rank 4; .* give it 2"):
         spoiled(tmp_path / "a", tensors=widen)
+    with pytest.raises(Mistake, match=r"ranks differ .*'mlp/down': 4"):
+        patterns = {"rank_pattern": {"qkv_proj": 6, "gate_up_proj": 4, "down_proj": 4}}
+        patterns["alpha_pattern"] = {"qkv_proj": 12, "gate_up_proj": 8, "down_proj": 8}
+        spoiled(tmp_path / "b", patterns, widen)
 
 
 def test_magnitudes_of_half_a_fused_kernel_are_refused_and_a_folder_without_files_is_named(tmp_path):
@@ -255,3 +263,146 @@ def test_magnitudes_of_half_a_fused_kernel_are_refused_and_a_folder_without_file
         save_adapter(tmp_path / "a", {}, lora, config)
     with pytest.raises(Mistake, match=r"has no adapter_config.json"):
         load_adapter(tmp_path, config)
+
+
+# Every key of adapter_config.json, with values that change the function where there are any. The adapter is of rank 4
+# and alpha 6 on q_proj, v_proj and down_proj of a Llama of three layers.
+KEY_VALUES = {
+    "init_lora_weights": [
+        *(False, "gaussian", "eva", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq"),
+        *("lora_ga", "surprise", 3),
+    ],
+    "r": [2, 0, "3", None],
+    "lora_alpha": [5.5, 16, "5", None],
+    "use_rslora": [True, "true"],
+    "use_dora": [True],
+    "alpha_pattern": [
+        {"q_proj": 9, "v_proj": 9, "down_proj": 9},
+        {".*_proj": 7},
+        {"down_proj": 9},
+        {"layers.1.mlp.down_proj": 6},
+        {"elsewhere": 6},
+        [],
+        {"(a+)+": 6},
+    ],
+    "rank_pattern": [{"down_proj": 2}, {"down_proj": 4}, {"down_proj": "4"}],
+    "target_modules": [
+        *(["q_proj"], ["q_proj", "v_proj", "down_proj", "absent"], ["q_proj", "v_proj", "down_proj", "up_proj"]),
+        *(r".*\.(q_proj|v_proj|down_proj)", r".*\.layers\.[01]\..*_proj", "all-linear", None, [], "(", "(a*)*b", [3]),
+    ],
+    "exclude_modules": [["down_proj"], ["o_proj"], r".*\.2\..*", r".*k_proj"],
+    "layers_to_transform": [[0, 1], [0, 1, 2], 1],
+    "layers_pattern": ["layers"],
+    "bias": ["all", "lora_only"],
+    "modules_to_save": [["lm_head"]],
+    "layer_replication": [[[0, 2], [1, 3]]],
+    "trainable_token_indices": [[1], {"embed_tokens": [1]}],
+    "target_parameters": [["mlp.down_proj.weight"]],
+    "lora_bias": [True],
+    "use_qalora": [True],
+    "use_bdlora": [{"target_modules_bd_a": ["q_proj"], "nblocks": 1}],
+    "alora_invocation_tokens": [[1, 2]],
+    "arrow_config": [{}, {"top_k": 2}],
+    "kasa_config": [{"beta": 1e-4}],
+    "monteclora_config": [{"num_samples": 2}],
+    "velora_config": [{"rank": 1}],
+    "megatron_config": [{"a": 1}],
+    "peft_type": ["LOHA", None, 3],
+    "surprise": [1, True, "x", [1]],
+    # keys that must change nothing
+    "auto_mapping": [{"base_model_class": "X", "parent_library": "y"}],
+    "base_model_name_or_path": ["elsewhere"],
+    "corda_config": [{"corda_method": "kpm"}],
+    "ensure_weight_tying": [True],
+    "eva_config": [{"rho": 2.0}],
+    "fan_in_fan_out": [True],
+    "inference_mode": [False],
+    "loftq_config": [{"loftq_bits": 4}],
+    "lora_dropout": [0.5],
+    "lora_ga_config": [{"direction": "ArBr"}],
+    "megatron_core": ["elsewhere"],
+    "peft_version": ["99.0"],
+    "qalora_group_size": [8],
+    "revision": ["main"],
+    "task_type": ["FEATURE_EXTRACTION", None],
+}
+
+
+@pytest.fixture(scope="module")
+def peft_adapter(bases, tmp_path_factory):
+    """(adapter_config.json, the bytes of adapter_model.safetensors, forward of ours by Lora) of an adapter by PEFT."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder, config, params = bases("llama")
+    path = tmp_path_factory.mktemp("adapter") / "a"
+    torch.manual_seed(0)
+    settings = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"), settings)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if "lora_" in name:
+                x.add_(0.1 * torch.randn_like(x))
+    model.save_pretrained(path)
+    cache = {}
+
+    def ours(directory):
+        lora, adapter = load_adapter(directory, config)
+        if lora not in cache:
+            cache[lora] = logits_of(config, join(jax.tree.map(jnp.asarray, adapter), params), lora)
+        return cache[lora]
+
+    return json.loads((path / "adapter_config.json").read_text()), path, ours
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("key", KEY_VALUES)
+def test_each_key_of_an_adapter_config_means_what_it_means_to_peft_or_is_refused_by_name(
+    key, bases, peft_adapter, tmp_path
+):
+    import shutil
+
+    settings, original, ours = peft_adapter
+    assert set(settings) <= set(KEY_VALUES), "a key that PEFT writes and nobody tries"
+    for number, value in enumerate(KEY_VALUES[key]):
+        path = tmp_path / str(number)
+        shutil.copytree(original, path)
+        (path / "adapter_config.json").write_text(json.dumps(settings | {key: value}))
+        try:
+            logits = ours(path)
+        except Mistake as mistake:
+            text = str(mistake)
+            assert repr(key) in text or f"{key}=" in text or f" {key} " in text, (value, text)
+            assert "\n" not in text and "adapter_config.json" in text
+            continue
+        np.testing.assert_allclose(logits, theirs(bases("llama")[0], path), atol=1e-4, err_msg=f"{key}={value}")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("adapter_config.json", b"[1]", "adapter_config.json holds .1., not an object"),
+        ("adapter_config.json", b"null", "adapter_config.json holds None, not an object"),
+        ("adapter_config.json", b"{", "adapter_config.json is not JSON"),
+        ("adapter_config.json", b"\xff", "adapter_config.json is not UTF-8"),
+        ("adapter_config.json", b'{"peft_type": "LORA"}', "'r' is absent; it must hold a whole number"),
+        ("adapter_model.safetensors", b"", r"adapter_model.safetensors \(0 bytes\) is truncated or damaged"),
+        ("adapter_model.safetensors", b"\xff" * 40, r"adapter_model.safetensors \(40 bytes\) is truncated or damaged"),
+    ],
+)
+def test_a_damaged_adapter_is_named_in_one_line(name, content, message, tmp_path):
+    spoiled(tmp_path / "a")
+    (tmp_path / "a" / name).write_bytes(content)
+    with pytest.raises(Mistake, match=message) as raised:
+        load_adapter(tmp_path / "a", model_config(HF["phi3"]))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("value, message", [(np.nan, "holds NaN or infinity"), (1, "is of dtype I64; weights must be")])
+def test_an_adapter_of_nan_or_of_integers_is_refused_by_tensor(value, message, tmp_path):
+    def spoil(tensors):
+        tensors[f"{DOWN}.lora_A.weight"] = np.full((2, 48), value)
+
+    with pytest.raises(Mistake, match=f"{DOWN}.lora_A.weight' {message}"):
+        spoiled(tmp_path / "a", tensors=spoil)

@@ -9,6 +9,7 @@ on a fused kernel becomes n of ours that begin with the same A.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -25,27 +26,16 @@ from jaxalign.models.adapters.lora import Lora, linear_layers
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files.families import TensorMap, tensor_maps
+from jaxalign.models.files.peft_config import CONFIG, PeftConfig, matches
 from jaxalign.models.files.save import complete_folder
+from jaxalign.models.files.tensors import names_of, read_file
+from jaxalign.outside import read_object
 from jaxalign.types import PyTree
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SUFFIXES = {"a": ".lora_A.weight", "b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 CONV1D = ("GPT2LMHeadModel",)  # kernels [in, out]; those of other families are torch's Linear, [out, in]
-# Settings of adapter_config.json that `Lora` does not have, with the values that turn them off.
-UNSUPPORTED = {
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "layers_to_transform": (None, []),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, []),
-    "target_parameters": (None, []),
-    "lora_bias": (False, None),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "alora_invocation_tokens": (None, []),
-}
-
 Parts = dict[str, np.ndarray]  # "a", "b" and maybe "magnitude" of one layer
 
 
@@ -103,32 +93,46 @@ def load_adapter(directory: str | Path, config: ModelConfig) -> tuple[Lora, PyTr
     Dropout is not applied, because a policy and its reference must agree.
 
     Raises:
-      Mistake: one of the two files is absent.
-      Mistake: a setting that `Lora` does not have, such as ranks that differ, or a tensor that does not fit the model.
+      Mistake: one of the two files is absent or damaged.
+      Mistake: a key that is not known or that `Lora` does not have, such as ranks that differ, or a tensor that fits
+        neither the model nor the config.
     """
-    from safetensors.numpy import load_file
-
     path = Path(directory)
     for name in (CONFIG, WEIGHTS):
         if not (path / name).exists():
             raise Mistake(f"{path} has no {name}; is it an adapter in PEFT's format?")
-    settings = json.loads((path / CONFIG).read_text())
-    _check_supported(path, settings)
-    tensors = load_file(path / WEIGHTS)
+    settings = PeftConfig.of(read_object(path / CONFIG))
+    tensors = read_file(path / WEIGHTS)
     layers: dict[str, list[Parts]] = {}
+    scales: dict[str, float] = {}
     for tensor in _kernels(config):
         for layer in range(config.num_layers):
-            module = PREFIX + _module(tensor).format(layer=layer)
-            fused = {k: tensors.pop(module + end) for k, end in SUFFIXES.items() if module + end in tensors}
+            module = _module(tensor).format(layer=layer)
+            ends = {k: PREFIX + module + end for k, end in SUFFIXES.items()}
+            fused = {k: tensors.pop(end) for k, end in ends.items() if end in tensors}
+            _check_targeted(path, settings, module, fused)
             if fused:
-                parts = _unfuse(path, module, tensor, fused, settings["r"], config)
+                parts = _unfuse(path, PREFIX + module, tensor, fused, settings.rank, config)
+                scales[module] = settings.scale_of(path, module, len(fused["a"]))
                 for name, part in zip(_names(tensor), parts, strict=True):
                     layers.setdefault(name, []).extend([] if part is None else [part])
     if tensors or not layers:
-        names = ", ".join(sorted(tensors)[:5]) or "an adapter without tensors"
+        names = names_of(tensors) or "an adapter without tensors"
         raise Mistake(f"{path}: {config.architecture} has no place for {names}")
     stacks = {name: _stack(path, name, parts, config) for name, parts in layers.items() if parts}
-    return _lora(path, settings, stacks, config), _nested(stacks)
+    return _lora(path, settings, scales, stacks, config), _nested(stacks)
+
+
+def _check_targeted(path: Path, settings: PeftConfig, module: str, fused: Parts) -> None:
+    """Raises Mistake where the tensors are not those that the config announces: PEFT would leave them out."""
+    if fused and not settings.targeted(module):
+        key = "target_modules" if not matches(settings.targets, module) else "exclude_modules"
+        raise Mistake(f"{path}: {WEIGHTS} has {module}, which {key!r} of {CONFIG} leaves out")
+    if settings.targeted(module) and not fused:
+        raise Mistake(f"{path}: {WEIGHTS} lacks {module}, which 'target_modules' of {CONFIG} names")
+    if fused and settings.dora != ("magnitude" in fused):
+        has = "lora_magnitude_vector" if "magnitude" in fused else "no lora_magnitude_vector"
+        raise Mistake(f"{path}: {module} has {has}, and 'use_dora' of {CONFIG} is {str(settings.dora).lower()}")
 
 
 def check_exportable(lora: Lora, config: ModelConfig) -> None:
@@ -238,10 +242,12 @@ def _check_shapes(path: Path, module: str, tensor: TensorMap, fused: Parts, conf
         have, lack = ("lora_A", "lora_B") if "a" in fused else ("lora_B", "lora_A")
         raise Mistake(f"{path}: {module} has {have} without {lack}")
     inputs, outputs = zip(*(_sizes(config)[name] for name in _names(tensor)), strict=True)
-    rank = len(fused["a"])
-    for name, part, shape in (("lora_A", "a", (rank, inputs[0])), ("lora_B", "b", (sum(outputs), rank))):
-        if fused[part].shape != shape:
-            raise Mistake(f"{path}: {module} has {name} {list(fused[part].shape)}, not {list(shape)}")
+    shapes = {"a": (fused["a"].shape[0] if fused["a"].ndim else 0, inputs[0]), "magnitude": (sum(outputs),)}
+    shapes["b"] = (sum(outputs), shapes["a"][0])
+    for part, x in fused.items():
+        if x.shape != shapes[part]:
+            name = SUFFIXES[part].removesuffix(".weight")[1:]
+            raise Mistake(f"{path}: {module} has {name} {list(x.shape)}, not {list(shapes[part])}")
 
 
 def _stack(path: Path, name: str, layers: list[Parts], config: ModelConfig) -> Parts:
@@ -250,14 +256,6 @@ def _stack(path: Path, name: str, layers: list[Parts], config: ModelConfig) -> P
             f"{path}: {name} has an adapter in {len(layers)} of {config.num_layers} layers; it must be all or none"
         )
     return {k: np.stack([part[k] for part in layers]) for k in layers[0]}
-
-
-def _check_supported(path: Path, settings: dict[str, Any]) -> None:
-    if settings.get("peft_type") != "LORA":
-        raise Mistake(f"{path}: peft_type {settings.get('peft_type')!r} is not supported; only LORA is")
-    for name, nothing in UNSUPPORTED.items():
-        if settings.get(name, nothing[0]) not in nothing:
-            raise Mistake(f"{path}: {name}={settings[name]!r} is not supported")
 
 
 def _peft_config(lora: Lora, config: ModelConfig, base_model: str) -> dict[str, Any]:
@@ -292,24 +290,23 @@ def _short(tensor: TensorMap, lora: Lora, config: ModelConfig) -> str:
     return short if alike <= set(lora.targets) or alike <= set(_names(tensor)) else full
 
 
-def _lora(path: Path, settings: dict[str, Any], stacks: dict[str, Parts], config: ModelConfig) -> Lora:
+def _lora(
+    path: Path, settings: PeftConfig, scales: dict[str, float], stacks: dict[str, Parts], config: ModelConfig
+) -> Lora:
     """Raises Mistake unless all layers have one rank and one scale."""
     ranks = {name: parts["a"].shape[-1] for name, parts in stacks.items()}
     if len(set(ranks.values())) > 1:
         raise Mistake(f"{path}: ranks differ ({ranks}); all layers must have one rank")
+    rank = next(iter(ranks.values()))
     targets = tuple(name for name in linear_layers(config) if name in stacks)
-    lora = Lora(
-        next(iter(ranks.values())),
-        float(settings["lora_alpha"]),
-        targets,
-        bool(settings.get("use_rslora")),
-        bool(settings.get("use_dora")),
-    )
-    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-        rank = (settings.get("rank_pattern") or {}).get(pattern, settings["r"])
-        scale = alpha / (rank**0.5 if lora.rslora else rank)
-        if not math.isclose(scale, lora.scale):
+    (first, scale), *others = scales.items()
+    for module, other in others:
+        if not math.isclose(scale, other):
             raise Mistake(
-                f"{path}: {pattern} is scaled by {scale:g} and others by {lora.scale:g}; all must have one scale"
+                f"{path}: {module} is scaled by {other:g} and {first} by {scale:g}, by 'alpha_pattern' and "
+                f"'rank_pattern' of {CONFIG}; all must have one scale"
             )
-    return lora
+    lora = Lora(rank, settings.alpha, targets, settings.rslora, settings.dora)
+    if math.isclose(lora.scale, scale):
+        return lora
+    return dataclasses.replace(lora, alpha=scale * (rank**0.5 if settings.rslora else rank))
