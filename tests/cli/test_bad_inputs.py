@@ -243,7 +243,9 @@ def test_a_template_that_is_not_jinja_is_told_with_its_line(world, tmp_path, cap
     (tmp_path / "talk.jsonl").write_text(lines([{"messages": talk}]))
     arguments = ["sft", "--model", str(world / "model"), "--data", str(tmp_path / "talk.jsonl")]
     arguments += ["--output", str(tmp_path / "run"), "--chat-template", str(world / "template.jinja")]
-    assert "talk.jsonl, row 1: the chat template is not Jinja, line 1" in told(arguments, capsys)
+    assert "talk.jsonl, row 1: the chat template cannot render a conversation of user: it is not Jinja, line 1" in told(
+        arguments, capsys
+    )
 
 
 @pytest.fixture

@@ -187,4 +187,4 @@ def test_what_cannot_be_talked_to_is_told_in_one_line(chat_model, tmp_path, say)
     path = tmp_path / "refuses.jinja"
     path.write_text("{{ raise_exception('no system') if messages[0].role == 'system' }}{{ messages[0].content }}")
     said = say(chat_model, "", "--chat-template", str(path), "--system", "red", status=2).err
-    assert "the chat template refuses a conversation of system, user: no system" in said
+    assert "the chat template cannot render a conversation of system, user: no system" in said

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxalign import outside
+from jaxalign.data.read.rendering import TemplateError, rendered
 from jaxalign.mistake import Mistake
+from jaxalign.outside import MIB, brief, read_text
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +62,10 @@ def choose_template(tokenizer: Any, choice: str | None) -> None:
         _check_markers(tokenizer, choice)
         opens = "{{ bos_token }}" in TEMPLATES[choice] and tokenizer.bos_token
         log.info("chat template %s: a conversation begins with %s", choice, opens or "no bos token")
-    elif Path(choice).is_file():
-        tokenizer.chat_template = outside.read_text(choice)
+    elif not Path(choice).exists():
+        raise Mistake(f"chat template {brief(repr(choice))} is neither a file nor one of {', '.join(TEMPLATES)}")
     else:
-        raise Mistake(f"chat template {choice!r} is neither a file nor one of {', '.join(TEMPLATES)}")
+        tokenizer.chat_template = read_text(choice, limit=MIB)
 
 
 def _check_markers(tokenizer: Any, choice: str) -> None:
@@ -112,30 +113,23 @@ def render(
     Raises:
       Mistake: the template is damaged, or refuses the messages.
     """
-    import jinja2
 
-    def apply(turns: list[Message]) -> str:
-        return tokenizer.apply_chat_template(
-            turns,
-            tools=list(tools) if tools else None,
-            tokenize=False,
-            add_generation_prompt=generation,
-            continue_final_message=open_turn,
-        )
+    def apply(*, json_arguments: bool = False) -> str:
+        turns = [_as_templates_read(message, json_arguments=json_arguments) for message in messages]
+        options = {"add_generation_prompt": generation, "continue_final_message": open_turn}
+        return rendered(tokenizer, turns, tools=list(tools) if tools else None, **options)
 
     try:
         try:
-            return apply([_as_templates_read(m) for m in messages])
-        except TypeError:  # some templates join the arguments of a call to text, so they need them as JSON
-            if not any(m.get("tool_calls") for m in messages):
+            return apply()
+        except TemplateError as error:  # some templates join the arguments of a call to text, so they need them as JSON
+            if not (str(error).startswith("TypeError") and any(m.get("tool_calls") for m in messages)):
                 raise
-            return apply([_as_templates_read(m, json_arguments=True) for m in messages])
-    except jinja2.TemplateSyntaxError as error:
-        raise Mistake(f"the chat template is not Jinja, line {error.lineno}: {error.message}") from None
-    except jinja2.TemplateError as error:
+            return apply(json_arguments=True)
+    except TemplateError as error:
         roles = ", ".join(m["role"] for m in messages)
         raise Mistake(
-            f"the chat template refuses a conversation of {roles}: {outside.brief(str(error), 200)}"
+            f"the chat template cannot render a conversation of {brief(roles)}: {brief(str(error), 200)}"
         ) from None
 
 

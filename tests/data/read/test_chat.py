@@ -42,7 +42,7 @@ def test_a_named_template_decides_whether_a_bos_token_opens_a_conversation_and_s
 def test_a_template_that_refuses_is_quoted_and_one_that_is_damaged_named_with_its_line():
     tokenizer = of_bytes()
     tokenizer.chat_template = "{{ raise_exception('only\x1b users') }}"
-    with pytest.raises(ValueError, match=r"refuses a conversation of user, assistant: only\\x1b users"):
+    with pytest.raises(ValueError, match=r"cannot render a conversation of user, assistant: only\\x1b users"):
         render(tokenizer, TALK, True)
     tokenizer.chat_template = "\n{% for %}"
     with pytest.raises(ValueError, match="the chat template is not Jinja, line 2"):

@@ -36,7 +36,7 @@ def test_a_template_that_refuses_a_prompt_is_told_with_its_row(tokenizer, tmp_pa
     with pytest.raises(ValueError, match="row 1: the prompt is a conversation, but the tokenizer has no chat template"):
         load(tokenizer, tmp_path, [{"prompt": prompt}], as_chat=True)
     tokenizer.chat_template = "{{ raise_exception('no users') }}"
-    with pytest.raises(ValueError, match="row 1: the chat template refuses a conversation of user: no users"):
+    with pytest.raises(ValueError, match="row 1: the chat template cannot render a conversation of user: no users"):
         load(tokenizer, tmp_path, [{"prompt": prompt}], as_chat=True)
 
 
