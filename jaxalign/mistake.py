@@ -9,8 +9,9 @@ it as it stands; the command line spells it as the flag `--max-length` (`spelled
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 _NAME = re.compile(r"`([a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*)*)`")
 
@@ -27,6 +28,17 @@ class Mistake(ValueError):
         super().__init__(text)
         names = _NAME.findall(text)
         self.setting = setting or (names[0] if names else None)
+
+
+@contextlib.contextmanager
+def about(setting: str) -> Iterator[None]:
+    """Names the setting in a Mistake of the block, or of the function that it decorates, where it names none."""
+    try:
+        yield
+    except Mistake as mistake:
+        if mistake.setting is not None:
+            raise
+        raise Mistake(f"`{setting}`: {mistake}", setting=setting) from mistake
 
 
 def spelled(text: str, spell: Callable[[str], str | None]) -> str:

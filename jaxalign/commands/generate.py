@@ -87,8 +87,6 @@ def main(config: GenerateConfig) -> int:
 
 def _check(config: GenerateConfig) -> None:
     check(config)
-    if config.keep == "best" and config.reward is None:
-        raise Mistake("`keep` best needs `reward`, which says which response is the best")
     if config.adapter is not None and config.engine is not None:
         raise Mistake(
             f"`adapter` {config.adapter} would be loaded here, and `engine` responds elsewhere: serve it there"

@@ -46,8 +46,6 @@ def check(config: RolloutConfig) -> None:
         )
     if config.temperature == 0:
         raise Mistake("`temperature` 0: greedy responses are all alike, so there is nothing to learn from them")
-    if config.engine_reload is not None and config.engine is None:
-        raise Mistake("`engine_reload` needs `engine`, the server that the requests are for")
     parts = algorithm.minibatches * config.microbatches
     if count % parts:
         raise Mistake(

@@ -25,7 +25,7 @@ from jaxalign.data.sets import preferences, solutions, supervised
 from jaxalign.data.sets.split import Set
 from jaxalign.losses import OUTCOME, STEPS, select_loss
 from jaxalign.losses.contract import input_names
-from jaxalign.mistake import Mistake
+from jaxalign.mistake import Mistake, about
 from jaxalign.models import heads
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import decoder_for
@@ -102,7 +102,8 @@ def check(config: RewardConfig) -> None:
     _loss(config)
     if config.step_separator != RewardConfig.step_separator and not scores_steps(config):
         raise Mistake("`step_separator` is for losses of steps: use `algorithm.loss` process, or leave it out")
-    heads.combine(jnp.zeros((1, config.members)), config.combine)
+    with about("combine"):
+        heads.combine(jnp.zeros((1, config.members)), config.combine)
     if config.freeze_trunk and config.lora.rank:
         raise Mistake("`freeze_trunk` trains the heads alone, and `lora.rank` adapters besides; give one of them")
     if config.members > 1 and config.lora.rank and huggingface.is_random(config.model):

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from jaxalign.config import effects
 from jaxalign.mistake import Mistake
+from jaxalign.outside import brief
 
 
 class Limit(NamedTuple):
@@ -25,7 +27,7 @@ class Limit(NamedTuple):
     def __contains__(self, value: float) -> bool:
         too_little = value <= self.least if self.above_least else value < self.least
         too_much = value >= self.most if self.below_most else value > self.most
-        return not (too_little or too_much or math.isnan(value))
+        return not (too_little or too_much or value != value)  # NaN; math.isnan takes no integer of 400 digits
 
     def __str__(self) -> str:
         text = f"{'above' if self.above_least else 'at least'} {self.least:.10g}"
@@ -65,29 +67,50 @@ def positive_share() -> Limit:
 
 
 LARGEST = 3.4028234e38  # of float32; any larger number would be infinite on a device
-EMPTY_IS_MEANT = object()  # marks a text that may be empty
+WHOLE = Limit(-(2**31), 2**31, False, True)  # of whole numbers without a largest one of their own
+EMPTY_IS_MEANT = object()  # marks a text of the user's own, which may be empty
 FUNCTION = object()  # marks a text that `select` reads, and so may name code to import
 
 
 def check(config: Any, *, prefix: str = "") -> None:
-    """Raises Mistake on a number outside its limits, a word that is none of its choices, or an empty text."""
+    """Raises Mistake on a value outside its limits, and, of a whole config, on a setting that has no effect."""
+    check_values(config, prefix=prefix)
+    if not prefix:
+        effects.check(config)
+
+
+def check_values(config: Any, *, prefix: str = "") -> None:
+    """Raises Mistake on a number outside its limits, a word that is none of its choices, or an empty or broken text."""
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
         plain, marks = unpacked(hints[field.name])
         if dataclasses.is_dataclass(value):
-            check(value, prefix=f"{name}.")
+            check_values(value, prefix=f"{name}.")
             continue
         if value is None:
             continue
-        rule = broken_rule(value, marks)
+        bounded = any(isinstance(mark, Limit) and mark.most < math.inf for mark in marks)
+        rule = broken_rule(value, [*marks, WHOLE] if int in (plain, *get_args(plain)) and not bounded else marks)
         if rule:
-            raise Mistake(f"`{name}` {value}: it must be {rule}", setting=name)
+            raise Mistake(f"`{name}` {brief(value)}: it must be {rule}", setting=name)
         choices = _choices(plain)
         if choices and value not in choices:
-            raise Mistake(f"`{name}` {value!r} is not one of {', '.join(map(repr, choices))}", setting=name)
-        if "" in (value if isinstance(value, tuple) else (value,)) and EMPTY_IS_MEANT not in marks:
+            raise Mistake(f"`{name}` {brief(repr(value))} is not one of {', '.join(map(repr, choices))}", setting=name)
+        if isinstance(value, str | Path | tuple) and EMPTY_IS_MEANT not in marks:
+            _check_texts(value if isinstance(value, tuple) else (str(value),), name)
+
+
+def _check_texts(texts: tuple[str, ...], name: str) -> None:
+    for text in texts:
+        if not text:
             raise Mistake(f"`{name}` is empty; give it a value, or leave it out", setting=name)
+        try:
+            broken = "\0" in text or not text.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+            broken = True
+        if broken:
+            raise Mistake(f"`{name}` {brief(text)} is not UTF-8 text; give another", setting=name)
 
 
 def broken_rule(value: Any, marks: Iterable[Any]) -> str | None:
@@ -134,17 +157,20 @@ def upgraded(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     """
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
     for old, new in getattr(kind, "renamed", {}).items():
-        if old in values:
-            group, _, name = new.partition(".")
-            values.setdefault(group, {})[name] = values.pop(old)
+        group, _, name = new.partition(".")
+        if old in values and isinstance(values.setdefault(group, {}), dict):
+            values[group][name] = values.pop(old)
     for retired in getattr(kind, "retired", ()):
         group, dot, name = retired.partition(".")
-        (values.get(group, {}) if dot else values).pop(name if dot else group, None)
-    if "extend" not in values.get("optimizer", {"extend": None}):  # written before the words had their present meaning
+        place = values.get(group) if dot else values
+        if isinstance(place, dict):
+            place.pop(name if dot else group, None)
+    groups = {name: value for name, value in values.items() if isinstance(value, dict)}
+    if "extend" not in groups.get("optimizer", {"extend": None}):  # written before the words had their present meaning
         for reworded, words in getattr(kind, "reworded", {}).items():
             group, _, name = reworded.partition(".")
-            if values.get(group, {}).get(name) in words:
-                values[group][name] = words[values[group][name]]
+            if isinstance(word := groups.get(group, {}).get(name), str) and word in words:
+                groups[group][name] = words[word]
     return values
 
 
@@ -152,23 +178,35 @@ def from_json(kind: type, values: dict[str, Any], *, where: str = "config.json")
     """A config of `kind` from `to_json`'s values, of this version or an older one.
 
     Raises:
-      Mistake: a name that `kind` does not have, a value of another type, or a required one that is absent.
+      Mistake: a name that `kind` does not have, a value of another type or outside its limits, or a required one that
+        is absent.
     """
+    config = _from_json(kind, values, where)
+    try:
+        check_values(config)
+    except Mistake as mistake:
+        raise Mistake(f"{where}: {mistake}", setting=mistake.setting) from None
+    return config
+
+
+def _from_json(kind: type, values: dict[str, Any], where: str) -> Any:
     values = upgraded(kind, values)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise Mistake(f"{where}: there is no setting {', '.join(unknown)}; there are {', '.join(fields)}")
+        raise Mistake(f"{where}: there is no setting {brief(', '.join(unknown))}; there are {', '.join(fields)}")
     absent = [n for n, f in fields.items() if n not in values and f.default is f.default_factory is dataclasses.MISSING]
     if absent:
         raise Mistake(f"{where} has no {', '.join(absent)}; add it, for it has no default")
     hints, arguments = get_type_hints(kind), dict[str, Any]()
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
-            arguments[name] = from_json(hints[name], value, where=f"{where}: {name}")
+            arguments[name] = _from_json(hints[name], value, f"{where}: {name}")
             continue
+        if value == "" and hints[name] in (Path, Path | None):
+            raise Mistake(f"{where}: {name} is empty; give it a value")
         if not fits(value, hints[name]):
-            raise Mistake(f"{where}: {name} is {value!r}, and must be {described(hints[name])}")
+            raise Mistake(f"{where}: {name} is {brief(repr(value))}, and must be {described(hints[name])}")
         is_path = isinstance(value, str) and hints[name] in (Path, Path | None)
         arguments[name] = Path(value) if is_path else tuple(value) if isinstance(value, list) else value
     return kind(**arguments)
@@ -184,6 +222,8 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 
 def described(hint: Any) -> str:
+    if dataclasses.is_dataclass(hint):
+        return "an object"
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 

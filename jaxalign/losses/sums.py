@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxalign.losses.contract import Kind, apply, check_loss, input_names, loss_name, needs_whole_batch
-from jaxalign.mistake import Mistake
+from jaxalign.mistake import Mistake, about
 from jaxalign.select import select_sum
 
 
+@about("algorithm.loss")
 def select_loss(text: str, *kinds: Kind) -> Callable:
     """The loss that `text` names, checked without device work.
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jaxalign
-from jaxalign.config.limits import to_json, upgraded
+from jaxalign.config.effects import effective
+from jaxalign.config.limits import from_json, to_json
 from jaxalign.mistake import Mistake
 from jaxalign.outside import brief, read_object, read_text
 
@@ -27,6 +28,8 @@ FREE = frozenset(
     | {"share_prompt"}
 )
 LEARNING_RATE = "optimizer.learning_rate"
+# Besides config.json, what a run writes into its folder. Other files there, such as a log, are the user's own.
+WRITTEN = ("adapter", "checkpoints", "final", "metrics.jsonl", "policy", "reference", "samples.jsonl", "tensorboard")
 MARK, MARK_FILE = "trained_steps", "jaxalign.json"  # of an exported folder
 GIT_LIMIT = 4096  # bytes of a file of git that names a commit
 PACKAGES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "datasets", "safetensors"
@@ -44,8 +47,8 @@ def open_run(config: Any, *, command: str, resume: bool, write: bool, weights: d
       weights: fingerprints of the models that the run reads, by their setting and source; None: not compared.
 
     Raises:
-      Mistake: the folder holds another run, or one that began with other weights; or resuming was refused, or it is
-        something else than a run.
+      Mistake: the folder holds another run, one that began with other weights, or parts of one without its config; or
+        resuming was refused, or it is none.
     """
     folder = Path(config.output)
     path = folder / "config.json"
@@ -55,8 +58,11 @@ def open_run(config: Any, *, command: str, resume: bool, write: bool, weights: d
         _check_same(config, command, path, resume)
         check_weights(path, weights or {})
         return True
-    if folder.is_dir() and any(folder.iterdir()):
-        raise Mistake(f"`output` {folder} is not empty and holds no run (no config.json); name a new folder")
+    if remains := sorted(name for name in WRITTEN if (folder / name).exists()):
+        raise Mistake(
+            f"`output` {folder} holds {', '.join(remains)} of a run, and no config.json that describes it; name a new "
+            "folder"
+        )
     check_writable(folder)
     if write:
         partial = path.with_suffix(".partial")
@@ -85,12 +91,13 @@ def _check_same(config: Any, command: str, path: Path, resume: bool) -> None:
         raise Mistake(f"`output` {path.parent} holds a run already and `resume` is off; name another folder")
     if described["command"] != command:
         raise Mistake(f"`output` {path.parent} holds a run of `{described['command']}`, not of `{command}`")
-    # a setting that an older version did not have was at its default
-    before = _by_name(_defaults(config)) | _by_name(upgraded(type(config), described["config"]))
+    before = from_json(type(config), described["config"], where=str(path))
+    free = {name: getattr(config, name) for name in FREE if hasattr(config, name)}
+    then = _by_name(to_json(effective(dataclasses.replace(before, **free))))
     changed = [
-        f"{name} was {brief(repr(before.get(name)))}, now {brief(repr(value))}"
-        for name, value in _by_name(to_json(config)).items()
-        if before.get(name) != value and not FREE & {name, name.partition(".")[0]}
+        f"{name} was {brief(repr(then.get(name)))}, now {brief(repr(value))}"
+        for name, value in _by_name(to_json(effective(config))).items()
+        if then.get(name) != value and not FREE & {name, name.partition(".")[0]}
         if (name, value) != (LEARNING_RATE, None)  # that of the run
     ]
     if changed:
@@ -127,24 +134,15 @@ def learning_rate_of(folder: Path) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-def _defaults(config: Any) -> dict[str, Any]:
-    """The settings that have a default, as plain values."""
-    bare = {f.name: None for f in dataclasses.fields(config) if f.default is f.default_factory is dataclasses.MISSING}
-    return {name: value for name, value in to_json(type(config)(**bare)).items() if name not in bare}
-
-
 def read_run(folder: Path) -> dict[str, Any]:
-    """The contents of config.json. Raises Mistake when `folder` is not a run folder."""
+    """The contents of config.json. Raises Mistake when `folder` is not a run folder, or the file is damaged."""
     path = Path(folder) / "config.json"
-    try:
-        described = json.loads(path.read_text())
-        if {"command", "config"} <= set(described):
-            return described
-    except (FileNotFoundError, NotADirectoryError):
-        raise Mistake(f"{folder} is not a run folder: it has no config.json of a run") from None
-    except json.JSONDecodeError as error:
-        raise Mistake(f"{path} is damaged: {error}") from None
-    raise Mistake(f"{path} does not describe a run of jaxalign (it has no `command` and `config`)")
+    if not path.exists():
+        raise Mistake(f"{folder} is not a run folder: it has no config.json of a run")
+    described = read_object(path)
+    if not {"command", "config"} <= set(described):
+        raise Mistake(f"{path} does not describe a run of jaxalign (it has no 'command' and 'config')")
+    return described.content | {"command": described.get("command", str), "config": described.get("config", dict)}
 
 
 def is_finished(output: Path, steps: int) -> bool:
@@ -155,8 +153,8 @@ def is_finished(output: Path, steps: int) -> bool:
 def trained_steps(folder: Path) -> int | None:
     """The steps that an exported folder says it was trained for; None where it says nothing."""
     try:
-        return json.loads((folder / MARK_FILE).read_text())[MARK]
-    except (OSError, ValueError, KeyError):
+        return read_object(folder / MARK_FILE).get(MARK, int)
+    except Mistake:
         return None
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.mistake import Mistake
+from jaxalign.mistake import Mistake, about
 from jaxalign.outside import brief
 from jaxalign.rollout.rewards.calls import (
     ERROR_LENGTH,
@@ -81,6 +81,7 @@ def reward_models(text: str) -> list[str]:
 class Rewards:
     """A weighted sum of reward functions that run side by side, with a time limit and checks of each score."""
 
+    @about("reward")
     def __init__(self, text: str, *, seconds: float = 60.0):
         """
         Args:
