@@ -181,8 +181,15 @@ class Fields:
 
     def texts(self, key: str) -> list[str]:
         """The list of texts under a key; empty if it is absent. Raises Mistake if it holds anything else."""
+        return self._all(key, str, "texts")
+
+    def whole_numbers(self, key: str) -> list[int]:
+        """The list of whole numbers under a key; empty if it is absent. Raises Mistake if it holds anything else."""
+        return self._all(key, int, "whole numbers")
+
+    def _all(self, key: str, kind: type, kinds: str) -> list[Any]:
         values = self.get(key, list, [])
         for value in values:
-            if not isinstance(value, str):
-                raise Mistake(f"{self.where}: {key!r} holds {brief(value)}; it must hold texts")
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise Mistake(f"{self.where}: {key!r} holds {brief(value)}; it must hold {kinds}")
         return values

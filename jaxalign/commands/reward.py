@@ -91,7 +91,7 @@ def export(config: RewardConfig, output: Path, checkpoints: Checkpoints, step: i
     params, step = restored
     params = trained.assemble(params, trained.load(placed(trained.frozen, run.mesh)))
     extras = checkpoints.extras(step)
-    summary = extras.get(SUMMARY) or _statistics_again(run, extras, params)
+    summary = extras.get(SUMMARY, dict, None) or _statistics_again(run, extras, params)
     final.reward_model(output, run, params, summary, step)
     return step
 
@@ -177,7 +177,7 @@ def statistics(run: Run, data: Data, params: PyTree) -> dict[str, Any]:
     return {name: [float(x) for x in value] for name, value in (("mean", scores.mean(0)), ("std", scores.std(0)))}
 
 
-def _statistics_again(run: Run, extras: dict[str, Any], params: PyTree) -> dict[str, Any]:
+def _statistics_again(run: Run, extras: Fields, params: PyTree) -> dict[str, Any]:
     """The statistics of a checkpoint that lacks them, of the run's data as they are now."""
     config = run.config
     if names_own_code(config.algorithm.loss):
@@ -192,7 +192,7 @@ def _statistics_again(run: Run, extras: dict[str, Any], params: PyTree) -> dict[
             f"the checkpoints of {run.folder} are of an older version, so scores are normalised on `data` "
             f"{config.data}, which cannot be read: {mistake}. Put the data back where the run read them"
         ) from None
-    if (extras.get("data"), extras.get("held_out")) != (data.fingerprint, data.held_out_fingerprint):
+    if (extras.get("data", int, None), extras.get("held_out", int, None)) != (data.fingerprint, data.held_out_fingerprint):
         raise Mistake(
             f"the data of `data` {config.data} have changed since {run.folder} was started, and its checkpoints, of an "
             "older version, do not say how scores are normalised; restore the data"

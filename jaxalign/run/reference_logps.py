@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import os
-import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from jaxalign.models.decoder.decoder import compute_dtype, decoder_for
 from jaxalign.models.files.load import load_params
 from jaxalign.models.files.weights import fingerprint
 from jaxalign.models.reading import LOGPS, response_logps
-from jaxalign.outside import writing
+from jaxalign.outside import brief, writing
 from jaxalign.run.run import Run
 from jaxalign.training import sharding
 from jaxalign.training.program import implementation
@@ -53,9 +52,10 @@ def _with_logps(run: Run, plan: Plan, responses: Responses) -> Responses:
         "quantise": config.lora.quantise,
     }
     path = Path(config.output) / FOLDER / f"{zlib.crc32(json.dumps(key).encode()):08x}.npz"
-    if hosts.first_decides(lambda: read(path, key) is not None):
+    shape = responses.groups.shape
+    if hosts.first_decides(lambda: read(path, key, shape) is not None):
         log.info("reference log-probabilities of %d groups: %s", len(responses), path)
-        values = read(path, key)
+        values = read(path, key, shape)
     else:
         values = _compute(run, plan, responses, source)
         if jax.process_index() == 0:
@@ -63,15 +63,22 @@ def _with_logps(run: Run, plan: Plan, responses: Responses) -> Responses:
     return dataclasses.replace(responses, columns={**responses.columns, REF + LOGPS: values})
 
 
-def read(path: Path, key: dict[str, Any]) -> np.ndarray | None:
+def read(path: Path, key: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray | None:
+    """The stored log-probabilities; None where there are none of this key and shape, or the file is damaged."""
+    if not path.is_file():
+        return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return stored["logps"] if json.loads(str(stored["key"])) == key else None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+            values, stored_key = stored["logps"], json.loads(str(stored["key"]))
+    except Exception as error:  # numpy's and those of zip, zlib and JSON, under many names
+        log.warning("%s is damaged (%s); it is computed anew", path, brief(str(error)))
         return None
+    fits = values.shape == shape and values.dtype == np.float32 and bool(np.isfinite(values).all())
+    return values if fits and stored_key == key else None
 
 
 def write(path: Path, key: dict[str, Any], values: np.ndarray) -> None:
+    """Raises Mistake where the disk is full, or the folder cannot be written."""
     partial = path.with_suffix(".partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign import hosts
+from jaxalign.config.effects import default_of
 from jaxalign.config.limits import to_json
 from jaxalign.config.shared import TrainConfig
 from jaxalign.data.batches.plan import Batches, iterate
@@ -159,6 +160,11 @@ class Run(Generic[ConfigT]):
         steps = counted_steps(config.steps, config.epochs, per_epoch)
         log.info("%d steps, %.1f of them an epoch", steps, per_epoch)
         learning_rate(config, steps, self._earlier_ends(batches, steps, updates=updates), updates=updates)
+        if config.profile and steps < loop.PROFILED_STEPS.stop - 1:
+            raise Mistake(
+                f"`profile` traces steps {loop.PROFILED_STEPS.start} to {loop.PROFILED_STEPS.stop - 1}, after "
+                f"compilation, and the run has {steps}; leave it out, or raise `steps`"
+            )
         return batches.with_steps(steps)
 
     def _earlier_ends(self, batches: Batches, steps: int, *, updates: int, logs: bool = False) -> list[int]:
@@ -172,8 +178,8 @@ class Run(Generic[ConfigT]):
         if checkpoint is None:
             return []
         done, extras = checkpoint
-        planned = extras.get(SCHEDULE)  # older versions wrote none, and stretched
-        if planned is None:
+        planned = extras.whole_numbers(SCHEDULE)  # older versions wrote none, and stretched
+        if not planned:
             first = read_run(self.folder)["config"]
             end = counted_steps(first.get("steps"), first.get("epochs", 1.0), batches.steps_per_epoch)
             planned = [end if done <= end else steps]
@@ -186,6 +192,11 @@ class Run(Generic[ConfigT]):
         config, steps = self.config, data.batches.steps
         if self._keep_best and not data.held_out:
             raise Mistake(f"`checkpoint.keep_best` {self._keep_best} needs held-out data; give `eval_data`")
+        if hasattr(config, "eval_data") and not data.held_out:
+            for name in ("eval_every", "samples"):
+                value = getattr(config, name, None)
+                if value not in (None, 0, default_of(type(config), name)):
+                    raise Mistake(f"`{name}` {value} has no effect without held-out data; give `eval_data`")
         fingerprints = {"data": data.fingerprint, "held-out data": str(data.held_out_fingerprint)}
         weights = self._weights()
         hosts.agree(settings=json.dumps(to_json(config)), **fingerprints, steps=steps, **weights)
@@ -267,6 +278,9 @@ class Run(Generic[ConfigT]):
                 save_every=config.checkpoint.every,
                 profile=self.folder / "profile" if config.profile else None,
             )
+        except loop.NotFiniteError as error:
+            checkpoints.wait()
+            raise loop.NotFiniteError(f"{error}; {checkpoints.last_good()}") from None
         finally:
             recorder.close()
             checkpoints.close()
@@ -329,18 +343,19 @@ class Run(Generic[ConfigT]):
         if restored is None:
             return new_state(config, program, frozen), loop.Progress()
         state, extras = restored
-        if extras["data"] != data.fingerprint:
+        if extras.get("data", int) != data.fingerprint:
             raise Mistake(
                 f"the data of `data` {config.data} have changed since {config.output} was started, so the run cannot "
                 "continue bit for bit; restore them, or name a new `output`"
             )
-        if extras.get("held_out") not in (None, data.held_out_fingerprint):  # checkpoints of older versions have none
+        # checkpoints of older versions have none
+        if extras.get("held_out", int, None) not in (None, data.held_out_fingerprint):
             held_out = getattr(config, "eval_data", None) or config.data
             raise Mistake(
                 f"the held-out data of {held_out} have changed since {config.output} was started, so its evaluations "
                 "would not compare; restore them, or name a new `output`"
             )
-        progress = loop.Progress(**extras["progress"])
+        progress = loop.Progress.read(extras.object("progress"))
         log.info("continuing after step %d of %d", progress.step, data.batches.steps)
         return state, progress
 

@@ -7,6 +7,7 @@ falls back to the checkpoint before if a file was cut short or changed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from jaxalign import hosts
 from jaxalign.mistake import Mistake
-from jaxalign.outside import writing
+from jaxalign.outside import Fields, brief, read_object, writing
 from jaxalign.types import PyTree, leaf_names
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
 BEST = "best_metric"
 LEAVES = "leaves"
+EXTRAS = "extras/metadata"  # of a checkpoint's files, the one that is JSON
 SPARE = 1.1  # bytes on disk per byte of a checkpoint's arrays
 
 
@@ -83,7 +85,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # any that ended Orbax's writing thread
             raise Mistake(
-                f"a checkpoint could not be written to {self.directory} ({error}); {self._last_good()}. Make room and "
+                f"a checkpoint could not be written to {self.directory} ({error}); {self.last_good()}. Make room and "
                 "run the same command again"
             ) from error
         if self._saves:
@@ -102,7 +104,7 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def restore(self, like: PyTree, *, step: int | None = None) -> tuple[PyTree, dict[str, Any]] | None:
+    def restore(self, like: PyTree, *, step: int | None = None) -> tuple[PyTree, Fields] | None:
         """(state, extras) of the newest undamaged checkpoint, or of `step`; None when there is no checkpoint.
 
         Args:
@@ -158,9 +160,9 @@ class Checkpoints:
             )
         return jax.tree.map(lambda name: leaves[name], names), whole[-1]
 
-    def extras(self, step: int) -> dict[str, Any]:
+    def extras(self, step: int) -> Fields:
         """The JSON that was saved with a step."""
-        return json.loads((self.directory / str(step) / "extras" / "metadata").read_text())
+        return read_object(self.directory / str(step) / EXTRAS)
 
     def _check_exists(self, step: int | None) -> None:
         steps = self.steps()
@@ -183,19 +185,21 @@ class Checkpoints:
             self._metrics.pop(step, None)
         self._manager.reload()
 
-    def _read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    def _read(self, step: int, like: PyTree) -> tuple[PyTree, Fields]:
         self._check_structure(step, like)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_abstract(_without_keys(like))), extras=ocp.args.JsonRestore()
-            ),
-        )
-        return _with_keys(restored["state"], like), restored["extras"]
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(_without_keys(like))))
+        try:
+            restored = self._manager.restore(step, args=args)
+        except OSError as error:
+            raise Mistake(
+                f"the checkpoint of step {step} in {self.directory} cannot be read ({brief(str(error), 200)}); its "
+                "files are as they were written: look at the disk and at their permissions"
+            ) from error
+        return _with_keys(restored["state"], like), self.extras(step)
 
     def _check_structure(self, step: int, like: PyTree) -> None:
         """Raises Mistake naming the first leaf whose shape on disk differs."""
-        saved, expected = self.extras(step)[LEAVES], _shapes(like)
+        saved, expected = self.extras(step).get(LEAVES, dict), _shapes(like)
         for name in [*expected, *saved]:
             if saved.get(name) != expected.get(name):
                 raise Mistake(
@@ -215,21 +219,24 @@ class Checkpoints:
     def _damage(self, step: int) -> str | None:
         folder = self.directory / str(step)
         try:
-            sums = json.loads((folder / CHECKSUMS).read_text())
-        except (OSError, ValueError):
+            sums = read_object(folder / CHECKSUMS)
+            expected = {name: sums.get(name, int) for name in sums}
+        except Mistake:
             return f"no readable {CHECKSUMS}"
-        for name, expected in sums.items():
-            file = folder / name
-            if not file.exists():
-                return f"{name} is missing"
-            if checksum(file) != expected:
-                return f"{name} has changed"
+        files = {str(file.relative_to(folder)): file for file in _content(folder)}
+        if EXTRAS not in expected:
+            return f"{CHECKSUMS} does not list {EXTRAS}"
+        for name, value in expected.items():
+            if name not in files:
+                return f"{brief(name)} is missing"
+            if checksum(files[name]) != value:
+                return f"{brief(name)} has changed"
         return None
 
     def _metric_of(self, step: int) -> float | None:
         try:
-            return self.extras(step).get(BEST)
-        except (OSError, ValueError):
+            return self.extras(step).get(BEST, float, None)
+        except Mistake:
             return None
 
     def _check_space(self, state: PyTree) -> None:
@@ -238,21 +245,20 @@ class Checkpoints:
         if free < needed:
             raise Mistake(
                 f"a checkpoint needs {needed / 2**20:,.1f} MiB and {self.directory} has {free / 2**20:,.1f} MiB left; "
-                f"free some space and run the same command again. {self._last_good()}"
+                f"free some space and run the same command again. {self.last_good()}"
             )
 
-    def _last_good(self) -> str:
+    def last_good(self) -> str:
+        """The newest step that is on disk, as a clause for an error."""
         steps = self.steps()
         return f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no earlier checkpoint"
 
 
-def newest_extras(directory: Path) -> tuple[int, dict[str, Any]] | None:
+def newest_extras(directory: Path) -> tuple[int, Fields] | None:
     """(step, extras) of the newest checkpoint whose extras can be read, without opening the folder for writing."""
     for step in sorted((int(f.name) for f in directory.glob("*") if f.name.isdigit()), reverse=True):
-        try:
-            return step, json.loads((directory / str(step) / "extras" / "metadata").read_text())
-        except (OSError, ValueError):
-            continue
+        with contextlib.suppress(Mistake):
+            return step, read_object(directory / str(step) / EXTRAS)
     return None
 
 

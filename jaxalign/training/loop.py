@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxalign.mistake import Mistake
+from jaxalign.outside import Fields
 from jaxalign.training.sharding import put_batch
 from jaxalign.training.signals import StopRequest
 from jaxalign.training.state import TrainState
@@ -42,6 +43,11 @@ class Progress:
     skipped: int = 0  # steps skipped so far
     skipped_in_a_row: int = 0
     ended: bool = False  # the run ended before its last step, so there are no more
+
+    @classmethod
+    def read(cls, stored: Fields) -> Progress:
+        """The progress that a checkpoint stores; counters that an older version did not have are at their start."""
+        return cls(**{f.name: stored.get(f.name, type(f.default), f.default) for f in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +105,7 @@ def fit(
             clock.reset()
         pending: tuple[int, Any, Row] | None = None
         unsaved: Row | None = None  # the newest row, where no checkpoint has its state
-        profiler = _Profiler(profile, progress.step)
+        profiler = _Profiler(profile, progress.step, steps)
         for step in range(progress.step + 1, steps + 1):
             began = time.perf_counter()
             try:
@@ -176,8 +182,8 @@ def _finish(pending: tuple[int, Any, Row], progress: Progress, hooks: Hooks, clo
     if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         hooks.record(row)
         raise NotFiniteError(
-            f"steps {step - MAX_SKIPPED_IN_A_ROW + 1} to {step} had a loss or gradient that is not finite; stopped. "
-            "The last checkpoint is good: lower `optimizer.learning_rate`, or look at the rows of those steps"
+            f"steps {step - MAX_SKIPPED_IN_A_ROW + 1} to {step} had a loss or gradient that is not finite; lower "
+            "`optimizer.learning_rate`, or look at the rows of those steps"
         )
     return row
 
@@ -199,10 +205,12 @@ class _Clock:
 class _Profiler:
     """A trace of `PROFILED_STEPS` of this process, if a folder was given."""
 
-    def __init__(self, folder: Path | None, start: int):
+    def __init__(self, folder: Path | None, start: int, steps: int):
         self._folder = folder
         self._first, self._last = start + PROFILED_STEPS.start, start + PROFILED_STEPS.stop - 1
         self._running = False
+        if folder and steps < self._last:
+            log.warning("no profile: it is of steps %d to %d, and the last is %d", self._first, self._last, steps)
 
     def before(self, step: int) -> None:
         if self._folder and step == self._first:

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
+from types import UnionType
 from typing import IO, Any
 
 from jaxalign.mistake import Mistake
-from jaxalign.outside import writing
+from jaxalign.outside import Fields, brief, parse_json, read_bytes, read_text, writing
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+LONGEST = 8 << 30  # bytes of a file of rows
 CLOCK_FIELDS = ("step_seconds", "tokens_per_second", "mfu")
 CLOCK_FIELDS += ("generation_seconds", "generated_tokens_per_second", "reward_seconds")
 CLOCK_FIELDS += ("training_seconds", "trained_tokens_per_second")
@@ -39,7 +45,7 @@ class JsonLines:
             self._truncate(keep_until)
 
     def _truncate(self, keep_until: int) -> None:
-        lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= keep_until]
+        lines = [line for row, line in _lines(self.path) if row["step"] <= keep_until]
         partial = self.path.with_suffix(".partial")
         with writing(self.path):
             partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -51,11 +57,30 @@ class JsonLines:
             file.write(line + "\n")
 
 
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def _lines(path: Path, kinds: type | UnionType = object) -> list[tuple[Row, str]]:
+    """The rows of a file, each with its line. Lines that are no row are left out, with a warning unless it is the last.
+
+    Args:
+      path: of the file.
+      kinds: of the values of a row.
+
+    Raises:
+      Mistake: the file cannot be read.
+    """
+    rows, damaged = [], []
+    lines = read_bytes(path, limit=LONGEST).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = Fields(parse_json(line.decode(), ""), "")
+            row.get("step", int)
+            if not all(isinstance(value, kinds) for value in row.content.values()):
+                raise TypeError
+            rows.append((row.content, line.decode()))
+        except (Mistake, TypeError, UnicodeDecodeError):
+            damaged += [number] if number < len(lines) else []
+    if damaged:
+        log.warning("%s: %d damaged lines are left out, the first is line %d", path, len(damaged), damaged[0])
+    return rows
 
 
 def _plain(value: Any) -> Any:
@@ -64,7 +89,7 @@ def _plain(value: Any) -> Any:
 
 def read_rows(path: Path) -> list[Row]:
     """All whole rows of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines() if _step(line) < math.inf]
+    return [row for row, _ in _lines(path, int | float | None)]
 
 
 class Recorder:
@@ -136,7 +161,10 @@ def _wandb(folder: Path, project: str) -> Any:
     path = folder / "wandb_run_id"
     if not path.exists():
         path.write_text(wandb.util.generate_id())
-    return wandb.init(project=project, dir=str(folder), id=path.read_text(), resume="allow")
+    name = read_text(path, limit=1000).strip()
+    if not re.fullmatch(r"[\w-]{1,128}", name, re.ASCII):
+        raise Mistake(f"{path} holds {brief(repr(name))}, which is no id of Weights & Biases; delete it for a new one")
+    return wandb.init(project=project, dir=str(folder), id=name, resume="allow")
 
 
 class Console:
@@ -153,15 +181,25 @@ class Console:
         text, now = format_row(row, self._total), time.monotonic()
         milestone = "eval_loss" in row or row["step"] in (1, self._total)
         if self._live:
-            self._stream.write(f"\r\x1b[K{text}" + ("\n" if milestone else ""))
+            self._write(f"\r\x1b[K{text}" + ("\n" if milestone else ""))
         elif milestone or now - self._last >= self.SECONDS_BETWEEN_LINES:
-            self._stream.write(text + "\n")
+            self._write(text + "\n")
             self._last = now
-        self._stream.flush()
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except BrokenPipeError:  # the reader has left
+            raise
+        except OSError as error:
+            raise Mistake(
+                f"the log cannot be written ({error.strerror}); make room, and run the same command again"
+            ) from None
 
     def close(self) -> None:
         if self._live:
-            self._stream.write("\n")
+            self._write("\n")
 
 
 def format_row(row: Row, total_steps: int) -> str:

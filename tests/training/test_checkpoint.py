@@ -7,8 +7,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.mistake import Mistake
 from jaxalign.models.places import make_mesh
+from jaxalign.outside import Fields
 from jaxalign.training.checkpoint import Checkpoints
+from jaxalign.training.loop import Progress
 from jaxalign.training.state import TrainState
 
 
@@ -36,7 +39,7 @@ def saved(folder, metrics, **rules):
 def test_what_was_saved_comes_back_bit_for_bit_with_its_dtypes_and_keys(tmp_path):
     checkpoints = saved(tmp_path, [None, None])
     restored, extras = checkpoints.restore(like(state()))
-    assert extras["progress"] == 2
+    assert extras.get("progress", int) == 2
     for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state(2)), strict=True):
         assert a.dtype == b.dtype
         a, b = (jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b))
@@ -118,6 +121,25 @@ def test_a_changed_bit_is_noticed_and_the_damaged_step_put_aside_so_that_it_can_
     again.wait()
     assert again.steps() == [1, 2, 3] and int(again.restore(like(state()))[0]["step"]) == 3
     again.close()
+
+
+def test_checksums_that_are_none_count_as_damage(tmp_path):
+    saved(tmp_path, [None]).close()
+    again = Checkpoints(tmp_path)
+    for sums in ("[]", "null", "7", "{}", '{"state": "a"}', '{"/dev/zero": 1, "extras/metadata": 1}', "{"):
+        (tmp_path / "1" / "checksums.json").write_text(sums)
+        with pytest.raises(Mistake, match=r"every checkpoint in .* is damaged"):
+            again.restore(like(state()))
+    again.close()
+
+
+def test_progress_of_another_type_is_refused_by_its_name():
+    stored = {"step": 3, "tokens": 7, "skipped": 0, "skipped_in_a_row": 0}
+    assert Progress.read(Fields(stored, "extras")) == Progress(step=3, tokens=7)
+    for name, value in {"step": "3", "tokens": None, "ended": 1, "skipped": 1.5}.items():
+        if value is not None:
+            with pytest.raises(Mistake, match=f"extras: '{name}' is"):
+                Progress.read(Fields(stored | {name: value}, "extras"))
 
 
 def test_when_all_are_damaged_the_error_says_how_to_start_again(tmp_path):

@@ -1,11 +1,17 @@
 """Rows of metrics: what is on disk after an interruption, and what a person sees."""
 
+import errno
+import importlib.machinery
 import io
 import json
 import math
+import os
+import sys
+import types
 
 import pytest
 
+from jaxalign.mistake import Mistake
 from jaxalign.training.metrics import Console, JsonLines, Recorder, deterministic, format_row, peak_flops, read_rows
 
 
@@ -34,6 +40,28 @@ def test_a_half_written_last_line_is_dropped_on_resume_and_never_read(tmp_path):
     assert [r["step"] for r in read_rows(path)] == [1, 2]
     write(tmp_path, [3], resumed_at=2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_damaged_lines_are_left_out_with_a_warning(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps(row(step)).encode() for step in (1, 2, 3)]
+    damaged = [b'{"step": "2"}', b'{"step": null}', b"[]", b"7", b'{"loss": 1.0}', b"\xff", b"{" * 10**5]
+    damaged += [b'{"step": 2, "eval_loss": "low"}', b'{"step": 1e400}', b""]
+    path.write_bytes(b"\n".join([good[0], *damaged, *good[1:]]) + b"\n")
+    assert read_rows(path) == [row(1), row(2), row(3)]
+    assert f"{len(damaged)} damaged lines are left out, the first is line 2" in caplog.text
+    write(tmp_path, [3], resumed_at=2)
+    assert [r["step"] for r in read_rows(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("content", ["", "a\x1b b", "x" * 200, "a\nb"])
+def test_an_id_of_weights_and_biases_that_is_none_is_refused(content, tmp_path, monkeypatch):
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "wandb_run_id").write_text(content)
+    with pytest.raises(Mistake, match=r"wandb_run_id holds .* no id of Weights & Biases; delete it for a new one"):
+        Recorder(tmp_path, total_steps=1, wandb="project", stream=io.StringIO())
 
 
 def test_a_run_that_starts_again_leaves_no_row_of_the_one_before(tmp_path):
@@ -89,6 +117,15 @@ def test_a_log_file_has_few_lines_and_no_control_characters():
     lines = stream.getvalue().splitlines()
     assert "\r" not in stream.getvalue() and len(lines) < 10
     assert lines[0].startswith("step 1/500") and lines[-1].startswith("step 500/500")
+
+
+def test_a_log_on_a_full_disk_is_named_with_the_way_out():
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(Mistake, match=r"the log cannot be written \(No space left on device\); make room"):
+        Console(10, Full()).show(row(1))
 
 
 def test_the_peak_of_a_chip_is_that_of_its_longest_known_name():
