@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import sys
 import traceback
@@ -18,15 +17,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
+from jaxalign.cli.early import look
 from jaxalign.commands import COMMANDS
-from jaxalign.config.limits import from_json, functions, settings
-from jaxalign.mistake import Mistake, spelled
-from jaxalign.outside import brief
+from jaxalign.config import limits
+from jaxalign.config.effects import effective
+from jaxalign.mistake import Mistake, about, spelled
+from jaxalign.outside import brief, read_object, visible
 from jaxalign.select import names_own_code, nearest
 
 # types of settings: how the help writes them, and how an error does
 KINDS = {int: ("INT", "a whole number"), float: ("FLOAT", "a number"), str: ("STR", "a text"), Path: ("PATH", "a path")}
 NUMBERS: dict[Any, Any] = {float: (int, float)}
+LONGEST = 4000  # characters of an error
 REPORT = "this is a defect of jaxalign, or of a library under it: please report it, with the traceback above"
 
 
@@ -35,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         command, config = parse(arguments)
+        limits.check(config)
+        look(config, command, trains=COMMANDS[command].trains)  # before the imports, which take seconds
         with _ends_noticed():
             return COMMANDS[command].load()(config) or 0
     except BrokenPipeError:  # the reader of our output has left, as `head` does
@@ -43,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Mistake as mistake:
         return _refused(spelled(str(mistake), _spelling(arguments)))
     except KeyboardInterrupt:
-        print("jaxalign: interrupted", file=sys.stderr)
+        _print("jaxalign: interrupted")
         return 130
     except OSError as error:
         if error.strerror is None:  # raised by a library, not by the operating system
@@ -71,7 +75,8 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
     rest = _renamed(kind, rest)
     if default is not None:
         _check_no_code(default, rest)
-    return command, _parsed_flags(kind, rest, default, f"jaxalign {command}")
+    config = _parsed_flags(kind, rest, default, f"jaxalign {command}")
+    return command, config if default is None else effective(config, of=default)
 
 
 @contextlib.contextmanager
@@ -81,7 +86,7 @@ def _ends_noticed() -> Iterator[None]:
 
     def noticed(status: int) -> None:
         if os.getpid() == process:  # a child that was forked may end as it likes
-            print(f"jaxalign: error: code that the command ran called os._exit({status})", file=sys.stderr, flush=True)
+            _print(f"jaxalign: error: code that the command ran called os._exit({status})")
             status = status or 1
         end(status)
 
@@ -97,22 +102,27 @@ def _ends_noticed() -> Iterator[None]:
 def _refused(text: str) -> int:
     """Prints a user's mistake, with its traceback if asked; the exit status."""
     if os.environ.get("JAXALIGN_TRACEBACK"):
-        traceback.print_exc()
-    print(f"jaxalign: error: {text}", file=sys.stderr)
+        _print(traceback.format_exc())
+    _print(f"jaxalign: error: {brief(text, LONGEST)}")
     return 2
 
 
 def _failed() -> int:
     """Prints the traceback of a defect; the exit status."""
-    traceback.print_exc()
-    print(f"jaxalign: {REPORT}", file=sys.stderr)
+    _print(f"{traceback.format_exc()}jaxalign: {REPORT}")
     return 1
+
+
+def _print(text: str) -> None:
+    """Prints to stderr what a terminal only shows. A disk that is full, or a reader that has left, gets nothing."""
+    with contextlib.suppress(OSError):
+        print(visible(text, sys.stderr.encoding), file=sys.stderr, flush=True)
 
 
 def _spelling(arguments: list[str]) -> Callable[[str], str | None]:
     """How settings are written: flags of the command that runs, words for all others."""
     command = COMMANDS.get(arguments[0]) if arguments else None
-    known = {"from_config", *(settings(command.config) if command else ())}
+    known = {"from_config", *(limits.settings(command.config) if command else ())}
     return lambda name: f"--{name.replace('_', '-')}" if name in known else None
 
 
@@ -129,7 +139,7 @@ def _renamed(kind: type, arguments: list[str]) -> list[str]:
         if name.replace("--no-", "--") in retired:
             raise Mistake(f"{name} is no flag of this command, on which it never had an effect; leave it out")
         if name in flags:
-            print(f"jaxalign: {name} is now {flags[name]}", file=sys.stderr)
+            _print(f"jaxalign: {name} is now {flags[name]}")
             argument = flags[name] + equals + value
         result.append(argument)
     return result
@@ -142,11 +152,15 @@ def _parsed_flags(kind: type, arguments: list[str], default: Any, program: str) 
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box), _plain_types():
-            return tyro.cli(kind, args=arguments, default=default, prog=program)
+            return tyro.cli(kind, args=arguments, default=default, prog=program, description=_description(kind))
     except SystemExit as end:
         if end.code in (0, None):  # --help
             raise
         raise Mistake(f"{_one_line(box.getvalue())}; see {program} --help") from None
+
+
+def _description(kind: type) -> str:
+    return f"{kind.__doc__} --from-config FILE takes the settings of a run's config.json; other flags override them."
 
 
 def _plain_types() -> Any:
@@ -160,14 +174,19 @@ def _plain_types() -> Any:
         options = [a for a in get_args(info.type) if a is not type(None)]
         optional = get_origin(info.type) in (Union, types.UnionType) and len(options) == 1
         kind = options[0] if optional else info.type
-        if kind not in KINDS or (kind in (str, Path) and not optional):
+        if kind not in KINDS:
             return None
         metavar, words = KINDS[kind]
+
+        def shown(value: Any) -> str:
+            return visible(str(value)).replace("\n", "\\n")  # a default may be of somebody's file
 
         def read(texts: list[str]) -> Any:
             if optional and texts[0].lower() == "none":
                 return None
             try:
+                if kind is Path and not texts[0]:
+                    raise ValueError  # Path("") is the working folder
                 return kind(texts[0])
             except ValueError:
                 raise ValueError(f"{texts[0]!r} is not {words}") from None
@@ -177,7 +196,7 @@ def _plain_types() -> Any:
             metavar=metavar,
             instance_from_str=read,
             is_instance=lambda value: (optional and value is None) or isinstance(value, NUMBERS.get(kind, kind)),
-            str_from_instance=lambda value: ["none" if value is None else str(value)],
+            str_from_instance=lambda value: ["none" if value is None else shown(value)],
         )
 
     return registry
@@ -208,24 +227,19 @@ def _from_config(command: str, arguments: list[str]) -> tuple[Any, list[str]]:
         raise Mistake("`from_config` needs a file: the config.json of a run folder")
     path, rest = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
     path = path / "config.json" if path.is_dir() else path
-    try:
-        described = json.loads(path.read_text())
-    except OSError as error:
-        raise Mistake(f"`from_config` {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise Mistake(f"`from_config` {path} is damaged: {error}") from None
-    values = described.get("config", described) if isinstance(described, dict) else None
-    if not isinstance(values, dict):
-        raise Mistake(f"`from_config` {path} is no config: it holds no names and values")
-    if described.get("command", command) != command:
-        raise Mistake(f"`from_config` {path} is of jaxalign {described['command']}, not of jaxalign {command}")
-    return from_json(COMMANDS[command].config, values, where=str(path)), rest
+    with about("from_config"):
+        described = read_object(path)
+        values = described.get("config", dict, described.content)
+        of = described.get("command", str, command)
+        if of != command:
+            raise Mistake(f"{path} is of jaxalign {brief(of)}, not of jaxalign {command}")
+        return limits.from_json(COMMANDS[command].config, values, where=str(path)), rest
 
 
 def _check_no_code(default: Any, arguments: list[str]) -> None:
     """Raises Mistake where a file names code of a user's own, which runs, and the command line does not name it too."""
     flags = {argument.partition("=")[0] for argument in arguments}
-    for name, text in functions(default).items():
+    for name, text in limits.functions(default).items():
         if names_own_code(text) and f"--{name}" not in flags:
             raise Mistake(
                 f"`from_config` names code of its own for `{name}`: {brief(text)}. A file never makes code run; if you "

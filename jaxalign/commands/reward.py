@@ -192,7 +192,10 @@ def _statistics_again(run: Run, extras: Fields, params: PyTree) -> dict[str, Any
             f"the checkpoints of {run.folder} are of an older version, so scores are normalised on `data` "
             f"{config.data}, which cannot be read: {mistake}. Put the data back where the run read them"
         ) from None
-    if (extras.get("data", int, None), extras.get("held_out", int, None)) != (data.fingerprint, data.held_out_fingerprint):
+    if (extras.get("data", int, None), extras.get("held_out", int, None)) != (
+        data.fingerprint,
+        data.held_out_fingerprint,
+    ):
         raise Mistake(
             f"the data of `data` {config.data} have changed since {run.folder} was started, and its checkpoints, of an "
             "older version, do not say how scores are normalised; restore the data"

@@ -22,6 +22,9 @@ def wrong(logps, targets):
 
 def mean(logps, log_normalizer, mean_logit):
     return -logps.mean()
+
+def nothing(logps):
+    return -logps * float("nan")
 """
 
 
@@ -63,7 +66,9 @@ def world(tiny_model, tmp_path_factory):
     (folder / "types.json").write_text(json.dumps({"command": "sft", "config": described}))
     (folder / "generate.json").write_text(json.dumps({"command": "generate", "config": {}}))
     (folder / "folder").mkdir()
-    (folder / "folder" / "notes").write_text("x")
+    (folder / "folder" / "checkpoints").mkdir()
+    (folder / "a_run").mkdir()
+    (folder / "a_run" / "config.json").write_text(json.dumps({"command": "sft", "config": described | {"steps": 2}}))
     return folder
 
 
@@ -91,6 +96,8 @@ def _write_models(folder, tiny_model):
     (folder / "no_tokenizer" / "tokenizer.json").unlink()
     index = {"weight_map": {"x": "model.safetensors", "y": "model-2.safetensors"}}
     (folder / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "piped").mkdir()
+    os.mkfifo(folder / "piped" / "tokenizer.json")
     (folder / "gpt2").mkdir()
     shape = {"vocab_size": 32, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32}
     (folder / "gpt2" / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"], **shape}))
@@ -123,9 +130,18 @@ SFT = {
     "--loss cross_entropy(smoothing=1)": ["no keyword 'smoothing'", "it takes label_smoothing, z_loss"],
     "--loss nowhere:mine": ["cannot import 'nowhere'", "PYTHONPATH"],
     "--loss broken_losses:f": ["cannot import 'broken_losses' (SyntaxError: ", "JAXALIGN_TRACEBACK=1"],
-    "--loss bad_losses:mine": ["bad_losses has no function 'mine'", "it has mean, wrong"],
+    "--loss bad_losses:mine": ["bad_losses has no function 'mine'", "it has mean, nothing, wrong"],
     "--loss bad_losses:wrong": ["wrong has an unknown input 'targets'", "logps, log_normalizer, mean_logit, entropy"],
     "--loss bad_losses:mean": ["returned float32[] for logps float32[5, 7]", "it must return float32[5, 7]"],
+    "--lora.alpha 8": ["--lora.alpha 8.0 has no effect with --lora.rank 0"],
+    "--epochs=2": ["--epochs 2.0 has no effect with --steps 2; leave it out, or change --steps"],
+    "--profile": ["--profile traces steps 3 to 5, after compilation, and the run has 2"],
+    "--eval-every 1 --eval-share 0": ["--eval-every 1 has no effect without held-out data; give --eval-data"],
+    "--samples 2 --eval-share 0": ["--samples 2 has no effect without held-out data"],
+    "--output W/\udcff": ["--output W/\\udcff is not UTF-8 text"],
+    "--tokenizer W/piped": ["W/piped/tokenizer.json is not a regular file"],
+    "--chat-template W/piped/tokenizer.json": ["W/piped/tokenizer.json is not a regular file"],
+    "--from-config W/piped/tokenizer.json": ["--from-config: W/piped/tokenizer.json is not a regular file"],
     "--model W/nothing": ["W/nothing: no such folder", "hub name"],
     "--model org/nothing": ["'org/nothing' is no local folder and could not be fetched", "Check the spelling"],
     "--model W/mamba": ["architecture MambaForCausalLM is not supported; supported are LlamaForCausalLM"],
@@ -166,7 +182,7 @@ SFT = {
     "--chat-template chatml": ["needs the tokens <|im_end|>, <|im_start|>", "'plain' and 'alpaca' need none"],
     "--output W/rows.jsonl": ["--output W/rows.jsonl is a file; name a folder"],
     "--output W/rows.jsonl/run": ["W/rows.jsonl is a file, so nothing can be made in it"],
-    "--output W/folder": ["W/folder is not empty and holds no run"],
+    "--output W/folder": ["W/folder holds checkpoints of a run, and no config.json that describes it"],
     "--output /proc/run": ["--output /proc/run", "name another"],
 }
 
@@ -174,8 +190,8 @@ OTHERS = {
     "stf": ["unknown command 'stf' (did you mean 'sft'?); there are sft, dpo, kto, reward, ppo, grpo"],
     "sft --model W/model": ["Missing from jaxalign sft: --data STR --output PATH"],
     "sft --from-config": ["--from-config needs a file"],
-    "sft --from-config W/none.json": ["--from-config W/none.json cannot be read: No such file"],
-    "sft --from-config W/config.json": ["--from-config W/config.json is damaged"],
+    "sft --from-config W/none.json": ["--from-config: W/none.json cannot be read: No such file"],
+    "sft --from-config W/config.json": ["--from-config: W/config.json is not JSON", "char 30", "fetch it again"],
     "sft --from-config W/types.json": ["W/types.json: steps is 'many', and must be int | None"],
     "sft --from-config W/generate.json": ["is of jaxalign generate, not of jaxalign sft"],
     "generate --model config:W/model --prompts x": ["random weights, which answer nothing"],
@@ -194,8 +210,8 @@ OTHERS = {
     "generate --model W/model --prompts x --output W/folder": ["W/folder is a folder; name a .jsonl file"],
     "generate --model W/gpt2 --prompts W/long.jsonl": ["has 100 tokens", "more than the 32 positions of W/gpt2"],
     "export --run W/none --output W/out": ["W/none is not a run folder"],
-    "export --run W/folder --output W/out --step 1 --best": ["--best and --step 1 name two checkpoints"],
-    "export --run W/folder --output W/rows.jsonl": ["--output W/rows.jsonl is a file"],
+    "export --run W/a_run --output W/out --step 1 --best": ["--best and --step 1 name two checkpoints"],
+    "export --run W/a_run --output W/rows.jsonl": ["--output W/rows.jsonl is a file"],
     "quickstart --output W/rows.jsonl": ["--output W/rows.jsonl is a file"],
 }
 
@@ -267,6 +283,13 @@ def test_a_finished_run_refuses_other_settings_fewer_steps_and_checkpoints_that_
     assert "kept no checkpoint with a held-out loss" in told([*export, "--best"], capsys)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert "has no checkpoint yet; run its command again" in told(export, capsys)
+
+
+def test_a_loss_that_is_not_finite_names_no_checkpoint_where_there_is_none(started, capsys, world, monkeypatch):
+    monkeypatch.syspath_prepend(world)
+    message = told([*started, "--steps", "5", "--algorithm.loss", "bad_losses:nothing"], capsys)
+    assert "steps 1 to 3 had a loss or gradient that is not finite" in message
+    assert message.endswith("there is no earlier checkpoint")
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written_leaves_the_earlier_one_good(started, tmp_path):

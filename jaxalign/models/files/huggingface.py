@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jaxalign.models.files.tensors import INDEX, equal, files_in, open_folder
 from jaxalign.outside import brief, read_object
 
 RANDOM = "config:"
+LARGEST_TEXT = 1 << 30  # bytes of a config or tokenizer; the largest tokenizers have 40 MB
 _WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 
 
@@ -42,6 +44,7 @@ def folder(source: str) -> Path:
             raise Mistake(f"{source}: there is no {path}; config: takes a config.json or its folder")
         return path if path.is_dir() else path.parent
     if path.is_dir():
+        _check_files(path)
         return path
     if path.exists():
         raise Mistake(f"{source} is a file; name the folder that holds config.json and *.safetensors")
@@ -50,6 +53,18 @@ def folder(source: str) -> Path:
             f"{source}: no such folder; a model is a Hugging Face folder, a hub name (owner/name) or config:PATH"
         )
     return _download(source)
+
+
+def _check_files(path: Path) -> None:
+    """Raises Mistake on a pipe, a device, or a huge text where transformers and we read files to their ends."""
+    for file in path.iterdir():
+        if file.suffix not in (".json", ".jinja", ".model", ".txt", ".safetensors") or not file.exists():
+            continue
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise Mistake(f"{brief(str(file), 200)} is not a regular file; fetch it again")
+        if file.suffix != ".safetensors" and status.st_size > LARGEST_TEXT:
+            raise Mistake(f"{brief(str(file), 200)} has {status.st_size:,} bytes; {LARGEST_TEXT:,} is the most")
 
 
 def absolute_source(source: str) -> str:
