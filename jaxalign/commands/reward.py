@@ -31,7 +31,7 @@ from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import decoder_for
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.reward import heads_of
-from jaxalign.outside import brief
+from jaxalign.outside import Fields, brief
 from jaxalign.run import final
 from jaxalign.run.run import SUMMARY, Data, Run
 from jaxalign.run.vocabulary import Vocabulary
@@ -192,10 +192,8 @@ def _statistics_again(run: Run, extras: Fields, params: PyTree) -> dict[str, Any
             f"the checkpoints of {run.folder} are of an older version, so scores are normalised on `data` "
             f"{config.data}, which cannot be read: {mistake}. Put the data back where the run read them"
         ) from None
-    if (extras.get("data", int, None), extras.get("held_out", int, None)) != (
-        data.fingerprint,
-        data.held_out_fingerprint,
-    ):
+    seen = extras.get("data", int, None), extras.get("held_out", int, None)
+    if seen != (data.fingerprint, data.held_out_fingerprint):
         raise Mistake(
             f"the data of `data` {config.data} have changed since {run.folder} was started, and its checkpoints, of an "
             "older version, do not say how scores are normalised; restore the data"
