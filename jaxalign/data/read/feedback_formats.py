@@ -20,11 +20,11 @@ from jaxalign.data.read.formats import (
     Format,
     Normal,
     PromptCompletion,
+    context_and_response,
     framed,
     question,
     sequence,
     tools_beside,
-    turns_of,
 )
 from jaxalign.data.read.sources import Row
 from jaxalign.data.read.spellings import is_empty
@@ -55,7 +55,7 @@ def _pair(column: str, *, as_turns: bool = False) -> Callable[[Row, bool], list[
 
     def convert(row: Row, as_chat: bool) -> list[Group]:
         prompt, tools = framed(question(row, column), row), tools_beside(row)
-        parts = [_context_and_response(prompt, _response(row, name)) for name in ("chosen", "rejected")]
+        parts = [context_and_response(prompt, _response(row, name)) for name in ("chosen", "rejected")]
         pair = tuple(sequence(*part, as_chat or as_turns, tools) for part in parts)
         return [Group(pair, opinions=_opinions(row))]
 
@@ -65,33 +65,6 @@ def _pair(column: str, *, as_turns: bool = False) -> Callable[[Row, bool], list[
 def _response(row: Row, column: str) -> Any:
     """A text, a message or messages."""
     return row[column] if isinstance(row[column], list | dict) else formats.text_in(row, column)
-
-
-def _context_and_response(prompt: Any, response: Any) -> tuple[Any, Any]:
-    """(the context, the response to it) of a response whose messages repeat the prompt or go on behind it.
-
-    A repeated prompt may have a system turn that the prompt lacks, or lack one that it has: the longer of the two is
-    the context.
-    """
-    if not isinstance(response, list) or len(response) < 2:
-        return prompt, response
-    turns, before = (formats.messages(turns_of(part)).messages for part in (response, prompt))
-    if _within(before, turns[:-1]):
-        return response[:-1], response[-1:]
-    if _within(turns[:-1], before[1 - len(turns) :]):  # the last turns of the prompt
-        return prompt, response[-1:]
-    if turns[0]["role"] == "assistant":
-        return turns_of(prompt), response
-    raise Mistake(
-        f"a response of {len(turns)} turns begins with {turns[0]['role']} and does not repeat the prompt; repeat all "
-        "of it, or begin with the assistant's turn behind it"
-    )
-
-
-def _within(few: Sequence[Row], many: Sequence[Row]) -> bool:
-    """True if `few` is a run of turns of `many`; white space around a text makes no difference."""
-    part, whole = ([turn | {"content": turn["content"].strip()} for turn in turns] for turns in (few, many))
-    return any(whole[i : i + len(part)] == part for i in range(len(whole) - len(part) + 1))
 
 
 def number_in(name: str, value: Any) -> float:

@@ -169,6 +169,33 @@ def turns_of(text_or_messages: Any, role: str = "user") -> list[Row]:
     return list(text_or_messages)
 
 
+def context_and_response(prompt: Any, response: Any) -> tuple[Any, Any]:
+    """(the context, the response to it) of a response whose messages repeat the prompt or go on behind it.
+
+    A repeated prompt may have a system turn that the prompt lacks, or lack one that it has: the longer of the two is
+    the context.
+    """
+    if not isinstance(response, list) or len(response) < 2:
+        return prompt, response
+    turns, before = (messages(turns_of(part)).messages for part in (response, prompt))
+    if _within(before, turns[:-1]):
+        return response[:-1], response[-1:]
+    if _within(turns[:-1], before[1 - len(turns) :]):  # the last turns of the prompt
+        return prompt, response[-1:]
+    if turns[0]["role"] == "assistant":
+        return turns_of(prompt), response
+    raise Mistake(
+        f"a response of {len(turns)} turns begins with {turns[0]['role']} and does not repeat the prompt; repeat all "
+        "of it, or begin with the assistant's turn behind it"
+    )
+
+
+def _within(few: Sequence[Row], many: Sequence[Row]) -> bool:
+    """True if `few` is a run of turns of `many`; white space around a text makes no difference."""
+    part, whole = ([turn | {"content": turn["content"].strip()} for turn in turns] for turns in (few, many))
+    return any(whole[i : i + len(part)] == part for i in range(len(whole) - len(part) + 1))
+
+
 def _texts(prompt: str, response: str) -> Callable[..., Normal]:
     """Converts rows of a text, or messages, and a text that continues it."""
 
@@ -177,7 +204,10 @@ def _texts(prompt: str, response: str) -> Callable[..., Normal]:
         for name, value in zip((prompt, response), texts, strict=True):
             if not isinstance(value, str | list | dict):
                 text_in(row, name)  # raises
-        return sequence(framed(texts[0], row), texts[1], as_chat, tools_beside(row))
+        parts = framed(texts[0], row), texts[1]
+        if response == "chosen":  # which may repeat the prompt
+            parts = context_and_response(*parts)
+        return sequence(*parts, as_chat, tools_beside(row))
 
     return convert
 

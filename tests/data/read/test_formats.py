@@ -12,6 +12,7 @@ def turns(*contents, first="user"):
 
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 MESSAGES = [{"role": "user", "content": "a"}, {"tool_calls": None, "role": "assistant", "content": None}]
+TOLD = {"role": "assistant", "content": "b"}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": "{}"}}]}
 OASST_TREE = {
     "message_tree_id": "t",
@@ -46,6 +47,7 @@ OASST_TREE = {
         ("self-instruct", {"instruction": "do", "instances": [{"input": "x", "output": "y"}]}, turns("do\n\nx", "y")),
         ("question and answer", {"question": "q", "answer": "a"}, turns("q", "a")),
         ("chosen of a pair", {"prompt": "p", "chosen": "c", "rejected": "r"}, PromptCompletion("p", "c")),
+        ("chosen of a pair", {"prompt": "a", "chosen": [MESSAGES[0], TOLD]}, turns("a", "b")),
         ("ShareGPT", {"conversations": SHAREGPT}, turns("a", "b")),
         ("messages", {"messages": MESSAGES}, turns("a", "")),
         ("OASST tree", OASST_TREE, turns("why ?", "better")),
