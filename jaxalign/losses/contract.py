@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 
 from jaxalign.config.limits import above, at_least, between, share
 from jaxalign.mistake import Mistake
+from jaxalign.outside import brief
 from jaxalign.select import listed, nearest
 
 PerPair = Float[Array, "B"]
@@ -165,6 +166,12 @@ def check_loss(loss: Callable, kind: Kind) -> None:
             f"{loss_name(loss)} is marked @whole_batch, and only losses of pairs get a batch in one piece; write it "
             "with statistics of the batch as inputs, or take the mark off"
         )
+    for name, momentum in momenta(loss).items():
+        if momentum is not None and not (isinstance(momentum, int | float) and 0 <= momentum < 1):
+            raise Mistake(
+                f"{loss_name(loss)}: momentum={brief(repr(momentum))}, of {name}, must be at least 0 and below 1, or "
+                "None"
+            )
     values = {name: _abstract(*kind.inputs[name][1:]) for name in check_inputs(loss, kind.inputs)}
     shape = _abstract(kind.axes).shape
     try:

@@ -183,6 +183,19 @@ def test_a_keyword_of_ones_own_loss_has_the_type_and_limits_of_its_annotation(wr
     assert refusal("tests.losses.test_contract:annotated(x='a')", PAIR).endswith("x='a' must be a number")
 
 
+def test_the_momentum_of_ones_own_loss_is_a_share():
+    text = "tests.losses.test_contract:running"
+    assert select_loss(f"{text}(momentum=0.5)", PAIR) and select_loss(text, PAIR)
+    for value in ("1", "-0.1", "'a'"):
+        assert f"momentum={value}, of running_margin, must be at least 0 and below 1" in refusal(
+            f"{text}(momentum={value})", PAIR
+        )
+
+
+def running(policy_chosen_logps, running_margin, *, momentum=None):
+    return policy_chosen_logps - running_margin
+
+
 def annotated(policy_chosen_logps, *, x: Annotated[float, between(0, 1)] = 0.5):
     return x * policy_chosen_logps
 

@@ -97,7 +97,7 @@ def observed(tiny_model, tiny_data, tmp_path, monkeypatch):
             steps=steps,
             max_length=48,
             mesh=MeshConfig(data=1, fsdp=8),
-            optimizer=OptimizerConfig(learning_rate=1e-3, **optimizer),
+            optimizer=OptimizerConfig(**{"learning_rate": 1e-3} | optimizer),
         )
         observation = observe(config, monkeypatch, fresh=fresh)
         rates = [value for name, value in observation.seen if name == "learning rates"]
@@ -134,6 +134,17 @@ def test_a_finished_run_gets_more_steps_only_with_a_word_about_its_schedule(extr
     np.testing.assert_allclose(observed(8), [*COSINE[4], *COSINE[4]], rtol=1e-5, atol=1e-9)
     assert "was planned for 8" in str(observed(12))
     np.testing.assert_allclose(observed(12, extend="stretch"), [*COSINE[4], *COSINE[8]], rtol=1e-5, atol=1e-9)
+
+
+def test_a_run_keeps_the_rate_that_it_began_with_where_none_is_given(observed, tmp_path):
+    """Whatever the command's default has become since: the number is in config.json."""
+    assert observed(4, fresh=True, learning_rate=None)[0] == pytest.approx(2e-5)
+    described = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert described["config"]["optimizer"]["learning_rate"] == 2e-5
+    described["config"]["optimizer"]["learning_rate"] = 7e-4
+    (tmp_path / "run" / "config.json").write_text(json.dumps(described))
+    assert observed(4, learning_rate=None)[0] == pytest.approx(7e-4)
+    assert "optimizer.learning_rate was 0.0007, now 2e-05" in str(observed(4, learning_rate=2e-5))
 
 
 def test_fewer_steps_bend_the_schedule_too(observed, tmp_path):
