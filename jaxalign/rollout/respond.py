@@ -26,6 +26,7 @@ from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
 from jaxalign.models.files.peft import load_adapter
+from jaxalign.models.files.weights import trained_on_other_weights
 from jaxalign.rollout.engine.engine import Engine, LocalEngine, Request, Response
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.types import PyTree
@@ -77,6 +78,10 @@ def load_tokenizer_only(source: str, adapter: Path | None = None) -> LoadedModel
 def with_params(model: LoadedModel, *, adapter: Path | None = None, dtype: Any) -> LoadedModel:
     """The model with its params, read in `dtype`, which is also that of computation."""
     lora, adapted = (None, None) if adapter is None else load_adapter(adapter, model.config)
+    if adapter is not None and trained_on_other_weights(adapter, model.source):
+        log.warning(
+            "%s was trained on other weights than those of %s, so its responses are others", adapter, model.source
+        )
     graphdef, _ = make_decoder(model.config, compute_dtype=dtype, param_dtype=dtype, lora=lora)
     params = load_params(model.source, model.config, param_dtype=dtype)
     whole = params if adapted is None else join(jax.device_put(adapted), params)

@@ -81,7 +81,8 @@ def save_lora(folder: Path, run: Run, adapter: PyTree, step: int) -> None:
         (partial / "README.md").write_text(model_card(run.config, run.command, step, "float32"))
 
     base = huggingface.absolute_source(run.config.model)
-    extra = {MARK_FILE: mark(step), "generation_config.json": generation}
+    trained_on = {} if huggingface.is_random(run.config.model) else {"base": fingerprint(run.config.model)}
+    extra = {MARK_FILE: mark(step) | trained_on, "generation_config.json": generation}
     save_adapter(folder, adapter, run.lora, run.model, base_model=base, extra=extra, besides=write)
 
 

@@ -1,12 +1,14 @@
 """Folders that a run leaves: transformers and PEFT compute what was trained, and stop where training ended texts."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from jaxalign.config.offline import SFTConfig
 from jaxalign.config.shared import LoraConfig
@@ -15,6 +17,7 @@ from jaxalign.models.adapters.merge import merge_by_layer
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files.huggingface import load_tokenizer
 from jaxalign.models.files.load import load_params
+from jaxalign.models.files.weights import trained_on_other_weights
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.respond import load_model, load_tokenizer_only, respond
 from jaxalign.run import final
@@ -114,6 +117,14 @@ def test_both_folders_say_what_ends_a_text_how_turns_are_written_and_what_to_pad
     assert json.loads((merged / "config.json").read_text())["eos_token_id"] == [end, 2]
     ours = load_tokenizer_only(str(base), adapter)
     assert ours.terminators == (end, 2) and ours.tokenizer.chat_template == tokenizer.chat_template
+
+
+def test_an_adapter_on_other_weights_than_it_was_trained_on_is_said(exported, tmp_path):
+    base, _, adapter, _, _ = exported
+    other = shutil.copytree(base, tmp_path / "other")
+    scaled = {name: (x * 1.05).astype(x.dtype) for name, x in load_file(base / "model.safetensors").items()}
+    save_file(scaled, other / "model.safetensors", metadata={"format": "pt"})
+    assert not trained_on_other_weights(adapter, str(base)) and trained_on_other_weights(adapter, str(other))
 
 
 @pytest.mark.parametrize("exported", ["llama"], indirect=True)

@@ -54,6 +54,13 @@ def fingerprint(source: str, *, follow: bool = True) -> str:
     return digest.hexdigest()
 
 
+def trained_on_other_weights(adapter: Path | str, base: str) -> bool:
+    """True if an adapter's folder says that it was trained on another base; those of other programs say nothing."""
+    mark = Path(adapter) / "jaxalign.json"
+    recorded = read_object(mark).get("base", str, None) if mark.exists() else None
+    return recorded not in (None, fingerprint(base))
+
+
 def _files(folder: Path) -> list[Path]:
     """The weights of a folder, and those of the members that a reward model may have beside them."""
     return sorted(file for pattern in ("*.safetensors", "members/**/*.safetensors") for file in folder.glob(pattern))
