@@ -17,7 +17,6 @@ from jaxalign.config.offline import RewardAlgorithm, RewardConfig
 from jaxalign.config.shared import LoraConfig, OptimizerConfig
 from jaxalign.models.files import reward as files
 from jaxalign.models.files.huggingface import load_tokenizer
-from jaxalign.rollout.rewards import functions
 from jaxalign.rollout.rewards.rewards import Rewards
 from jaxalign.rollout.rewards.scorer import load_reward_model
 from jaxalign.run.final import with_pad_token
@@ -141,7 +140,7 @@ def test_a_reward_model_is_held_once_by_those_who_check_it_and_those_who_ask_it(
         loads.append(path)
         return load_reward_model(path, **options)
 
-    monkeypatch.setattr(functions, "load_reward_model", load)
+    monkeypatch.setattr("jaxalign.rollout.rewards.scorer.load_reward_model", load)
     folder = str(shutil.copytree(trained.output / "final", tmp_path / "unread"))
     Rewards(f"reward_model(path={folder!r})")(["one ?"], ["cat"], {"finished": [True]})
     assert loads == [folder]
