@@ -344,7 +344,7 @@ def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tm
         (["--algorithm.loss", "process"], "hold no steps; known are prompt+completions+labels"),
         (["--algorithm.loss", "graded_bradley_terry"], "needs a column margin in every pair"),
         (["--algorithm.loss", "rao_kupper"], "add it, or use --algorithm.loss bradley_terry"),
-        (["--combine", "median"], "unknown name 'median'"),
+        (["--members", "2", "--combine", "median"], "unknown name 'median'"),
         (["--freeze-trunk", "--lora.rank", "2"], "give one of them"),
         (["--members", "0"], "--members 0: it must be at least 1"),
     ],
