@@ -39,6 +39,8 @@ class Sampler:
     ):
         room = MAX_NEW_TOKENS if not model.learned_positions else min(MAX_NEW_TOKENS, model.learned_positions // 2)
         self._count = config.samples if jax.process_count() == 1 else 0
+        if self._count != config.samples and jax.process_index() == 0:
+            log.info("no samples are written: a run on several hosts draws none")
         self._graphdef, self._tokenizer = graphdef, vocabulary.tokenizer
         self._sampling = Sampling(max_new_tokens=room, temperature=0.0, terminators=vocabulary.terminators)
         self._longest = max(1, model.max_length - room)
