@@ -8,15 +8,16 @@ import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jax
 
 from jaxalign.mistake import Mistake
 from jaxalign.outside import MIB, brief, read_text
 from jaxalign.rollout.rewards.calls import RewardFn
 from jaxalign.rollout.rewards.numerals import number
-
-if TYPE_CHECKING:
-    from jaxalign.rollout.rewards.scorer import Scorer
+from jaxalign.rollout.rewards.scorer import Scorer, load_reward_model
+from jaxalign.rollout.rewards.worker import matches
 
 Texts = Sequence[str]
 DTYPES = ("float32", "bfloat16")  # of a reward model
@@ -72,11 +73,6 @@ def regex(prompts: Texts, responses: Texts, *, pattern: str) -> list[float]:
         raise Mistake(f"pattern={pattern!r} must be a text")
     re.compile(pattern)
     return [matches("", response, pattern=pattern) for response in responses]
-
-
-def matches(prompt: str, response: str, *, pattern: str) -> float:
-    """`regex` of one response, as a process of its own scores it: a pattern may search for ever."""
-    return float(re.search(pattern, response) is not None)
 
 
 def json_schema(prompts: Texts, responses: Texts, *, required: Sequence[str] = ()) -> list[float]:
@@ -187,10 +183,6 @@ def scorer(
 
 @functools.lru_cache
 def _loaded(path: str, quantise: str | None, offload: bool, dtype: str, rule: str | None) -> Scorer:
-    import jax
-
-    from jaxalign.rollout.rewards.scorer import load_reward_model
-
     if dtype not in DTYPES:
         raise Mistake(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     return load_reward_model(

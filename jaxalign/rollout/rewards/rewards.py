@@ -45,14 +45,13 @@ from jaxalign.rollout.rewards.functions import (
     checked_count,
     checked_number,
     exact_match,
-    matches,
     numeric_match,
     overlong,
     regex,
     reward_model,
     scorer,
 )
-from jaxalign.rollout.rewards.worker import Worker
+from jaxalign.rollout.rewards.worker import Worker, matches
 from jaxalign.select import select, terms
 
 # the column of the data that a function of REWARDS reads, and what raises Mistake on a value with which it never scores

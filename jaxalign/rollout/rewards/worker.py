@@ -15,6 +15,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -186,3 +187,8 @@ def serve(descriptor: int) -> None:
 def shown_trace(error: BaseException | None) -> str:
     """The traceback of an error as text, which JAXALIGN_TRACEBACK shows."""
     return "\n" + visible("".join(traceback.format_exception(error)))
+
+
+def matches(prompt: str, response: str, *, pattern: str) -> float:
+    """`regex` of one response. Its process imports no more than this module, without JAX, and so starts fast."""
+    return float(re.search(pattern, response) is not None)
