@@ -16,8 +16,7 @@ from jaxalign.data.read.tokens import Encoder, text_ids
 from jaxalign.data.read.turns import with_turn_ends
 from jaxalign.data.sets.prompts import encode
 from jaxalign.mistake import Mistake
-from tests.data.read.test_turns import CLOSES, HIDES, OPENS, THINKS
-from tests.data.read.vocabularies import MARKERS, of_bytes, of_pieces
+from tests.data.read.vocabularies import CLOSES, HIDES, MARKERS, OPENS, THINKS, of_bytes, of_pieces
 
 REAL = [f"models/{name}" for name in ("stories260K", "babyllama-char361")]
 REAL += [f"tokenizers/{name}" for name in ("gpt2", "pythia", "mistral-v1")]

@@ -6,7 +6,7 @@ from jaxalign.data.read.chat import TEMPLATES, choose_template
 from jaxalign.data.read.formats import Conversation, PromptCompletion, Text
 from jaxalign.data.read.tokens import Encoder, context_ids, show
 from jaxalign.data.read.turns import Turns, context, with_turn_ends
-from tests.data.read.vocabularies import MARKERS, of_bytes, of_pieces
+from tests.data.read.vocabularies import CLOSES, HIDES, MARKERS, OPENS, THINKS, of_bytes, of_pieces
 
 
 def user(text):
@@ -20,30 +20,6 @@ def assistant(text, **keys):
 TALK = user("hi"), assistant("hello"), user("bye"), assistant("so long")
 CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
 TOOLS = ({"type": "function", "function": {"name": "add", "description": "d", "parameters": {"type": "object"}}},)
-
-# A template that writes thoughts in the last turn only (Qwen3), one whose generation prompt opens them as well, one
-# that opens them and never writes them (R1), and one that ends the last turn otherwise than earlier ones (gpt-oss).
-THINKS = (
-    "{% if tools %}{{ tools | tojson }}\n{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% set content = m.content %}"
-    "{% if m.role == 'assistant' %}{% set thoughts = m.reasoning_content or '' %}"
-    "{% if '</think>' in content %}{% set thoughts = content.split('</think>')[0].split('<think>')[-1].strip() %}"
-    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-    "{% if loop.last %}{{ '<think>\n' + thoughts + '\n</think>\n\n' }}{% endif %}{% endif %}"
-    "{{ content }}{% for c in m.tool_calls or [] %}{{ '\n<tool_call>' + c.function.name }}"
-    "{{ c.function.arguments | tojson }}</tool_call>{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-OPENS = THINKS.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
-HIDES = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] }}"
-    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
-)
-CLOSES = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
-    "{{ '<|eot_id|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def encoder(template, make=of_bytes, terminators=None, **options):
