@@ -45,7 +45,7 @@ def test_a_template_that_refuses_is_quoted_and_one_that_is_damaged_named_with_it
     with pytest.raises(ValueError, match=r"cannot render a conversation of user, assistant: only\\x1b users"):
         render(tokenizer, TALK, True)
     tokenizer.chat_template = "\n{% for %}"
-    with pytest.raises(ValueError, match="the chat template is not Jinja, line 2"):
+    with pytest.raises(ValueError, match="it is not Jinja, line 2"):
         render(tokenizer, TALK, True)
 
 
