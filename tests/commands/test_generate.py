@@ -83,21 +83,24 @@ def test_what_a_pipe_cannot_say_is_written_as_its_number_and_messages_as_turns(c
 def test_a_prompt_that_ends_with_the_assistants_turn_is_refused_continued_or_cut(chat_model, tmp_path, capsys):
     talk = [{"role": "user", "content": "the cat ?"}, {"role": "assistant", "content": "a dog"}]
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
-    arguments = ["generate", chat_model, "--prompts", str(tmp_path / "talks.jsonl"), "--max-new-tokens", "12"]
-    arguments += ["--temperature", "0", "--output", str(tmp_path / "out.jsonl")]
+    arguments = ["generate", "--model", chat_model, "--prompts", str(tmp_path / "talks.jsonl"), "--temperature", "0"]
+    arguments += ["--max-new-tokens", "12"]
+
+    def answered(*flags):
+        output = tmp_path / f"{flags[-1]}.jsonl"
+        assert main([*arguments, *flags, "--output", str(output)]) == 0
+        return json.loads(output.read_text())
+
     assert main(arguments) == 2
     assert "prompt 1: the last turn of the prompt is the assistant's" in (error := capsys.readouterr().err)
     assert "--last-turn continue" in error
-    assert main([*arguments, "--last-turn", "drop"]) == 0
-    [row] = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     [(response, finished)] = answers(chat_model, [talk[:1]], temperature=0.0)
-    assert row == {"prompt": talk[:1], "response": response, "finished": finished}
-    assert main([*arguments, "--last-turn", "continue"]) == 0
-    [row] = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert answered("--last-turn", "drop") == {"prompt": talk[:1], "response": response, "finished": finished}
+    text = "<s>Human : the cat ?\nAssistant : a dog"
+    [(response, finished)] = answers(chat_model, [text], temperature=0.0)
+    assert answered("--last-turn", "continue") == {"prompt": talk, "response": response, "finished": finished}
     tokenizer = huggingface.load_tokenizer(chat_model)
-    [(continued, _)] = answers(chat_model, ["<s> Human : the cat ?\nAssistant : a dog"], temperature=0.0)
-    assert encode(talk, tokenizer, "", "continue") == encode("<s> Human : the cat ?\nAssistant : a dog", tokenizer, "")
-    assert row["prompt"] == talk and row["response"] == continued
+    assert encode(talk, tokenizer, "", "continue") == encode(text, tokenizer, "")
 
 
 def test_messages_are_answered_through_the_chat_template(chat_model, tmp_path):
