@@ -327,6 +327,26 @@ def test_a_stop_text_may_be_or_hold_a_special_token(stop, tiny_model, tmp_path):
         assert answers(folder, ["the cat sees"], temperature=0.0) == [("", False)]
 
 
+def test_a_server_is_told_the_special_token_to_stop_at(tiny_model, capsys):
+    stopped = {"token_ids": [7, 1], "logprobs": {"token_logprobs": [-1.0, -1.0]}, "finish_reason": "stop"}
+    with Hostile(lambda request: MODELS if request.startswith("GET") else http({"choices": [stopped]})) as server:
+        given = ["--model", str(tiny_model), "--prompts", "the cat sees", "--engine", server.url]
+        assert main(["generate", *given, "--stop", "<s>"]) == 0
+    body = json.loads(server.requests[-1].partition("\r\n\r\n")[2])
+    assert body["stop_token_ids"] == [2, 1] and body["stop"] == ["<s>"]
+    assert capsys.readouterr().out == f" {WORDS[7]}\n"
+
+
+def test_a_server_that_answers_what_cannot_be_is_one_line_and_status_2(tiny_model, tmp_path, capsys):
+    beyond = {"token_ids": [7, 32], "logprobs": {"token_logprobs": [-1.0, -1.0]}, "finish_reason": "length"}
+    with Hostile(lambda request: MODELS if request.startswith("GET") else http({"choices": [beyond]})) as server:
+        given = ["--model", str(tiny_model), "--prompts", "the cat sees", "--engine", server.url]
+        assert main(["generate", *given, "--output", str(tmp_path / "made.jsonl")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{server.url}/v1/completions: 'token_ids' holds 32; a token must be a whole number from 0 to 31" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def drawing(token, tiny_model, tmp_path):
     """The tiny model that draws one token behind the cat: its embedding points where the last hidden state does."""
     folder = tmp_path / "model"
