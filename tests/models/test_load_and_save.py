@@ -1,6 +1,8 @@
 """Files to sharded arrays and back: bit for bit, tensor by tensor, and a name for everything that is wrong."""
 
 import json
+import os
+import shutil
 import tracemalloc
 
 import jax
@@ -186,6 +188,35 @@ def test_a_damaged_generation_config_is_named(tiny_model, tmp_path):
     (tmp_path / "generation_config.json").write_text("{eos")
     with pytest.raises(ValueError, match=r"generation_config.json is not JSON: .*; fetch it again"):
         terminators(str(tmp_path), load_tokenizer(str(tiny_model)))
+
+
+@pytest.mark.parametrize("value", ["2", [2, [3]], {"a": 1}, 2.0, True, [None]])
+def test_ends_that_are_no_tokens_are_named_with_file_and_key(tiny_model, tmp_path, value):
+    tokenizer = load_tokenizer(str(tiny_model))
+    for name in ("generation_config.json", "config.json"):
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
+        with pytest.raises(Mistake, match=f"{name}: 'eos_token_id' is .*; it must be the number of a token") as raised:
+            terminators(str(tmp_path), tokenizer)
+        assert "\n" not in str(raised.value)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"model": 3}', b"\xff\xfe", None])
+def test_a_damaged_tokenizer_is_named_in_one_line(tiny_model, tmp_path, content):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = tmp_path / name.partition(".")[0]
+        shutil.copytree(tiny_model, path)
+        (path / name).unlink()
+        if content is None:
+            os.mkfifo(path / name)
+        else:
+            (path / name).write_bytes(content)
+        if (name, content) == ("tokenizer_config.json", b'{"model": 3}'):
+            load_tokenizer(str(path))  # a key that says nothing
+            continue
+        with pytest.raises(Mistake) as raised:
+            load_tokenizer(str(path))
+        assert "\n" not in str(raised.value) and str(path) in str(raised.value)
 
 
 def test_a_full_folder_is_not_written_over(llama):

@@ -17,7 +17,7 @@ from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files.families import embedding_names, model_config
 from jaxalign.models.files.families.base import note_once
-from jaxalign.models.files.tensors import INDEX, equal, files_in, open_folder
+from jaxalign.models.files.tensors import INDEX, check_regular, equal, files_in, open_folder
 from jaxalign.outside import brief, read_object
 
 RANDOM = "config:"
@@ -96,7 +96,11 @@ def read_hf_config(source: str) -> dict[str, Any]:
         path = folder(source) / "config.json"
     if not path.exists():
         raise Mistake(f"{path.parent} has no config.json; is it a Hugging Face model folder?")
-    hf_config = read_object(path).content
+    fields = read_object(path)
+    hf_config = fields.content
+    if isinstance(hf_config.get("architectures"), str):
+        hf_config["architectures"] = [hf_config["architectures"]]
+    fields.texts("architectures")
     if not is_random(source) and hf_config.get("architectures") and _has_own_head(path.parent, hf_config):
         note_once(
             f"{path}: 'tie_word_embeddings' is true, and the files hold an output matrix that is not the embedding; "
@@ -151,13 +155,17 @@ def load_tokenizer(source: str) -> Any:
     path = folder(source)
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise Mistake(f"{path} has no tokenizer (tokenizer.json); name one with `tokenizer`")
+    for pattern in _WANTED:
+        for file in path.glob(pattern):
+            if not (file.is_dir() or file.suffix == ".safetensors"):
+                check_regular(file)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and its dependencies raise errors of many classes
         first = (str(error).strip().splitlines() or [""])[0]
         raise Mistake(
-            f"the tokenizer in {path} cannot be read ({type(error).__name__}: {first}); fetch it again, or name "
-            "another with `tokenizer`"
+            f"the tokenizer in {path} cannot be read ({type(error).__name__}: {brief(first, 200)}); fetch it again, "
+            "or name another with `tokenizer`"
         ) from error
 
 
@@ -212,11 +220,15 @@ def terminators(source: str, tokenizer: Any) -> tuple[int, ...]:
     Training appends the first one. Models may end texts with another token than the tokenizer's eos, which is why the
     ids of generation_config.json come first.
     """
-    config = folder(source) / "config.json"
     ends: list[int] = []
-    for settings in (read_generation_config(source), read_object(config).content if config.exists() else {}):
-        ids = settings.get("eos_token_id")
-        ends += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    for path in (folder(source) / "generation_config.json", folder(source) / "config.json"):
+        value = read_object(path).content.get("eos_token_id") if path.exists() else None
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise Mistake(
+                f"{path}: 'eos_token_id' is {brief(value)}; it must be the number of a token, or a list of them"
+            )
+        ends += ids
     if tokenizer.eos_token_id is not None:
         ends.append(tokenizer.eos_token_id)
-    return tuple(dict.fromkeys(int(i) for i in ends))
+    return tuple(dict.fromkeys(ends))
