@@ -46,7 +46,8 @@ class Checkpoints:
             create=True,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._add_checksums),
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "extras"))
+        with writing(self.directory):
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "extras"))
         self._metrics = {step: m for step in self.steps() if (m := self._metric_of(step)) is not None}
 
     def steps(self) -> list[int]:
@@ -176,10 +177,11 @@ class Checkpoints:
             return
         if jax.process_index() == 0:
             aside = self.directory.with_name("damaged")
-            aside.mkdir(exist_ok=True)
-            for step in damaged:
-                shutil.rmtree(aside / str(step), ignore_errors=True)
-                (self.directory / str(step)).rename(aside / str(step))
+            with writing(aside):
+                aside.mkdir(exist_ok=True)
+                for step in damaged:
+                    shutil.rmtree(aside / str(step), ignore_errors=True)
+                    (self.directory / str(step)).rename(aside / str(step))
         hosts.barrier("damaged checkpoints put aside")
         for step in damaged:
             self._metrics.pop(step, None)

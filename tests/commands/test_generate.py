@@ -164,7 +164,7 @@ def test_the_best_of_n_is_the_response_with_the_highest_score(tiny_model, tmp_pa
     for number, row in enumerate(found["best"]):
         assert row["prompt"] == PROMPTS[number] and row in found["all"]
         assert row["score"] == max(other["score"] for other in found["all"][4 * number : 4 * number + 4])
-    with pytest.raises(ValueError, match=r"`keep` .best. has no effect without `reward`"):
+    with pytest.raises(ValueError, match="`keep` 'best' has no effect without `reward`"):
         generate.main(GenerateConfig(str(tiny_model), "the cat", keep="best"))
 
 
