@@ -17,6 +17,7 @@ from jaxalign.config.offline import RewardAlgorithm, RewardConfig
 from jaxalign.config.shared import LoraConfig, OptimizerConfig
 from jaxalign.models.files import reward as files
 from jaxalign.models.files.huggingface import load_tokenizer
+from jaxalign.outside import Fields
 from jaxalign.rollout.rewards.rewards import Rewards
 from jaxalign.rollout.rewards.scorer import load_reward_model
 from jaxalign.run.final import with_pad_token
@@ -211,7 +212,12 @@ def test_a_checkpoint_is_exported_as_the_folder_that_the_run_would_have_ended_in
 def test_a_checkpoint_of_an_older_version_is_normalised_on_the_same_data_or_refused(trained, tmp_path, monkeypatch):
     """It has no summary, so the data are read again; a loss of somebody's own is not imported for that."""
     whole = reward.Checkpoints.extras
-    monkeypatch.setattr(reward.Checkpoints, "extras", lambda *a: {k: v for k, v in whole(*a).items() if k != "summary"})
+
+    def without_summary(*arguments):
+        extras = whole(*arguments)
+        return Fields({name: value for name, value in extras.content.items() if name != "summary"}, extras.where)
+
+    monkeypatch.setattr(reward.Checkpoints, "extras", without_summary)
     assert export.main(ExportConfig(run=trained.output, output=tmp_path / "same")) == 0
     described = [json.loads((f / "reward.json").read_text()) for f in (tmp_path / "same", trained.output / "final")]
     np.testing.assert_allclose(described[0]["mean"], described[1]["mean"], atol=1e-5)
