@@ -166,12 +166,9 @@ def check_loss(loss: Callable, kind: Kind) -> None:
             f"{loss_name(loss)} is marked @whole_batch, and only losses of pairs get a batch in one piece; write it "
             "with statistics of the batch as inputs, or take the mark off"
         )
-    for name, momentum in momenta(loss).items():
-        if momentum is not None and not (isinstance(momentum, int | float) and 0 <= momentum < 1):
-            raise Mistake(
-                f"{loss_name(loss)}: momentum={brief(repr(momentum))}, of {name}, must be at least 0 and below 1, or "
-                "None"
-            )
+    running, momentum = any(n.startswith("running_") for n in input_names(loss)), keyword(loss, "momentum", None)
+    if running and momentum is not None and not (isinstance(momentum, int | float) and 0 <= momentum < 1):
+        raise Mistake(f"{loss_name(loss)}: momentum={brief(repr(momentum))} must be at least 0 and below 1, or None")
     values = {name: _abstract(*kind.inputs[name][1:]) for name in check_inputs(loss, kind.inputs)}
     shape = _abstract(kind.axes).shape
     try:

@@ -187,9 +187,7 @@ def test_the_momentum_of_ones_own_loss_is_a_share():
     text = "tests.losses.test_contract:running"
     assert select_loss(f"{text}(momentum=0.5)", PAIR) and select_loss(text, PAIR)
     for value in ("1", "-0.1", "'a'"):
-        assert f"momentum={value}, of running_margin, must be at least 0 and below 1" in refusal(
-            f"{text}(momentum={value})", PAIR
-        )
+        assert f"momentum={value} must be at least 0 and below 1" in refusal(f"{text}(momentum={value})", PAIR)
 
 
 def running(policy_chosen_logps, running_margin, *, momentum=None):
