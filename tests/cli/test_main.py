@@ -157,10 +157,10 @@ def test_code_that_a_command_runs_does_not_end_it_with_status_0_or_without_a_wor
     code = (
         "import os, sys; from jaxalign.cli import main\n"
         "class Command:\n"
-        "    config = main.COMMANDS['sft'].config\n"
+        "    config, trains = main.COMMANDS['generate'].config, False\n"
         f"    def load(self): return lambda config: ({end}) and None\n"
-        "main.COMMANDS['sft'] = Command()\n"
-        "sys.exit(main.main(['sft', '--model', 'm', '--data', 'd', '--output', 'o']))"
+        "main.COMMANDS['generate'] = Command()\n"
+        "sys.exit(main.main(['generate', '--model', 'm', '--prompts', 'the cat']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.strip()) == (status, message)

@@ -25,16 +25,16 @@ EVIL = "\x1b[2J\x1b]0;owned\x07\r\u202e"
 
 
 @pytest.fixture
-def own_log(capsys):
-    """The log as a command starts it."""
+def own_log():
+    """A log that a test may start as a command does; afterwards it is as before."""
     root = logging.getLogger("jaxalign")
     before = root.handlers, root.propagate, root.level, sys.unraisablehook
-    devices.start_log()
     yield logging.getLogger("jaxalign.somewhere")
     root.handlers, root.propagate, root.level, sys.unraisablehook = before
 
 
 def test_a_log_line_shows_what_it_quotes_and_stays_one_line(capsys, own_log):
+    devices.start_log()
     own_log.info("rows of %s", f"{EVIL}\nerror: all is lost")
     own_log.info("the first:\n%s", f"a\nb{EVIL}")
     own_log.warning("%s", EVIL)
