@@ -199,6 +199,7 @@ def test_scores_are_printed_below_their_responses(tiny_model, capsys):
     assert shown.count("> the cat sees\n") == shown.count("\n(score ") == 2
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("written", [True, False])
 def test_ctrl_c_keeps_the_responses_that_are_finished(written, tiny_model, tmp_path, capsys):
     def answer(request):
