@@ -163,6 +163,8 @@ class TrainConfig:
     """Write a profiler trace of a few steps into the run folder."""
     distributed: bool = False
     """Join the other hosts first: a TPU pod's, a Slurm job's, or those at JAX_COORDINATOR_ADDRESS."""
+    fingerprints: Literal["sample", "whole"] = "sample"
+    """Bytes of the models' files that are compared at a resume and between hosts: a sample of each tensor, or all."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

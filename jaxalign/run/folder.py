@@ -22,6 +22,7 @@ from jaxalign.outside import brief, read_object, read_text
 # differ by roundings at most.
 FREE = frozenset(
     {"output", "resume", "profile", "check_kernels", "checkpoint", "log", "samples", "distributed", "steps", "epochs"}
+    | {"fingerprints"}
     | {"optimizer.extend", "eval_every", "max_dropped", "algorithm.reference"}
     | {"engine", "engine_kind", "engine_reload", "reward_seconds", "slots", "decode_layout"}
     | {"microbatches", "mesh", "remat", "attention", "implementation", "offload_reference", "precompute_reference"}

@@ -305,7 +305,11 @@ class Run(Generic[ConfigT]):
         sources.append(("`critic.model`", getattr(critic, "model", None)))
         if reward := getattr(config, "reward", None):
             sources += [("`reward`", folder) for folder in reward_models(reward)]
-        return {f"{name} {source}": fingerprint(source) for name, source in sources if source is not None}
+        named = [(f"{name} {source}", source) for name, source in sources if source is not None]
+        weights = {name: fingerprint(source) for name, source in named}
+        if config.fingerprints == "whole":
+            weights |= {f"{name} (all bytes)": fingerprint(source, whole=True) for name, source in named}
+        return weights
 
     @property
     def export_dtype(self) -> str:

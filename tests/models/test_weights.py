@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxalign.mistake import Mistake
 from jaxalign.models.files import weights
-from jaxalign.models.files.weights import fingerprint, stored_dtype
+from jaxalign.models.files.weights import PIECE, fingerprint, stored_dtype
 
 
 @pytest.fixture
@@ -103,3 +103,17 @@ def test_a_damaged_file_is_named(content, model):
     (model / "model.safetensors").write_bytes(content)
     with pytest.raises(Mistake, match=r"model\.safetensors"):
         stored_dtype(str(model))
+
+
+def test_all_bytes_are_read_on_request(model):
+    """A change between the pieces of a large tensor, which only a whole reading sees."""
+    tensors = load_file(model / "model.safetensors")
+    large = np.zeros((2**20,), np.float32)
+    fingerprints = []
+    for at in (None, 2):  # the second piece begins far behind the end of the first
+        changed = large.copy()
+        changed[[] if at is None else PIECE // 4 + at] = 1.0
+        save_file(tensors | {"large": changed}, model / "model.safetensors", metadata={"format": "pt"})
+        fingerprints.append([fingerprint(str(model), whole=whole) for whole in (False, True)])
+    (sample, whole), (same, other) = fingerprints
+    assert sample == same and whole != other

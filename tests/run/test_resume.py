@@ -27,7 +27,7 @@ ROUNDING |= {"decode_layout", "offload_reference", "precompute_reference", "shar
 SHOWN = {"output", "resume", "profile", "check_kernels", "samples", "distributed", "eval_every", "max_dropped"}
 SHOWN |= {"checkpoint.every", "checkpoint.keep", "checkpoint.keep_best", "log.tensorboard", "log.wandb"}
 SHOWN |= {"steps", "epochs", "optimizer.extend", "engine", "engine_kind", "engine_reload", "reward_seconds"}
-SHOWN |= {"algorithm.reference"}
+SHOWN |= {"algorithm.reference", "fingerprints"}
 
 
 def changed(config, name):

@@ -30,12 +30,12 @@ def stored_dtype(source: str) -> str | None:
     return DTYPES.get(max(sizes, key=lambda name: sizes[name]), "float32") if sizes else None
 
 
-def fingerprint(source: str, *, follow: bool = True) -> str:
+def fingerprint(source: str, *, whole: bool = False, follow: bool = True) -> str:
     """A text that changes when the model of a folder or hub name does: config, adapters, heads and weights.
 
     Tensors of at most WHOLE bytes are read whole, and PIECES pieces of the others, so that one of 70 billion parameters
-    takes seconds. The order of tensors, and the files that they are in, do not count. With `follow` the base that the
-    adapters of a reward model are on counts too.
+    takes seconds; with `whole` every byte. The order of tensors, and the files that they are in, do not count. With
+    `follow` the base that the adapters of a reward model are on counts too.
     """
     folder = huggingface.folder(source)
     described = {"config.json": huggingface.read_hf_config(source)}
@@ -46,10 +46,10 @@ def fingerprint(source: str, *, follow: bool = True) -> str:
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     base = described.get("reward.json", {}).get("base")
     if follow and isinstance(base, str):
-        digest.update(fingerprint(base, follow=False).encode())
+        digest.update(fingerprint(base, whole=whole, follow=False).encode())
     if huggingface.is_random(source):
         return digest.hexdigest()
-    parts = sorted(part for file in _files(folder) for part in _sampled(file, folder))
+    parts = sorted(part for file in _files(folder) for part in _digests(file, folder, whole))
     digest.update(repr(parts).encode())
     return digest.hexdigest()
 
@@ -87,8 +87,8 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     return tensors, 8 + length
 
 
-def _sampled(file: Path, folder: Path) -> list[tuple[str, str]]:
-    """(name, digest of its dtype, shape and sampled bytes) of each tensor of a file."""
+def _digests(file: Path, folder: Path, whole: bool) -> list[tuple[str, str]]:
+    """(name, digest of its dtype, shape and bytes, of a sample of them unless `whole`) of each tensor of a file."""
     tensors, start = _header(file)
     place = str(file.parent.relative_to(folder))
     parts = []
@@ -97,8 +97,8 @@ def _sampled(file: Path, folder: Path) -> list[tuple[str, str]]:
             begin, end = tensor["data_offsets"]
             digest = hashlib.sha256(json.dumps([place, tensor["dtype"], tensor.get("shape")]).encode())
             size = end - begin
-            pieces = [(begin, size)]
-            if size > WHOLE:
+            pieces = [(at, min(WHOLE, end - at)) for at in range(begin, end, WHOLE)]
+            if size > WHOLE and not whole:
                 pieces = [(begin + i * (size - PIECE) // (PIECES - 1), PIECE) for i in range(PIECES)]
             for at, count in pieces:
                 handle.seek(start + at)
