@@ -28,6 +28,10 @@ def test_a_run_with_the_loss_starts_at_delta_squared_and_falls(flags, pairs, tmp
 
 
 def test_a_keyword_that_the_loss_lacks_is_refused_before_the_model_is_read(capsys, tmp_path):
-    paths = ["--model", str(tmp_path / "absent"), "--data", "absent.jsonl", "--output", str(tmp_path / "run")]
+    (tmp_path / "model").mkdir()  # files are looked at first, and there is no config in it to read
+    (tmp_path / "model" / "config.json").write_text("{")
+    (tmp_path / "rows.jsonl").write_text("{")
+    paths = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl")]
+    paths += ["--output", str(tmp_path / "run")]
     assert main(["dpo", *paths, "--algorithm.loss", "own_loss:squared_hinge(detla=1.0)"]) == 2
     assert "has no keyword 'detla' (did you mean 'delta'?)" in capsys.readouterr().err
