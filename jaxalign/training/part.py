@@ -59,16 +59,8 @@ def lora_of(config: LoraConfig, model: ModelConfig) -> Lora | None:
     """The adapters that a config asks for; None where its rank is 0.
 
     Raises:
-      Mistake: a target that the model does not have, or a setting that cannot be.
+      Mistake: a target that the model does not have, or adapters that cannot be exported.
     """
-    if config.rank == 0 and config.quantise != "none":
-        raise Mistake(
-            f"`lora.quantise` {config.quantise} needs `lora.rank` of at least 1: codes have no gradient, so only "
-            "adapters can be trained on a quantised base"
-        )
-    for name in ("rslora", "dora"):
-        if config.rank == 0 and getattr(config, name):
-            raise Mistake(f"`lora.{name}` needs `lora.rank` of at least 1, for it changes adapters")
     if config.rank == 0:
         return None
     lora = Lora(config.rank, config.alpha, resolve_targets(config.targets, model), config.rslora, config.dora)

@@ -157,7 +157,7 @@ def test_a_base_with_its_adapter_answers_as_the_merged_model(tiny_model, tmp_pat
         (LoraConfig(rank=4, targets="q_proj,nothing"), r"target 'nothing' names no linear layer; LlamaForCausalLM has"),
         (LoraConfig(rank=-1), "`lora.rank` -1: it must be at least 0"),
         (LoraConfig(rank=4, alpha=0.0), "`lora.alpha` 0.0: it must be above 0"),
-        (LoraConfig(quantise="nf4"), "`lora.quantise` nf4 needs `lora.rank` of at least 1"),
+        (LoraConfig(quantise="nf4"), "`lora.quantise` 'nf4' has no effect with `lora.rank` 0; leave it out"),
     ],
 )
 def test_what_cannot_be_adapted_is_told_before_device_work(
