@@ -155,10 +155,7 @@ def test_a_budget_of_kl_ends_the_run_and_the_same_command_finds_it_complete(trai
     [
         (["--critic.model", "nowhere", "--critic.shared"], "is a model of its own; leave out --critic.shared"),
         (["--critic.model", "nowhere"], "nowhere"),
-        (
-            ["--pretraining-data", "text.jsonl"],
-            "PPO-ptx needs both --pretraining-data and",
-        ),
+        (["--pretraining-data", "PROMPTS"], "PPO-ptx needs both --pretraining-data and"),
         (["--algorithm.kl-in", "loss"], "needs --algorithm.kl-estimator k2 or k3"),
         (["--algorithm.kl-target", "0"], "it must be above 0"),
         (["--algorithm.gamma", "1.5"], "it must be at least 0 and at most 1"),
@@ -177,7 +174,7 @@ def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, pro
     given = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
     given += ["--reward", "tests.commands.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
     given += ["--batch-size", "8", "--mesh.fsdp", "8"]
-    assert main(["ppo", *given, *flags]) == 2
+    assert main(["ppo", *given, *(str(prompts) if part == "PROMPTS" else part for part in flags)]) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "run").exists()

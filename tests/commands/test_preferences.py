@@ -100,9 +100,9 @@ def test_a_reference_that_was_run_once_before_changes_nothing(trained, tmp_path,
 def test_log_probabilities_whose_file_was_cut_short_are_computed_again(left, tmp_path):
     path, key = tmp_path / "reference" / "logps.npz", {"model": 1}
     reference_logps.write(path, key, np.ones((2, 2), np.float32))
-    assert reference_logps.read(path, key).tolist() == [[1, 1], [1, 1]]
+    assert reference_logps.read(path, key, (2, 2)).tolist() == [[1, 1], [1, 1]]
     path.write_bytes(path.read_bytes()[:left])
-    assert reference_logps.read(path, key) is None
+    assert reference_logps.read(path, key, (2, 2)) is None
 
 
 MESHES = [("dpo", []), ("dpo", ["--precompute-reference", "--share-prompt"]), ("kto", [])]
