@@ -45,6 +45,9 @@ UNPACKED, UNPACKED_RATIO = 64 * MIB, 100
 
 # Objects in whose keys Arrow's None means that the row lacks them: schemas of tools, and calls.
 OF_TOOLS = ("tools", "functions", "tool_calls", "function_call")
+# Keys of an object in a .json file: with a text under one of the former it is a row; the latter would go into rows.
+OF_ROWS = ("prompt", "instruction", "question", "query", "inputs", "text")
+BEFORE_ROWS = ("system", "system_prompt", "system_message", "tools", "functions", "history")
 # Columns of feedback that a CSV file, which has no types, holds as numbers or truth values.
 NUMBERS = ("label", "desirable", "margin", "preference", "tie", "score_chosen", "score_rejected")
 
@@ -281,7 +284,7 @@ def _unpacked(path: Path) -> bytes:
 def _parse_json(text: str, path: Path, line: int = 1) -> Any:
     """json.loads, which also repairs texts that were cut through an emoji, as "\\ud83d" was. Raises Mistake."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
         if not re.search(r"\\u[dD][89a-fA-F]", text):
             return value
         return json.loads(repaired(json.dumps(value, ensure_ascii=False)))
@@ -289,6 +292,8 @@ def _parse_json(text: str, path: Path, line: int = 1) -> Any:
         at, reason = _deepest(text), "lists or objects are nested too deeply"
     except json.JSONDecodeError as error:
         at, reason = error.pos, f"not JSON ({error.msg})"
+    except _TwiceError as error:
+        at, reason = _row_with_a_key_twice(text), f"the key {brief(repr(str(error)), 40)} stands twice in an object"
     except ValueError:  # of int()
         digits = sys.get_int_max_str_digits()
         number = re.search(rf"\d{{{digits + 1},}}", text)
@@ -296,6 +301,32 @@ def _parse_json(text: str, path: Path, line: int = 1) -> Any:
     start = text.rfind("\n", 0, at) + 1
     shown = brief(repr(text[start : start + 60]))
     raise Mistake(f"data file {path}, line {line + text.count(chr(10), 0, at)}: {reason}: {shown}")
+
+
+class _TwiceError(ValueError):
+    """An object has a key twice, of which Python would keep the last value in silence."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for at, name in enumerate(names) if name in names[:at]))
+    return value
+
+
+def _row_with_a_key_twice(text: str) -> int:
+    """Index of the first item of the first list of a text that is refused; 0 if it is none of them."""
+    decoder, at = json.JSONDecoder(object_pairs_hook=_object), text.find("[") + 1
+    while at:
+        at = len(text) - len(text[at:].lstrip(" \t\r\n,"))
+        try:
+            _, at = decoder.raw_decode(text, at)
+        except _TwiceError:
+            return at
+        except ValueError:
+            return 0
+    return 0
 
 
 def _deepest(text: str) -> int:
@@ -347,12 +378,20 @@ def _rows_in(value: Row, path: Path) -> list[Row] | None:
 
     lists = {name: items for name, items in value.items() if isinstance(items, list) and items}
     rows = {name: items for name, items in lists.items() if all(isinstance(item, dict) for item in items)}
-    tables = [name for name, items in rows.items() if not all(map(is_turn, items))]
-    if len(tables) > 1:
-        raise Mistake(f"data file {path} has several lists of rows, {_listed(tables)}; write each into a file")
-    if tables:
-        return rows[tables[0]]
-    return [value] if rows or any(isinstance(item, str) for item in value.values()) else None
+    turns = any(all(map(is_turn, items)) for items in rows.values())  # beside them, other lists are tools or files
+    if turns or any(isinstance(value.get(name), str) for name in OF_ROWS):
+        return [value]
+    if len(rows) > 1:
+        raise Mistake(f"data file {path} has several lists of rows, {_listed([*rows])}; write each into a file")
+    texts = [name for name, item in value.items() if isinstance(item, str)]
+    if rows:
+        if others := [name for name in value if name not in rows]:
+            content = next((name for name in others if name in BEFORE_ROWS and value[name]), None)
+            if content is not None:
+                raise Mistake(f"data file {path}: {content!r} stands beside the rows; write it into each of them")
+            log.info("%s: the rows are in %s; nothing reads %s beside it", path, brief(repr(*rows)), _listed(others))
+        return next(iter(rows.values()))
+    return [value] if texts else None
 
 
 def _read_csv(path: Path) -> list[Row]:

@@ -253,3 +253,41 @@ def test_a_hub_name_that_cannot_be_reached_says_so(monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     with pytest.raises(Mistake, match="'org/nothing' is no local file and could not be fetched"):
         sources.load(Source("org/nothing"))
+
+
+def test_a_key_that_an_object_has_twice_is_refused_with_its_line(tmp_path):
+    good, bad = (
+        '{"prompt": "a", "messages": [{"role": "user"}]}',
+        '{"prompt": "a", "messages": [{"role": 1, "role": 2}]}',
+    )
+    for name, text in {"rows.jsonl": f"{good}\n{bad}\n", "rows.json": f"[{good},\n{bad},\n{good}]"}.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(Mistake, match=rf"{name}, line 2: the key 'role' stands twice in an object"):
+            load(Source(str(tmp_path / name)))
+
+
+TURNS = [{"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TURNS, "tools": [{"name": "f"}]},
+        {"images": [{"path": "x"}], "conversations": TURNS},
+        {"prompt": "p", "answers": [{"answer": "a", "rank": 1}]},
+    ],
+)
+def test_an_object_in_a_json_file_that_is_a_row_is_one_whatever_lists_it_has(tmp_path, row):
+    (tmp_path / "row.json").write_text(json.dumps(row, indent=1))
+    assert load(Source(str(tmp_path / "row.json"))).rows == [row]
+
+
+def test_what_stands_beside_the_rows_of_a_json_file_is_refused_or_listed(tmp_path, caplog):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"version": 2, "data": ROWS}, indent=1))
+    with caplog.at_level("INFO"):
+        assert load(Source(str(path))).rows == ROWS
+    assert "the rows are in 'data'; nothing reads version beside it" in caplog.text
+    path.write_text(json.dumps({"system": "s", "data": ROWS}, indent=1))
+    with pytest.raises(Mistake, match="'system' stands beside the rows; write it into each of them"):
+        load(Source(str(path)))
