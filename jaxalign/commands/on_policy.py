@@ -76,7 +76,7 @@ def load_prompts(config: RolloutConfig, run: Run, *, updates: int) -> Prompting:
     rewards.check(prompts.raw, prompts.columns, later=["finished", "tokens"])
     if not run.exists:
         check_server(config)
-    batches = run.counted(PromptBatches(len(prompts), Plan.of(config)), updates=updates)
+    batches = run.counted(PromptBatches(prompts, Plan.of(config)), updates=updates)
     return Prompting(prompts, batches, rewards)
 
 

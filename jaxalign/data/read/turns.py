@@ -51,8 +51,8 @@ def context(tokenizer: Any, messages: Sequence[Message], tools: Any = None, *, o
         _marked_text(tokenizer, messages, tools, start, stop)
         start = stop
     text = render(tokenizer, messages, not open_turn, tools=tools, open_turn=open_turn)
-    if tools and text == render(tokenizer, messages, not open_turn, open_turn=open_turn):
-        raise Mistake(_left_out("the 'tools' of the conversation"))
+    if tools:
+        _check_tools(tokenizer, messages, text, not open_turn, open_turn=open_turn)
     return text
 
 
@@ -86,8 +86,8 @@ class Turns:
                 continue
             before = render(tokenizer, messages[:i], True, tools=tools)
             whole = render(tokenizer, messages[: i + 1], False, tools=tools)
-            if tools and whole == render(tokenizer, messages[: i + 1], False):
-                raise Mistake(_left_out("the 'tools' of the conversation"))
+            if tools:
+                _check_tools(tokenizer, messages[: i + 1], whole, False)
             response = _behind_context(tokenizer, messages[: i + 1], tools, before, whole)
             suffix = marked.rpartition(_mark(i))[2]
             end = self._end(suffix)
@@ -133,9 +133,11 @@ def with_turn_ends(tokenizer: Any, terminators: Sequence[int], *, first: bool = 
 
 def once_ended(text: str, terminators: Sequence[str]) -> tuple[str, str]:
     """(the text without the terminators at its end and the white space between and behind, the first of them or "")"""
-    ends = _alternatives(set(terminators))
-    match = re.search(rf"({ends})(?:\s*(?:{ends}))*\s*\Z", text)
-    return (text, "") if match is None else (text[: match.start()], match[1])
+    ends, rest, end = sorted(filter(str.strip, terminators), key=len, reverse=True), text.rstrip(), ""
+    while match := next((token for token in ends if rest.endswith(token)), ""):
+        end, text = match, rest[: len(rest) - len(match)]
+        rest = text.rstrip()
+    return text, end
 
 
 def _alternatives(texts: set[str]) -> str:
@@ -145,6 +147,16 @@ def _alternatives(texts: set[str]) -> str:
 
 def _left_out(part: str) -> str:
     return f"the chat template leaves out {part}; {WAY_OUT}, or take that out of the data"
+
+
+def _check_tools(tokenizer: Any, messages: Sequence[Message], text: str, generation: bool, **options: bool) -> None:
+    """Raises Mistake if the template makes the same text of messages with tools and without."""
+    try:
+        without = render(tokenizer, messages, generation, **options)
+    except Mistake:  # a template that needs tools does not leave them out
+        return
+    if text == without:
+        raise Mistake(_left_out("the 'tools' of the conversation"))
 
 
 def _assistants(messages: Sequence[Message]) -> list[int]:
@@ -191,7 +203,7 @@ def _marked_text(
 
 def _opens(tokenizer: Any, messages: Sequence[Message], tools: Any) -> bool:
     """True if the generation prompt behind these messages opens a block of thoughts."""
-    return bool(messages) and re.search(BLOCK, render(tokenizer, messages, True, tools=tools)) is not None
+    return bool(messages) and re.search(BLOCK, render(tokenizer, messages, True, tools=tools)[-64:]) is not None
 
 
 def _behind_context(tokenizer: Any, messages: Sequence[Message], tools: Any, before: str, whole: str) -> str:

@@ -10,16 +10,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxalign.data.batches.plan import Batches, Plan, order
+from jaxalign.data.batches.plan import Batches, Mixture, Plan, order
 from jaxalign.data.read import formats, sources
 from jaxalign.data.read.formats import Conversation
+from jaxalign.data.read.spellings import is_empty, tools_of
 from jaxalign.data.read.tokens import context_ids, text_ids
 from jaxalign.mistake import Mistake
 from jaxalign.outside import brief
 
 log = logging.getLogger(__name__)
 
-Prompt = str | Sequence[dict[str, Any]]  # a text to continue, or messages to answer
+# A text to continue, or messages to answer, of which the first has the "tools" of the conversation, if there are any.
+Prompt = str | Sequence[dict[str, Any]]
 LastTurn = Literal["refuse", "continue", "drop"]  # for a prompt whose last turn is the assistant's
 
 
@@ -30,22 +32,25 @@ def _prompt(column: str, *, question: bool = False) -> formats.Format:
         value = row.get(column)
         if not isinstance(value, str) and not (isinstance(value, list) and value):
             raise Mistake(f"{column!r} holds {brief(repr(value))}; it must be a text, or a list of messages")
-        prompt = formats.framed(formats.question(row, column) if question else value, row)
-        if isinstance(prompt, str):
+        prompt, tools = (
+            formats.framed(formats.question(row, column) if question else value, row),
+            formats.tools_beside(row),
+        )
+        if isinstance(prompt, str) and not tools:
             return prompt
-        conversation = formats.messages(prompt)
-        if conversation.tools:
-            raise Mistake("'tools' of a prompt are not read; write them into the system text")
-        return conversation.messages
+        conversation = formats.messages(formats.turns_of(prompt), tools)
+        first, *others = conversation.messages
+        return [first | ({"tools": conversation.tools} if conversation.tools else {}), *others]
 
-    history = () if column == "messages" else ("history",)
-    reads = (*formats.SYSTEM, *history, *(formats.BESIDE if question else ()))
+    history = () if column in ("messages", "conversations") else ("history",)
+    reads = (*formats.SYSTEM, *history, *formats.TOOLS, *(formats.BESIDE if question else ()))
     return formats.Format(f"prompts in {column!r}", (column,), convert, reads)
 
 
 PROMPT_FORMATS = (
     _prompt("prompt"),
     _prompt("messages"),
+    _prompt("conversations"),
     _prompt("question", question=True),
     _prompt("instruction", question=True),
     _prompt("query", question=True),
@@ -59,6 +64,8 @@ class Prompts:
     ids: list[tuple[int, ...]]
     raw: list[Any]  # texts or messages, as they stand in the data
     columns: dict[str, list[Any]]  # the other columns of the rows, by name
+    sizes: tuple[int, ...] = ()  # prompts of each source
+    weights: tuple[float | None, ...] = ()  # of each source
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -91,7 +98,7 @@ def read(
         unread |= formats.unread(form, row)
         prompts.append(prompt)
         # messages stay in the spelling of the data, unless something is put in front of them
-        same = isinstance(row[column], list) and len(row[column]) == len(prompt)
+        same = isinstance(row[column], list) and len(row[column]) == len(prompt) and is_empty(formats.tools_beside(row))
         raw.append(row[column] if same else prompt if isinstance(prompt, str) else list(prompt))
         others.append({name: value for name, value in row.items() if name != column})
     if unread := {column for column in unread if not elsewhere(column)}:
@@ -123,8 +130,9 @@ def load(
     Raises:
       Mistake: there are no rows, what `read` raises, a prompt is empty, or too many are too long.
     """
-    ids, raw, others, dropped, answered = [], [], [], 0, 0
-    for source in sources.parse(spec):
+    ids, raw, others, dropped, answered, sizes, parts = [], [], [], 0, 0, [], sources.parse(spec)
+    for source in parts:
+        before = len(ids)
         rows = sources.load(source).rows
         if not len(rows):
             raise Mistake(f"data {source.name} has no rows")
@@ -144,6 +152,11 @@ def load(
             ids.append(tokens)
             raw.append(texts[number] if isinstance(texts[number], str) else texts[number][: len(prompt)])
             others.append(columns[number])
+        sizes.append(len(ids) - before)
+        if source.weight is not None and not sizes[-1]:
+            raise Mistake(
+                f"data {source.name}: all prompts have more than {max_length} tokens, so its weight has no use"
+            )
     if answered:
         what = {"continue": "goes on with", "drop": "does without"}[last_turn]
         log.info("%d prompts end with a turn of the assistant, which the response %s", answered, what)
@@ -156,7 +169,7 @@ def load(
             f"{dropped} of {total} prompts have more than {max_length} tokens, which is `max_length` - "
             f"`max_new_tokens`; raise `max_length` or lower `max_new_tokens`{allow}"
         )
-    return Prompts(ids, raw, by_column(others))
+    return Prompts(ids, raw, by_column(others), tuple(sizes), tuple(source.weight for source in parts))
 
 
 def by_column(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -172,7 +185,8 @@ def encode(prompt: Prompt | Conversation, tokenizer: Any, where: str, last_turn:
     if not tokenizer.chat_template:
         raise Mistake(f"{where}: the prompt is a conversation, but the tokenizer has no chat template; give texts")
     messages, tools = (prompt.messages, prompt.tools) if isinstance(prompt, Conversation) else (prompt, None)
-    messages = settled(messages, where, last_turn)
+    tools = tools_of(messages, tools)
+    messages = [{k: v for k, v in m.items() if k != "tools"} for m in settled(messages, where, last_turn)]
     try:
         return context_ids(tokenizer, messages, tools, open_turn=ends_with_assistant(messages))
     except Mistake as error:
@@ -206,8 +220,14 @@ def settled(prompt: Any, where: str, last_turn: LastTurn) -> Any:
 class PromptBatches(Batches):
     """Step n -> the numbers of its prompts, Int64[N], all of them on every host."""
 
-    def __init__(self, count: int, plan: Plan, *, steps: int = 0):
-        super().__init__(plan, lambda epoch: order(count, (plan.seed, epoch), plan.shuffle), steps=steps)
+    def __init__(self, prompts: Prompts, plan: Plan, *, steps: int = 0):
+        def epoch(number: int) -> np.ndarray:
+            if None in prompts.weights:
+                return order(len(prompts), (plan.seed, number), plan.shuffle)
+            mixture = Mixture.of(prompts, prompts.sizes, prompts.weights)
+            return mixture.epoch(number, seed=plan.seed, shuffle=plan.shuffle)
+
+        super().__init__(plan, epoch, steps=steps)
 
     def __getitem__(self, step: int) -> np.ndarray:
         return np.array(self._items(step), np.int64)

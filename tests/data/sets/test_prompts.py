@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from jaxalign.data.batches.plan import Plan
 from jaxalign.data.sets import prompts
 
 
@@ -73,7 +74,7 @@ def test_a_system_text_and_a_history_stand_in_front_of_a_prompt():
     assert raw == spelled and list(prompt) == [{"role": "user", "content": "p"}]
 
 
-@pytest.mark.parametrize("name", ["context", "input", "tools", "images", "documents"])
+@pytest.mark.parametrize("name", ["context", "input", "images", "documents"])
 def test_a_column_of_content_is_refused_unless_a_reward_reads_it(name):
     row = {"prompt": "p", name: ["x"]}
     with pytest.raises(
@@ -119,3 +120,42 @@ def test_by_default_it_is_refused_with_its_row(chat_tokenizer, tmp_path):
         load(chat_tokenizer, tmp_path, rows, max_length=30)
     with pytest.raises(ValueError, match="row 1: all turns of the prompt are the assistant's"):
         load(chat_tokenizer, tmp_path, [{"messages": ANSWERED[1:]}], last_turn="drop")
+
+
+TOOLS = [{"type": "function", "function": {"name": "lookup", "parameters": {}}}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "the cat", "tools": TOOLS},
+        {"prompt": "the cat", "tools": json.dumps(TOOLS)},
+        {"messages": [{"role": "user", "content": "the cat", "tools": TOOLS}]},
+        {"conversations": [{"from": "human", "value": "the cat"}], "functions": TOOLS},
+        {"question": "the cat", "tools": [TOOLS[0]["function"]]},
+    ],
+)
+def test_tools_of_a_prompt_are_rendered(chat_tokenizer, tmp_path, row):
+    chat_tokenizer.chat_template = (
+        "{% for t in tools %}{{ t.function.name }} {% endfor %}" + chat_tokenizer.chat_template
+    )
+    [ids] = load(chat_tokenizer, tmp_path, [row], max_length=60).ids
+    messages = [{"role": "user", "content": "the cat"}]
+    options = {"tools": TOOLS, "add_generation_prompt": True}
+    assert list(ids) == chat_tokenizer.apply_chat_template(messages, **options)["input_ids"]
+
+
+def test_a_template_that_leaves_out_the_tools_of_a_prompt_is_told(chat_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="row 1: the chat template leaves out the 'tools' of the conversation"):
+        load(chat_tokenizer, tmp_path, [{"prompt": "a", "tools": TOOLS}], max_length=60)
+
+
+def test_an_epoch_takes_prompts_of_several_files_by_their_weights(tokenizer, tmp_path):
+    for name, word, count in (("a", "cat", 4), ("b", "dog", 12)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"prompt": word}) + "\n") * count)
+    paths = [f"{tmp_path}/{name}.jsonl" for name in "ab"]
+    for weights, expected in (("", 4), ("*0.75", 12)):
+        spec = f"{paths[0]}{weights},{paths[1]}{weights and '*0.25'}"
+        loaded = prompts.load(spec, tokenizer, max_length=8, max_dropped=0.0)
+        batches = prompts.PromptBatches(loaded, Plan(batch_size=16, max_length=8, seed=0))
+        assert sum(loaded.raw[i] == "cat" for i in batches[0]) == expected
