@@ -20,7 +20,7 @@ from jaxalign.data.read.formats import (
     Format,
     Normal,
     PromptCompletion,
-    context_and_response,
+    continued,
     framed,
     question,
     sequence,
@@ -54,9 +54,11 @@ def _pair(column: str, *, as_turns: bool = False) -> Callable[[Row, bool], list[
     """Converts rows with a prompt in `column` and with chosen and rejected, which may repeat or continue it."""
 
     def convert(row: Row, as_chat: bool) -> list[Group]:
-        prompt, tools = framed(question(row, column), row), tools_beside(row)
-        parts = [context_and_response(prompt, _response(row, name)) for name in ("chosen", "rejected")]
-        pair = tuple(sequence(*part, as_chat or as_turns, tools) for part in parts)
+        prompt, responses = (
+            framed(question(row, column), row),
+            [_response(row, name) for name in ("chosen", "rejected")],
+        )
+        pair = tuple(continued(row, prompt, response, as_chat or as_turns) for response in responses)
         return [Group(pair, opinions=_opinions(row))]
 
     return convert
@@ -142,8 +144,13 @@ def _tree(row: Row, as_chat: bool) -> list[Group]:
 
 def _ranking(row: Row, as_chat: bool) -> list[Group]:
     """A ranking by `ranks` (1 is best) or `scores` (more is better), or of `responses` that stand best first."""
-    responses = list(row["responses"])
-    name = next((name for name in ("ranks", "scores") if row.get(name) is not None), None)
+    responses = row["responses"]
+    if not isinstance(responses, list) or not all(isinstance(response, str | list | dict) for response in responses):
+        raise Mistake(f"'responses' holds {brief(repr(responses))}; it must be a list of texts or messages")
+    names = [name for name in ("ranks", "scores") if not is_empty(row.get(name))]
+    if len(names) > 1:
+        raise Mistake("a row has both 'ranks' and 'scores'; keep one of the two")
+    name = next(iter(names), None)
     keys = [number_in(f"a value in {name!r}", key) for key in row[name]] if name else list(range(len(responses)))
     if len(keys) != len(responses):
         raise Mistake(f"{len(responses)} responses, but {len(keys)} ranks or scores")
@@ -152,8 +159,8 @@ def _ranking(row: Row, as_chat: bool) -> list[Group]:
     order = sorted(range(len(responses)), key=lambda i: keys[i])
     levels = sorted(set(keys))
     ranks = tuple(levels.index(keys[i]) for i in order)
-    prompt, tools = framed(question(row, "prompt"), row), tools_beside(row)
-    sequences = tuple(sequence(prompt, responses[i], as_chat, tools) for i in order)
+    prompt = framed(question(row, "prompt"), row)
+    sequences = tuple(continued(row, prompt, responses[i], as_chat) for i in order)
     return [Group(sequences, ranks=ranks if len(levels) < len(keys) else None)]
 
 
@@ -187,6 +194,7 @@ FEEDBACK_FORMATS: tuple[Format, ...] = (
     _rated("label", _FORMATS["ShareGPT"]),
     _rated("label", _FORMATS["prompt+completion"]),
     _rated("desirable", _FORMATS["prompt+completion"]),
+    _rated("label", _FORMATS["Alpaca"]),
     Format("ShareGPT pair", ("conversations", "chosen", "rejected"), _pair("conversations"), (*_OF_TURNS, *_OF_PAIRS)),
     Format("prompt with a pair", ("prompt", "chosen", "rejected"), _pair("prompt"), (*_OF_PROMPTS, *_OF_PAIRS)),
     Format(
@@ -218,13 +226,12 @@ def recognise(columns: Iterable[str], *, where: str, dialogues_as_texts: bool = 
 def recognise_demonstrations(row: Row, *, where: str, dialogues_as_texts: bool = False) -> Format:
     """The format of supervised data: instruction data, or feedback, of which `demonstrations` are learned.
 
-    A label that is neither true nor false in the first row is not a rating.
+    A label that is meant as neither true nor false in the first row is not a rating.
     """
     forms = [form for form in _with_texts(FEEDBACK_FORMATS, dialogues_as_texts) if form is not _TREE]
-    labels = [label for label in ("label", "desirable") if not is_rating(row.get(label))]
-    forms = [form for form in forms if not set(labels) & set(form.columns)]
-    form = next((form for form in forms if row.keys() >= set(form.columns)), None)
-    return form or formats.recognise(row, [*formats.FORMATS, *forms], where=where)
+    others = {label for label in formats.LABELS if not formats.may_rate(row.get(label))}
+    forms = [form for form in forms if not {c for c in others if not is_empty(row.get(c))} & set(form.columns)]
+    return formats.recognise(row.keys() - others, [*forms, *formats.FORMATS], where=where)
 
 
 def _with_texts(forms: Sequence[Format], as_texts: bool) -> list[Format]:

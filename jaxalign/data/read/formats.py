@@ -55,16 +55,18 @@ class Format:
     columns: tuple[str, ...]
     convert: Callable[..., Any]  # (row, as_chat) -> its normal form; of feedback, groups of responses
     reads: tuple[str, ...] = ()  # further columns, where a row has them
+    earlier: tuple[Format, ...] = dataclasses.field(default=(), compare=False)  # that the first row is not of
 
     def reads_column(self, column: str) -> bool:
         """True if the column decides what is learned; `split` always does."""
         return column in self.columns or column in self.reads or column == "split"
 
 
-SYSTEM = ("system", "system_prompt")  # a turn of the system, in front
+SYSTEM = ("system", "system_prompt", "system_message")  # a turn of the system, in front
 TOOLS = ("tools", "functions")  # JSON schemas of functions, for the chat template
 BEFORE = (*SYSTEM, "history", *TOOLS)  # in front of a prompt that is a text; it becomes a conversation
 BESIDE = ("input", "context")  # paragraphs behind a question or an instruction
+LABELS = ("label", "desirable")  # of a rated response; in other data a label may be anything
 ROW_WEIGHTS = ("weight", "weights", "train", "training")  # of a row; 1 and true change nothing
 OF_RESPONSES = (*spellings.REASONING, "tool_calls", "function_call", *ROW_WEIGHTS, "train_detail")
 # Columns that are known to carry content. A row whose format does not read one of them is refused.
@@ -102,7 +104,7 @@ def framed(prompt: Any, row: Row) -> str | list[Row]:
     """A prompt (text or turns) behind the system text and the history of its row: a text if there are neither."""
     systems = dict.fromkeys(text_in(row, name) for name in SYSTEM if not is_empty(row.get(name)))
     if len(systems) > 1:
-        raise Mistake("'system' and 'system_prompt' differ; keep one")
+        raise Mistake(f"{', '.join(map(repr, SYSTEM))} differ where a row has several; keep one")
     system: list[Row] = [{"role": "system", "content": text} for text in systems if text.strip()]
     if isinstance(prompt, str):
         before = [*system, *_history(row.get("history"))]
@@ -154,6 +156,19 @@ def with_context(instruction: str, context: str) -> str:
     return f"{instruction}\n\n{context}" if context.strip() else instruction
 
 
+def continued(row: Row, prompt: Any, response: Any, as_chat: bool) -> Normal:
+    """The normal form of a response behind the prompt of its row, which it may repeat or go on from.
+
+    Of a prompt of messages the assistant's turns are context, unless they are marked; those of a `history` are learned.
+    """
+    context, response = context_and_response(prompt, response)
+    if not isinstance(prompt, str) and is_empty(row.get("history")):
+        _check_turns(prompt)
+        before = [spellings.message(turn) for turn in prompt]
+        context = [spellings.unlearned(turn) if spellings.message(turn) in before else turn for turn in context]
+    return sequence(context, response, as_chat, tools_beside(row))
+
+
 def sequence(prompt: Any, response: Any, as_chat: bool, tools: Any = None) -> Normal:
     """The normal form of a prompt (text or messages) with its response (text, message or messages)."""
     if isinstance(prompt, str) and isinstance(response, str) and not as_chat and not tools:
@@ -178,11 +193,14 @@ def context_and_response(prompt: Any, response: Any) -> tuple[Any, Any]:
     if not isinstance(response, list) or len(response) < 2:
         return prompt, response
     turns, before = (messages(turns_of(part)).messages for part in (response, prompt))
-    if _within(before, turns[:-1]):
-        return response[:-1], response[-1:]
-    if _within(turns[:-1], before[1 - len(turns) :]):  # the last turns of the prompt
-        return prompt, response[-1:]
-    if turns[0]["role"] == "assistant":
+    goes_on = turns[0]["role"] in ("assistant", "tool")
+    first = next((turn["role"] for turn in before if turn["role"] not in ("system", "developer")), None)
+    if not goes_on or first == turns[0]["role"]:
+        if _within(before, turns[:-1]):
+            return response[:-1], response[-1:]
+        if _within(turns[:-1], before[1 - len(turns) :]):  # the last turns of the prompt
+            return prompt, response[-1:]
+    if goes_on:
         return turns_of(prompt), response
     raise Mistake(
         f"a response of {len(turns)} turns begins with {turns[0]['role']} and does not repeat the prompt; repeat all "
@@ -204,10 +222,7 @@ def _texts(prompt: str, response: str) -> Callable[..., Normal]:
         for name, value in zip((prompt, response), texts, strict=True):
             if not isinstance(value, str | list | dict):
                 text_in(row, name)  # raises
-        parts = framed(texts[0], row), texts[1]
-        if response == "chosen":  # which may repeat the prompt
-            parts = context_and_response(*parts)
-        return sequence(*parts, as_chat, tools_beside(row))
+        return continued(row, framed(texts[0], row), texts[1], as_chat)
 
     return convert
 
@@ -292,9 +307,9 @@ def recognise(
 ) -> Format:
     """The format of rows with these columns. Raises Mistake, which lists the columns and the known formats."""
     columns = set(columns)
-    for form in formats:
+    for number, form in enumerate(formats):
         if columns.issuperset(form.columns):
-            return form
+            return dataclasses.replace(form, earlier=tuple(formats[:number]))
     known = "; ".join(f"{'+'.join(form.columns)} ({form.name})" for form in formats)
     names = ", ".join(brief(column, 40) for column in sorted(columns))
     raise Mistake(f"{where}: columns {brief(names, 400)} {otherwise}; known are {known}")
@@ -328,16 +343,31 @@ def normalise(form: Format, row: Row, *options: bool, where: str, elsewhere: Con
 
 
 def _check_columns(form: Format, row: Row, elsewhere: Container[str]) -> None:
+    other = next((other for other in form.earlier if all(_fills(row, column) for column in other.columns)), None)
+    if other is not None:
+        raise Mistake(
+            f"a row of format {other.name} ({'+'.join(other.columns)}), and the first row is of format {form.name} "
+            f"({'+'.join(form.columns)}); write each format into a file of its own, and mix the files"
+        )
     for column in CONTENT:
         value = row.get(column)
         if is_empty(value) or form.reads_column(column) or column in elsewhere:
             continue
-        if column in ROW_WEIGHTS and value in (1, True):
+        if column in ROW_WEIGHTS and value in (1, "1", "1.0", "true", "True"):  # the cells of a CSV file are texts
             continue
         raise Mistake(
             f"column {column!r} holds {brief(value, 40)}, which the format {form.name} does not read; write it into "
             f"{' or '.join(map(repr, form.columns))}, or rename or remove the column"
         )
+
+
+def _fills(row: Row, column: str) -> bool:
+    return not is_empty(row.get(column)) and (column not in LABELS or may_rate(row[column]))
+
+
+def may_rate(value: Any) -> bool:
+    """True for a label that is a rating, or is meant as one."""
+    return str(value).strip().lower() in ("true", "false", "1", "0", "-1", "1.0", "0.0", "-1.0")
 
 
 def unread(form: Format, row: Row) -> set[str]:

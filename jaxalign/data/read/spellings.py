@@ -38,10 +38,38 @@ CALLS = ("function_call", "tool_call")  # roles of turns that are a call, as JSO
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # what the assistant thinks before it responds
 LEARNED = ("weight", "train", "training", "loss")  # 1 or true: the turn is learned; 0 or false: it is only context
-KEYS = ("role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id", "tools")
+TOOLS = ("tools", "functions")
+KEYS = ("role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id", *TOOLS)
 READ = (*KEYS, *REASONING, *LEARNED)
 # Keys of a turn, and columns of a row, that carry content and that nothing here can render.
-UNREADABLE = ("image", "images", "audio", "audios", "video", "videos", "document", "documents", "train_detail")
+UNREADABLE = (
+    "image",
+    "images",
+    "audio",
+    "audios",
+    "video",
+    "videos",
+    "document",
+    "documents",
+    "train_detail",
+    "kto_tag",
+)
+# Further keys of a turn of which the same is true; as columns they may be anything.
+UNREADABLE_IN_TURNS = (
+    *UNREADABLE,
+    "parts",
+    "refusal",
+    "function_calls",
+    "tool_responses",
+    "tool_results",
+    "thought",
+    "thoughts",
+    "reasoning_details",
+    "training_detail",
+    "mask",
+    "masked",
+)
+OF_CALLS = ("name", "arguments", "parameters", "id", "type", "index", "function")  # keys of a call that are read
 
 
 def is_empty(value: Any) -> bool:
@@ -51,7 +79,7 @@ def is_empty(value: Any) -> bool:
 
 def message(turn: Turn) -> Turn:
     """The turn as {"role", "content", ...}, with the keys that `formats.Conversation` lists. Raises Mistake."""
-    for key in UNREADABLE:
+    for key in UNREADABLE_IN_TURNS:
         if not is_empty(turn.get(key)):
             raise Mistake(f"a turn has {key!r}, which is not read; write it into the text, or leave the row out")
     spelling = _value(turn, "role", "from")
@@ -79,7 +107,8 @@ def message(turn: Turn) -> Turn:
 def _value(turn: Turn, name: str, other: str) -> Any:
     """The value under the one of two names that the turn has. Raises KeyError without either."""
     values = [turn[key] for key in (name, other) if not is_empty(turn.get(key))]
-    if len(values) == 2 and values[0] != values[1]:
+    same = values[:1] == values[1:] or (name == "role" and len({ROLES.get(str(v), str(v)) for v in values}) == 1)
+    if len(values) == 2 and not same:
         raise Mistake(f"a turn has {name!r} {brief(repr(values[0]))} and {other!r} {brief(repr(values[1]))}; keep one")
     return values[0] if values else turn[other if other in turn and name not in turn else name]
 
@@ -131,6 +160,13 @@ def _is_learned(turn: Turn, role: str) -> bool:
     return all(marks.values())
 
 
+def unlearned(turn: Turn) -> Turn:
+    """A turn of the assistant as context, unless it says itself whether it is learned; other turns as they are."""
+    unmarked = all(is_empty(turn.get(key)) for key in LEARNED)
+    spelling = turn.get("role") or turn.get("from")
+    return turn | {"train": False} if unmarked and ROLES.get(str(spelling)) == "assistant" else turn
+
+
 def _calls(turn: Turn) -> list[Turn]:
     """Calls of tools in OpenAI's keys: a list under 'tool_calls', or one under the older 'function_call'."""
     calls = turn.get("tool_calls")
@@ -151,7 +187,14 @@ def _call(call: Any) -> Turn:
     if fields.get("type", str, "function") != "function":
         raise Mistake(f"a call of a tool has type {brief(repr(call['type']))}; only 'function' is read")
     function = fields.object("function") if "function" in fields else fields
-    arguments = next((function.content[k] for k in ("arguments", "parameters") if k in function), {})
+    for key, value in [*fields.content.items(), *function.content.items()]:
+        if key not in OF_CALLS and not is_empty(value):
+            raise Mistake(f"a call of a tool has {brief(repr(key))}, which is not read; write it into 'arguments'")
+    if not is_empty(function.content.get("arguments")) and not is_empty(function.content.get("parameters")):
+        raise Mistake("a call of a tool has both 'arguments' and 'parameters'; keep one of the two")
+    arguments = function.content.get("arguments")
+    if is_empty(arguments):
+        arguments = function.content.get("parameters") or {}
     if isinstance(arguments, str):
         arguments = parse_json(arguments.strip() or "{}", "'arguments' of a call of a tool")
     arguments = Fields(arguments, "'arguments' of a call of a tool").content
@@ -177,7 +220,7 @@ def _tool(tool: Any) -> Turn:
 
 def tools_of(turns: Sequence[Turn], tools: tuple[Turn, ...] | None) -> tuple[Turn, ...] | None:
     """The tools of a row or of one of its turns. Raises Mistake if two places differ."""
-    everything = [tools, *(tools_in(turn.get("tools")) for turn in turns)]
+    everything = [tools, *(tools_in(turn.get(key)) for turn in turns for key in TOOLS)]
     distinct = [value for i, value in enumerate(everything) if value and value not in everything[:i]]
     if len(distinct) > 1:
         raise Mistake("'tools' stand in several places of a row, and differ; keep one list")

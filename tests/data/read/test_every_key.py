@@ -90,8 +90,8 @@ def test_every_column_is_rendered_or_refused_by_name_or_listed(form):
             assert seen == ("refused" if key in form.reads else "unread"), key  # a text is no number
 
 
-KEYS_OF_TURNS = [*spellings.READ, *spellings.UNREADABLE, "colour"]
-FOR_USERS = {"name", "tool_call_id", "tools"}  # keys that a turn of the user may have too
+KEYS_OF_TURNS = [*spellings.READ, *spellings.UNREADABLE_IN_TURNS, "colour"]
+FOR_USERS = {"name", "tool_call_id", *spellings.TOOLS}  # keys that a turn of the user may have too
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations"])
@@ -104,7 +104,7 @@ def test_every_key_of_a_turn_is_rendered_or_refused_by_name_or_listed(column, at
         row[column][at][key] = MARKS.get(key, MARK)
         seen = fate(recognise_demonstrations(row, where="d"), row, key)
         if key in (
-            *spellings.UNREADABLE,
+            *spellings.UNREADABLE_IN_TURNS,
             *spellings.LEARNED,
             "content",
             "value",
@@ -217,4 +217,98 @@ def test_the_documents_list_every_format_with_the_keys_that_it_reads():
     for form in [*ALL, SOLUTIONS, recognise(["chosen", "rejected"], where="d", dialogues_as_texts=True)]:
         row = form.name.replace("'", "`"), frozenset(form.columns), frozenset(form.reads)
         assert row in documented, row
-    assert all(f"`{name}`" in text for name in [*CONTENT, *spellings.READ, *spellings.UNREADABLE, *spellings.ROLES])
+    assert all(
+        f"`{name}`" in text for name in [*CONTENT, *spellings.READ, *spellings.UNREADABLE_IN_TURNS, *spellings.ROLES]
+    )
+
+
+ARGUMENTS = {"city": "Bonn"}
+
+
+@pytest.mark.parametrize("key", ["args", "input", "kwargs"])
+def test_arguments_of_a_call_under_an_unknown_name_are_refused(key):
+    row = {"messages": [ASK, {"role": "assistant", "tool_calls": [{"name": "f", key: ARGUMENTS}]}]}
+    with pytest.raises(Mistake, match=f"d: a call of a tool has '{key}', which is not read"):
+        normalise(formats.MESSAGES, row, False, where="d")
+
+
+def test_arguments_of_a_call_are_read_under_both_names_and_once():
+    turn = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}, "parameters": ARGUMENTS}]}
+    assert spellings.message(turn)["tool_calls"][0]["function"]["arguments"] == ARGUMENTS
+    turn["tool_calls"][0]["arguments"] = {"city": "Ulm"}
+    with pytest.raises(Mistake, match="both 'arguments' and 'parameters'"):
+        spellings.message(turn)
+
+
+def sft(row, as_chat=False):
+    [sequence] = demonstrations(normalise(recognise_demonstrations(row, where="d"), row, as_chat, where="d"))
+    return sequence
+
+
+def learned(row):
+    return [m["content"] for m in sft(row).messages if m["role"] == "assistant" and m.get("learn", True)]
+
+
+def test_of_a_prompt_of_messages_the_turns_of_the_assistant_are_context_unless_marked():
+    prompt = [ASK, {"role": "assistant", "content": "before"}, ASK]
+    for row in ({"prompt": prompt, "completion": [ANSWER]}, {"prompt": prompt, "chosen": [*prompt, ANSWER]}):
+        assert learned(row) == ["y"]
+    assert learned({"prompt": [ASK, prompt[1] | {"weight": 1}, ASK], "completion": [ANSWER]}) == ["before", "y"]
+    assert learned({"instruction": "p", "output": "y", "history": [["a", "b"]]}) == ["b", "y"]
+
+
+def test_a_completion_may_repeat_its_prompt_and_does_not_begin_with_the_user():
+    assert sft({"prompt": [ASK], "completion": [ASK, ANSWER]}).messages == (ASK, ANSWER)
+    with pytest.raises(Mistake, match="begins with user and does not repeat the prompt"):
+        sft({"prompt": [ASK], "completion": [{"role": "user", "content": "other"}, ANSWER]})
+
+
+def test_a_response_that_goes_on_may_hold_the_words_of_the_prompt_again():
+    chosen = [ANSWER, ASK, OTHER]
+    row = {"prompt": [ASK], "chosen": chosen, "rejected": [*chosen[:-1], ANSWER]}
+    assert sft(row).messages == (ASK, ANSWER, ASK, OTHER)
+
+
+@pytest.mark.parametrize("responses", ["yes", {"a": "b"}, ["a", None], [1, 2]])
+def test_responses_are_a_list_of_texts_or_messages(responses):
+    row = {"prompt": "p", "responses": responses}
+    with pytest.raises(Mistake, match=r"'responses' holds .*; it must be a list of texts or messages"):
+        normalise(recognise(row, where="d"), row, False, where="d")
+
+
+def test_a_ranking_has_ranks_or_scores_and_not_both():
+    row = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "scores": [1, 2]}
+    with pytest.raises(Mistake, match="both 'ranks' and 'scores'"):
+        normalise(recognise(row, where="d"), row, False, where="d")
+
+
+COMPLETED = {"prompt": "p", "completion": "y"}
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        (COMPLETED, COMPLETED | {"label": False}),
+        (COMPLETED | {"label": None}, COMPLETED | {"label": False}),
+        (COMPLETED, COMPLETED | {"messages": [ASK, ANSWER]}),
+        (COMPLETED, COMPLETED | {"chosen": "y", "rejected": "n"}),
+        ({"text": "t"}, {"text": "t", "prompt": "p", "completion": "y"}),
+    ],
+)
+def test_a_row_of_another_format_than_the_first_is_refused(first, later):
+    form = recognise_demonstrations(first, where="d")
+    normalise(form, first, False, where="d, row 1")
+    with pytest.raises(Mistake, match=r"d, row 57: a row of format .*, and the first row is of format"):
+        normalise(form, later, False, where="d, row 57")
+
+
+@pytest.mark.parametrize("label", ["false", "True", -1, "0"])
+def test_a_label_that_is_meant_as_a_rating_is_refused_in_another_spelling(label):
+    with pytest.raises(Mistake, match=r"column 'label' holds .*, not true or false"):
+        sft(COMPLETED | {"label": label})
+
+
+def test_weights_of_rows_that_change_nothing_may_be_the_texts_of_a_csv_file():
+    assert sft(COMPLETED | {"weight": "1"}) == sft(COMPLETED)
+    with pytest.raises(Mistake, match=r"column 'weight' holds 0.5"):
+        sft(COMPLETED | {"weight": "0.5"})
