@@ -193,9 +193,17 @@ def _marked_text(
     parts = [_marked(m, i) for i, m in enumerate(messages[start:stop], start)]
     turns = [*messages[:start], *(message for message, _ in parts)]
     text = render(tokenizer, turns, turns[-1]["role"] != "assistant", tools=tools)
+    marks_before = [mark for _, marks in parts[:-1] for mark in marks.values()]
+    asked = text  # some templates write the system text, or the tools, only as long as nothing is responded
+    if turns[-1]["role"] == "assistant" and not all(mark in text for mark in marks_before):
+        asked = render(tokenizer, turns[:-1], True, tools=tools)
     for i, (_, marks) in enumerate(parts, start):
         for key, mark in marks.items():
-            if mark in text or (key == "reasoning_content" and (learned or _opens(tokenizer, turns[:-1], tools))):
+            if (
+                mark in text
+                or mark in asked
+                or (key == "reasoning_content" and (learned or _opens(tokenizer, turns[:-1], tools)))
+            ):
                 continue
             raise Mistake(_left_out(f"the {key!r} of turn {i + 1}, which is of the {messages[i]['role']}"))
     return text
@@ -218,6 +226,9 @@ def _behind_context(tokenizer: Any, messages: Sequence[Message], tools: Any, bef
     probe = render(tokenizer, [*messages[:-1], {"role": message["role"], "content": _mark(0)}], False, tools=tools)
     header = _common_prefix(before, probe)  # up to where an answer begins, whatever it is
     if len(header) < len(_common_prefix(before, history)) or not whole.startswith(header):
+        response = _behind_last_text(tokenizer, messages, tools)
+        if response is not None:
+            return response
         raise Mistake(
             f"the chat template renders turn {len(messages)} in a way that changes what stands before it, so the "
             f"response cannot be separated from its context; {WAY_OUT}"
@@ -237,6 +248,20 @@ def _behind_context(tokenizer: Any, messages: Sequence[Message], tools: Any, bef
         return f"{thoughts.lstrip().removeprefix(opening).lstrip()}{closing}{space}{rest}"
     thoughts = (message.get("reasoning_content") or "").strip("\n")
     return f"{thoughts}\n{closing}\n\n{rest.lstrip()}"
+
+
+def _behind_last_text(tokenizer: Any, messages: Sequence[Message], tools: Any) -> str | None:
+    """The text of the last message behind its generation prompt, where the template changes what stands further before.
+
+    Both stand behind the text of the message before the last, which a mark ends; None if they do not.
+    """
+    i = len(messages) - 2
+    marked, marks = _marked(messages[i], i)
+    asked = [*messages[:i], marked]
+    prompt = render(tokenizer, asked, True, tools=tools).rpartition(marks.get("content", "\0"))
+    whole = render(tokenizer, [*asked, messages[-1]], False, tools=tools).rpartition(marks.get("content", "\0"))
+    behind = prompt[2]
+    return whole[2][len(behind) :] if prompt[1] and whole[1] and whole[2].startswith(behind) else None
 
 
 def _common_prefix(one: str, other: str) -> str:

@@ -178,8 +178,23 @@ def test_a_generation_prompt_that_opens_thoughts_is_followed_by_them_or_their_en
     assert shown(made, user("hi"), answer)[0].endswith(f"<|im_start|>assistant\n<think>\n⟦{response}{end}⟧")
 
 
-def test_a_template_that_changes_the_past_when_the_assistant_has_answered_is_refused():
-    counts = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+def test_a_template_that_changes_the_past_when_the_assistant_has_answered_is_learned_as_inference_reads_it():
+    """Mistral's writes the system text and the tools before the user's turn only while nothing stands behind it."""
+    system = (
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
+        "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}, {% endif %}"
+        "{{ m.content }}[/INST]"
+        "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    made = encoder(system)
+    asked = {"role": "system", "content": "S"}
+    assert shown(made, asked, *TALK[:2]) == ["[INST] S, hi[/INST]⟦ hello</s>⟧"]
+    assert shown(made, asked, *TALK)[1] == "[INST] hi[/INST] hello</s>[INST] S, bye[/INST]⟦ so long</s>⟧"
+    assert context(made.tokenizer, [asked, *TALK[:3]]).endswith("[INST] S, bye[/INST]")
+
+
+def test_a_template_that_writes_something_else_before_an_answer_once_there_is_one_is_refused():
+    counts = "{% for m in messages %}{{ m.content }}{{ messages | length }}{% endfor %}"
     with pytest.raises(
         ValueError, match="row 1: the chat template renders turn 2 in a way that changes what stands before"
     ):
