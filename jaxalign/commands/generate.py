@@ -196,7 +196,7 @@ def read_rows(
     if not _names_data(text):
         return [sources.repaired(text)], {}
     prompts, others = [], []
-    for source in sources.parse(text):
+    for source in sources.parse_unweighted(text, "prompts"):
         part, _, columns = prompting.read(_rows(source), source.name, elsewhere=elsewhere)
         prompts += part
         others += columns

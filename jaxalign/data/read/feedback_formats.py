@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from jaxalign.data.read import formats
@@ -71,6 +72,8 @@ def _response(row: Row, column: str) -> Any:
 
 def number_in(name: str, value: Any) -> float:
     """The value as a float that float32 can hold. Raises Mistake."""
+    if isinstance(value, Decimal):  # of a Parquet file
+        value = float(value)
     if not isinstance(value, int | float):
         raise Mistake(f"{name} is {brief(repr(value))}, not a number; give one, leave it out, or rename the column")
     if not abs(value) <= LARGEST:  # an int may be too large for a float

@@ -111,6 +111,16 @@ def parse(spec: str) -> list[Source]:
     return sources
 
 
+def parse_unweighted(spec: str, setting: str) -> list[Source]:
+    """The sources of a spec of which every row counts once. Raises Mistake if one has a weight."""
+    sources = parse(spec)
+    weighted = next((source for source in sources if source.weight is not None), None)
+    if weighted is not None:
+        check_exists(weighted)
+        raise Mistake(f"`{setting}` {spec}: {weighted.name} has a weight, and every row counts once here; leave it out")
+    return sources
+
+
 def _exists(name: str) -> bool:
     return os.path.exists(os.path.expanduser(name))
 
@@ -147,9 +157,9 @@ def load(source: Source, *, held_out: bool = False) -> Loaded:
     """
     check_exists(source)
     path = Path(source.name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return _pick(source, _load_folder(path), held_out)
-    if path.exists():
+    if os.path.exists(path):
         return _pick(source, _by_split_column(_read_file(path), path), held_out)
     return _pick(source, _load_hub(source), held_out)
 
@@ -157,7 +167,7 @@ def load(source: Source, *, held_out: bool = False) -> Loaded:
 def load_all(source: Source) -> Sequence[Row]:
     """The rows of a source; without a split, all rows of a file, in their order."""
     path = Path(source.name).expanduser()
-    if source.split is None and path.is_file():
+    if source.split is None and os.path.isfile(path):
         return _read_file(path)
     return load(source).rows
 
@@ -166,13 +176,13 @@ def check_exists(source: Source) -> None:
     """Raises Mistake if the name can only be that of a local file, and there is none."""
     path = Path(source.name).expanduser()
     local = path.name.endswith(SUFFIXES) or source.name.startswith((".", "/", "~")) or source.name.count("/") > 1
-    if local and not path.exists():
-        raise Mistake(f"data file {source.name} does not exist{_nearby(path)}")
+    if local and not os.path.exists(path):
+        raise Mistake(f"data file {brief(source.name, 200)} does not exist{_nearby(path)}")
 
 
 def _nearby(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f": there is no folder {path.parent}"
+    if not os.path.isdir(path.parent):
+        return f": there is no folder {brief(str(path.parent), 200)}"
     names = sorted(p.name for p in path.parent.iterdir())
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     return f"; {path.parent} has {', '.join(close or names[:5]) or 'nothing'}"
@@ -452,8 +462,8 @@ def _load_hub(source: Source) -> Splits:
     except Exception as error:  # the hub client raises under many names
         reason = brief(unreachable or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}", 200)
         raise Mistake(
-            f"data {source.name!r} is no local file and could not be fetched from the hub ({reason}). Check the "
-            "spelling and the network"
+            f"data {brief(source.name, 200)!r} is no local file and could not be fetched from the hub ({reason}). "
+            "Check the spelling and the network"
         ) from None
 
 

@@ -149,10 +149,12 @@ def _left_out(part: str) -> str:
     return f"the chat template leaves out {part}; {WAY_OUT}, or take that out of the data"
 
 
-def _check_tools(tokenizer: Any, messages: Sequence[Message], text: str, generation: bool, **options: bool) -> None:
+def _check_tools(
+    tokenizer: Any, messages: Sequence[Message], text: str, generation: bool, *, open_turn: bool = False
+) -> None:
     """Raises Mistake if the template makes the same text of messages with tools and without."""
     try:
-        without = render(tokenizer, messages, generation, **options)
+        without = render(tokenizer, messages, generation, open_turn=open_turn)
     except Mistake:  # a template that needs tools does not leave them out
         return
     if text == without:

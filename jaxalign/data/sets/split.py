@@ -68,7 +68,8 @@ def load(
       join: all items of several sources, in order.
       numbers: Int64[N] of items, equal where they must not be parted.
     """
-    train_sources, eval_sources = sources.parse(spec), sources.parse(eval_spec) if eval_spec is not None else []
+    train_sources = sources.parse(spec)
+    eval_sources = [] if eval_spec is None else sources.parse_unweighted(eval_spec, "eval_data")
     for source in [*train_sources, *eval_sources]:  # before the first is read, which may take long
         sources.check_exists(source)
     held_out = [_eval_data(source, read) for source in eval_sources]

@@ -1,9 +1,11 @@
 """Feedback in every format becomes groups of responses, best first, of the kind that a method learns from."""
 
+from decimal import Decimal
+
 import pytest
 
 from jaxalign.data.read import sources
-from jaxalign.data.read.feedback_formats import PAIRS, RANKED, RATED, Group, as_kind, recognise
+from jaxalign.data.read.feedback_formats import PAIRS, RANKED, RATED, Group, as_kind, number_in, recognise
 from jaxalign.data.read.formats import Conversation, PromptCompletion, normalise
 
 USER, YES, NO = ({"role": r, "content": c} for r, c in (("user", "p"), ("assistant", "y"), ("assistant", "n")))
@@ -173,3 +175,9 @@ def test_numbers_that_float32_does_not_hold_are_refused_with_their_row(change, m
     row = ({"prompt": "p"} if "scores" in change else {"prompt": "p", "chosen": "y", "rejected": "n"}) | change
     with pytest.raises(ValueError, match=f"d, row 1: {message}"):
         normalise(recognise(row, where="d"), row, False, where="d, row 1")
+
+
+def test_a_margin_may_be_a_decimal_of_a_parquet_file():
+    assert number_in("margin", Decimal("1.5")) == 1.5
+    with pytest.raises(ValueError, match="not a finite number"):
+        number_in("margin", Decimal("1e400"))

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from jaxalign.data.read import sources
-from jaxalign.data.read.sources import Source, load, parse
+from jaxalign.data.read.sources import Source, load, parse, parse_unweighted
 from jaxalign.mistake import Mistake
 
 ROWS = [{"text": f"row {i}"} for i in range(3)]
@@ -291,3 +291,15 @@ def test_what_stands_beside_the_rows_of_a_json_file_is_refused_or_listed(tmp_pat
     path.write_text(json.dumps({"system": "s", "data": ROWS}, indent=1))
     with pytest.raises(Mistake, match="'system' stands beside the rows; write it into each of them"):
         load(Source(str(path)))
+
+
+def test_names_that_no_file_can_have_are_told_in_one_short_line():
+    for name in ("./" + "x" * 5000 + ".jsonl", "./a\0b.jsonl", "/tmp/\udcff.jsonl"):
+        with pytest.raises(Mistake, match=r"data file .* does not exist") as error:
+            load(Source(name))
+        assert len(str(error.value)) < 800
+
+
+def test_weights_are_refused_where_every_row_counts_once():
+    with pytest.raises(Mistake, match=r"`eval_data` name\*0.5: name has a weight, and every row counts once"):
+        parse_unweighted("name*0.5", "eval_data")
