@@ -141,7 +141,7 @@ def test_a_reward_model_is_held_once_by_those_who_check_it_and_those_who_ask_it(
         loads.append(path)
         return load_reward_model(path, **options)
 
-    monkeypatch.setattr("jaxalign.rollout.rewards.scorer.load_reward_model", load)
+    monkeypatch.setattr("jaxalign.rollout.rewards.functions.load_reward_model", load)
     folder = str(shutil.copytree(trained.output / "final", tmp_path / "unread"))
     Rewards(f"reward_model(path={folder!r})")(["one ?"], ["cat"], {"finished": [True]})
     assert loads == [folder]

@@ -54,8 +54,9 @@ def own(request):
 def refusal(text, *kinds):
     with pytest.raises(Mistake) as refused:
         select_loss(text, *kinds)
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+    setting, _, text = str(refused.value).partition(": ")
+    assert setting == "`algorithm.loss`" and "\n" not in text
+    return text
 
 
 def test_a_loss_of_ones_own_has_the_inputs_that_it_names(own, write):
