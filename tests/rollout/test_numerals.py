@@ -121,6 +121,20 @@ def test_a_number_is_read_back_exactly_however_it_is_written(written, sentence):
         (r"-\left(\frac{3}{4}\right) = -0.75", "-3/4"),
         ("0.1", "1/10"),
         ("-0", 0),
+        ("the sum is negative 5", -5),
+        (r"negative \frac{1}{2}", "-1/2"),
+        ("it is minus 5", -5),
+        ("10 minus 5", 5),
+        ("x = - 5", -5),
+        ("(- 5)", -5),
+        (r"\frac{- 1}{2}", "-1/2"),
+        ("Answer:\n- 5", 5),
+        ("5 hundred", 500),
+        ("5 hundred thousand", 500_000),
+        ("2 lakh", 200_000),
+        (r"so \boxed 12$ and 7", 12),
+        ("$5 men", 5),
+        ("2024-10-24 = 1990", 1990),
     ],
 )
 def test_what_a_number_is_in_a_text(text, value):
@@ -150,6 +164,8 @@ def test_what_a_number_is_in_a_text(text, value):
         *("1/2/2024", "3/0", r"\frac{1}{0}", r"2\frac{7}{3}", "1e999999999", "10^999999999", "2*10^{-999999999}"),
         *(r"\boxed{3, 4}", r"\boxed{(3,4)}", r"\boxed{2\cdot 3}", r"\boxed{x > }", r"\boxed{\text{(B)}}", r"\boxed{12"),
         *(r"5 but \boxed{5!}", r"\boxed{5x + 1}", r"\boxed{-(5)}", r"\boxed{5 \text{ or } 6}", "9" * (DIGITS + 1)),
+        *("-(5)", "it is -($5)", "101_2", "101_{2}", "0x1F", "1_000", "1'234", "5'6\"", "2024-01-05", "XII", "Ⅳ"),
+        *(r"0.\overline{3}", r"0.1\bar6", "0.(3)", "0.1(6)", "$5M", "$5 M", "$5m", "€2 bn", "$3 mil", "2(3)"),
     ],
 )
 def test_what_is_no_number(text):
@@ -187,7 +203,25 @@ HOSTILE = [
     "x",
     "{",
 ]
-HOSTILE += [r"\frac{", r"\frac1", r"\boxed{", r"\sqrt[", r"\text{", "^{", "_{", "/ ", "####", "\\"]
+HOSTILE += [
+    r"\frac{",
+    r"\frac1",
+    r"\boxed{",
+    r"\sqrt[",
+    r"\text{",
+    "^{",
+    "_{",
+    "/ ",
+    "####",
+    "\\",
+    "negative ",
+    "is - ",
+    "1_",
+    "1'",
+    "-(",
+    r"1.\bar{",
+    r"\boxed 1",
+]
 
 
 def test_no_text_takes_long():

@@ -7,20 +7,22 @@ r"""Numbers in texts, as exact rationals: the grammar of `numeric_match`.
     power    = decimal × 10^k, or 10^k; × may be *, x, \times or \cdot, and 10^k be 10^{k}, 10**k or 10³
     fraction = decimal/decimal, \frac{decimal}{decimal}, \frac34, ½; \dfrac, \tfrac and \cfrac are \frac
     mixed    = 2 1/2 (a numerator of one or two digits), 2\frac{1}{2}, 2½
-    sign     = + - − (U+2212) and dashes, if no digit, letter or closing bracket stands before
+    sign     = + - − (U+2212) and dashes, if no digit, letter or closing bracket stands before; a blank
+               may follow - behind "is", =, : or an opening bracket; "negative", and "minus" behind "is", = or :
     currency = $ \$ US$ € £ ¥ ₹, and codes such as USD
-    scale    = thousand, million, billion or trillion
+    scale    = hundred, thousand, million, billion, trillion, lakh or crore, or two of them
     unit     = a word, \text{...}, % or °. It is not read: 50% equals 50\% and 50, not 0.5, as the graders of GSM8K and
                of MATH have it
 
 Text with digits that is no number: another power (2^{10}), a multiple (2x, 2\pi, 2\sqrt{3}), a root (\sqrt{2}), ±5, a
-fraction of anything else (\pi/2), digits with other marks between them (12,34, 1.2.3, 10:30, 1/2/3), a denominator of
-0, more than DIGITS digits, and a power of ten beyond EXPONENT. Exponents and indices (cm^2, x_1) and digits in words
-(H2O) are passed over.
+fraction of anything else (\pi/2), digits with other marks between them (12,34, 1.2.3, 10:30, 1/2/3, 1'234, 1_000,
+2024-01-05), a repeating decimal (0.\overline{3}, 0.(3)), another base (101_2, 0x1F), -(5), money in letters ($5M), a
+denominator of 0, more than DIGITS digits, and a power of ten beyond EXPONENT. Exponents and indices (cm^2, x_1) and
+digits in words (H2O) are passed over.
 
-The number of a text is the first behind its last ####; else the one in its last \boxed{}; else its last. A box must
-hold one number and no more than words beside it; "x =" before it is left out. The same is required of an answer of the
-data.
+The number of a text is the first behind its last ####; else the one in its last \boxed{} (or \boxed 5); else its
+last. A box must hold one number and no more than words beside it; "x =" before it is left out. The same is required of
+an answer of the data.
 """
 
 from __future__ import annotations
@@ -61,12 +63,18 @@ _BROKEN = re.compile(rf"{_START}\\frac ?")
 _LETTER = "A-Za-zÀ-ɏͰ-ϿЀ-ӿ"
 _NEXT = re.compile(
     rf"(?P<number>{_START}(?:\\frac|(?:(?<![A-Za-z0-9.)])\.)?\d))"
-    r"|(?P<spoiler>(?:\\sqrt|√) ?(?:\[[^\[\]{}]*+\])?+ ?|(?:\\pm|\\mp|[±∓]) ?|/(?= ?[\d\\]) ?)"
+    r"|(?P<spoiler>(?<![0-9A-Za-z)\]}%-])-\((?=[-+$]?[\d.\\])"
+    r"|(?:\\sqrt|√) ?(?:\[[^\[\]{}]*+\])?+ ?|(?:\\pm|\\mp|[±∓]) ?|/(?= ?[\d\\]) ?)"
     rf"|\^ ?(?:\{{[^{{}}]*+\}}?|[-+]?[A-Za-z0-9]++)?|_ ?\{{[^{{}}]*+\}}?|\\[A-Za-z]++|[{_LETTER}][{_LETTER}0-9_]*+"
 )
-_SCALE = re.compile(r" ?(?:\\text ?\{ ?)?(thousand|million|billion|trillion)(?![A-Za-z-])", re.I)
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_MORE_DIGITS = re.compile(r"(?:[.,:]| ?/ ?)\d[\d.,:/]*+(?<=\d)")
+_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES |= {"lakh": 10**5, "crore": 10**7}
+_SCALE = re.compile(rf" ?(?:\\text ?\{{ ?)?({'|'.join(_SCALES)})(?![A-Za-z-])", re.I)
+_MORE = re.compile(  # digits that belong to the number, which is then none
+    r"(?:[.,:'’_]| ?/ ?)\d[\d.,:/'’_]*+(?<=\d)|(?<=\d{4})-\d\d?+-\d\d?+(?!\d)|_ ?\{ ?\d++ ?\}|\.?\(\d++\)"
+    r"|\.?\\(?:overline|bar|dot|overset|overparen)(?![A-Za-z]) ?(?:\{[^{}]*+\}|\d)"
+)
+_MONEY = re.compile(r" ?(?:[kKmMbB]n?|mil)(?![A-Za-z])")
 _UNITS = (
     "mm|cm|dm|km|m|mi|ft|in|yd|mg|kg|g|lbs?|oz|ms|sec|s|mins?|hrs?|h|am|pm|AM|PM|m[lL]|[lL]|kWh?|W|[kMG]?Hz|[KMGT]B"
     f"|mph|kph|st|nd|rd|th|{_CODES}"
@@ -109,6 +117,10 @@ _LATEX = (
     (r"\\frac ?(\d)", r"\\frac{\1}"),
     (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),
     (r"\\(?:times|cdot|ast)(?![A-Za-z])", "*"),
+    (r"\\boxed ?(-?\d++(?:,\d{3})*+(?:\.\d++)?+)", r"\\boxed{\1}"),
+    (r"(?i)(?<![a-z])negative (?=[$\d.\\])", "-"),
+    (r"(?i)((?<![a-z])is |[=:] ?)minus (?=[$\d.\\])", r"\1-"),
+    (r"((?<![A-Za-z])is |[=≈:] ?|[(\[{$])- (?=[$\d.\\])", r"\1-"),
 )
 
 
@@ -174,12 +186,13 @@ def _value(text: str, start: int) -> tuple[Fraction | None, int]:
         broken = _BROKEN.match(text, start)
         return None, _group_end(text, _group_end(text, broken.end())) if broken else start
     end = match.end()
-    if more := _MORE_DIGITS.match(text, end):
+    if more := _MORE.match(text, end):
         return None, more.end()
-    if _FACTOR.match(text, end):
+    if _FACTOR.match(text, end) or (re.search("[$€£¥₹]", match[0]) and _MONEY.match(text, end)):
         return None, end
-    if scale := _SCALE.match(text, end):
-        return value if value is None else value * _SCALES[scale[1].lower()], scale.end()
+    for _ in range(2):
+        if scale := _SCALE.match(text, end):
+            value, end = value if value is None else value * _SCALES[scale[1].lower()], scale.end()
     return value, end
 
 
