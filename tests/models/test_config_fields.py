@@ -213,3 +213,14 @@ def test_keys_that_nothing_reads_are_logged(caplog):
 
 def test_all_families_are_tried():
     assert {ARCHITECTURES[kind] for kind in NAMES} == set(FAMILIES) and set(CHANGED) == set(NAMES)
+
+
+def test_a_model_type_of_another_family_is_refused():
+    with pytest.raises(Mistake, match="'model_type' is mistral, and 'architectures' names LlamaForCausalLM"):
+        model_config(hf_config("llama") | {"model_type": "mistral"})
+
+
+@pytest.mark.parametrize("eps", [-1e-5, None])
+def test_an_epsilon_that_no_norm_has_is_refused(eps):
+    with pytest.raises(Mistake, match=r"'rms_norm_eps' is .*; it must be a number of at least 0"):
+        model_config(hf_config("llama") | {"rms_norm_eps": eps})

@@ -242,8 +242,11 @@ def test_what_an_adapter_cannot_be_here_is_named(settings, tensors, message, tmp
 
 
 def test_ranks_that_differ_are_refused(tmp_path):
-    def widen(t):
-        for i in range(3):
+    def widen_first(t):
+        widen(t, layers=1)
+
+    def widen(t, layers=3):
+        for i in range(layers):
             for x, axis in (("A", 0), ("B", 1)):
                 name = f"base_model.model.model.layers.{i}.mlp.down_proj.lora_{x}.weight"
                 t[name] = np.ascontiguousarray(np.concatenate([t[name]] * 2, axis=axis))
@@ -254,6 +257,10 @@ def test_ranks_that_differ_are_refused(tmp_path):
         patterns = {"rank_pattern": {"qkv_proj": 6, "gate_up_proj": 4, "down_proj": 4}}
         patterns["alpha_pattern"] = {"qkv_proj": 12, "gate_up_proj": 8, "down_proj": 8}
         spoiled(tmp_path / "b", patterns, widen)
+    with pytest.raises(Mistake, match=r"mlp/down has the ranks \[4, 2, 2\] in its layers"):
+        patterns["rank_pattern"] = patterns["rank_pattern"] | {"down_proj": 2, r"layers\.0\.mlp\.down_proj": 4}
+        patterns["rank_pattern"] = dict(reversed(patterns["rank_pattern"].items()))
+        spoiled(tmp_path / "c", patterns, widen_first)
 
 
 def test_magnitudes_of_half_a_fused_kernel_are_refused_and_a_folder_without_files_is_named(tmp_path):

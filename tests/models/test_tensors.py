@@ -15,7 +15,7 @@ from jaxalign.models.files.families import model_config
 from jaxalign.models.files.huggingface import read_config, read_hf_config
 from jaxalign.models.files.load import check_files, load_params
 from jaxalign.models.files.save import save_pretrained
-from jaxalign.models.files.tensors import CHUNK, EXPONENTS, INDEX, all_finite
+from jaxalign.models.files.tensors import CHUNK, EXPONENTS, INDEX, all_finite, read_file
 from tests.models.tiny import TINY, save_random
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], **TINY["llama"], "num_hidden_layers": 1}
@@ -93,6 +93,21 @@ def test_only_regular_files_are_opened(model, kind):
         shard.symlink_to("/dev/zero")
     message = refused(model)
     assert shard.name in message and ("is not a regular file" in message or "is a link to /dev/zero" in message)
+
+
+def test_a_link_to_itself_and_a_name_that_is_too_long_are_named(model):
+    shard = sorted(model.glob("*.safetensors"))[0]
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    assert "Too many levels of symbolic links" in refused(model) or "which is not there" in refused(model)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "a" * 5000}}))
+    assert "which is not there" in refused(model)
+
+
+def test_float64_numbers_beyond_float32_are_refused(tmp_path):
+    save_file({"x": np.array([1e300, 1.0])}, tmp_path / "a.safetensors")
+    with pytest.raises(Mistake, match="'x' holds numbers beyond float32"):
+        read_file(tmp_path / "a.safetensors")
 
 
 def test_more_layers_than_the_file_has_are_refused_from_its_headers(model):

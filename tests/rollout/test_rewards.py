@@ -265,3 +265,9 @@ def test_the_process_of_a_function_ends_with_its_rewards():
     del rewards
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+def test_a_function_that_takes_no_prompts_and_responses_is_refused_before_anything_is_drawn():
+    rewards = Rewards("os:getpid")
+    with pytest.raises(Mistake, match=r"getpid\(\) cannot be called as getpid\(prompts, responses\)"):
+        rewards.check(["a"], {})

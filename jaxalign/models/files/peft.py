@@ -29,7 +29,7 @@ from jaxalign.models.files.families import TensorMap, tensor_maps
 from jaxalign.models.files.peft_config import CONFIG, PeftConfig, matches
 from jaxalign.models.files.save import complete_folder
 from jaxalign.models.files.tensors import names_of, read_file
-from jaxalign.outside import read_object
+from jaxalign.outside import brief, read_object
 from jaxalign.types import PyTree
 
 WEIGHTS = "adapter_model.safetensors"
@@ -255,6 +255,9 @@ def _stack(path: Path, name: str, layers: list[Parts], config: ModelConfig) -> P
         raise Mistake(
             f"{path}: {name} has an adapter in {len(layers)} of {config.num_layers} layers; it must be all or none"
         )
+    ranks = [part["a"].shape[-1] for part in layers]
+    if len(set(ranks)) > 1:
+        raise Mistake(f"{path}: {name} has the ranks {brief(str(ranks))} in its layers; all layers must have one rank")
     return {k: np.stack([part[k] for part in layers]) for k in layers[0]}
 
 

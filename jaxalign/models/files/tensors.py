@@ -58,6 +58,8 @@ class Tensor(NamedTuple):
         array = self.handle.get_tensor(self.name)
         if not all_finite(array):
             raise Mistake(f"{self.file}: tensor {brief(self.name)!r} holds NaN or infinity; fetch or train it again")
+        if array.dtype == np.float64 and (np.abs(array) > np.finfo(np.float32).max).any():
+            raise Mistake(f"{self.file}: tensor {brief(self.name)!r} holds numbers beyond float32; train it again")
         return array
 
 
@@ -127,7 +129,7 @@ def files_in(path: Path) -> list[Path]:
     """The safetensors files of a model's folder: those of its index, else all. Raises Mistake where there are none."""
     if (path / INDEX).exists():
         files = [path / name for name in _listed(path)]
-        absent = [brief(file.name) for file in files if not file.exists()]
+        absent = [brief(file.name) for file in files if not os.path.exists(file)]  # also for a name that is too long
         if absent:
             raise Mistake(f"{path / INDEX} lists {', '.join(absent[:5])}, which is not there; fetch it again")
     else:
@@ -161,6 +163,7 @@ def _listed(path: Path) -> list[str]:
 
 def _check_inside(path: Path, file: Path) -> None:
     """Raises Mistake where a link leads out of the folder; links of the hub's cache lead to its blobs."""
+    check_regular(file)  # also of a link that leads to itself
     target = file.resolve()
     blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
     if not (blob or target.is_relative_to(path.resolve())):

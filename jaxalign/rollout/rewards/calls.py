@@ -40,7 +40,7 @@ def raised(error: BaseException, row: int | None = None) -> Failure:
     except Exception:  # of the error's own
         text = "its text cannot be shown"
     kind = "RuntimeError" if isinstance(error, SystemExit) else type(error).__name__
-    return Failure(f"raised {brief(kind)}{place}: {text}", row)
+    return Failure(f"raised {brief(kind)}{place}" + (f": {text}" if text else ""), row)
 
 
 def in_thread(work: Callable[[], Any]) -> concurrent.futures.Future:
@@ -137,9 +137,17 @@ def columns_for(function: RewardFn, columns: Collection[str]) -> list[str]:
     """Names of the data's columns that a function has as parameters; all of them where it has **keywords.
 
     Raises:
-      Mistake: the data lack a column that the function requires.
+      Mistake: the function does not take prompts and responses, or the data lack a column that it requires.
     """
-    parameters = inspect.signature(function).parameters
+    signature = inspect.signature(function)
+    try:
+        signature.bind_partial((), ())
+    except TypeError:
+        name = function_name(function)
+        raise Mistake(
+            f"{name}{brief(str(signature))} cannot be called as {name}(prompts, responses), which a reward must allow"
+        ) from None
+    parameters = signature.parameters
     positional = list(parameters)[:2]  # prompts and responses, whatever the data call their columns
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return [name for name in columns if name not in positional]

@@ -152,11 +152,14 @@ def serve(descriptor: int) -> None:
     def reply(**message: Any) -> None:
         connection.send_bytes(json.dumps(message).encode())
 
+    text = connection.recv()
     try:
-        function = select(connection.recv(), {})
+        function = select(text, {})
         parameters = inspect.signature(function).parameters
     except Exception as error:
         return reply(mistake=str(error), traceback=shown_trace(error))
+    except KeyboardInterrupt as error:  # the module's own: Ctrl-C does not reach this process
+        return reply(mistake=f"{text!r}: its module raised KeyboardInterrupt", traceback=shown_trace(error))
     reply(
         name=function_name(function),
         bound=list(getattr(function, "keywords", {})),

@@ -36,6 +36,18 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+MODEL_TYPES = {  # which transformers goes by, where 'architectures' names another class
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+}
 
 # Fields that change no logit of these families: sizes of training, dropout (never applied), ids, names, caches, and
 # what describes the file, classifier heads and generation.
@@ -101,6 +113,12 @@ def model_config(hf: Mapping[str, Any], where: str = "config.json") -> ModelConf
         raise Mistake(
             f"architecture {brief(', '.join(names)) or 'unknown (config.json has no `architectures`)'} is not "
             f"supported; supported are {', '.join(FAMILIES)}"
+        )
+    kind = fields.get("model_type", str, "")
+    if MODEL_TYPES.get(kind, names[0]) != names[0]:
+        raise Mistake(
+            f"{where}: 'model_type' is {kind}, and 'architectures' names {names[0]}; transformers goes by the first, "
+            "jaxalign by the second, so make the two agree"
         )
     config = FAMILIES[names[0]].config(fields)
     if not fields.get("use_sliding_window", bool, True):

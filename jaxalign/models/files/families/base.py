@@ -110,6 +110,13 @@ ACTIVATIONS = {
 }
 
 
+def norm_eps(hf: HfConfig, key: str, default: float) -> float:
+    eps = hf.get(key, float, default)
+    if eps < 0 or (key in hf.content and key not in hf):
+        raise Mistake(f"{hf.where}: {key!r} is {brief(hf.content[key])}; it must be a number of at least 0")
+    return eps
+
+
 def activation(hf: HfConfig, key: str, default: str) -> str:
     name = hf.get(key, str, default)
     if name not in ACTIVATIONS:

@@ -15,6 +15,7 @@ from jaxalign.models.files.families.base import (
     fused_rows,
     kinds,
     layer_types,
+    norm_eps,
     positive,
     require,
     rope,
@@ -138,7 +139,7 @@ def _common(hf: HfConfig, act: str = "hidden_act") -> dict[str, Any]:
         "max_length": hf.size("max_position_embeddings", 2048),
         "tied": hf.get("tie_word_embeddings", bool, False),
         "activation": activation(hf, act, "silu"),
-        "norm_eps": hf.get("rms_norm_eps", float, 1e-6),
+        "norm_eps": norm_eps(hf, "rms_norm_eps", 1e-6),
         "initializer_range": hf.get("initializer_range", float, 0.02),
     }
 
