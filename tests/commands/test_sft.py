@@ -84,7 +84,8 @@ def test_more_steps_continue_a_finished_run_and_keep_its_old_result(tiny_model, 
     restarted = dataclasses.replace(more, optimizer=OptimizerConfig(learning_rate=3e-3, extend="restart"))
     assert sft.main(restarted) == 0
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
-    assert [row.get("learning_rate") for row in rows(tmp_path / "run")] == [None, 3e-3, pytest.approx(1.5e-3), 3e-3]
+    rates = [row["learning_rate"] for row in rows(tmp_path / "run")[1:]]
+    assert rates == pytest.approx([3e-3, 1.5e-3, 3e-3], rel=1e-6)  # of float32
     assert (tmp_path / "run" / "final-2").is_dir()
     assert sft.main(more) == 0  # the checkpoint has the schedule
 
