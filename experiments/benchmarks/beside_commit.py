@@ -140,7 +140,9 @@ def measured(name: str, tree: Path, folder: Path) -> Figures:
         return {"--help, CPU s": statistics.median(helped - bare for helped, bare in seconds)}
     model = folder / "model" / "final"
     if name == "generate":
-        flags = [f"--model={model}", f"--prompts={folder / 'ppo.jsonl'}", f"--output={folder / 'responses.jsonl'}"]
+        responses = folder / "responses.jsonl"
+        responses.unlink(missing_ok=True)  # generate overwrites nothing
+        flags = [f"--model={model}", f"--prompts={folder / 'ppo.jsonl'}", f"--output={responses}"]
         taken = run(tree, ["-m", "jaxalign", name, *flags, "--max-new-tokens=128", "--n=4", "--batch-size=32"])
         return {"generate, whole command s": taken["wall"], "generate, peak GiB": taken["peak_gib"]}
     with tempfile.TemporaryDirectory(dir=folder) as output:
