@@ -70,13 +70,23 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def text_ids(tokenizer: Any, text: str) -> list[int]:
+def opening_ids(tokenizer: Any) -> list[int]:
+    """Ids that the tokenizer puts before every text, such as that of a bos token."""
+    part, whole = plain_ids(tokenizer, "a"), tokenizer("a")["input_ids"]
+    return whole[: next((k for k in range(len(whole)) if whole[k : k + len(part)] == part), 0)]
+
+
+def text_ids(tokenizer: Any, text: str, opening: list[int] | None = None) -> list[int]:
     """Ids of a text that opens a sequence: behind what the tokenizer puts before a text, such as a bos token, once.
 
     Some tokenizers put an eos token behind a text, too. It is left off, since it would end what a response continues.
+
+    Args:
+      tokenizer: of transformers.
+      text: to be tokenised.
+      opening: `opening_ids` of the tokenizer, where they are known.
     """
-    part, whole = plain_ids(tokenizer, "a"), tokenizer("a")["input_ids"]
-    opening = whole[: next((k for k in range(len(whole)) if whole[k : k + len(part)] == part), 0)]
+    opening = opening_ids(tokenizer) if opening is None else opening
     ids = plain_ids(tokenizer, text)
     return ids if ids[: len(opening)] == opening else [*opening, *ids]
 
@@ -151,10 +161,11 @@ class Encoder:
     def __post_init__(self) -> None:
         self._ends = [self.tokenizer.decode([i], skip_special_tokens=False) for i in self.terminators]
         self._turns = Turns(self.tokenizer, self._ends)
+        self._opening_ids = opening_ids(self.tokenizer)
 
     def opening(self, text: str) -> list[int]:
         """Ids of text that begins a sequence."""
-        return text_ids(self.tokenizer, text)
+        return text_ids(self.tokenizer, text, self._opening_ids)
 
     def continuation(self, text: str) -> list[int]:
         """Ids of text that continues another."""
