@@ -106,10 +106,10 @@ def _found(trained: ConfigT, config: ExportConfig, described: dict[str, Any]) ->
             paths[name] = prefix + str(places[0].resolve())
         elif name != "chat_template":
             _check_on_hub(name, value, config.run, origins[0])
-    found = dataclasses.replace(trained, output=run, **paths)
+    resolved = dataclasses.replace(trained, output=run, **paths)
     if trained.lora.rank or getattr(trained, "freeze_trunk", False):  # else its weights are not read
-        check_weights(run / "config.json", {f"`model` {trained.model}": fingerprint(found.model)})
-    return found
+        check_weights(run / "config.json", {f"`model` {trained.model}": fingerprint(resolved.model)})
+    return resolved
 
 
 def _check_on_hub(name: str, source: str, run: Path, origin: Path) -> None:

@@ -171,9 +171,9 @@ def test_the_best_of_n_is_the_response_with_the_highest_score(tiny_model, tmp_pa
 def test_responses_that_could_not_be_scored_are_kept_without_scores(tiny_model, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
     output, reward = tmp_path / "made.jsonl", "tests.commands.rewards:hangs(seconds=300.0)"
-    given = ["--model", str(tiny_model), "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "12"]
-    given += ["--n", "2", "--batch-size", "4", "--keep", "best", "--reward", reward, "--reward-seconds", "0.2"]
-    assert main(["generate", *given, "--output", str(output)]) == 2
+    flags = ["--model", str(tiny_model), "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "12"]
+    flags += ["--n", "2", "--batch-size", "4", "--keep", "best", "--reward", reward, "--reward-seconds", "0.2"]
+    assert main(["generate", *flags, "--output", str(output)]) == 2
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(2)]
     assert [(row["response"], row["finished"]) for row in rows] == answers(tiny_model, PROMPTS, n=2)
@@ -183,18 +183,18 @@ def test_responses_that_could_not_be_scored_are_kept_without_scores(tiny_model, 
     assert said.endswith(f". The 6 responses are in {output}, all without scores")
     output.unlink()
     monkeypatch.setattr(generate, "scored", interrupted)
-    assert main(["generate", *given, "--output", str(output)]) == 130
+    assert main(["generate", *flags, "--output", str(output)]) == 130
     assert [json.loads(line) for line in output.read_text().splitlines()] == rows
 
 
 def test_scores_are_printed_below_their_responses(tiny_model, capsys):
-    given = ["--model", str(tiny_model), "--prompts", "the cat sees", "--max-new-tokens", "12", "--seed", "3"]
-    given += ["--reward", "tests.commands.rewards:dogs"]
-    assert main(["generate", *given]) == 0
+    flags = ["--model", str(tiny_model), "--prompts", "the cat sees", "--max-new-tokens", "12", "--seed", "3"]
+    flags += ["--reward", "tests.commands.rewards:dogs"]
+    assert main(["generate", *flags]) == 0
     [(response, _)] = answers(tiny_model, ["the cat sees"], seed=3)
     words = response.split()
     assert capsys.readouterr().out == f"{response}\n(score {words.count('dog') / len(words):.6g})\n"
-    assert main(["generate", *given, "--n", "2"]) == 0
+    assert main(["generate", *flags, "--n", "2"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("> the cat sees\n") == shown.count("\n(score ") == 2
 
@@ -212,11 +212,11 @@ def test_ctrl_c_keeps_the_responses_that_are_finished(written, tiny_model, tmp_p
         return server.drip(b"", every=60)
 
     output = tmp_path / "made.jsonl"
-    given = ["--model", str(tiny_model), "--prompts", "the cat sees", "--n", "4", "--batch-size", "1"]
+    flags = ["--model", str(tiny_model), "--prompts", "the cat sees", "--n", "4", "--batch-size", "1"]
     with Hostile(answer) as server:
         began = time.perf_counter()
         options = ["--engine", server.url, *(["--output", str(output)] if written else [])]
-        assert main(["generate", *given, *options]) == 130
+        assert main(["generate", *flags, *options]) == 130
     assert time.perf_counter() - began < 20
     shown = capsys.readouterr()
     if written:
@@ -273,8 +273,8 @@ def test_a_full_disk_leaves_the_responses_on_the_screen(tiny_model, tmp_path, mo
     monkeypatch.setattr(os, "replace", full)
     output = tmp_path / "made.jsonl"
     with Hostile(lambda request: MODELS if request.startswith("GET") else http(COMPLETION)) as server:
-        given = ["--model", str(tiny_model), "--prompts", "the cat sees", "--engine", server.url]
-        assert main(["generate", *given, "--output", str(output)]) == 2
+        flags = ["--model", str(tiny_model), "--prompts", "the cat sees", "--engine", server.url]
+        assert main(["generate", *flags, "--output", str(output)]) == 2
     shown = capsys.readouterr()
     assert shown.out == f" {WORDS[7]}\n" and list(tmp_path.iterdir()) == []
     assert f"--output {output} cannot be written (No space left on device); the responses are above" in shown.err
@@ -321,8 +321,8 @@ def test_an_answer_stops_at_its_terminator_and_says_so(tiny_model, tmp_path):
 def test_a_stop_text_may_be_or_hold_a_special_token(stop, tiny_model, tmp_path):
     """Special tokens are no part of a response's text, where stop texts were looked for."""
     folder, output = drawing(1, tiny_model, tmp_path), tmp_path / "made.jsonl"
-    given = ["--model", str(folder), "--prompts", "the cat sees", "--temperature", "0", "--max-new-tokens", "12"]
-    assert main(["generate", *given, "--stop", stop, "--output", str(output)]) == 0
+    flags = ["--model", str(folder), "--prompts", "the cat sees", "--temperature", "0", "--max-new-tokens", "12"]
+    assert main(["generate", *flags, "--stop", stop, "--output", str(output)]) == 0
     assert json.loads(output.read_text()) == {"prompt": "the cat sees", "response": "", "finished": True}
     if stop == "<s>":
         assert answers(folder, ["the cat sees"], temperature=0.0) == [("", False)]
@@ -331,8 +331,8 @@ def test_a_stop_text_may_be_or_hold_a_special_token(stop, tiny_model, tmp_path):
 def test_a_server_is_told_the_special_token_to_stop_at(tiny_model, capsys):
     stopped = {"token_ids": [7, 1], "logprobs": {"token_logprobs": [-1.0, -1.0]}, "finish_reason": "stop"}
     with Hostile(lambda request: MODELS if request.startswith("GET") else http({"choices": [stopped]})) as server:
-        given = ["--model", str(tiny_model), "--prompts", "the cat sees", "--engine", server.url]
-        assert main(["generate", *given, "--stop", "<s>"]) == 0
+        flags = ["--model", str(tiny_model), "--prompts", "the cat sees", "--engine", server.url]
+        assert main(["generate", *flags, "--stop", "<s>"]) == 0
     body = json.loads(server.requests[-1].partition("\r\n\r\n")[2])
     assert body["stop_token_ids"] == [2, 1] and body["stop"] == ["<s>"]
     assert capsys.readouterr().out == f" {WORDS[7]}\n"
@@ -341,8 +341,8 @@ def test_a_server_is_told_the_special_token_to_stop_at(tiny_model, capsys):
 def test_a_server_that_answers_what_cannot_be_is_one_line_and_status_2(tiny_model, tmp_path, capsys):
     beyond = {"token_ids": [7, 32], "logprobs": {"token_logprobs": [-1.0, -1.0]}, "finish_reason": "length"}
     with Hostile(lambda request: MODELS if request.startswith("GET") else http({"choices": [beyond]})) as server:
-        given = ["--model", str(tiny_model), "--prompts", "the cat sees", "--engine", server.url]
-        assert main(["generate", *given, "--output", str(tmp_path / "made.jsonl")]) == 2
+        flags = ["--model", str(tiny_model), "--prompts", "the cat sees", "--engine", server.url]
+        assert main(["generate", *flags, "--output", str(tmp_path / "made.jsonl")]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"{server.url}/v1/completions: 'token_ids' holds 32; a token must be a whole number from 0 to 31" in line
     assert list(tmp_path.iterdir()) == []

@@ -37,8 +37,8 @@ def trained(tiny_model, pairs, tmp_path_factory):
 
 
 def test_pairs_that_differ_by_a_word_are_told_apart(trained):
-    held = {row["step"]: row for row in rows(trained.output) if "eval_loss" in row}
-    assert held[8]["eval_accuracy"] == 1.0 and held[8]["eval_loss"] < held[0]["eval_loss"]
+    evaluations = {row["step"]: row for row in rows(trained.output) if "eval_loss" in row}
+    assert evaluations[8]["eval_accuracy"] == 1.0 and evaluations[8]["eval_loss"] < evaluations[0]["eval_loss"]
     members = load_file(trained.output / "final" / "members" / "heads.safetensors")["heads"]
     assert members.shape == (2, 32) and np.abs(members[0] - members[1]).max() > 0.01
 
@@ -76,8 +76,8 @@ def test_scores_of_texts_are_those_that_transformers_reads_at_the_terminator_of_
     texts = [f"{prompt} {response} </s>" for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
     with torch.no_grad():
         found = theirs(**tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)).logits[:, 0]
-    held = json.loads((folder / "reward.json").read_text())
-    ours = scorer.members(PROMPTS, RESPONSES) * np.array(held["std"]) + np.array(held["mean"])
+    scale = json.loads((folder / "reward.json").read_text())
+    ours = scorer.members(PROMPTS, RESPONSES) * np.array(scale["std"]) + np.array(scale["mean"])
     assert ours.shape == (4, 2) and np.ptp(ours.mean(axis=1)) > 0.1
     np.testing.assert_allclose(found.numpy(), ours.mean(axis=1), atol=1e-4)
 
@@ -256,9 +256,9 @@ def test_a_run_goes_on_from_a_classifier_of_ours_or_of_others_head_and_bias_incl
         assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
         architectures = json.loads((output / "final" / "config.json").read_text())["architectures"]
         assert architectures == ["LlamaForSequenceClassification"]
-    held = {row["step"]: row["eval_loss"] for row in rows(trained.output) if "eval_loss" in row}
+    evaluations = {row["step"]: row["eval_loss"] for row in rows(trained.output) if "eval_loss" in row}
     again = {row["step"]: row["eval_loss"] for row in rows(tmp_path / "from-final") if "eval_loss" in row}
-    assert abs(again[0] - held[8]) < 1e-5  # the loss goes on where it was
+    assert abs(again[0] - evaluations[8]) < 1e-5  # the loss goes on where it was
     mean = [
         json.loads((tmp_path / f"from-{n}" / "final" / "reward.json").read_text())["mean"] for n in ("final", "other")
     ]
@@ -282,8 +282,8 @@ def test_members_with_adapters_differ_and_are_read_with_their_base(
 ):
     config = dataclasses.replace(trained, output=tmp_path / "run", lora=LoraConfig(rank=2), members=3, combine="min")
     assert reward.main(config) == 0
-    held = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
-    assert held[8]["eval_loss"] < held[0]["eval_loss"] and held[8]["eval_disagreement"] > 0
+    evaluations = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
+    assert evaluations[8]["eval_loss"] < evaluations[0]["eval_loss"] and evaluations[8]["eval_disagreement"] > 0
     folder = config.output / "final"
     found = load_reward_model(str(folder), batch_size=4)
     members = found.members(PROMPTS, RESPONSES)
@@ -306,8 +306,8 @@ def test_a_frozen_trunk_stays_and_a_ranking_teaches_the_head_alone(trained, tiny
     before, after = load_file(tiny_model / "model.safetensors"), load_file(config.output / "final/model.safetensors")
     assert before.keys() == after.keys() - {"score.weight"}
     assert all(np.array_equal(before[key], after[key]) for key in before)
-    held = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
-    assert held[8]["eval_loss"] < held[0]["eval_loss"]
+    evaluations = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
+    assert evaluations[8]["eval_loss"] < evaluations[0]["eval_loss"]
     checkpoint = sum(file.stat().st_size for file in (config.output / "checkpoints" / "8").rglob("*"))
     assert checkpoint < sum(x.nbytes for x in before.values())  # of heads and their moments, not of the trunk
 
@@ -332,8 +332,8 @@ def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tm
         model=str(tiny_model), data=str(path), output=tmp_path / "run", algorithm=loss, step_separator=".", **more
     )
     assert reward.main(config) == 0
-    held = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
-    assert held[16]["eval_accuracy"] == 1.0 and held[16]["eval_loss"] < held[0]["eval_loss"]
+    evaluations = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
+    assert evaluations[16]["eval_accuracy"] == 1.0 and evaluations[16]["eval_loss"] < evaluations[0]["eval_loss"]
     found = load_reward_model(str(config.output / "final"))
     steps = found.steps("one ?", ["cat the", "dog a", "cat a"])
     assert steps.shape == (3, 1) and (steps[:, 0] > 0).tolist() == [True, False, True]

@@ -1,4 +1,4 @@
-"""What a run that goes on may change: nothing that its results depend on, unless the change is asked for by name."""
+"""Settings that a run may change as it goes on: none that its results depend on, unless another names the change."""
 
 import dataclasses
 import json

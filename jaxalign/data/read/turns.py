@@ -196,14 +196,14 @@ def _marked_text(
     turns = [*messages[:start], *(message for message, _ in parts)]
     text = render(tokenizer, turns, turns[-1]["role"] != "assistant", tools=tools)
     marks_before = [mark for _, marks in parts[:-1] for mark in marks.values()]
-    asked = text  # some templates write the system text, or the tools, only as long as nothing is responded
+    before_response = text  # some templates write the system text, or the tools, only as long as nothing is responded
     if turns[-1]["role"] == "assistant" and not all(mark in text for mark in marks_before):
-        asked = render(tokenizer, turns[:-1], True, tools=tools)
+        before_response = render(tokenizer, turns[:-1], True, tools=tools)
     for i, (_, marks) in enumerate(parts, start):
         for key, mark in marks.items():
             if (
                 mark in text
-                or mark in asked
+                or mark in before_response
                 or (key == "reasoning_content" and (learned or _opens(tokenizer, turns[:-1], tools)))
             ):
                 continue
@@ -259,9 +259,9 @@ def _behind_last_text(tokenizer: Any, messages: Sequence[Message], tools: Any) -
     """
     i = len(messages) - 2
     marked, marks = _marked(messages[i], i)
-    asked = [*messages[:i], marked]
-    prompt = render(tokenizer, asked, True, tools=tools).rpartition(marks.get("content", "\0"))
-    whole = render(tokenizer, [*asked, messages[-1]], False, tools=tools).rpartition(marks.get("content", "\0"))
+    question = [*messages[:i], marked]
+    prompt = render(tokenizer, question, True, tools=tools).rpartition(marks.get("content", "\0"))
+    whole = render(tokenizer, [*question, messages[-1]], False, tools=tools).rpartition(marks.get("content", "\0"))
     behind = prompt[2]
     return whole[2][len(behind) :] if prompt[1] and whole[1] and whole[2].startswith(behind) else None
 

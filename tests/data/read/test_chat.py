@@ -1,4 +1,4 @@
-"""Which chat template a tokenizer has, and how messages are handed to it."""
+"""The chat template of a tokenizer, and the form in which messages are handed to it."""
 
 import logging
 

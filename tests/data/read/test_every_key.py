@@ -64,7 +64,7 @@ NUMBERS = {"margin", "preference", "tie", "score_chosen", "score_rejected", "ran
 
 
 def fate(form, row, key):
-    """Where the text MARK under a key of a row went: rendered, refused or unread; None is the fault."""
+    """Fate of the text MARK under a key of a row: rendered, refused or unread; None is the fault."""
     options = [False] if form in FORMATS or form in FEEDBACK_FORMATS else []
     elsewhere = formats.OF_RESPONSES if form in PROMPT_FORMATS else ()
     try:

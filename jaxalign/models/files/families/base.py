@@ -127,7 +127,7 @@ def activation(hf: HfConfig, key: str, default: str) -> str:
 
 
 def require(hf: HfConfig, **expected: Any) -> None:
-    """Raises Mistake if the config sets a variant that changes the numbers and is not implemented.
+    """Raises Mistake if the config sets a variant that changes the numbers and that our decoder does not compute.
 
     Args:
       expected: the one value that each field may have, besides null; a tuple holds several.
@@ -168,7 +168,7 @@ def rope(
       kinds: values of rope_type that transformers computes for this family, of those known here.
 
     Raises:
-      Mistake: a kind, a key or a value that is not implemented.
+      Mistake: a kind, a key or a value that our decoder does not compute.
     """
     kind = settings.get("rope_type", str, settings.get("type", str, "default"))
     if kind not in kinds:
