@@ -1,5 +1,7 @@
 """Placement of state and batches on a mesh, and sizes that a mesh divides."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,17 +69,21 @@ def test_rows_of_a_batch_go_over_data_and_fsdp():
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5e:4x4", "v5e:8x8", "v5p:4x4x4", "v6e:2x4", "v6e:8x8"])
-def test_a_slice_makes_every_mesh_and_feeds_every_row_to_as_many_chips_as_share_it(topology):
+def test_a_slice_makes_every_mesh_and_feeds_every_row_once_to_each_part_of_the_model(topology):
+    """By the devices in the order of the real slice, and the hosts that they belong to."""
     devices = tpu_devices(topology)
-    for tensor in (1, 2, 4, 8):
-        mesh = make_mesh(tensor=tensor, devices=devices)
-        assert mesh.shape["tensor"] == tensor and sorted(d.id for d in mesh.devices.flat) == sorted(
-            d.id for d in devices
-        )
-        rows = len(devices) // tensor * 2
-        places = NamedSharding(mesh, ROWS).devices_indices_map((rows,))
-        fed = np.concatenate([np.arange(rows)[index] for index in places.values()])
-        assert np.bincount(fed, minlength=rows).tolist() == [tensor] * rows
-        # chips that share rows see the same ones, whatever hosts they belong to
-        for group in mesh.devices.reshape(-1, tensor):
-            assert len({str(places[device]) for device in group}) == 1
+    powers = [2**i for i in range(len(devices).bit_length())]
+    for tensor, data in itertools.product([size for size in powers if size <= 8], powers):
+        if tensor * data > len(devices):
+            continue
+        mesh = make_mesh(data=data, tensor=tensor, devices=devices)
+        assert mesh.shape["tensor"] == tensor and mesh.shape["data"] == data
+        assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices)
+        count = len(devices) // tensor * 2
+        rows_of = NamedSharding(mesh, ROWS).devices_indices_map((count,))
+        fed = np.zeros((count, tensor), int)
+        for host in {device.process_index for device in devices}:
+            for (_, _, part), device in np.ndenumerate(mesh.devices):
+                if device.process_index == host:
+                    fed[rows_of[device][0], part] += 1
+        assert (fed == 1).all()
