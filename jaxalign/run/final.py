@@ -22,6 +22,7 @@ from jaxalign.models.files.peft import save_adapter
 from jaxalign.models.files.reward import BASE, CLASSIFIERS, DESCRIPTION, HEADS, MEMBERS, classifier_name
 from jaxalign.models.files.save import save_pretrained
 from jaxalign.models.files.weights import fingerprint
+from jaxalign.run import lock
 from jaxalign.run.folder import MARK_FILE, mark, trained_steps
 from jaxalign.run.run import Outcome, Run
 from jaxalign.run.vocabulary import Vocabulary
@@ -31,6 +32,7 @@ from jaxalign.types import PyTree
 FLAT = 1e-6  # scores whose standard deviation is below it are equal; dividing by it would turn rounding into scores
 
 
+@lock.released_on_error
 def language_model(run: Run, outcome: Outcome, *, among: str | None = None) -> int:
     """Writes `final/`, and `adapter/` of a LoRA run, once a fit has come to its end; returns the run's exit status.
 
@@ -46,7 +48,8 @@ def language_model(run: Run, outcome: Outcome, *, among: str | None = None) -> i
         params = trained if among is None else trained[among]
         if run.lora is not None:
             folder = run.folder / "adapter"
-            if trained_steps(folder) != step:  # else a run that was stopped between the two folders has written it
+            # else a run that was stopped between the two folders has written it
+            if hosts.first_decides(lambda: trained_steps(folder) != step):
                 _put_aside(folder)
                 save_lora(folder, run, params, step)
             params = merge_by_layer(join(params, outcome.frozen), run.lora)
@@ -210,9 +213,15 @@ def _first_member(params: PyTree, run: Run) -> PyTree:
 
 def _put_aside(folder: Path) -> None:
     """Renames a folder of fewer steps, if there is one, to `<name>-<steps>`; of several hosts, the first does it."""
-    if jax.process_index() == 0 and folder.exists():
-        steps = trained_steps(folder)
-        folder.rename(folder.with_name(f"{folder.name}-{'unknown' if steps is None else steps}"))
+
+    def rename() -> bool:
+        lock.check(folder.parent)
+        if exists := folder.exists():
+            steps = trained_steps(folder)
+            folder.rename(folder.with_name(f"{folder.name}-{'unknown' if steps is None else steps}"))
+        return exists
+
+    hosts.first_decides(rename)
 
 
 def model_card(config: Any, command: str, step: int, dtype: str = "float32") -> str:

@@ -16,6 +16,7 @@ from jaxalign.config.effects import effective
 from jaxalign.config.limits import from_json, to_json
 from jaxalign.mistake import Mistake
 from jaxalign.outside import brief, read_object, read_text
+from jaxalign.run import lock
 
 # A continued run may differ in these settings, or groups of them. The first line changes how long it runs and what it
 # shows; the second who generates; the third where and in which order the same numbers are added up, so that results
@@ -48,13 +49,14 @@ def open_run(config: Any, *, command: str, resume: bool, write: bool, weights: d
       weights: fingerprints of the models that the run reads, by their setting and source; None: not compared.
 
     Raises:
-      Mistake: the folder holds another run, one that began with other weights, or parts of one without its config; or
-        resuming was refused, or it is none.
+      Mistake: another process trains there; or the folder holds another run, one that began with other weights, or
+        parts of one without its config; or resuming was refused, or it is none.
     """
     folder = Path(config.output)
     path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise Mistake(f"`output` {folder} is a file; name a folder")
+    lock.refuse_if_held(folder)
     if path.exists():
         _check_same(config, command, path, resume)
         check_weights(path, weights or {})

@@ -37,14 +37,14 @@ from jaxalign.models.files.load import check_files
 from jaxalign.models.files.reward import SCORE, trunk_of
 from jaxalign.models.files.weights import fingerprint, stored_dtype
 from jaxalign.rollout.rewards.rewards import reward_models
-from jaxalign.run import devices
+from jaxalign.run import devices, lock
 from jaxalign.run.check_kernels import check_kernels
-from jaxalign.run.extend import earlier_ends
-from jaxalign.run.folder import is_finished, learning_rate_of, open_run, read_run
+from jaxalign.run.extend import SCHEDULE, counted_steps, earlier_ends
+from jaxalign.run.folder import is_finished, learning_rate_of, open_run
 from jaxalign.run.samples import Sampler
 from jaxalign.run.vocabulary import Vocabulary, load_vocabulary
 from jaxalign.training import loop, metrics
-from jaxalign.training.checkpoint import Checkpoints, newest_extras
+from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.compiled import CompiledStep
 from jaxalign.training.evaluate import make_evaluate
 from jaxalign.training.part import lora_of
@@ -59,9 +59,6 @@ BatchesT = TypeVar("BatchesT", bound=Batches)
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 # (params as the algorithm sees them, step) -> (a batch, metrics of how it was made)
 SourceFn = Callable[[PyTree, int], tuple[Any, dict[str, float]]]
-
-
-SCHEDULE = "schedule"  # in a checkpoint: last steps of the schedules of the learning rate
 
 
 class Outcome(NamedTuple):
@@ -168,25 +165,11 @@ class Run(Generic[ConfigT]):
         return batches.with_steps(steps)
 
     def _earlier_ends(self, batches: Batches, steps: int, *, updates: int, logs: bool = False) -> list[int]:
-        """Steps after which the schedule begins anew: none, unless the run was extended."""
-        config, extend = self.config, self.config.optimizer.extend
-        if extend != "refuse" and config.optimizer.schedule == "constant":
-            raise Mistake(f"`optimizer.extend` {extend}: a constant learning rate has no last step; leave it out")
-        if extend != "refuse" and not self.exists:
-            raise Mistake(f"`optimizer.extend` {extend}: {config.output} holds no run to extend; leave it out")
-        checkpoint = newest_extras(self.folder / "checkpoints") if self.exists else None
-        if checkpoint is None:
-            return []
-        done, extras = checkpoint
-        planned = extras.whole_numbers(SCHEDULE)  # older versions wrote none, and stretched
-        if not planned:
-            first = read_run(self.folder)["config"]
-            end = counted_steps(first.get("steps"), first.get("epochs", 1.0), batches.steps_per_epoch)
-            planned = [end if done <= end else steps]
-        if done >= steps:
-            return [step for step in planned[:-1] if step < steps]
-        return earlier_ends(config, steps, planned, done=done, updates=updates, logs=logs)
+        return earlier_ends(
+            self.config, steps, per_epoch=batches.steps_per_epoch, exists=self.exists, updates=updates, logs=logs
+        )
 
+    @lock.released_on_error
     def claim(self, data: Data) -> bool:
         """Makes the folder this run's, once all hosts agree on settings and data. False if the run is complete."""
         config, steps = self.config, data.batches.steps
@@ -202,17 +185,25 @@ class Run(Generic[ConfigT]):
         hosts.agree(settings=json.dumps(to_json(config)), **fingerprints, steps=steps, **weights)
 
         def write() -> bool:
-            complete = is_finished(self.folder, steps)
+            if not is_finished(self.folder, steps):
+                lock.acquire(self.folder)
+            complete = is_finished(self.folder, steps)  # by another process meanwhile, perhaps
             compared = None if complete else weights
-            return (
-                open_run(config, command=self.command, resume=config.resume, write=True, weights=compared) and complete
-            )
+            exists = open_run(config, command=self.command, resume=config.resume, write=True, weights=compared)
+            if exists and not self.exists and not complete:
+                raise Mistake(
+                    f"`output` {self.folder} was begun by another process while this one read its data; run the same "
+                    "command again, which continues it"
+                )
+            return exists and complete
 
         if not hosts.first_decides(write):
             return True
+        lock.release(self.folder)
         log.info("this run is complete: %s", self.folder / "final")
         return False
 
+    @lock.released_on_error
     def fit(
         self,
         recipe: Recipe,
@@ -246,7 +237,12 @@ class Run(Generic[ConfigT]):
 
         last: dict[str, Any] = {}
 
+        def record(row: loop.Row) -> None:
+            lock.check(self.folder)
+            recorder(row)
+
         def save(state: TrainState, progress: loop.Progress, row: loop.Row) -> None:
+            hosts.first_decides(lambda: lock.check(self.folder) is None)
             seen = {"data": data.fingerprint, "held_out": data.held_out_fingerprint}
             if summary is not None:
                 last[SUMMARY] = summary(program.algorithm.assemble(state.params, frozen))
@@ -255,15 +251,17 @@ class Run(Generic[ConfigT]):
 
         def on_policy(state: TrainState) -> tuple[Any, loop.Row]:
             assert source is not None
+            lock.check(self.folder)
             return source(program.algorithm.assemble(state.params, frozen), int(state.step))
 
         hooks = loop.Hooks(
-            recorder,
+            record,
             save,
             self._evaluation(program, frozen, data, progress.step),
             lambda step: rates[step * recipe.updates],
             last_because,
         )
+        whole = False
         try:
             state, stopped_by = loop.fit(
                 CompiledStep(program.step, announced=data.shapes),
@@ -278,17 +276,19 @@ class Run(Generic[ConfigT]):
                 save_every=config.checkpoint.every,
                 profile=self.folder / "profile" if config.profile else None,
             )
+            whole = True
         except loop.NotFiniteError as error:
             checkpoints.wait()
             raise loop.NotFiniteError(f"{error}; {checkpoints.last_good()}") from None
         finally:
             recorder.close()
-            checkpoints.close()
-        is_new = stopped_by is None and not is_finished(self.folder, progress.step)
+            checkpoints.close(tidy=whole)
+        is_new = stopped_by is None and not hosts.first_decides(lambda: is_finished(self.folder, progress.step))
         return Outcome(state, frozen, stopped_by, is_new, last.get(SUMMARY))
 
     def end(self, outcome: Outcome) -> int:
-        """The exit status: 0, or 128 + the number of the signal that stopped the run; logged."""
+        """The exit status: 0, or 128 + the number of the signal that stopped the run; logged. Unlocks the folder."""
+        lock.release(self.folder)
         if outcome.stopped_by is not None:
             log.warning(
                 "stopped by signal %d after step %d; the same command continues", outcome.stopped_by, outcome.step
@@ -395,8 +395,3 @@ class Run(Generic[ConfigT]):
             return held_out_metrics(state)
 
         return evaluate
-
-
-def counted_steps(steps: int | None, epochs: float, per_epoch: float) -> int:
-    """`steps`; where it is None, as many as `epochs` of the data take."""
-    return steps if steps is not None else max(1, int(np.ceil(epochs * per_epoch)))

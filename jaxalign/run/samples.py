@@ -16,6 +16,7 @@ from jaxalign.outside import visible
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.respond import generate_ids
 from jaxalign.rollout.scored import ScoredResponses
+from jaxalign.run import lock
 from jaxalign.run.vocabulary import Vocabulary
 from jaxalign.training.metrics import JsonLines
 
@@ -51,6 +52,7 @@ class Sampler:
         """Responds to the first few prompts (ids)."""
         if self._lines is None or not prompts:
             return
+        lock.check(self._lines.path.parent)
         chosen = [list(prompt[-self._longest :]) for prompt in prompts[: self._count]]
         responses = generate_ids(
             self._graphdef, params, chosen, jax.random.key(0), sampling=self._sampling, batch_size=len(chosen)

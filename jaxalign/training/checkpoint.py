@@ -101,7 +101,9 @@ class Checkpoints:
                 self._manager.delete(step)
                 self._metrics.pop(step, None)
 
-    def close(self) -> None:
+    def close(self, *, tidy: bool = True) -> None:
+        """Waits for the last save; with `tidy` it also deletes the checkpoints that need not stay."""
+        self._saves = self._saves and tidy
         self.wait()
         self._manager.close()
 

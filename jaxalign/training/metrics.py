@@ -38,14 +38,18 @@ def deterministic(row: Row) -> Row:
 class JsonLines:
     """A file of one JSON object per line, each on disk once written. NaN and infinities become null, which JSON has."""
 
-    def __init__(self, path: Path, *, keep_until: int = -1):
-        """Drops rows of steps after `keep_until`, and a half-written last line."""
+    def __init__(self, path: Path, *, keep_until: int = -1, repeats: bool = True):
+        """Drops rows of steps after `keep_until`, and a half-written last line.
+
+        Without `repeats` a step has one row: of several, which two processes may have written, the last one stays.
+        """
         self.path = path
         if path.exists():
-            self._truncate(keep_until)
+            self._truncate(keep_until, repeats)
 
-    def _truncate(self, keep_until: int) -> None:
-        lines = [line for row, line in _lines(self.path) if row["step"] <= keep_until]
+    def _truncate(self, keep_until: int, repeats: bool) -> None:
+        rows = [(row["step"], line) for row, line in _lines(self.path) if row["step"] <= keep_until]
+        lines = [line for _, line in (rows if repeats else sorted(dict(rows).items()))]
         partial = self.path.with_suffix(".partial")
         with writing(self.path):
             partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -107,7 +111,7 @@ class Recorder:
         wandb: str | None = None,
         stream: IO[str] | None = None,
     ):
-        self._lines = JsonLines(folder / "metrics.jsonl", keep_until=resumed_at)
+        self._lines = JsonLines(folder / "metrics.jsonl", keep_until=resumed_at, repeats=False)
         self._console = Console(total_steps, stream or sys.stderr)
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._board = _tensorboard(folder, resumed_at) if tensorboard else None

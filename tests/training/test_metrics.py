@@ -20,6 +20,7 @@ def row(step, **more):
 
 
 def write(folder, steps, *, resumed_at=-1, total=9):
+    folder.mkdir(exist_ok=True)
     recorder = Recorder(folder, total_steps=total, resumed_at=resumed_at, stream=io.StringIO())
     for step in steps:
         recorder(row(step))
@@ -29,6 +30,15 @@ def write(folder, steps, *, resumed_at=-1, total=9):
 def test_after_a_resume_every_step_has_one_row_in_order(tmp_path):
     write(tmp_path, range(1, 7))
     write(tmp_path, range(5, 10), resumed_at=4)  # the newest checkpoint was of step 4
+    assert read_rows(tmp_path / "metrics.jsonl") == [row(step) for step in range(1, 10)]
+
+
+def test_rows_that_two_processes_wrote_at_once_are_one_for_each_step_again_after_a_resume(tmp_path):
+    write(tmp_path, range(1, 7))
+    write(tmp_path / "other", range(3, 9))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write((tmp_path / "other" / "metrics.jsonl").read_text())
+    write(tmp_path, range(6, 10), resumed_at=5)
     assert read_rows(tmp_path / "metrics.jsonl") == [row(step) for step in range(1, 10)]
 
 
