@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterator
@@ -61,6 +62,27 @@ def brief(value: Any, limit: int = SHOWN) -> str:
     text = value if isinstance(value, str) else repr(value)
     text = visible(" ".join(text[: 4 * limit].split()))
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def check_local(name: str | Path, setting: str | None = None) -> None:
+    """Raises Mistake on the address of a file, such as gs://bucket/run: files are read and written by their paths.
+
+    Args:
+      name: a path, or names with commas between them.
+      setting: dotted name of the setting that it is of.
+    """
+    slashes = "/" if isinstance(name, Path) else "//"  # of several a Path keeps one
+    for part in str(name).split(","):
+        if scheme := re.match(rf"\s*([a-z][a-z0-9+.-]+):{slashes}", part, re.IGNORECASE):
+            address = brief(f"{scheme[1]}://{part[scheme.end() :]}", 200)
+            way_out = "copy it to a disk first, or name a model or set of the Hugging Face hub as owner/name"
+            if scheme[1].lower() not in ("http", "https", "hf"):
+                way_out = (
+                    "cloud storage comes with the next version; until then mount it, as gcsfuse does for gs://, and "
+                    "give the path, or use a local disk"
+                )
+            where = f"`{setting}` {address}" if setting else address
+            raise Mistake(f"{where} is an address, and files are read and written by their paths: {way_out}")
 
 
 def read_bytes(path: Path | str, *, limit: int) -> bytes:

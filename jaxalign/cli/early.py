@@ -6,13 +6,15 @@ The command itself looks again, and more closely.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from jaxalign.data.read import sources
 from jaxalign.mistake import Mistake, about
-from jaxalign.outside import brief
+from jaxalign.outside import brief, check_local
 from jaxalign.run.folder import open_run, read_run
+from jaxalign.select import select, terms
 
 DATA = ("data", "eval_data", "pretraining_data")
 MODELS = ("model", "tokenizer", "ref_model", "critic.model")
@@ -36,6 +38,12 @@ def look(config: Any, command: str, *, trains: bool) -> None:
             with about(name):
                 _check_home(source)
                 huggingface.folder(source)
+    prompts = _value(config, "prompts")
+    if prompts and not re.search(r"\s", prompts):  # else it is a prompt itself
+        check_local(prompts, "prompts")
+    for source in _reward_models(reward) if (reward := _value(config, "reward")) else ():
+        with about("reward"):
+            check_local(source)
     adapter = _value(config, "adapter")
     if isinstance(adapter, Path) and not adapter.is_dir():
         raise Mistake(f"`adapter` {adapter}: no such folder")
@@ -54,6 +62,13 @@ def _value(config: Any, name: str) -> Any:
     for part in name.split("."):
         config = getattr(config, part, None)
     return config
+
+
+def _reward_models(text: str) -> list[str]:
+    """Folders of the reward models that a text for `reward` names."""
+    calls = [term for _, term in terms(text) if term.partition("(")[0].strip() == "reward_model"]
+    functions = [select(call, {"reward_model": lambda **_: None}) for call in calls]
+    return [str(getattr(function, "keywords", {}).get("path", "")) for function in functions]
 
 
 def _is_local(source: str) -> bool:

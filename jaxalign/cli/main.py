@@ -22,7 +22,7 @@ from jaxalign.commands import COMMANDS
 from jaxalign.config import limits
 from jaxalign.config.effects import effective
 from jaxalign.mistake import Mistake, about, spelled
-from jaxalign.outside import brief, read_object, visible
+from jaxalign.outside import brief, check_local, read_object, visible
 from jaxalign.select import names_own_code, nearest
 
 # types of settings: how the help writes them, and how an error does
@@ -225,6 +225,7 @@ def _from_config(command: str, arguments: list[str]) -> tuple[Any, list[str]]:
     at = arguments.index("--from-config")
     if at + 1 == len(arguments):
         raise Mistake("`from_config` needs a file: the config.json of a run folder")
+    check_local(arguments[at + 1], "from_config")
     path, rest = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
     path = path / "config.json" if path.is_dir() else path
     with about("from_config"):

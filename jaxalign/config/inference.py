@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from jaxalign.config.limits import EMPTY_IS_MEANT, FUNCTION, above, at_least
+from jaxalign.config.limits import EMPTY_IS_MEANT, FUNCTION, WORDS, above, at_least
 from jaxalign.config.shared import PromptSettings, TruncationSettings
 
 
@@ -53,7 +53,7 @@ class GenerateConfig(PromptSettings, InferenceConfig):
     """Responses that are kept: 'all', or each prompt's 'best' by --reward (best-of-n)."""
     batch_size: Annotated[int, at_least(1)] = 16
     """Number of responses generated at once; one that ends makes room for the next prompt."""
-    engine: str | None = None
+    engine: Annotated[str | None, WORDS] = None
     """Address of a server that generates, http://host:port; --model gives the tokenizer; none: this machine does."""
     engine_kind: Literal["vllm", "sglang"] = "vllm"
     """Software of --engine's server; rollout/engine/servers.py has its start command."""
@@ -63,7 +63,7 @@ class GenerateConfig(PromptSettings, InferenceConfig):
 class ChatConfig(InferenceConfig):
     """A conversation with a model in the terminal."""
 
-    system: str | None = None
+    system: Annotated[str | None, WORDS] = None
     """System message at the start of the conversation; none: no message."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer; none: the model's own."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from jaxalign.config import effects
 from jaxalign.mistake import Mistake
-from jaxalign.outside import brief
+from jaxalign.outside import brief, check_local
 
 
 class Limit(NamedTuple):
@@ -69,14 +69,16 @@ def positive_share() -> Limit:
 LARGEST = 3.4028234e38  # of float32; any larger number would be infinite on a device
 WHOLE = Limit(-(2**31), 2**31, False, True)  # of whole numbers without a largest one of their own
 EMPTY_IS_MEANT = object()  # marks a text of the user's own, which may be empty
+WORDS = object()  # marks a text that names no file: words of the user's own, or the address of a server
 FUNCTION = object()  # marks a text that `select` reads, and so may name code to import
 
 
 def check(config: Any, *, prefix: str = "") -> None:
-    """Raises Mistake on a value outside its limits, and, of a whole config, on a setting that has no effect."""
+    """Raises Mistake on a value outside its limits; of a whole config also on one without effect, or an address."""
     check_values(config, prefix=prefix)
     if not prefix:
         effects.check(config)
+        check_addresses(config)
 
 
 def check_values(config: Any, *, prefix: str = "") -> None:
@@ -99,6 +101,14 @@ def check_values(config: Any, *, prefix: str = "") -> None:
             raise Mistake(f"`{name}` {brief(repr(value))} is not one of {', '.join(map(repr, choices))}", setting=name)
         if isinstance(value, str | Path | tuple) and EMPTY_IS_MEANT not in marks:
             _check_texts(value if isinstance(value, tuple) else (str(value),), name)
+
+
+def check_addresses(config: Any) -> None:
+    """Raises Mistake on a text, unless it is marked, or a path that is an address, as gs://bucket/run is."""
+    for name, hint in settings(type(config)).items():
+        value = functools.reduce(getattr, name.split("."), config)
+        if isinstance(value, str | Path) and not {WORDS, EMPTY_IS_MEANT} & {*unpacked(hint)[1]}:
+            check_local(value, name)
 
 
 def _check_texts(texts: tuple[str, ...], name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from jaxalign.config.limits import FUNCTION, above, at_least, share
+from jaxalign.config.limits import FUNCTION, WORDS, above, at_least, share
 from jaxalign.config.shared import (
     ChatRowSettings,
     LogpSettings,
@@ -68,7 +68,7 @@ class RolloutConfig(PromptSettings, ChatRowSettings, LogpSettings, TrainConfig):
     """Number of steps between written samples; 0 writes those of the first step only."""
     slots: Annotated[int, at_least(1)] = 64
     """Number of responses generated at once; one that ends makes room for the next prompt."""
-    engine: str | None = None
+    engine: Annotated[str | None, WORDS] = None
     """Address of a server that generates, http://host:port; none: the training devices do."""
     engine_kind: Literal["vllm", "sglang"] = "vllm"
     """Software of --engine's server; rollout/engine/servers.py has its start command."""

@@ -128,7 +128,7 @@ def acquire(folder: Path) -> None:
 def refuse_if_held(folder: Path) -> None:
     """Raises Mistake if a process other than this one has the folder."""
     folder = Path(folder).absolute()
-    if folder not in _held:
+    if folder not in _held and folder.is_dir():
         _unless_alive(folder)
 
 

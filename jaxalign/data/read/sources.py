@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxalign.mistake import Mistake
-from jaxalign.outside import MIB, brief
+from jaxalign.outside import MIB, brief, check_local
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ def _compact(value: Any, *, of_tools: bool = False) -> Any:
 
 def parse(spec: str) -> list[Source]:
     """The sources of a spec. Raises Mistake if a weight is not a positive number, or if some sources have none."""
+    check_local(spec)
     if _exists(spec):  # its name may contain a comma, a star or a colon
         return [Source(spec)]
     sources = [_parse_one(part.strip()) for part in spec.split(",") if part.strip()]

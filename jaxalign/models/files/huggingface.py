@@ -18,7 +18,7 @@ from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files.families import embedding_names, model_config
 from jaxalign.models.files.families.base import note_once
 from jaxalign.models.files.tensors import INDEX, check_regular, equal, files_in, open_folder
-from jaxalign.outside import brief, read_object
+from jaxalign.outside import brief, check_local, read_object
 
 RANDOM = "config:"
 LARGEST_TEXT = 1 << 30  # bytes of a config or tokenizer; the largest tokenizers have 40 MB
@@ -38,6 +38,7 @@ def folder(source: str) -> Path:
     """
     if not source.removeprefix(RANDOM):
         raise Mistake(f"model {source!r} names nothing; give a folder, a hub name (owner/name) or config:PATH")
+    check_local(source.removeprefix(RANDOM))
     path = Path(source.removeprefix(RANDOM)).expanduser()
     if is_random(source):
         if not path.exists():
