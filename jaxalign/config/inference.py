@@ -26,7 +26,7 @@ class InferenceConfig(TruncationSettings):
     seed: Annotated[int, at_least(0, below=2**32)] = 0
     """Seed of sampling."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of computation. 'auto' is bfloat16 on TPU and GPU and float32 on CPU."""
+    """Dtype of computation, of every matrix product's inputs too. 'auto': bfloat16 on TPU and GPU, float32 on CPU."""
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class TrainConfig:
     seed: Annotated[int, at_least(0, below=2**32)] = 0
     """Seed of initial weights, data order and sampling."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of computation. 'auto' is bfloat16 on TPU and GPU and float32 on CPU."""
+    """Dtype of computation, of every matrix product's inputs too. 'auto': bfloat16 on TPU and GPU, float32 on CPU."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the parameters. With LoRA, dtype of the frozen base; adapters are always float32."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

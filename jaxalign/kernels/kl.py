@@ -27,7 +27,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from jaxalign.kernels import kl_gpu, kl_tpu
-from jaxalign.kernels.kl_tile import Options, Row, empty, finish, gradient, merge, of_tile, squash, times
+from jaxalign.kernels.kl_tile import Options, Row, empty, finish, gradient, merge, of_tile, squash
+from jaxalign.kernels.products import times
 from jaxalign.kernels.runtime import Target
 from jaxalign.types import Unembedding
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxalign.kernels.kl_tile import Row, Stats, empty, gradient, merge, of_tile, squash, times
+from jaxalign.kernels.kl_tile import Row, Stats, empty, gradient, merge, of_tile, squash
+from jaxalign.kernels.products import times
 
 WARPS, STAGES, SPLITS = 8, 3, 16
 

@@ -72,12 +72,6 @@ def finish(stats: Stats) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.maximum(weighted / mass - log_z + ref_log_z, 0.0), log_z, ref_log_z
 
 
-def times(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A matrix product in float32; float32 operands are not rounded to bfloat16 or TF32."""
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(axes, a, b, precision=exact, preferred_element_type=jnp.float32)
-
-
 def squash(raw: jax.Array, softcap: float | None, temperature: float) -> tuple[jax.Array, jax.Array | float]:
     """Logits from hidden @ weightᵀ + bias, and their slope: (z, dz/draw)."""
     if softcap is None:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxalign.kernels.kl_tile import Row, Stats, empty, gradient, merge, of_tile, squash, times
+from jaxalign.kernels.kl_tile import Row, Stats, empty, gradient, merge, of_tile, squash
+from jaxalign.kernels.products import times
 from jaxalign.kernels.runtime import Target, up
 
 

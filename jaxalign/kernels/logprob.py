@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from jaxalign.kernels import logprob_gpu, logprob_tpu
 from jaxalign.kernels.logprob_tile import Options, Slopes, Statistics, merge
+from jaxalign.kernels.products import times
 from jaxalign.kernels.runtime import Target, up
 
 __all__ = ["Options", "backward", "forward", "reference", "supports", "token_logps"]
@@ -41,7 +42,7 @@ def reference(
     temperature: float = 1.0,
 ) -> dict[str, jax.Array]:
     """The definition: all logits at once, [N V] in float32."""
-    logits = jnp.einsum("nd,vd->nv", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = times("nd,vd->nv", hidden, weight.astype(hidden.dtype))
     if bias is not None:
         logits += bias.astype(jnp.float32)[None, :]
     if softcap is not None:

@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxalign.kernels import logprob_tile as tile
+from jaxalign.kernels.products import times
 from jaxalign.kernels.runtime import Target, up
 
 STAGES, WARPS = 3, 8
@@ -123,14 +124,12 @@ def backward(
     n, width = hidden.shape
     chunk = chunk_columns(n, vocabulary, tiles)
     packed = jnp.stack([*slopes])
-    exact = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
 
     def back(d_hidden: jax.Array, part: tuple) -> tuple[jax.Array, tuple]:
         k, columns, shift = part
         d_raw, d_bias = _d_raw(k, count, hidden, columns, shift, targets, packed, vocabulary, tiles, options, target)
-        product = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
-        return d_hidden + product("nc,cd->nd", d_raw, columns), (
-            product("nc,nd->cd", d_raw, hidden).astype(dtype),
+        return d_hidden + times("nc,cd->nd", d_raw, columns), (
+            times("nc,nd->cd", d_raw, hidden).astype(dtype),
             d_bias,
         )
 
@@ -199,13 +198,10 @@ def _backward_body(has_bias: bool, vocabulary: int, tiles: Tiles, options: tile.
 def _logits(hidden, weight, bias, i, j, position, tiles: Tiles, options: tile.Options) -> tuple:
     """(z, slope, ids) of row tile i and column tile j of the chunk, tile `position` of the vocabulary."""
     rows, columns = pl.ds(i * tiles.rows, tiles.rows), pl.ds(j * tiles.columns, tiles.columns)
-    exact = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
 
     def add(k, raw):
         deep = pl.ds(k * tiles.depth, tiles.depth)
-        across = (((1,), (1,)), ((), ()))
-        operands = hidden[rows, deep], weight[columns, deep]
-        return raw + jax.lax.dot_general(*operands, across, precision=exact, preferred_element_type=jnp.float32)
+        return raw + times("nd,vd->nv", hidden[rows, deep], weight[columns, deep])
 
     shape = tiles.rows, tiles.columns
     raw = jax.lax.fori_loop(0, hidden.shape[1] // tiles.depth, add, jnp.zeros(shape, jnp.float32))

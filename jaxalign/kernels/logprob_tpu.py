@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxalign.kernels import logprob_tile as tile
+from jaxalign.kernels.products import precision_of
 from jaxalign.kernels.runtime import MIB, Target, up
 
 LANES = 128  # a [rows, 1] float32 takes [rows, 128] of VMEM
@@ -302,9 +303,8 @@ def _ids(j, shape: tuple[int, int]) -> jax.Array:
 
 def _times(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
     """A matrix product in float32; float32 operands are not rounded to bfloat16, as the matrix unit otherwise would."""
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = ((over_a,), (over_b,)), ((), ())
-    return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dims, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
 
 
 def _params(tiles: Tiles, width: int, itemsize: int, target: Target, *, backward: bool) -> pltpu.CompilerParams:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxalign.kernels.products import times
 from jaxalign.models.adapters.lora import join
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.select import select
@@ -41,7 +42,7 @@ def scores(hidden: jax.Array, head: jax.Array) -> jax.Array:
     """
     width = hidden.shape[-1]
     wide = hidden.astype(jnp.float32), head[:, :width].astype(jnp.float32)
-    products = jnp.einsum("...d,md->...m", *wide, precision=jax.lax.Precision.HIGHEST)
+    products = times("...d,md->...m", *wide)
     if head.shape[1] == width:
         return products
     return products + head[:, width].astype(jnp.float32).reshape((1,) * (products.ndim - 1) + (-1,))

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from jaxalign.kernels import gae as kernel
+from jaxalign.kernels.products import times
 from jaxalign.mistake import Mistake
 from jaxalign.ops import masked
 from jaxalign.ops.mesh import kernel_target, row_axes
@@ -230,7 +231,7 @@ def decoupled_advantages(
     Reference: Liu et al. 2026 (GDPO), https://arxiv.org/abs/2601.05242.
     """
     advantages = jnp.stack([group_advantages(of_reward, eps=eps) for of_reward in scores])
-    total = jnp.tensordot(weights.astype(jnp.float32), advantages, axes=1)
+    total = times("k,kng->ng", weights.astype(jnp.float32), advantages)
     return total / (jnp.std(total, ddof=1) + eps)  # its mean is 0 in every group
 
 

@@ -87,10 +87,8 @@ def _everything(
         values = token_logps(hidden, Unembedding(weight, bias, unembedding.softcap), targets, **options)
         return sum(scale * jnp.sum(getattr(values, name)) for name, scale in WEIGHTS.items()), values
 
-    # The kernel does not round float32 operands to bfloat16, as a TPU otherwise would.
-    with jax.default_matmul_precision("highest" if hidden.dtype == jnp.float32 else "default"):
-        gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
-        gradients, values = gradient(hidden, unembedding.weight, unembedding.bias)
+    gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    gradients, values = gradient(hidden, unembedding.weight, unembedding.bias)
     named = dict(zip(("d_hidden", "d_weight", "d_bias"), gradients, strict=True))
     return {name: x for name, x in {**values._asdict(), **named}.items() if x is not None}
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.kernels.logprob_tile import Statistics, merge, start
+from jaxalign.kernels.products import times
 from jaxalign.ops.logits import largest
 
 TILE_LOGITS = 2**22  # 16 MiB in float32
@@ -243,8 +244,8 @@ def _gradients(
         at = _start(vocabulary, chunk, i)
         narrow = d_raw.astype(hidden.dtype)
         tile = _columns(weight, at, chunk).astype(hidden.dtype)
-        d_hidden += jnp.einsum("nc,cd->nd", narrow, tile, preferred_element_type=jnp.float32)
-        d_tile = jnp.einsum("nc,nd->cd", narrow, hidden, preferred_element_type=jnp.float32)
+        d_hidden += times("nc,cd->nd", narrow, tile)
+        d_tile = times("nc,nd->cd", narrow, hidden)
         d_weight = _add_columns(d_weight, d_tile, at)
         d_bias = None if d_bias is None else _add_columns(d_bias, jnp.sum(d_raw, axis=0), at)
         return (d_hidden, d_weight, d_bias), None
@@ -269,7 +270,7 @@ def logits_tile(
     at = _start(weight.shape[0], chunk, i)
     ids = at + jnp.arange(chunk)
     columns = _columns(weight, at, chunk).astype(hidden.dtype)
-    raw = jnp.einsum("nd,cd->nc", hidden, columns, preferred_element_type=jnp.float32)
+    raw = times("nd,cd->nc", hidden, columns)
     if bias is not None:
         raw = raw + _columns(bias, at, chunk)[None, :]
     slope = 1.0 / options.temperature

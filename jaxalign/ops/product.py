@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxalign.kernels.products import precision_of, times
+
 
 def product(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
     """x W in the dtype of x; dx = g Wᵀ in that dtype, dW = xᵀ g in float32, then in the dtype of W."""
     if jnp.dtype(x.dtype).itemsize >= jnp.dtype(kernel.dtype).itemsize:
-        return x @ kernel.astype(x.dtype)
+        return jnp.matmul(x, kernel.astype(x.dtype), precision=precision_of(x.dtype))
     return _product(x, kernel)
 
 
@@ -38,7 +40,7 @@ def _product_forward(x: jax.Array, kernel: jax.Array) -> tuple:
 def _product_backward(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     tokens, slopes = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    d_kernel = jnp.einsum("ni,no->io", tokens, slopes, preferred_element_type=jnp.float32)
+    d_kernel = times("ni,no->io", tokens, slopes)
     return g @ kernel.astype(x.dtype).T, d_kernel.astype(kernel.dtype)
 
 

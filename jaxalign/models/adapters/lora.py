@@ -133,7 +133,8 @@ def merged_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, *, scale: float)
     kernel, a, b = (part.astype(jnp.float32) for part in (kernel, a, b))
     a_t = jnp.swapaxes(a, -1, -2)
     squares = jnp.sum(kernel**2, axis=-2)
-    squares += jnp.sum(b * (2 * scale * (a_t @ kernel) + scale**2 * (a_t @ a) @ b), axis=-2)
+    with jax.default_matmul_precision("highest"):
+        squares += jnp.sum(b * (2 * scale * (a_t @ kernel) + scale**2 * (a_t @ a) @ b), axis=-2)
     return jnp.sqrt(jnp.maximum(squares, 0.0))
 
 

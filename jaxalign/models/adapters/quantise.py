@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxalign.mistake import Mistake
+from jaxalign.ops.product import product
 from jaxalign.types import PyTree
 
 BLOCK = 64  # inputs that share a scale
@@ -107,7 +108,7 @@ class QuantisedKernel(nnx.Module):
         """x W in the dtype of x. The backward pass makes W again: all layers' floats would be as large as a base."""
 
         def multiply(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
-            return x @ dequantise(codes, scales).astype(x.dtype)
+            return product(x, dequantise(codes, scales).astype(x.dtype))
 
         return jax.checkpoint(multiply, prevent_cse=False)(x, self.codes[...], self.scales[...])
 

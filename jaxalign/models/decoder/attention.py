@@ -8,13 +8,17 @@ Pallas kernel compares segments for equality only, so it is not used for that.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.kernels.products import precision_of, times
 from jaxalign.mistake import Mistake
 from jaxalign.models.places import Layout
 
@@ -92,7 +96,8 @@ def attention(
         if softcap is not None:
             return _capped(*operands, visible, softcap, scale)
         library = "cudnn" if implementation == "cudnn" else "xla"
-        return jax.nn.dot_product_attention(*operands, mask=visible, scale=scale, implementation=library)
+        with _exact(query.dtype):
+            return jax.nn.dot_product_attention(*operands, mask=visible, scale=scale, implementation=library)
 
     length = query.shape[1]
     block = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))
@@ -119,14 +124,14 @@ def attention_of_one(
     shared = heads > key.shape[1]
     groups = query.reshape((batch, key.shape[1], heads // key.shape[1], width) if shared else (batch, heads, width))
     to_logits, to_values = ("bkgd,bksd->bkgs", "bkgs,bksd->bkgd") if shared else ("bkd,bksd->bks", "bks,bksd->bkd")
-    logits = scale * jnp.einsum(to_logits, groups, key, preferred_element_type=jnp.float32)
+    logits = scale * times(to_logits, groups, key)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     visible = coordinates.visible(window)
     visible = visible.reshape(batch, *(1,) * (logits.ndim - 2), -1)
     logits = jnp.where(visible, logits, -0.7 * jnp.finfo(jnp.float32).max)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum(to_values, weights, value, preferred_element_type=jnp.float32)
+    mixed = times(to_values, weights, value)
     return mixed.astype(query.dtype).reshape(query.shape)
 
 
@@ -147,11 +152,12 @@ def _capped(
     """Attention in full, for the soft-cap that `jax.nn.dot_product_attention` does not have."""
     batch, length, heads, width = query.shape
     groups = query.reshape(batch, length, key.shape[2], heads // key.shape[2], width)
-    logits = scale * jnp.einsum("btkgd,bskd->bkgts", groups, key, preferred_element_type=jnp.float32)
+    logits = scale * times("btkgd,bskd->bkgts", groups, key)
     logits = softcap * jnp.tanh(logits / softcap)
     logits = jnp.where(visible[:, :, None], logits, -0.7 * jnp.finfo(jnp.float32).max)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(query.shape)
+    mixed = jnp.einsum("bkgts,bskd->btkgd", weights, value, precision=precision_of(value.dtype))
+    return mixed.reshape(query.shape)
 
 
 def _splash(
@@ -214,7 +220,34 @@ def _splash(
         heads = P(layout.rows, None, layout.heads if cut else None, None)
         specs = (heads, heads, heads, P(layout.rows, None))
         local = jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=heads, check_vma=False)
-    return local(*arrays)[:rows, :tokens]
+    return _exactly(local, *arrays)[:rows, :tokens]
+
+
+def _exact(dtype: jnp.dtype) -> AbstractContextManager:
+    """The context in which a library's products, which name no precision, have that of their dtype."""
+    return jax.default_matmul_precision("highest") if precision_of(dtype) else contextlib.nullcontext()
+
+
+def _exactly(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """function(*arrays) in `_exact` of their dtype, and its backward pass too, which is traced outside of a context."""
+    if precision_of(arrays[0].dtype) is None:
+        return function(*arrays)
+
+    @jax.custom_vjp
+    def exact(*arrays: jax.Array) -> jax.Array:
+        with _exact(jnp.float32):
+            return function(*arrays)
+
+    def forward(*arrays: jax.Array) -> tuple[jax.Array, Callable]:
+        with _exact(jnp.float32):
+            return jax.vjp(function, *arrays)
+
+    def backward(pullback: Callable, slope: jax.Array) -> tuple:
+        with _exact(jnp.float32):
+            return pullback(slope)
+
+    exact.defvjp(forward, backward)
+    return exact(*arrays)
 
 
 def _padded(x: jax.Array, padding: tuple[int, int]) -> jax.Array:

@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.kernels.products import times
 from jaxalign.models.decoder.cache import Cache, empty_cache
 from jaxalign.models.places import Layout
 from jaxalign.ops.sampling import Drawn, sample
@@ -342,7 +343,7 @@ def _allowed(recent: jax.Array, bad_words: tuple[tuple[int, ...], ...], vocabula
 def _logits(hidden: jax.Array, unembedding: Unembedding) -> jax.Array:
     """Float32[B V], of one position; sampling needs the whole vocabulary."""
     weight = unembedding.weight.astype(hidden.dtype)
-    logits = jnp.einsum("bd,vd->bv", hidden, weight, preferred_element_type=jnp.float32)
+    logits = times("bd,vd->bv", hidden, weight)
     if unembedding.bias is not None:
         logits = logits + unembedding.bias.astype(jnp.float32)[None, :]
     cap = unembedding.softcap
