@@ -24,6 +24,7 @@ FLOORS = {
     "select": 0.6,
     "config": 0.5,
     "hosts": 0.5,
+    "clock": 0.5,
     "kernels": 1,
     "ops": 2,
     "losses": 3,

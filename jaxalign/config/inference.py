@@ -48,7 +48,7 @@ class GenerateConfig(PromptSettings, InferenceConfig):
     reward: Annotated[str | None, FUNCTION] = None
     """Reward that scores responses, as for grpo: 'reward_model(path=...)', 'my.module:function'; none: no scores."""
     reward_seconds: Annotated[float, above(0)] = 300.0
-    """Time limit, in seconds, for scoring 64 responses together. Reward functions run in parallel."""
+    """Time limit, in seconds, of reward functions for 64 responses. They run in parallel. Reward models have none."""
     keep: Literal["all", "best"] = "all"
     """Responses that are kept: 'all', or each prompt's 'best' by --reward (best-of-n)."""
     batch_size: Annotated[int, at_least(1)] = 16

@@ -48,8 +48,8 @@ class RolloutConfig(PromptSettings, ChatRowSettings, LogpSettings, TrainConfig):
     """Reward of a response: built-in functions 'numeric_match + 0.1*length(target=60)', a reward model\
  'reward_model(path="rm/final")', or your own 'my.module:function(x=1)'."""
     reward_seconds: Annotated[float, above(0)] = 60.0
-    """Time limit, in seconds, for scoring one step's responses; the run ends beyond it, after a checkpoint. Reward\
- functions run in parallel."""
+    """Time limit, in seconds, of reward functions for one step's responses; the run ends beyond it, after a\
+ checkpoint. They run in parallel. Reward models have no limit."""
     reward_clip: Annotated[float | None, above(0)] = None
     """Largest absolute sum of --reward, which is clipped to it before penalties; none: no clipping."""
     n: Annotated[int, at_least(1)] = 8

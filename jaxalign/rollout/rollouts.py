@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign.clock import elapsed
 from jaxalign.config.on_policy import RolloutConfig
 from jaxalign.data.batches.plan import bucket_widths
 from jaxalign.data.sets.prompts import PromptBatches, Prompts
@@ -103,7 +104,7 @@ class Rollouts:
         texts = [self._text(i, response) for i, response in zip(prompts, responses, strict=True)]
         began = time.perf_counter()
         scores, terms = self._score(prompts, responses, texts)
-        seconds.add(self._engine.stats, time.perf_counter() - began)
+        seconds.add(self._engine.stats, elapsed(began))
         return ScoredResponses(prompts, responses, texts, scores, terms)
 
     def _score(
@@ -140,7 +141,7 @@ class Rollouts:
 
 @dataclasses.dataclass
 class Seconds:
-    """Time and tokens of a step's rounds of generation and scoring."""
+    """Time without compilation, and tokens, of a step's rounds of generation and scoring."""
 
     generation: float = 0.0
     scoring: float = 0.0
@@ -156,6 +157,6 @@ class Seconds:
         """Seconds of generation and of scoring, and generated tokens per second."""
         return {
             "generation_seconds": self.generation,
-            "generated_tokens_per_second": self.tokens / self.generation,
+            "generated_tokens_per_second": self.tokens / max(self.generation, 1e-9),
             "reward_seconds": self.scoring,
         }

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxalign.clock import elapsed
 from jaxalign.mistake import Mistake
 from jaxalign.outside import Fields
 from jaxalign.training.sharding import put_batch
@@ -117,7 +118,7 @@ def fit(
                     hooks.save(state, progress, unsaved)
                 raise
             if source_metrics:
-                source_metrics = source_metrics | {SOURCE_SECONDS: time.perf_counter() - began}
+                source_metrics = source_metrics | {SOURCE_SECONDS: elapsed(began)}
             profiler.before(step)
             state, metrics = train_step(state, frozen, put_batch(batch, mesh))
             if pending:
@@ -189,7 +190,7 @@ def _finish(pending: tuple[int, Any, Row], progress: Progress, hooks: Hooks, clo
 
 
 class _Clock:
-    """Seconds between the ends of steps, without what happened between `reset` and the next step's start."""
+    """Seconds between the ends of steps, without compilation and what happened between `reset` and the next start."""
 
     def __init__(self) -> None:
         self.reset()
@@ -198,8 +199,9 @@ class _Clock:
         self._last = time.perf_counter()
 
     def lap(self) -> float:
-        before, self._last = self._last, time.perf_counter()
-        return max(self._last - before, 1e-9)
+        seconds = elapsed(self._last)
+        self.reset()
+        return max(seconds, 1e-9)
 
 
 class _Profiler:

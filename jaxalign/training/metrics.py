@@ -216,7 +216,7 @@ def format_row(row: Row, total_steps: int) -> str:
         parts.append(f"MFU {100 * row['mfu']:.1f} %")
     if row.get("skipped_steps"):
         parts.append(f"skipped {row['skipped_steps']}")
-    if "step_seconds" in row and row["step"] > 1:
+    if "step_seconds" in row:
         left = round((total_steps - row["step"]) * row["step_seconds"])
         parts.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
     return "  ".join(parts)

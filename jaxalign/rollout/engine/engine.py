@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from jaxalign import hosts
+from jaxalign.clock import elapsed
 from jaxalign.mistake import Mistake
 from jaxalign.rollout.engine import slots as device
 from jaxalign.rollout.engine.params import LAYOUTS, DecodingParams, decoding_params
@@ -59,7 +60,7 @@ OnResponse = Callable[[int, Response], None]  # (number of a request, the respon
 class Stats(NamedTuple):
     """Time and counts of an engine's last call."""
 
-    seconds: float
+    seconds: float  # without those of compilation
     tokens: int  # drawn
     steps: int  # one draws a token for every slot
     prompt_tokens: int  # read, without padding
@@ -162,7 +163,7 @@ class LocalEngine:
             if full:
                 slots = device.grow(slots, min(2 * slots.tokens.shape[1], longest))
         tokens = sum(len(r.tokens) for r in table.responses.values())
-        self.stats = Stats(time.perf_counter() - began, tokens, int(slots.clock), table.prompt_tokens)
+        self.stats = Stats(elapsed(began), tokens, int(slots.clock), table.prompt_tokens)
         return [table.responses[number] for number in range(len(requests))]
 
     def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:

@@ -29,6 +29,7 @@ import httpx2
 import jax
 import numpy as np
 
+from jaxalign.clock import elapsed
 from jaxalign.mistake import Mistake
 from jaxalign.outside import MIB, Fields, brief
 from jaxalign.rollout.engine.engine import OnResponse, Request, Response, Stats, request_keys
@@ -146,7 +147,7 @@ class HttpEngine:
         if params is not None and self._check is not None and requests:
             self._check(params, requests, responses, sampling)
         tokens, prompt_tokens = sum(len(r.tokens) for r in responses), sum(len(r.prompt) for r in requests)
-        self.stats = Stats(time.perf_counter() - began, tokens, 0, prompt_tokens)
+        self.stats = Stats(elapsed(began), tokens, 0, prompt_tokens)
         return responses
 
     def _load(self, params: PyTree) -> None:

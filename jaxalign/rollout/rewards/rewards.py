@@ -85,7 +85,7 @@ class Rewards:
         """
         Args:
           text: the sum, as `select_sum` reads it; bare names are those of REWARDS.
-          seconds: time limit for the responses of one call.
+          seconds: time limit for the responses of one call; a reward model has none.
 
         Raises:
           Mistake: a function or keyword does not exist, and the message lists what does; or a function of REWARDS
@@ -157,7 +157,11 @@ class Rewards:
             work = function if isinstance(function, Worker) else functools.partial(call, function)
             futures[name] = in_thread(functools.partial(work, prompts, responses, keywords, *arguments))
         deadline = time.monotonic() + self._seconds + GRACE
-        return {name: self._checked(name, future, deadline, len(responses)) for name, future in futures.items()}
+        ours = self.models  # they end, and their first call compiles, which takes as long as it takes
+        return {
+            name: self._checked(name, future, None if name in ours else deadline, len(responses))
+            for name, future in futures.items()
+        }
 
     def weighted_sum(self, scores: dict[str, np.ndarray]) -> np.ndarray:
         """Float32[N], Σ weight · scores of `scores_by_function`. Raises RewardError where it is beyond float32."""
@@ -166,10 +170,10 @@ class Rewards:
             raise RewardError(f"the scores of response {row} add up to {total[row]:g}; a float32 holds {LARGEST:.2g}")
         return total.astype(np.float32)
 
-    def _checked(self, name: str, future: concurrent.futures.Future, deadline: float, count: int) -> np.ndarray:
+    def _checked(self, name: str, future: concurrent.futures.Future, deadline: float | None, count: int) -> np.ndarray:
         name = f"the reward {name}"
         try:
-            scores = future.result(timeout=max(0.0, deadline - time.monotonic()))
+            scores = future.result(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
         except Failure as failure:
             raise RewardError(f"{name} {failure}", failure.row) from failure.__cause__
         except Mistake as mistake:  # of a process that was started anew
