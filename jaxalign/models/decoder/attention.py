@@ -74,8 +74,11 @@ def attention(
       window: a query sees keys at most window - 1 positions before it; None: no limit.
       softcap: c in c tanh(logit / c), applied before the softmax; None: no soft-cap.
       scale: factor of the logits.
-      implementation: "xla" runs anywhere; "splash" (Pallas, TPU) and "cudnn" (GPU, half precision) never hold the
-        [T, S] matrix; None picks by `choose`.
+      implementation: "xla" runs anywhere, with float32 logits [B H T S], in blocks of queries for long rows. "splash"
+        (Pallas, TPU) holds no array of T S entries. "cudnn" (GPU, half precision) holds none a head: it takes the
+        visible keys as a bias [B 1 T S] of 2 bytes an entry, and returns the bias's gradient, as large. So 8 rows of
+        8,192 tokens cost 1 GiB a layer forward and 2 GiB backward, where 32 heads of float32 logits would cost 64 GiB.
+        None picks by `choose`.
       layout: the mesh that cuts rows and heads; only "splash" reads it.
 
     Returns:
