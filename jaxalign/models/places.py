@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -74,6 +75,46 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list |
     except NotImplementedError:  # an axis that needs a part of a physical one
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=types)
+
+
+MOST_TENSOR = 8  # shares of a token's products in generation; each layer adds up their outputs twice
+
+
+def decoding_tensor(devices: int, key_heads: int) -> int:
+    """The largest number of shares that generation cuts a model into: it divides devices and key heads; at most 8."""
+    return max(n for n in range(1, MOST_TENSOR + 1) if devices % n == 0 and key_heads % n == 0)
+
+
+def inference_mesh(
+    key_heads: int, *, data: int | None = None, fsdp: int = 1, tensor: int | None = None, devices: list | None = None
+) -> Mesh:
+    """A mesh of all devices to generate on. `tensor` is as `decoding_tensor` has it, `data` the rest, unless given."""
+    count = len(jax.devices() if devices is None else devices)
+    if tensor is None:
+        fixed = math.prod(n for n in (data, fsdp) if n not in (None, -1))
+        left = max(count // fixed, 1) if fixed > 0 else 1
+        fills = data not in (None, -1) and fsdp != -1  # nothing else is free to take the rest
+        tensor = left if fills else decoding_tensor(left, key_heads)
+    if data is None:
+        data = 1 if -1 in (fsdp, tensor) else -1
+    return make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
+
+
+def decoding_mesh(mesh: Mesh, key_heads: int) -> Mesh:
+    """The devices of a mesh for training, in the same order, with `tensor` as large as generation can use.
+
+    A token reads every weight once, whatever the number of rows: the more devices share them, the faster it is.
+    """
+    tensor = decoding_tensor(mesh.size, key_heads)
+    if tensor <= mesh.shape["tensor"]:
+        return mesh
+    return Mesh(mesh.devices.reshape(mesh.size // tensor, 1, tensor), AXES, axis_types=mesh.axis_types)
+
+
+def device_bytes(tree: PyTree) -> int:
+    """Bytes that a device holds of the leaves that lie on devices: arrays, or ShapeDtypeStructs with shardings."""
+    leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -151,3 +192,12 @@ def offloaded(tree: PyTree) -> PyTree:
 def fetched(tree: PyTree) -> PyTree:
     """Copies of the arrays on the devices; a jitted function frees them after their last use."""
     return jax.device_put(tree, jax.memory.Space.Device)
+
+
+def placed(tree: PyTree, mesh: Mesh, *, offload: bool = False) -> PyTree:
+    """The tree as ShapeDtypeStructs that carry their shardings; with `offload` in host memory."""
+
+    def struct(x: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_host(place) if offload else place)
+
+    return jax.tree.map(struct, tree, shardings(tree, mesh))

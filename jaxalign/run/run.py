@@ -48,7 +48,15 @@ from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.compiled import CompiledStep
 from jaxalign.training.evaluate import make_evaluate
 from jaxalign.training.part import lora_of
-from jaxalign.training.program import Program, Recipe, compile_step, learning_rate, load_frozen, new_state
+from jaxalign.training.program import (
+    Program,
+    Recipe,
+    compile_step,
+    frozen_of_files,
+    learning_rate,
+    load_frozen,
+    new_state,
+)
 from jaxalign.training.state import TrainState
 from jaxalign.types import PyTree
 
@@ -284,6 +292,8 @@ class Run(Generic[ConfigT]):
             recorder.close()
             checkpoints.close(tidy=whole)
         is_new = stopped_by is None and not hosts.first_decides(lambda: is_finished(self.folder, progress.step))
+        if is_new:
+            frozen = frozen_of_files(config, program, frozen, self.mesh)
         return Outcome(state, frozen, stopped_by, is_new, last.get(SUMMARY))
 
     def end(self, outcome: Outcome) -> int:

@@ -290,7 +290,8 @@ def _base_loader(
             return _loaded(config, model, config.model, like, key, quantise=kind, besides=besides)
 
         def quantised(key: jax.Array) -> PyTree:
-            return quantise_kernels(init_params(model, key, param_dtype=config.param_dtype), kind)
+            quantised = quantise_kernels(init_params(model, key, param_dtype=config.param_dtype), kind)
+            return jax.tree.map(lambda x, to: x.astype(to.dtype), quantised, like)
 
         return jax.jit(quantised, out_shardings=_places(like))(key)
 
@@ -310,11 +311,16 @@ def _loaded(
     """The weights of a folder or hub name; for config: random ones."""
     if huggingface.is_random(source):
         key = _params_key(config) if key is None else key
-        return init_params(model, key, param_dtype=config.param_dtype, shardings=_places(like))
+
+        def random(key: jax.Array) -> PyTree:
+            params = init_params(model, key, param_dtype=config.param_dtype)
+            return jax.tree.map(lambda x, to: x.astype(to.dtype), params, like)
+
+        return jax.jit(random, out_shardings=_places(like))(key)
     return load_params(
         source,
         model,
-        param_dtype=config.param_dtype,
+        param_dtype=jax.tree.map(lambda x: x.dtype, like),
         shardings=_places(like),
         quantise=quantise,
         besides=besides,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,12 +13,16 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms.base import Algorithm
 from jaxalign.config.shared import TrainConfig
-from jaxalign.models.places import offloaded
+from jaxalign.models.decoder.decoder import compute_dtype
+from jaxalign.models.decoder.layers import CAST
+from jaxalign.models.files.huggingface import is_random
+from jaxalign.models.files.weights import stored_dtype
+from jaxalign.models.places import offloaded, placed
 from jaxalign.training import optimizer, sharding
 from jaxalign.training.part import Part
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
-from jaxalign.types import PyTree
+from jaxalign.types import PyTree, leaf_names
 
 
 class Recipe(NamedTuple):
@@ -61,12 +66,7 @@ def compile_step(
     The step's frozen argument is what lies under the trained leaves; where nothing does, the reference, unless it
     follows the policy and is a part of the state.
     """
-    part, reference = recipe.part, recipe.reference
-    algorithm = recipe.algorithm._replace(assemble=part.assemble)
-    moving = reference.frozen if reference is not None and algorithm.follow is not None else ()
-    frozen = part.frozen
-    if frozen is None and reference is not None and algorithm.follow is None:
-        frozen = reference.frozen
+    algorithm = recipe.algorithm._replace(assemble=recipe.part.assemble)
     peak, own = config.peak_learning_rate, recipe.critic_learning_rate
     schedule = learning_rate(config, steps, earlier, updates=recipe.updates)
     if own is None:
@@ -79,16 +79,59 @@ def compile_step(
             return schedule(update) * (own / peak)
 
     adamw = _optimizer(config, recipe, policy=schedule, critic=critic_schedule)
+    like, frozen = abstract_state(config, recipe, mesh, adamw)
+    train_step = make_train_step(algorithm, adamw, microbatches=config.microbatches)
+    step = sharding.jit_step(train_step, like, frozen, mesh, offload=recipe.offload)
+    return Program(recipe, algorithm, adamw, schedule, like, frozen, step)
+
+
+def abstract_state(
+    config: TrainConfig, recipe: Recipe, mesh: Mesh, adamw: Any = None
+) -> tuple[TrainState, PyTree | None]:
+    """(the train state, the frozen leaves) as ShapeDtypeStructs with their places, by default with AdamW's state."""
+    if adamw is None:
+        adamw = _optimizer(config, recipe, policy=optax.constant_schedule(0.0), critic=optax.constant_schedule(0.0))
+    part, reference, algorithm = recipe.part, recipe.reference, recipe.algorithm
+    moving = reference.frozen if reference is not None and algorithm.follow is not None else ()
+    frozen = part.frozen
+    if frozen is None and reference is not None and algorithm.follow is None:
+        frozen = reference.frozen
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def create(params: PyTree, key: jax.Array, reference: PyTree) -> TrainState:
         return TrainState.create(params, adamw, key, carry=algorithm.carry, reference=reference)
 
-    like = sharding.placed(jax.eval_shape(create, part.trained, key, moving), mesh)
-    frozen = sharding.placed(frozen, mesh, offload=recipe.offload)
-    train_step = make_train_step(algorithm, adamw, microbatches=config.microbatches)
-    step = sharding.jit_step(train_step, like, frozen, mesh, offload=recipe.offload)
-    return Program(recipe, algorithm, adamw, schedule, like, frozen, step)
+    like = placed(jax.eval_shape(create, part.trained, key, moving), mesh)
+    return like, placed(_as_computed(config, frozen), mesh, offload=recipe.offload)
+
+
+def _as_computed(config: TrainConfig, frozen: PyTree) -> PyTree:
+    """Kernels and embeddings in the dtype of computation, if that is narrower: what a product reads, to the bit.
+
+    DoRA takes the norms of its kernels as they are stored.
+    """
+    dtype = compute_dtype(config.precision)
+
+    def computed(name: str, x: Any) -> Any:
+        casts = re.search(CAST, name) and x.dtype.itemsize > dtype.itemsize and not config.lora.dora
+        return jax.ShapeDtypeStruct(x.shape, dtype) if casts else x
+
+    return jax.tree.map(computed, leaf_names(frozen), frozen)
+
+
+def frozen_of_files(config: TrainConfig, program: Program, frozen: PyTree | None, mesh: Mesh) -> PyTree | None:
+    """The frozen leaves under the trained ones as the model's files have them, for a model that is saved.
+
+    Those of a run are cast to the dtype of computation, which loses nothing of files that have this dtype.
+    """
+    part, dtype = program.recipe.part, compute_dtype(config.precision).name
+    if part.frozen is None or [x.dtype for x in jax.tree.leaves(part.frozen)] == [
+        x.dtype for x in jax.tree.leaves(program.frozen)
+    ]:
+        return frozen
+    if not is_random(config.model) and stored_dtype(config.model) == dtype:
+        return frozen
+    return part.load(placed(part.frozen, mesh))
 
 
 def load_frozen(program: Program) -> PyTree | None:

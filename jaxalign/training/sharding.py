@@ -10,26 +10,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.mistake import Mistake
-from jaxalign.models.places import fetched, on_host, shardings
+from jaxalign.models.places import fetched, placed, shardings
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import TrainStep
 from jaxalign.types import PyTree
 
 ROWS = P(("data", "fsdp"))
-
-
-def placed(tree: PyTree, mesh: Mesh, *, offload: bool = False) -> PyTree:
-    """The tree as ShapeDtypeStructs that carry their shardings; with `offload` in host memory."""
-
-    def struct(x: Any, place: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-
-    return jax.tree.map(struct, tree, _places(tree, mesh, offload))
-
-
-def _places(tree: PyTree, mesh: Mesh, offload: bool) -> PyTree:
-    places = shardings(tree, mesh)
-    return jax.tree.map(on_host, places) if offload else places
 
 
 def check_batch_size(batch_size: int, microbatches: int, mesh: Mesh) -> None:
@@ -74,7 +60,11 @@ def jit_step(
 
     return jax.jit(
         fetching if offload else train_step,
-        in_shardings=(state, _places(frozen, mesh, offload), NamedSharding(mesh, ROWS)),
+        in_shardings=(
+            state,
+            jax.tree.map(lambda x: x.sharding, placed(frozen, mesh, offload=offload)),
+            NamedSharding(mesh, ROWS),
+        ),
         out_shardings=(state, NamedSharding(mesh, P())),
         donate_argnums=0,
     )

@@ -20,6 +20,8 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 
+CAST = r"(kernel|embedding)$"  # names of leaves of which nothing but a copy in the dtype of compute is read
+
 
 class Compute(NamedTuple):
     """Settings that change how a model computes, not what; hashable."""

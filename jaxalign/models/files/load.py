@@ -46,7 +46,7 @@ def load_params(
     Args:
       source: local folder or hub name with *.safetensors.
       config: the source's config, from `read_config`.
-      param_dtype: dtype of the parameters; tensors are cast one by one.
+      param_dtype: dtype of the parameters, or a tree like params of theirs; tensors are cast one by one.
       shardings: a tree like params; by default everything is on the first device.
       quantise: "int8" or "nf4" for the blocks' kernels, quantised layer by layer: one at a time is there as floats.
       besides: patterns of tensors in the files that this function leaves to others, such as a score head.
@@ -57,8 +57,11 @@ def load_params(
         message names it.
     """
     path = folder(source)
-    _, plain = make_decoder(config, param_dtype=param_dtype)
-    _, abstract = make_decoder(config, param_dtype=param_dtype, quantise=quantise)
+    tree = isinstance(param_dtype, dict)
+    _, plain = make_decoder(config)
+    _, abstract = make_decoder(config, param_dtype=jnp.float32 if tree else param_dtype, quantise=quantise)
+    if tree:
+        abstract = jax.tree.map(lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype), abstract, param_dtype)
     if shardings is None:
         first = SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: first, abstract)
