@@ -66,12 +66,12 @@ def main(config: OnlineKTOConfig) -> int:
     check(config)
     run = Run.open(config, "online-kto")
     plan = recipe(config, run.model, run.mesh)
-    prompting = on_policy.load_prompts(config, run, updates=plan.updates)
+    prompting = on_policy.load_prompts(config, run, plan)
     data = on_policy.run_data(config, prompting)
     if not run.claim(data):
         return 0
     rows = on_policy.count_rows(config, run.mesh, responses=config.n)
-    responses = on_policy.rollouts(config, run, plan, prompting, functools.partial(to_batch, config, rows))
+    responses = on_policy.rollouts(config, run, prompting, functools.partial(to_batch, config, rows))
     return final.language_model(run, run.fit(plan, data, source=responses))
 
 

@@ -16,14 +16,20 @@ from jaxalign.data.sets.prompts import PromptBatches, Prompts
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.decoder import compute_dtype
 from jaxalign.models.files import huggingface
+from jaxalign.models.places import device_bytes
 from jaxalign.rollout.engine.choice import check_server, make_engine, publisher
+from jaxalign.rollout.engine.engine import LocalEngine
+from jaxalign.rollout.engine.memory import check_memory
+from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.rewards.rewards import Rewards
 from jaxalign.rollout.rollouts import BatchFn, Rollouts
 from jaxalign.run import final
 from jaxalign.run.run import Data, Run
 from jaxalign.run.samples import RolloutSamples
 from jaxalign.training import loop
-from jaxalign.training.program import Recipe
+from jaxalign.training.program import Recipe, abstract_state
+
+WAY_OUT = "use fewer `slots`, a larger `mesh.tensor`, `decode_layout` training, or more devices"
 
 
 class Prompting(NamedTuple):
@@ -59,8 +65,8 @@ def check(config: RolloutConfig) -> None:
         )
 
 
-def load_prompts(config: RolloutConfig, run: Run, *, updates: int) -> Prompting:
-    """The prompts and rewards; the server of `engine` is asked whether it can be used."""
+def load_prompts(config: RolloutConfig, run: Run, recipe: Recipe) -> Prompting:
+    """The prompts and rewards; the server of `engine` is asked whether it can be used, or the devices' memory."""
     if jax.process_count() > 1 and config.engine is not None:
         raise Mistake(f"`engine` serves a run on one host so far, not on {jax.process_count()}")
     rewards = Rewards(config.reward, seconds=config.reward_seconds)
@@ -76,7 +82,8 @@ def load_prompts(config: RolloutConfig, run: Run, *, updates: int) -> Prompting:
     rewards.check(prompts.raw, prompts.columns, later=["finished", "tokens"])
     if not run.exists:
         check_server(config)
-    batches = run.counted(PromptBatches(prompts, Plan.of(config)), updates=updates)
+    batches = run.counted(PromptBatches(prompts, Plan.of(config)), updates=recipe.updates)
+    _check_memory(config, run, recipe, longest=max(map(len, prompts.ids)))
     return Prompting(prompts, batches, rewards)
 
 
@@ -86,15 +93,14 @@ def run_data(config: RolloutConfig, prompting: Prompting, *, fingerprint: int = 
     return Data(prompting.batches, shapes, prompting.prompts.fingerprint() ^ fingerprint)
 
 
-def rollouts(config: RolloutConfig, run: Run, recipe: Recipe, prompting: Prompting, to_batch: BatchFn) -> Rollouts:
+def rollouts(config: RolloutConfig, run: Run, prompting: Prompting, to_batch: BatchFn) -> Rollouts:
     """(the policy's params, step) -> (a batch of its responses, metrics), by the devices that train or by a server."""
     vocabulary = run.vocabulary
     engine = make_engine(
         config,
-        recipe.part.graphdef,
-        vocabulary=run.model.vocab_size,
-        ways=run.mesh.shape["data"] * run.mesh.shape["fsdp"],
-        prompt_room=max(map(len, prompting.prompts.ids)),
+        run.model,
+        run.lora,
+        run.mesh,
         publish=publisher(
             run.folder,
             config.model,
@@ -114,6 +120,21 @@ def rollouts(config: RolloutConfig, run: Run, recipe: Recipe, prompting: Prompti
         terminators=vocabulary.terminators,
         write_samples=RolloutSamples(config),
     )
+
+
+def _check_memory(config: RolloutConfig, run: Run, recipe: Recipe, *, longest: int) -> None:
+    """Logs the bytes of a device in generation. Raises Mistake where weights and training state do not fit."""
+    engine = make_engine(config, run.model, run.lora, run.mesh, publish=None)
+    if not isinstance(engine, LocalEngine):
+        return
+    state, frozen = abstract_state(config, recipe, run.mesh)
+    params = recipe.part.assemble(state.params, frozen)
+    weights, slots = engine.memory(
+        params.get("policy", params),  # beside it may be a critic
+        prompt=longest,
+        sampling=Sampling.of(config, run.vocabulary.terminators),
+    )
+    check_memory(weights=weights, slots=slots, state=device_bytes((state, frozen)), way_out=WAY_OUT)
 
 
 def count_rows(config: RolloutConfig, mesh: Mesh, *, responses: int) -> int:

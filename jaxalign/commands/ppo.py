@@ -41,14 +41,14 @@ def main(config: PPOConfig) -> int:
     check(config)
     run = Run.open(config, "ppo")
     plan = recipe(config, run.model, run.mesh)
-    prompting = on_policy.load_prompts(config, run, updates=plan.updates)
+    prompting = on_policy.load_prompts(config, run, plan)
     text = _pretraining(config, run)
     fingerprint = text.mixture.examples.fingerprint() if text else 0
     data = on_policy.run_data(config, prompting, fingerprint=fingerprint)
     if not run.claim(data):
         return 0
     rows = on_policy.count_rows(config, run.mesh, responses=config.n)
-    responses = on_policy.rollouts(config, run, plan, prompting, functools.partial(to_batch, config, text, rows))
+    responses = on_policy.rollouts(config, run, prompting, functools.partial(to_batch, config, text, rows))
     outcome = run.fit(
         plan, data, source=_of_policy(responses), last_because=on_policy.beyond_kl_budget(config.kl_budget)
     )

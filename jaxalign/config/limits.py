@@ -163,7 +163,7 @@ def upgraded(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     """`to_json`'s values of an older version as this version names them.
 
     A class lists in `renamed` the settings that moved, {old name: dotted new name}; in `retired` those that its command
-    never obeyed, by dotted name; and in `reworded` values that meant something else, {"group.name": {old: new}}.
+    never obeyed, by dotted name; and in `reworded` values that meant something else, {dotted name: {old: new}}.
     """
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
     for old, new in getattr(kind, "renamed", {}).items():
@@ -175,10 +175,10 @@ def upgraded(kind: type, values: dict[str, Any]) -> dict[str, Any]:
         place = values.get(group) if dot else values
         if isinstance(place, dict):
             place.pop(name if dot else group, None)
-    groups = {name: value for name, value in values.items() if isinstance(value, dict)}
+    groups = {name: value for name, value in values.items() if isinstance(value, dict)} | {"": values}
     if "extend" not in groups.get("optimizer", {"extend": None}):  # written before the words had their present meaning
         for reworded, words in getattr(kind, "reworded", {}).items():
-            group, _, name = reworded.partition(".")
+            group, _, name = reworded.rpartition(".")
             if isinstance(word := groups.get(group, {}).get(name), str) and word in words:
                 groups[group][name] = words[word]
     return values

@@ -37,6 +37,7 @@ class RolloutConfig(PromptSettings, ChatRowSettings, LogpSettings, TrainConfig):
     """Settings of generation and rewards."""
 
     retired: ClassVar[tuple[str, ...]] = NEVER_OBEYED
+    reworded: ClassVar[dict[str, dict[str, str]]] = {"decode_layout": {"tensor": "auto"}}  # the default's name
 
     steps: Annotated[int | None, at_least(1)] = None
     """Number of steps, each a batch of responses and epochs x minibatches updates; none: see --epochs."""
@@ -66,16 +67,18 @@ class RolloutConfig(PromptSettings, ChatRowSettings, LogpSettings, TrainConfig):
     """Number of prompts per step whose first response is written to samples.jsonl, with its score."""
     eval_every: Annotated[int, at_least(0)] = 0
     """Number of steps between written samples; 0 writes those of the first step only."""
-    slots: Annotated[int, at_least(1)] = 64
-    """Number of responses generated at once; one that ends makes room for the next prompt."""
+    slots: Annotated[int | None, at_least(1)] = None
+    """Number of responses generated at once; one that ends makes room for the next prompt. None: all of a step, but no\
+ more than 64 for each device."""
     engine: Annotated[str | None, WORDS] = None
     """Address of a server that generates, http://host:port; none: the training devices do."""
     engine_kind: Literal["vllm", "sglang"] = "vllm"
     """Software of --engine's server; rollout/engine/servers.py has its start command."""
     engine_reload: str | None = None
     """Requests that make the server load a policy: '/load {"path": "{folder}"} /reset'; none: --engine-kind's."""
-    decode_layout: Literal["tensor", "training"] = "tensor"
-    """Weights in generation: split over --mesh.tensor only ('tensor', faster), or as in 'training' (less memory)."""
+    decode_layout: Literal["auto", "tensor", "training"] = "auto"
+    """Weights in generation: a copy split over as many devices as divide the key heads, at most 8 ('auto'), or over\
+ --mesh.tensor alone ('tensor'), or as in 'training', gathered anew for every token (slow, least memory)."""
     offload_reference: bool = False
     """Keep the reference in the host's memory, and on the devices only while it scores responses."""
     algorithm: UpdateSettings = field(default_factory=UpdateSettings)
@@ -129,7 +132,10 @@ class GRPOConfig(KLBudgetSettings, GroupConfig):
 
     default_learning_rate: ClassVar[float] = 1e-6  # Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.2
 
-    reworded: ClassVar[dict[str, dict[str, str]]] = {"algorithm.advantages": {"batch": "scores"}}
+    reworded: ClassVar[dict[str, dict[str, str]]] = {
+        **RolloutConfig.reworded,
+        "algorithm.advantages": {"batch": "scores"},
+    }
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW, schedule, clipping. Default learning rate: 1e-6 (DeepSeekMath); with LoRA 1e-5 (x 10, Schulman 2025)."""

@@ -15,7 +15,7 @@ from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import Lora, linear_layers, split
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files.families import model_config
-from jaxalign.models.places import RULES, make_mesh, shardings
+from jaxalign.models.places import RULES, decoding_tensor, inference_mesh, make_mesh, shardings
 from jaxalign.training import optimizer
 from jaxalign.training.state import TrainState
 from jaxalign.types import leaf_names
@@ -90,3 +90,29 @@ def test_a_matrix_that_no_rule_fits_is_an_error_that_names_it_and_the_table(tree
 def test_a_vector_that_no_rule_fits_is_replicated():
     tree = {"blocks": {"mlp": {"router": {"bias": shape(3, 8)}}}, "temperature": shape()}
     assert {place.spec for place in jax.tree.leaves(shardings(tree, make_mesh()))} == {P()}
+
+
+@pytest.mark.parametrize(
+    ("devices", "heads", "given", "shape"),
+    [
+        (8, 8, {}, (1, 1, 8)),
+        (4, 8, {}, (1, 1, 4)),
+        (8, 2, {}, (4, 1, 2)),
+        (8, 1, {}, (8, 1, 1)),
+        (8, 3, {}, (8, 1, 1)),
+        (6, 12, {}, (1, 1, 6)),
+        (8, 8, {"tensor": 2}, (4, 1, 2)),
+        (8, 8, {"fsdp": 2}, (1, 2, 4)),
+        (8, 8, {"fsdp": -1}, (1, 1, 8)),
+        (8, 8, {"fsdp": -1, "tensor": 2}, (1, 4, 2)),
+        (8, 2, {"data": 2}, (2, 1, 4)),
+        (8, 8, {"data": 2, "fsdp": -1}, (2, 1, 4)),
+        (8, 8, {"tensor": -1}, (1, 1, 8)),
+    ],
+    ids=str,
+)
+def test_generation_cuts_heads_over_all_devices_that_it_can_use(devices, heads, given, shape):
+    """What is given stays; `tensor` divides devices and key heads, and no device is left out."""
+    mesh = inference_mesh(heads, **given, devices=jax.devices()[:devices])
+    assert tuple(mesh.shape.values()) == shape
+    assert decoding_tensor(256, 32) == 8  # more shares would wait for each other longer than for their weights

@@ -235,16 +235,20 @@ def test_sampled_frequencies_are_the_distribution_of_the_model(model):
     assert chi_square < freedom + 3.1 * np.sqrt(2 * freedom) + 10
 
 
-@pytest.mark.parametrize("layout", ["training", "tensor"])
+@pytest.mark.parametrize("layout", ["training", "tensor", "auto"])
 def test_a_mesh_gives_the_tokens_of_one_device(model, layout, monkeypatch):
+    """Sampled, too: each request has a key of its own. `auto` moves the params to a mesh of generation's own."""
     sampling = Sampling(18)
     expected = ids(generate(model, sampling))
     monkeypatch.setattr(engine_module, "FIRST_RING", 9)
-    mesh = places.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = places.make_mesh(fsdp=8) if layout == "auto" else places.make_mesh(data=2, fsdp=2, tensor=2)
     config = model_config({"architectures": ["LlamaForCausalLM"], **TINY["llama"]})
-    graphdef, abstract = make_decoder(config, layout=Layout(mesh))
+    wide = places.decoding_mesh(mesh, config.num_kv_heads)
+    assert wide.shape["tensor"] == 2
+    graphdef, abstract = make_decoder(config, layout=Layout(wide))
     params = jax.device_put(model[1], places.shardings(abstract, mesh))
-    assert ids(generate((graphdef, params), sampling, slots=4, layout=layout)) == expected
+    layout = "training" if layout == "training" else "tensor"
+    assert ids(generate((graphdef, params), sampling, slots=3, layout=layout)) == expected  # slots become four
 
 
 def test_a_cache_of_int8_hardly_changes_the_scores(model, scored):

@@ -12,7 +12,8 @@ from jaxalign.models.decoder.decoder import init_params, make_decoder
 from jaxalign.models.files.families import model_config
 from jaxalign.models.places import Layout
 from jaxalign.rollout.engine import slots as device
-from jaxalign.rollout.engine.params import decoding_params
+from jaxalign.rollout.engine.engine import LocalEngine
+from jaxalign.rollout.engine.params import decoding_like, decoding_params
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.types import leaf_names
 from tests.models.tiny import TINY
@@ -34,7 +35,7 @@ def named(tree):
 def test_kernels_and_embeddings_are_whole_but_for_tensor_and_in_the_dtype_of_compute():
     graphdef, params = on_a_mesh()
     tree, layers = decoding_params(graphdef, params, layout="tensor")
-    assert tree["blocks"] is params["blocks"]
+    assert all(x.size == 0 for x in jax.tree.leaves(tree["blocks"]))  # generation does not read the stack
     leaves = named(layers[1]) | named({"embed": tree["embed"], "norm": tree["norm"]})
     for name, x in leaves.items():
         cast = name.endswith(("kernel", "embedding"))
@@ -74,3 +75,27 @@ def test_kernels_whose_norms_dora_takes_keep_their_dtype():
     adapter = init_adapter(split(abstract)[1], jax.random.key(1), base=PARAMS)
     layer = decoding_params(graphdef, join(adapter, PARAMS)).layers[0]["mlp"]
     assert layer["down"]["kernel"].dtype == jnp.float32 and layer["up"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_a_model_may_move_to_another_mesh_and_be_there_once():
+    """From shares of training, fsdp=8, to heads cut in two and rows in four, each leaf of the stack freed at once."""
+    mesh = places.make_mesh(fsdp=8)
+    wide = places.decoding_mesh(mesh, CONFIG.num_kv_heads)
+    assert dict(wide.shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert [*wide.devices.flat] == [*mesh.devices.flat]
+    graphdef, abstract = make_decoder(CONFIG, compute_dtype=jnp.bfloat16, layout=Layout(wide))
+    placed = places.shardings(abstract, mesh)
+    params = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=placed)(PARAMS)
+    expected = decoding_params(make_decoder(CONFIG, compute_dtype=jnp.bfloat16)[0], PARAMS)
+    like = decoding_like(graphdef, params, layout="tensor")
+    weights, _ = LocalEngine(graphdef, layout="tensor").memory(params, prompt=5, sampling=Sampling(8))
+    decoding = decoding_params(graphdef, params, layout="tensor", free=True)
+    tables = [decoding.tree["embed"], decoding.tree["unembedding"]]
+    assert weights == places.device_bytes([decoding.layers, tables])  # the last norm lies where it was
+    assert all(x.is_deleted() for x in jax.tree.leaves(params["blocks"]))
+    for name, x in named({"layers": decoding.layers, "embed": decoding.tree["embed"]}).items():
+        shape = named({"layers": like.layers, "embed": like.tree["embed"]})[name]
+        assert (x.shape, x.dtype) == (shape.shape, shape.dtype) and x.sharding.is_equivalent_to(shape.sharding, x.ndim)
+        assert x.addressable_shards[0].data.size == x.size // (2 if name.endswith(("kernel", "embedding")) else 1)
+    for ours, theirs in zip(jax.tree.leaves(decoding.layers), jax.tree.leaves(expected.layers), strict=True):
+        assert (jax.device_get(ours) == jax.device_get(theirs)).all()

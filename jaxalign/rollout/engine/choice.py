@@ -7,15 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
+from jax.sharding import Mesh
 
 from jaxalign.config.on_policy import RolloutConfig
 from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.lora import Lora
 from jaxalign.models.adapters.merge import merge_by_layer
 from jaxalign.models.decoder.config import ModelConfig
+from jaxalign.models.decoder.decoder import decoder_for
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.save import save_pretrained
+from jaxalign.models.places import decoding_mesh
 from jaxalign.outside import brief
 from jaxalign.rollout.engine.agreement import Agreement
 from jaxalign.rollout.engine.engine import Engine, LocalEngine
@@ -26,6 +28,7 @@ from jaxalign.types import PyTree
 log = logging.getLogger(__name__)
 
 POLICY = "policy"  # folder in the run folder: the policy that the server loaded last
+MOST_SLOTS = 64  # for each device; where `slots` names no number
 CHECKED = 8  # responses of a step whose log-probs are compared with the policy's
 
 
@@ -52,32 +55,35 @@ def check_server(config: RolloutConfig) -> None:
 
 def make_engine(
     config: RolloutConfig,
-    graphdef: nnx.GraphDef,
+    model: ModelConfig,
+    lora: Lora | None,
+    mesh: Mesh,
     *,
-    vocabulary: int,
-    ways: int,
-    prompt_room: int,
     publish: PublishFn | None,
 ) -> Engine:
     """The engine that a config chooses.
 
     Args:
       config: its `engine`, `slots` and what belongs to them.
-      graphdef: structure of the policy.
-      vocabulary: number of tokens that the policy knows.
-      ways: number of devices that rows are split over.
-      prompt_room: tokens of the longest prompt.
+      model: config of the policy.
+      lora: of adapters among the params; None: there are none.
+      mesh: of training, whose devices generate, on a mesh of their own unless `decode_layout` says otherwise.
       publish: writes params where a server reads them; None suffices for the local engine.
     """
-    slots = -(-min(config.slots, config.batch_size * config.n) // ways) * ways
+    most = MOST_SLOTS * mesh.size if config.slots is None else config.slots
+    slots = min(most, config.batch_size * config.n)
     if config.engine is None:
-        return LocalEngine(graphdef, slots=slots, prompt_room=prompt_room, layout=config.decode_layout)
+        layout = "training" if config.decode_layout == "training" else "tensor"
+        own = decoding_mesh(mesh, model.num_kv_heads) if config.decode_layout == "auto" else mesh
+        return LocalEngine(decoder_for(config, model, own, lora)[0], slots=slots, layout=layout)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    graphdef, _ = decoder_for(config, model, mesh, lora)
     return HttpEngine(
         config.engine,
         kind=config.engine_kind,
         publish=publish,
         reload=None if config.engine_reload is None else parse_reload(config.engine_reload),
-        vocabulary=vocabulary,
+        vocabulary=model.vocab_size,
         check=Agreement(graphdef, rows=-(-CHECKED // ways) * ways, max_length=config.max_length),
         concurrency=slots,
     )

@@ -23,8 +23,9 @@ from flax import nnx
 from jaxalign import hosts
 from jaxalign.clock import elapsed
 from jaxalign.mistake import Mistake
+from jaxalign.models.places import device_bytes
 from jaxalign.rollout.engine import slots as device
-from jaxalign.rollout.engine.params import LAYOUTS, DecodingParams, decoding_params
+from jaxalign.rollout.engine.params import LAYOUTS, DecodingParams, decoding_like, decoding_params, is_like
 from jaxalign.rollout.engine.slots import Admitted, Sampling, Slots
 from jaxalign.types import PyTree
 
@@ -94,7 +95,6 @@ class LocalEngine:
         *,
         slots: int = 16,
         refill: bool = True,
-        prompt_room: int = 0,
         cache_dtype: Any = None,
         layout: str = "training",
         decode_text: Callable[[Sequence[int], Sequence[int]], str] | None = None,
@@ -102,18 +102,18 @@ class LocalEngine:
         """
         Args:
           graphdef: of a decoder.
-          slots: requests in flight; a multiple of the devices that rows are split over.
+          slots: requests in flight; rounded up to a multiple of the devices that rows are split over.
           refill: whether a free slot takes the next request at once; if not, all wait for the longest response.
-          prompt_room: smallest room for a prompt, in tokens; calls whose prompts fit in it share compiled programs.
           cache_dtype: of cached keys and values: a float or int8; None is the dtype of computation.
-          layout: of the parameters during a call, as in params.py: "training" saves memory, "tensor" time on a mesh.
+          layout: of the parameters during a call, as in params.py: "training" saves memory, "tensor" time on a mesh,
+            that of the graphdef.
           decode_text: (ids of a prompt, ids of its response) -> the response's text, to search for stop strings.
         """
         if slots < 1:
             raise Mistake(f"slots={slots} must be at least 1")
         if layout not in LAYOUTS:
             raise Mistake(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
-        self._graphdef, self._slots, self._refill, self._prompt_room = graphdef, slots, refill, prompt_room
+        self._graphdef, self._slots, self._refill = graphdef, slots, refill
         self._cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
         self._layout, self._decode_text = layout, decode_text
         self._alone = jax.process_count() == 1
@@ -121,7 +121,7 @@ class LocalEngine:
 
     def generate(
         self,
-        params: PyTree,
+        params: PyTree | DecodingParams,
         requests: Sequence[Request],
         key: jax.Array,
         *,
@@ -141,30 +141,56 @@ class LocalEngine:
             return []
         began = time.perf_counter()
         longest = max(_limit(r, sampling) for r in requests)
-        decoding = decoding_params(self._graphdef, params, layout=self._layout)
+        if not isinstance(params, DecodingParams):
+            params = decoding_params(self._graphdef, params, layout=self._layout)
         slots = device.empty_slots(
             self._graphdef,
-            params,
+            params.tree,
             slots=self._slots,
-            prompt=_bucket(max(self._prompt_room, *(len(r.prompt) for r in requests))),
+            prompt=_bucket(max(len(r.prompt) for r in requests)),
             response=min(longest, FIRST_RING),
             sampling=sampling,
             cache_dtype=self._cache_dtype,
         )
-        table = _Table(requests, sampling, self._slots, on_response)
+        table = _Table(requests, sampling, len(slots.alive), on_response)
         most = SHOW_EVERY if watch else STOP_EVERY if sampling.stop else HAND_EVERY if on_response else NO_LIMIT
         while True:
             if table.may_take(self._refill):
-                slots = self._admit(decoding, slots, table, key)
+                slots = self._admit(params, slots, table, key)
             if not table.active:
                 break
-            slots = self._decode(decoding, slots, table, sampling, most)
+            slots = self._decode(params, slots, table, sampling, most)
             slots, full = self._collect(slots, table, sampling, watch)
             if full:
                 slots = device.grow(slots, min(2 * slots.tokens.shape[1], longest))
         tokens = sum(len(r.tokens) for r in table.responses.values())
         self.stats = Stats(elapsed(began), tokens, int(slots.clock), table.prompt_tokens)
         return [table.responses[number] for number in range(len(requests))]
+
+    def memory(self, params: PyTree, *, prompt: int, sampling: Sampling) -> tuple[int, int]:
+        """Bytes of a device in a call, beside its share of `params`: (copies of weights, the slots at their longest).
+
+        Args:
+          params: arrays or ShapeDtypeStructs, with their places.
+          prompt: tokens of the longest prompt.
+          sampling: of the call.
+        """
+        decoding = decoding_like(self._graphdef, params, layout=self._layout)
+        before, after = (
+            jax.tree.leaves({name: x for name, x in tree.items() if name != "blocks"})
+            for tree in (params, decoding.tree)
+        )
+        copied = [x for x, was in zip(after, before, strict=True) if not is_like(was, x)]
+        slots = device.slots_like(
+            self._graphdef,
+            decoding.tree,
+            slots=self._slots,
+            prompt=_bucket(prompt),
+            response=sampling.max_new_tokens,
+            sampling=sampling,
+            cache_dtype=self._cache_dtype,
+        )
+        return device_bytes([copied, decoding.layers]), device_bytes(slots)
 
     def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
         for number, request in enumerate(requests):
@@ -198,7 +224,7 @@ class LocalEngine:
         new = Admitted(
             prompts,
             mask,
-            slot=padded(places, self._slots),
+            slot=padded(places, table.slots),
             source=padded([row_of[r.prompt] for r in requests], 0),
             keys=self.request_keys(key, padded([r.seed for r in requests], 0)),
             limit=padded([_limit(r, table.sampling) for r in requests], 1),
@@ -211,9 +237,9 @@ class LocalEngine:
 
     def _decode(self, params: DecodingParams, slots: Slots, table: _Table, sampling: Sampling, most: int) -> Slots:
         """The slots after `most` tokens, or once another eighth is free, enough for a prefill, or all if none waits."""
-        want = self._slots + 1
+        want = table.slots + 1
         if table.waiting and self._refill:
-            want = self._slots - len(table.active) + max(1, self._slots // 8)
+            want = table.slots - len(table.active) + max(1, table.slots // 8)
         return device.decode(self._graphdef, params, slots, want, most, sampling=sampling)
 
     def _collect(self, slots: Slots, table: _Table, sampling: Sampling, watch: WatchFn | None) -> tuple[Slots, bool]:
@@ -236,7 +262,7 @@ class LocalEngine:
             table.finish(place, Response(tokens[:cut], logps[:cut], model_logps[:cut], ended))
             stopped += [place] if alive[place] else []
         if stopped:
-            slots = _kill(slots, np.isin(np.arange(self._slots), stopped))
+            slots = _kill(slots, np.isin(np.arange(table.slots), stopped))
         return slots, full
 
     def _stop(self, prompt: Sequence[int], tokens: np.ndarray, stop: Iterable[str]) -> int | None:
@@ -257,6 +283,7 @@ class _Table:
 
     def __init__(self, requests: Sequence[Request], sampling: Sampling, slots: int, on_response: OnResponse | None):
         self.requests, self.sampling, self._on_response = requests, sampling, on_response
+        self.slots = slots
         self.waiting = collections.deque(range(len(requests)))
         self.active: dict[int, int] = {}  # slot -> number of its request
         self.responses: dict[int, Response] = {}

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.kernels.products import times
@@ -105,8 +106,13 @@ def empty_slots(
     sampling: Sampling,
     cache_dtype: Any,
 ) -> Slots:
-    """Free slots, with room for prompts of `prompt` tokens and rings of `response` tokens."""
+    """Free slots, with room for prompts of `prompt` tokens and rings of `response` tokens.
+
+    Their number is rounded up to a multiple of the devices that rows are split over.
+    """
     model = nnx.merge(graphdef, params)
+    layout = model.compute.layout
+    slots += -slots % (1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in layout.rows))
     dtype = model.compute.dtype if cache_dtype is None else cache_dtype
     ring, column = functools.partial(jnp.zeros, (slots, response)), functools.partial(jnp.zeros, slots)
     width = max((len(word) - 1 for word in sampling.bad_words), default=0)
@@ -127,8 +133,20 @@ def empty_slots(
             seen=jnp.zeros((slots, model.config.vocab_size if sampling.repetition_penalty != 1 else 0), bool),
             recent=jnp.full((slots, width), -1, jnp.int32),
         ),
-        model.compute.layout,
+        layout,
     )
+
+
+def slots_like(graphdef: nnx.GraphDef, params: PyTree, **options: Any) -> Slots:
+    """Shapes, dtypes and places of `empty_slots`, whose options it takes; the params may be ShapeDtypeStructs."""
+    layout = nnx.merge(graphdef, params).compute.layout
+    like = jax.eval_shape(functools.partial(empty_slots, graphdef, **options), params)
+    one = SingleDeviceSharding(jax.local_devices()[0])
+
+    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one if layout is None else _place(x, layout))
+
+    return jax.tree.map(placed, like)
 
 
 def admit(graphdef: nnx.GraphDef, params: DecodingParams, slots: Slots, new: Admitted) -> Slots:
@@ -355,11 +373,11 @@ def _placed(slots: Slots, layout: Layout | None) -> Slots:
     if layout is None:
         return slots
 
-    def place(x: jax.Array) -> jax.Array:
-        if x.ndim == 0:
-            return x
-        cut = x.ndim == 4 and x.shape[1] % layout.mesh.shape[layout.heads] == 0
-        spec = P(layout.rows, layout.heads) if cut else P(layout.rows)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _place(x, layout)), slots)
 
-    return jax.tree.map(place, slots)
+
+def _place(x: Any, layout: Layout) -> NamedSharding:
+    if x.ndim == 0:
+        return NamedSharding(layout.mesh, P())
+    cut = x.ndim == 4 and x.shape[1] % layout.mesh.shape[layout.heads] == 0
+    return NamedSharding(layout.mesh, P(layout.rows, layout.heads) if cut else P(layout.rows))
