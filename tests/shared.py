@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import importlib.util
 import os
 import socket
@@ -27,10 +28,15 @@ def on_one_device():
 
     from jaxalign.models import places
 
-    make_mesh = places.make_mesh
+    first = {"devices": jax.devices()[:1]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(places, "make_mesh", lambda **options: make_mesh(**options | {"devices": jax.devices()[:1]}))
+        for name in ("make_mesh", "inference_mesh"):
+            patch.setattr(places, name, functools.partial(_with, getattr(places, name), first))
         yield
+
+
+def _with(function, fixed, *arguments, **options):
+    return function(*arguments, **options | fixed)
 
 
 def rows(output):

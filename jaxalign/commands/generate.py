@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from jaxalign.data.read import sources
 from jaxalign.data.sets import prompts as prompting
 from jaxalign.data.sets.prompts import Prompt
 from jaxalign.mistake import Mistake
+from jaxalign.models import places
 from jaxalign.models.decoder.decoder import compute_dtype
 from jaxalign.outside import brief, sayable, visible
 from jaxalign.rollout.engine.http import HttpEngine
@@ -50,7 +52,8 @@ def main(config: GenerateConfig) -> int:
     count = config.n * len(prompts)
     batch_size, engine = min(config.batch_size, count), None
     if config.engine is None:
-        model = with_params(model, adapter=config.adapter, dtype=compute_dtype(config.precision))
+        mesh = places.inference_mesh(model.config.num_kv_heads, **dataclasses.asdict(config.mesh))
+        model = with_params(model, adapter=config.adapter, dtype=compute_dtype(config.precision), mesh=mesh)
     else:
         engine = HttpEngine(
             config.engine, kind=config.engine_kind, vocabulary=model.config.vocab_size, concurrency=batch_size

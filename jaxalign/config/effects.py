@@ -31,6 +31,7 @@ def _cuts(share: float) -> bool:
     return share < 1
 
 
+_MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor")
 EFFECTS = (
     Row(("lora.alpha", "lora.targets", "lora.rslora", "lora.dora", "lora.quantise"), {"lora.rank": bool}),
     Row(("epochs",), {"steps": _absent}),
@@ -39,7 +40,7 @@ EFFECTS = (
     Row(("combine",), {"members": _several}),
     Row(("engine_kind", "engine_reload"), {"engine": bool}),
     Row(("decode_layout",), {"engine": _absent}),
-    Row(("cache_dtype", "precision"), {"engine": _absent}, of="prompts"),
+    Row(("cache_dtype", "precision", *_MESH), {"engine": _absent}, of="prompts"),
     Row(("eval_every",), {"samples": bool}, of="slots"),
     Row(("algorithm.kl_estimator", "algorithm.kl_in"), {"algorithm.kl_coef": bool}),
     Row(("algorithm.importance_cap",), {"top_p": _cuts, "top_k": bool, "min_p": bool, "engine": bool}),

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from jaxalign.config.limits import EMPTY_IS_MEANT, FUNCTION, WORDS, above, at_least
 from jaxalign.config.shared import PromptSettings, TruncationSettings
+
+
+@dataclass(frozen=True)
+class DecodingMeshConfig:
+    """Number of parts that each mesh axis cuts arrays into; by default all devices share the model."""
+
+    data: int | None = None
+    """Number of model replicas, each with a share of the responses; none or -1: all devices left."""
+    fsdp: int = 1
+    """Number of parts of weights and responses; each token gathers the weights anew. -1: all devices left."""
+    tensor: int | None = None
+    """Number of shares of attention heads, hidden units and vocabulary; none: as many as divide devices and key heads,\
+ at most 8."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,7 @@ class InferenceConfig(TruncationSettings):
     """Seed of sampling."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of computation, of every matrix product's inputs too. 'auto': bfloat16 on TPU and GPU, float32 on CPU."""
+    mesh: DecodingMeshConfig = field(default_factory=DecodingMeshConfig)
 
 
 @dataclass(frozen=True)

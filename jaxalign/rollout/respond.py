@@ -15,25 +15,30 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxalign.data.read.turns import with_turn_ends
 from jaxalign.data.sets import prompts as prompting
 from jaxalign.data.sets.prompts import LastTurn, Prompt
 from jaxalign.mistake import Mistake
-from jaxalign.models.adapters.lora import join
+from jaxalign.models.adapters.lora import join, split
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files import huggingface
 from jaxalign.models.files.load import load_params
 from jaxalign.models.files.peft import load_adapter
 from jaxalign.models.files.weights import trained_on_other_weights
+from jaxalign.models.places import Layout, device_bytes, placed
 from jaxalign.rollout.engine.engine import Engine, LocalEngine, Request, Response
+from jaxalign.rollout.engine.memory import check_memory
+from jaxalign.rollout.engine.params import decoding_params
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.types import PyTree
 
 log = logging.getLogger(__name__)
 
 CONTEXT = 8  # last tokens of a prompt that a response is decoded with: they decide how its first token is written
+WAY_OUT = "raise `mesh.tensor`, or `mesh.fsdp`, which is slower, or use more devices"
 
 
 class LoadedModel(NamedTuple):
@@ -44,7 +49,7 @@ class LoadedModel(NamedTuple):
     tokenizer: Any
     terminators: tuple[int, ...]  # ids that end a response
     graphdef: nnx.GraphDef | None = None
-    params: PyTree | None = None  # None: a server has them
+    params: PyTree | None = None  # whole, or layer by layer for generation alone; None: a server has them
 
 
 def load_model(source: str, *, adapter: Path | None = None, dtype: Any) -> LoadedModel:
@@ -75,17 +80,32 @@ def load_tokenizer_only(source: str, adapter: Path | None = None) -> LoadedModel
     return LoadedModel(source, config, tokenizer, terminators)
 
 
-def with_params(model: LoadedModel, *, adapter: Path | None = None, dtype: Any) -> LoadedModel:
-    """The model with its params, read in `dtype`, which is also that of computation."""
+def with_params(
+    model: LoadedModel, *, adapter: Path | None = None, dtype: Any, mesh: Mesh | None = None
+) -> LoadedModel:
+    """The model with its params, read in `dtype`, which is also that of computation.
+
+    With a mesh every device reads its share, and the params are there once, layer by layer, for generation alone;
+    without one they are whole, on the first device.
+    """
     lora, adapted = (None, None) if adapter is None else load_adapter(adapter, model.config)
     if adapter is not None and trained_on_other_weights(adapter, model.source):
         log.warning(
             "%s was trained on other weights than those of %s, so its responses are others", adapter, model.source
         )
-    graphdef, _ = make_decoder(model.config, compute_dtype=dtype, param_dtype=dtype, lora=lora)
-    params = load_params(model.source, model.config, param_dtype=dtype)
-    whole = params if adapted is None else join(jax.device_put(adapted), params)
-    return model._replace(graphdef=graphdef, params=whole)
+    layout = None if mesh is None or mesh.size == 1 else Layout(mesh)
+    graphdef, abstract = make_decoder(model.config, compute_dtype=dtype, param_dtype=dtype, lora=lora, layout=layout)
+    base_places = adapter_places = None
+    if mesh is not None:
+        like = placed(abstract, mesh)
+        check_memory(weights=device_bytes(like), way_out=WAY_OUT)
+        base_places, adapter_places = split(jax.tree.map(lambda x: x.sharding, like))
+    params = load_params(model.source, model.config, param_dtype=dtype, shardings=base_places)
+    if adapted is not None:
+        params = join(jax.device_put(adapted, adapter_places), params)
+    if mesh is not None:
+        params = decoding_params(graphdef, params, free=True)
+    return model._replace(graphdef=graphdef, params=params)
 
 
 def respond(

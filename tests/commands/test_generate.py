@@ -28,7 +28,7 @@ from jaxalign.rollout.respond import load_model, respond
 from jaxalign.rollout.rewards.rewards import RewardError, Rewards
 from tests.rollout.answers import answers as rollout_answers
 from tests.rollout.hostile import MODELS, Hostile, http
-from tests.shared import TEMPLATE, WORDS
+from tests.shared import TEMPLATE, WORDS, on_one_device
 
 PROMPTS = ["the cat sees", "a dog", "one red dog runs to the"]
 CHOICE = {"token_ids": [7, 2], "logprobs": {"token_logprobs": [-1.0, -1.0]}, "finish_reason": "stop"}
@@ -61,6 +61,31 @@ def test_a_file_of_prompts_becomes_a_file_of_answers_in_the_same_order(tiny_mode
     assert [row["prompt"] for row in found[0]] == PROMPTS
     alone = [answers(tiny_model, [prompt], temperature=0.0)[0] for prompt in PROMPTS]
     assert [(row["response"], row["finished"]) for row in found[0]] == alone
+
+
+@pytest.mark.parametrize("flags", [[], ["--mesh.fsdp", "-1", "--mesh.tensor", "1"]], ids=["default", "fsdp"])
+def test_a_mesh_gives_the_responses_of_one_device(flags, tiny_model, tmp_path, monkeypatch):
+    """Drawn ones, since each has a key of its own. By default 8 devices cut 2 key heads in two, and rows in four."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    command = ["generate", "--model", str(tiny_model), "--prompts", str(tmp_path / "prompts.txt"), "--n", "2"]
+    command += ["--max-new-tokens", "12", "--batch-size", "5"]
+    loaded = []
+    with_params = generate.with_params
+    monkeypatch.setattr(generate, "with_params", lambda *a, **b: loaded.append(with_params(*a, **b)) or loaded[-1])
+    assert main([*command, *flags, "--output", str(tmp_path / "mesh.jsonl")]) == 0
+    with on_one_device():
+        assert main([*command, "--output", str(tmp_path / "one.jsonl")]) == 0
+    assert (tmp_path / "mesh.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+    parts = 8 if flags else 2
+    for params, count in zip(loaded, (parts, 1), strict=True):
+        kernels = [x for x in jax.tree.leaves(params.params.layers) if x.ndim == 2]
+        assert kernels and all(x.addressable_shards[0].data.size * count == x.size for x in kernels)
+
+
+def test_a_mesh_that_does_not_fill_the_devices_is_refused(tiny_model, capsys):
+    command = ["generate", "--model", str(tiny_model), "--prompts", "the cat", "--mesh.data", "3"]
+    assert main([*command, "--mesh.tensor", "2"]) == 2
+    assert "--mesh.data 3 x --mesh.fsdp 1 x --mesh.tensor 2 does not fill 8 devices" in capsys.readouterr().err
 
 
 def test_a_prompt_on_the_command_line_is_answered_on_the_terminal(tiny_model, capsys):

@@ -18,6 +18,7 @@ GIVEN |= {"epochs": 2.0, "eval_share": 0.2, "ref_update.alpha": 0.3, "combine": 
 GIVEN |= {"engine_reload": "/load", "decode_layout": "training", "cache_dtype": "int8", "precision": "bfloat16"}
 GIVEN |= {"eval_every": 1, "algorithm.kl_estimator": "k2", "algorithm.kl_in": "loss", "algorithm.halt_kl": 0.1}
 GIVEN |= {"algorithm.importance_cap": 3.0, "algorithm.value_clip_epsilon": 0.5, "critic.learning_rate": 1e-3}
+GIVEN |= {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 GIVEN |= {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 1, "reward_seconds": 5.0, "keep": "best"}
 UNFIT = {"members": 1, "n": 1, "top_p": 1.0, "algorithm.epochs": 1, "temperature": 0.0, "steps": 3, "samples": 0}
 UNFIT |= {"eval_data": "e.jsonl", "algorithm.value_coef": 0.0, "algorithm.kl_coef": 0.0}

@@ -58,6 +58,7 @@ VALUES: dict[str, Any] = {
     "max_new_tokens": 3,
     "samples": 1,
     "slots": 8,
+    "decode_layout": "training",
     "reward": "tests.commands.rewards:names_dog",
     "reward_seconds": 0.02,
     "reward_clip": 0.5,

@@ -31,14 +31,15 @@ def noted(monkeypatch, replace, command, config, *, ends=()):
     return observation
 
 
-SAMPLING = {"repetition_penalty": 2.0, "max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1}
+OTHERS = {"repetition_penalty": 2.0, "max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1}
+OTHERS |= {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 4}
 
 
 def with_params_into(note):
     """A replacement for `with_params`, which reads no weights."""
 
-    def with_params(model, *, adapter, dtype):
-        note("weights", model.source, adapter, dtype)
+    def with_params(model, *, adapter, dtype, mesh):
+        note("weights", model.source, adapter, dtype, dict(mesh.shape))
         return model._replace(graphdef="graph", params="params")
 
     return with_params
@@ -69,7 +70,7 @@ def test_every_setting_of_generate_changes_what_it_hands_on_or_is_refused(files,
         "reward_seconds": {"reward": "tests.commands.rewards:hangs(seconds=0.2)"},
         "engine_kind": {"engine": "http://localhost:1"},
     }
-    others = SAMPLING | {
+    others = OTHERS | {
         "model": "{other_model}",
         "adapter": tmp_path / "adapter",
         "precision": "bfloat16",
@@ -93,7 +94,7 @@ def test_every_setting_of_chat_changes_what_it_hands_on_or_is_refused(files, mon
     def run(config):
         return noted(monkeypatch, replace, "chat", config)
 
-    others = SAMPLING | {
+    others = OTHERS | {
         "model": "{other_model}",
         "adapter": tmp_path / "adapter",
         "precision": "bfloat16",

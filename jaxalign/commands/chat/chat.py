@@ -19,6 +19,7 @@ from jaxalign.commands.chat.conversation import Continuation, Conversation
 from jaxalign.config.inference import ChatConfig
 from jaxalign.config.limits import check
 from jaxalign.mistake import Mistake
+from jaxalign.models import places
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.decoder.decoder import compute_dtype
 from jaxalign.models.files import huggingface
@@ -28,7 +29,6 @@ from jaxalign.rollout.respond import LoadedModel, with_params, without_terminato
 from jaxalign.run import devices
 from jaxalign.run.terminal import Stream
 from jaxalign.run.vocabulary import load_vocabulary
-from jaxalign.types import PyTree
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ def main(config: ChatConfig) -> int:
         LoadedModel(config.model, model, vocabulary.tokenizer, vocabulary.terminators),
         adapter=config.adapter,
         dtype=compute_dtype(config.precision),
+        mesh=places.inference_mesh(model.num_kv_heads, **dataclasses.asdict(config.mesh)),
     )
     assert loaded.graphdef is not None
     engine = LocalEngine(
@@ -126,7 +127,7 @@ def _lines(talk: Conversation | Continuation) -> Any:
 def _answer(
     talk: Conversation | Continuation,
     engine: LocalEngine,
-    params: PyTree,
+    params: Any,
     request: Request,
     key: jax.Array,
     sampling: Sampling,
