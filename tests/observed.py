@@ -176,7 +176,7 @@ def _replace(patch: Any, observed: Observation) -> None:
         def restore(self, like: Any) -> None:
             return None
 
-        def close(self) -> None:
+        def close(self, *, tidy: bool = True) -> None:
             pass
 
     class Recorder:
