@@ -26,7 +26,7 @@ from jaxalign.models.reading import LOGPS, response_logps
 from jaxalign.outside import brief, writing
 from jaxalign.run.run import Run
 from jaxalign.training import sharding
-from jaxalign.training.program import implementation
+from jaxalign.training.program import as_computed, implementation
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def _compute(run: Run, plan: Plan, responses: Responses, source: str) -> np.ndar
     params = load_params(
         source,
         run.model,
-        param_dtype=config.param_dtype,
+        param_dtype=jax.tree.map(lambda x: x.dtype, as_computed(config, abstract)),
         shardings=places.shardings(abstract, mesh),
         quantise=config.lora.quantise,
     )

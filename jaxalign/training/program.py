@@ -102,13 +102,13 @@ def abstract_state(
         return TrainState.create(params, adamw, key, carry=algorithm.carry, reference=reference)
 
     like = placed(jax.eval_shape(create, part.trained, key, moving), mesh)
-    return like, placed(_as_computed(config, frozen), mesh, offload=recipe.offload)
+    return like, placed(as_computed(config, frozen), mesh, offload=recipe.offload)
 
 
-def _as_computed(config: TrainConfig, frozen: PyTree) -> PyTree:
-    """Kernels and embeddings in the dtype of computation, if that is narrower: what a product reads, to the bit.
+def as_computed(config: TrainConfig, frozen: PyTree) -> PyTree:
+    """Shapes of frozen leaves, kernels and embeddings in the dtype of computation if that is narrower.
 
-    DoRA takes the norms of its kernels as they are stored.
+    Products and lookups read nothing else, to the bit. DoRA takes the norms of its kernels as they are stored.
     """
     dtype = compute_dtype(config.precision)
 
