@@ -13,7 +13,7 @@ import logging
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ from jaxalign.types import PyTree, leaf_names
 log = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
+BLOCK = 1 << 24  # bytes of a file that have a checksum of their own; a part of the format
+UNREADABLE = 1 << 30  # above every number of a block
 BEST = "best_metric"
 LEAVES = "leaves"
 EXTRAS = "extras/metadata"  # of a checkpoint's files, the one that is JSON
@@ -41,10 +43,14 @@ class Checkpoints:
         self._keep, self._keep_best = max(keep, 1), keep_best
         self._metrics: dict[int, float] = {}
         self._saves = False  # a reader, such as export, deletes nothing
+        self._step = -1  # that is being written
+        self._barrier = ocp.multihost.get_barrier_sync_fn()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None,
             create=True,
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._add_checksums),
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=self._add_checksums, barrier_sync_fn=self._meet
+            ),
         )
         with writing(self.directory):
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "extras"))
@@ -68,7 +74,7 @@ class Checkpoints:
         """
         self.wait()
         self._check_space(state)
-        self._saves = True
+        self._saves, self._step = True, step
         extras = {**extras, BEST: metric, LEAVES: _shapes(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(_without_keys(state)), extras=ocp.args.JsonSave(extras))
         with writing(self.directory):
@@ -118,7 +124,7 @@ class Checkpoints:
         Raises:
           Mistake: the checkpoint is of another model or optimizer, `step` does not exist or is damaged, or all are.
         """
-        steps = self.steps()
+        steps = self._agreed_steps()
         self._check_exists(step)
         damaged: list[int] = []
         for candidate in [step] if step is not None else reversed(steps):
@@ -146,26 +152,33 @@ class Checkpoints:
         Raises:
           Mistake: `step` does not exist or is damaged, or all are.
         """
-        if not self.steps():
+        steps = self._agreed_steps()
+        if not steps:
             return None
         self._check_exists(step)
-        whole = [s for s in self.steps() if step in (None, s) and self._damage(s) is None]
-        if not whole:
+        newest = next((s for s in reversed(steps) if step in (None, s) and self._damage(s) is None), None)
+        if newest is None:
             which = "every checkpoint" if step is None else f"the checkpoint of step {step}"
             raise Mistake(f"{which} in {self.directory} is damaged")
         names = jax.tree.map(lambda name: f"{prefix}.{name.replace('/', '.')}", leaf_names(like))
         item = dict(zip(jax.tree.leaves(names), jax.tree.leaves(like), strict=True))
         args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), item)
         with ocp.PyTreeCheckpointer() as checkpointer:
-            folder = self.directory / str(whole[-1]) / "state"
+            folder = self.directory / str(newest) / "state"
             leaves = checkpointer.restore(
                 folder, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
             )
-        return jax.tree.map(lambda name: leaves[name], names), whole[-1]
+        return jax.tree.map(lambda name: leaves[name], names), newest
 
     def extras(self, step: int) -> Fields:
         """The JSON that was saved with a step."""
         return read_object(self.directory / str(step) / EXTRAS)
+
+    def _agreed_steps(self) -> list[int]:
+        """The committed steps. Raises Mistake where another host has others."""
+        steps = self.steps()
+        hosts.agree(checkpoints=f"{steps}")
+        return steps
 
     def _check_exists(self, step: int | None) -> None:
         steps = self.steps()
@@ -212,30 +225,67 @@ class Checkpoints:
                     "take the settings that it was saved with"
                 )
 
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barriers of a save, in its writing thread; before the first a host sums the files that it wrote."""
+        if "write_complete" in key:
+            own = f"ocdbt.process_{jax.process_index()}"
+            with contextlib.suppress(OSError):  # then the first host sums them
+                for folder in self._unfinished():
+                    items = [f for f in folder.iterdir() if f.name.partition(".")[0] == "state"]  # a passing name
+                    files = [(item, f) for item in items for f in (item / own).rglob("*") if f.is_file()]
+                    sums = {f"state/{file.relative_to(item)}": checksums(file) for item, file in files}
+                    (folder / f"{CHECKSUMS}.{jax.process_index()}").write_text(json.dumps(sums))
+        self._barrier(key=key, timeout_ms=timeout_ms)
+
     def _add_checksums(self) -> None:
+        """Writes the checksums of a step on the first host: those of the hosts, and its own of what they left out."""
         if jax.process_index() != 0:
             return
-        for folder in self.directory.iterdir():
-            if folder.is_dir() and not (folder / CHECKSUMS).exists():
-                sums = {str(f.relative_to(folder)): checksum(f) for f in _content(folder)}
-                (folder / CHECKSUMS).write_text(json.dumps(sums))
+        for folder in self._unfinished():
+            sums: dict[str, Any] = {}
+            parts = list(folder.glob(f"{CHECKSUMS}.*"))
+            for part in parts:
+                with contextlib.suppress(Mistake):
+                    sums |= read_object(part).content
+            sums = {name: sums.get(name) or checksums(file) for name, file in _content(folder).items()}
+            (folder / CHECKSUMS).write_text(json.dumps(sums))
+            for part in parts:
+                part.unlink()
+
+    def _unfinished(self) -> list[Path]:
+        """The folder of the step that is being written, under its passing name or its last."""
+        folders = (folder for folder in self.directory.iterdir() if folder.name.partition(".")[0] == str(self._step))
+        return [folder for folder in folders if folder.is_dir() and not (folder / CHECKSUMS).exists()]
 
     def _damage(self, step: int) -> str | None:
+        """The damage to a step; None if it is whole. Each host reads a share of the blocks, and all return the same.
+
+        Raises:
+          Mistake: a host cannot read a file.
+        """
         folder = self.directory / str(step)
+        files, problem = _content(folder), None
+        blocks: list[_Block] = []
         try:
-            sums = read_object(folder / CHECKSUMS)
-            expected = {name: sums.get(name, int) for name in sums}
-        except Mistake:
-            return f"no readable {CHECKSUMS}"
-        files = {str(file.relative_to(folder)): file for file in _content(folder)}
-        if EXTRAS not in expected:
-            return f"{CHECKSUMS} does not list {EXTRAS}"
-        for name, value in expected.items():
-            if name not in files:
-                return f"{brief(name)} is missing"
-            if checksum(files[name]) != value:
-                return f"{brief(name)} has changed"
-        return None
+            blocks = _blocks(folder, files)
+        except Mistake as mistake:
+            problem = str(mistake)
+        worst = len(blocks) + 1 if problem else 0  # counted from the last block, so that the first is the largest
+        try:
+            for number in _share([block.size for block in blocks]):
+                if not _is_whole(files[blocks[number].name], blocks[number]):
+                    worst = max(worst, len(blocks) - number)
+        except OSError as error:
+            worst, problem = UNREADABLE, f"{error.filename}: {error.strerror}"
+        worst = hosts.largest(worst)
+        if worst == UNREADABLE:
+            raise Mistake(
+                f"the checkpoint of step {step} in {self.directory} cannot be read "
+                f"({brief(problem or 'by another host', 200)}); look at the disk and at the files' permissions"
+            )
+        if worst > len(blocks):
+            return problem or f"another host finds no readable {CHECKSUMS}"
+        return f"{brief(blocks[-worst].name)} has changed" if worst else None
 
     def _metric_of(self, step: int) -> float | None:
         try:
@@ -266,19 +316,69 @@ def newest_extras(directory: Path) -> tuple[int, Fields] | None:
     return None
 
 
-def checksum(file: Path) -> int:
-    """CRC-32 of a file, read in pieces."""
-    total = 0
+class _Block(NamedTuple):
+    """A part of a file of a checkpoint, and its checksum."""
+
+    name: str
+    begin: int  # byte of the file
+    size: int
+    sum: int
+
+
+def _blocks(folder: Path, files: dict[str, Path]) -> list[_Block]:
+    """The parts of a step's files whose sums are known. Raises Mistake where they do not fit the files."""
+    try:
+        listed = read_object(folder / CHECKSUMS).content
+    except Mistake:
+        raise Mistake(f"no readable {CHECKSUMS}") from None
+    if EXTRAS not in listed:
+        raise Mistake(f"{CHECKSUMS} does not list {EXTRAS}")
+    blocks = []
+    for name, sums in sorted(listed.items()):
+        if name not in files:
+            raise Mistake(f"{brief(name)} is missing")
+        size, length = files[name].stat().st_size, BLOCK
+        if isinstance(sums, int):  # of an older version: one of the whole file
+            sums, length = [sums], max(size, 1)
+        if not isinstance(sums, list) or not sums or not all(isinstance(x, int) for x in sums):
+            raise Mistake(f"no readable {CHECKSUMS}")
+        ends = [*(length * i for i in range(1, len(sums))), size]
+        begins = [0, *ends[:-1]]
+        if any(begin > end for begin, end in zip(begins, ends, strict=True)) or ends[-1] - begins[-1] > length:
+            raise Mistake(f"{brief(name)} has another length")
+        blocks += [_Block(name, begin, end - begin, x) for begin, end, x in zip(begins, ends, sums, strict=True)]
+    return blocks
+
+
+def _is_whole(file: Path, block: _Block) -> bool:
     with file.open("rb") as handle:
-        while piece := handle.read(2**22):
-            total = zlib.crc32(piece, total)
-    return total
+        handle.seek(block.begin)
+        total = 0
+        for at in range(0, block.size, BLOCK):
+            total = zlib.crc32(handle.read(min(BLOCK, block.size - at)), total)
+    return total == block.sum
 
 
-def _content(folder: Path) -> list[Path]:
-    """Files of both items; Orbax adds its own markers beside them later."""
+def _share(sizes: list[int]) -> list[int]:
+    """The numbers of the blocks that this host reads: the same sum of sizes on each, as far as they can be dealt."""
+    load, own = [0] * jax.process_count(), []
+    for number in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+        host = load.index(min(load))
+        load[host] += sizes[number]
+        own += [number] if host == jax.process_index() else []
+    return sorted(own)
+
+
+def checksums(file: Path) -> list[int]:
+    """CRC-32 of each block of a file."""
+    with file.open("rb") as handle:
+        return [zlib.crc32(handle.read(BLOCK)) for _ in range(max(1, -(-file.stat().st_size // BLOCK)))]
+
+
+def _content(folder: Path) -> dict[str, Path]:
+    """Files of both items by name; Orbax adds its own markers beside them later."""
     inside = (f for item in ("state", "extras") for f in (folder / item).rglob("*"))
-    return sorted(f for f in inside if f.is_file() and f.name != "commit_success.txt")
+    return {str(f.relative_to(folder)): f for f in inside if f.is_file() and f.name != "commit_success.txt"}
 
 
 def _shapes(tree: PyTree) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign import hosts
 from jaxalign.mistake import Mistake
 from jaxalign.models.adapters.quantise import Quantised, quantise_kernel
 from jaxalign.models.decoder.config import ModelConfig
@@ -146,14 +147,16 @@ def _fill(
     """{leaf's name: its array}. A tensor is read while the one before travels, and sent once that one has arrived."""
     filled: dict[str, jax.Array] = {}
     travelling: list[jax.Array] = []
+    share = _Share(shardings)
 
-    def send(tensor: TensorMap, layer: int | None, parts: tuple[np.ndarray, ...]) -> list[jax.Array]:
+    def send(file: Tensor, tensor: TensorMap, layer: int | None, parts: tuple[np.ndarray, ...]) -> list[jax.Array]:
         sent = {}
         for leaf, part in zip(tensor.leaves, parts, strict=True):
+            put = functools.partial(share.put, file, part)
             if layer is None:
-                filled[leaf] = sent[leaf] = _put(part, abstract[leaf].dtype, shardings[leaf])
+                filled[leaf] = sent[leaf] = _moved(put(abstract[leaf].dtype, shardings[leaf]), shardings[leaf])
                 continue
-            for name, x in _layer_parts(leaf, part, abstract, shardings, quantise).items():
+            for name, x in _layer_parts(leaf, put, abstract, shardings, quantise).items():
                 like, sharding = abstract[name], shardings[name]
                 if name not in filled:
                     filled[name] = _zeros(like.shape, like.dtype, sharding)
@@ -161,21 +164,72 @@ def _fill(
         return list(sent.values())
 
     for file, tensor, layer in plan:
-        parts = tensor.to_ours(file.read())
+        parts = tensor.to_ours(share.read(file))
         jax.block_until_ready(travelling)
-        travelling = send(tensor, layer, parts)
+        travelling = send(file, tensor, layer, parts)
         del parts
+    share.agree()
     return filled
 
 
+class _Share:
+    """The reader of one host's share of a model's files.
+
+    One host reads tensors whole. Of several each reads as many rows of a tensor, as its file has them, as its share of
+    the devices is, and the devices exchange them: so all hosts together read the files once, whatever the mesh.
+    """
+
+    def __init__(self, shardings: dict[str, Any]) -> None:
+        self._several = not any(sharding.is_fully_addressable for sharding in shardings.values())
+        self._error: Mistake | None = None
+
+    def read(self, file: Tensor) -> np.ndarray:
+        """The tensor, or of several hosts a view of its file."""
+        return file.mapped() if self._several else file.read()
+
+    def put(self, file: Tensor, x: np.ndarray, dtype: Any, sharding: Any) -> jax.Array:
+        """An array of the numbers of `x`, on the devices of a sharding; of several hosts cut along rows of the file."""
+        if not self._several:
+            return _put(x, dtype, sharding)
+
+        def part(index: Any) -> np.ndarray:
+            try:
+                return np.array(file.checked(np.ascontiguousarray(x[index])), dtype)
+            except Mistake as mistake:  # the other hosts wait for these rows, so they get some
+                self._error = self._error or mistake
+                return np.zeros(x[index].shape, dtype)
+
+        return jax.make_array_from_callback(x.shape, _by_rows(x, sharding), part)
+
+    def agree(self) -> None:
+        """Raises Mistake on every host if one has read numbers that are not finite."""
+
+        def report(_: slice) -> np.ndarray:
+            if self._error is not None:
+                raise self._error
+            return np.zeros((1, 1), np.float32)
+
+        if self._several:
+            hosts.run_on_each(report, 1, jax.process_count())
+
+
+def _by_rows(x: np.ndarray, sharding: Any) -> Any:
+    """All devices of a sharding along the axis whose steps in the file are widest, and which they can cut."""
+    if isinstance(sharding, NamedSharding):
+        for axis in sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis])):
+            if x.shape[axis] % sharding.mesh.size == 0:
+                return NamedSharding(sharding.mesh, P(*[None] * axis, sharding.mesh.axis_names))
+    return sharding
+
+
 def _layer_parts(
-    leaf: str, part: np.ndarray, abstract: dict[str, Any], shardings: dict[str, Any], quantise: str
+    leaf: str, put: Callable[..., jax.Array], abstract: dict[str, Any], shardings: dict[str, Any], quantise: str
 ) -> dict[str, jax.Array]:
     """One layer on the devices: the leaf itself, or its codes and scales."""
     if leaf in abstract:
-        return {leaf: _put(part, abstract[leaf].dtype, _without_layer_axis(shardings[leaf]))}
+        return {leaf: put(abstract[leaf].dtype, _without_layer_axis(shardings[leaf]))}
     places = Quantised(*(_without_layer_axis(shardings[f"{leaf}/{name}"]) for name in Quantised._fields))
-    quantised = _quantiser(quantise, places)(_put(part, np.float32, places.codes))  # a kernel is cut as its codes are
+    quantised = _quantiser(quantise, places)(put(np.float32, places.codes))  # a kernel is cut as its codes are
     return {f"{leaf}/{name}": x for name, x in quantised._asdict().items()}
 
 
@@ -186,6 +240,16 @@ def _quantiser(kind: str, places: Quantised) -> Any:
 
 def _put(x: np.ndarray, dtype: Any, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x[index], dtype, order="C"))
+
+
+def _moved(x: jax.Array, sharding: Any) -> jax.Array:
+    """The array in other places."""
+    return x if x.sharding == sharding else _mover(sharding)(x)
+
+
+@functools.lru_cache
+def _mover(sharding: Any) -> Any:
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def _without_layer_axis(sharding: Any) -> Any:

@@ -65,13 +65,20 @@ def save_adapter(
     """
     from safetensors.numpy import save_file
 
-    directory = Path(directory)
-    if directory.is_dir() and any(directory.iterdir()):
-        raise Mistake(f"{directory} is not empty; name a new folder")
     check_exportable(lora, config)
-    stacks = {name: jax.tree.map(hosts.gather, _at(adapter, name)) for name in lora.targets}
-    if jax.process_index() != 0:
-        return
+    with complete_folder(Path(directory)) as partial:
+        stacks = {name: jax.tree.map(hosts.gather, _at(adapter, name)) for name in lora.targets}
+        if jax.process_index() != 0:
+            return
+        save_file(_tensors(stacks, lora, config), partial / WEIGHTS, metadata={"format": "pt"})
+        for name, value in {CONFIG: _peft_config(lora, config, base_model), **(extra or {})}.items():
+            (partial / name).write_text(json.dumps(value, indent=2) + "\n")
+        if besides is not None:
+            besides(partial)
+
+
+def _tensors(stacks: dict[str, Any], lora: Lora, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The tensors of the file by name, of the adapters of all layers."""
     tensors: dict[str, np.ndarray] = {}
     for tensor in _targeted(lora, config):
         for layer in range(config.num_layers):
@@ -79,12 +86,7 @@ def save_adapter(
             module = PREFIX + _module(tensor).format(layer=layer)
             fused = _fuse(tensor, parts, config)
             tensors |= {module + SUFFIXES[k]: np.ascontiguousarray(x) for k, x in fused.items()}
-    with complete_folder(directory) as partial:
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        for name, value in {CONFIG: _peft_config(lora, config, base_model), **(extra or {})}.items():
-            (partial / name).write_text(json.dumps(value, indent=2) + "\n")
-        if besides is not None:
-            besides(partial)
+    return tensors
 
 
 def load_adapter(directory: str | Path, config: ModelConfig) -> tuple[Lora, PyTree]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from jaxalign import hosts
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.config import ModelConfig
 from jaxalign.models.files.families import TensorMap, tensor_maps
+from jaxalign.models.files.tensors import write_file
 from jaxalign.outside import writing
 from jaxalign.types import PyTree, leaf_names
 
@@ -55,18 +57,12 @@ def save_pretrained(
         matrix is a sequence classifier.
       besides: called by every process to write further files into the folder, before the folder gets its name.
     """
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise Mistake(f"{directory} is a file; name a new folder")
-    writes = jax.process_index() == 0
-    if writes and directory.is_dir() and any(directory.iterdir()):
-        raise Mistake(f"{directory} is not empty; name a new folder")
     dtype = np.dtype(dtype or jax.tree.leaves(params)[0].dtype)
-    with complete_folder(directory, writes) as partial:
-        _save_tensors(partial, params, config, dtype, max_shard_bytes, writes, head)
+    with complete_folder(Path(directory)) as partial:
+        _save_tensors(partial, params, config, dtype, max_shard_bytes, head)
         if besides is not None:
             besides(partial)
-        if not writes:
+        if jax.process_index() != 0:
             return
         tied = {} if config.tied else {"tie_word_embeddings": False}  # else the head that is written would not be read
         _write_json(partial / "config.json", _without_dtype(hf_config) | tied | {"dtype": dtype.name})
@@ -81,25 +77,45 @@ def save_pretrained(
 
 
 @contextlib.contextmanager
-def complete_folder(directory: Path, writes: bool = True) -> Iterator[Path]:
-    """A folder to fill, which gets its name once it is whole. The process that `writes` makes it.
+def complete_folder(directory: Path) -> Iterator[Path]:
+    """A folder for the first of several hosts to fill, which gets its name once it is whole. Every host calls it.
 
     Raises:
-      Mistake: it cannot be written; then nothing of it is left.
+      Mistake: the folder is not empty, or it cannot be written, on every host; then nothing of it is left.
     """
     partial = directory.with_name(directory.name + ".partial")
-    try:
+    error: Exception | None = None
+
+    def begin() -> bool:
+        if directory.exists() and not directory.is_dir():
+            raise Mistake(f"{directory} is a file; name a new folder")
+        if directory.is_dir() and any(directory.iterdir()):
+            raise Mistake(f"{directory} is not empty; name a new folder")
         with writing(directory):
-            if writes:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        return True
+
+    def finish() -> bool:
+        with writing(directory):
+            if error is not None:
+                raise error
+            if directory.is_dir():
+                directory.rmdir()
+            os.replace(partial, directory)
+        return True
+
+    hosts.first_decides(begin)
+    try:
+        try:
             yield partial
-            if writes:
-                if directory.is_dir():
-                    directory.rmdir()
-                os.replace(partial, directory)
+        except Exception as raised:
+            error = raised
+        hosts.first_decides(finish)
+        if error is not None:
+            raise error
     except BaseException:
-        if writes:
+        if jax.process_index() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -118,31 +134,47 @@ def _save_tensors(
     config: ModelConfig,
     dtype: np.dtype,
     max_shard_bytes: int,
-    writes: bool,
     head: np.ndarray | None = None,
 ) -> None:
-    from safetensors.numpy import save_file
-
+    """Writes the weights, tensor by tensor. Where the first host cannot write, it gathers on, as the others do."""
     leaves = dict(zip(jax.tree.leaves(leaf_names(params)), jax.tree.leaves(params), strict=True))
     shards = _shards(config, leaves, dtype, max_shard_bytes)
-    weight_map = {}
     score = {} if head is None else _score(head, config.hidden_size)
+    weight_map, error = {}, None
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
-        for name, tensor, layer in shard:
-            parts = tuple(hosts.gather(_layer_of(leaves[leaf], layer)) for leaf in tensor.leaves)
-            if writes:
-                tensors[name] = _cast(name, tensor.to_hf(parts), dtype)
+        shapes = {name: tensor.to_hf(_nothing(tensor, layer, leaves)).shape for name, tensor, layer in shard}
+        gathered = _gathered(shard, leaves)
+        tensors = (_cast(name, tensor, dtype) for name, tensor in gathered)
         if number == len(shards):
-            tensors |= {name: _cast(name, x, dtype) for name, x in score.items()}
-        weight_map |= dict.fromkeys((*(name for name, _, _ in shard), *(score if number == len(shards) else ())), file)
-        if writes:
-            save_file(tensors, directory / file, metadata={"format": "pt"})
-    if writes and len(shards) > 1:
+            shapes |= {name: x.shape for name, x in score.items()}
+            tensors = itertools.chain(tensors, (_cast(name, x, dtype) for name, x in score.items()))
+        weight_map |= dict.fromkeys(shapes, file)
+        try:
+            if error is None and jax.process_index() == 0:
+                write_file(directory / file, shapes, dtype, tensors)
+        except Exception as raised:
+            error = raised
+        for _ in gathered:
+            pass
+    if error is not None:
+        raise error
+    if jax.process_index() == 0 and len(shards) > 1:
         total = sum(leaf.size for leaf in leaves.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _gathered(shard: list[tuple], leaves: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of the tensors of a file, each made as it is asked for, on every host."""
+    for name, tensor, layer in shard:
+        yield name, tensor.to_hf(tuple(hosts.gather(_layer_of(leaves[leaf], layer)) for leaf in tensor.leaves))
+
+
+def _nothing(tensor: TensorMap, layer: int | None, leaves: dict[str, Any]) -> tuple[np.ndarray, ...]:
+    """Arrays of the shapes of a tensor's leaves that take no memory."""
+    shapes = (leaves[leaf].shape for leaf in tensor.leaves)
+    return tuple(np.broadcast_to(np.int8(0), shape if layer is None else shape[1:]) for shape in shapes)
 
 
 def _score(head: np.ndarray, width: int) -> dict[str, np.ndarray]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxalign.mistake import Mistake
-from jaxalign.outside import brief, read_object
+from jaxalign.outside import brief, parse_json, read_object
 
 INDEX = "model.safetensors.index.json"
-FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors spells the dtypes that are read
+SPELLED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # dtypes, as safetensors does
+FLOATS = tuple(SPELLED.values())
 # Bits of a float's exponent, all ones in NaN and infinity, and the unsigned integers that hold such a float.
 EXPONENTS = {
     "float64": (np.uint64, 0x7FF0 << 48),
@@ -24,6 +26,7 @@ EXPONENTS = {
     "float16": (np.uint16, 0x7C00),
     "bfloat16": (np.uint16, 0x7F80),
 }
+HEADER_LIMIT = 100_000_000  # bytes; that of the library safetensors
 CHUNK = 1 << 16  # numbers that are checked or compared at once, in the processor's cache
 
 
@@ -33,6 +36,7 @@ class Tensor(NamedTuple):
     file: Path
     handle: Any  # of safetensors.safe_open
     name: str
+    begin: int  # byte of the file at which its numbers begin
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,7 +59,18 @@ class Tensor(NamedTuple):
     def read(self) -> np.ndarray:
         """The array. Raises Mistake unless all of its numbers are finite floats."""
         self.check_dtype()
-        array = self.handle.get_tensor(self.name)
+        return self.checked(self.handle.get_tensor(self.name))
+
+    def mapped(self) -> np.ndarray:
+        """The array in the file: only what is looked at is read. What is copied from it must pass through `checked`."""
+        self.check_dtype()
+        dtype = next(np.dtype(name) for name, spelled in SPELLED.items() if spelled == self.dtype)
+        if 0 in self.shape:
+            return np.zeros(self.shape, dtype)
+        return np.memmap(self.file, dtype, "r", self.begin, self.shape)
+
+    def checked(self, array: np.ndarray) -> np.ndarray:
+        """A part of the numbers, as it is. Raises Mistake unless all of them are finite."""
         if not all_finite(array):
             raise Mistake(f"{self.file}: tensor {brief(self.name)!r} holds NaN or infinity; fetch or train it again")
         if array.dtype == np.float64 and (np.abs(array) > np.finfo(np.float32).max).any():
@@ -106,13 +121,52 @@ def open_file(file: Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
         raise Mistake(
             f"{file} ({size:,} bytes) is truncated or damaged: {brief(str(error), 200)}; fetch it again"
         ) from None
-    return {name: Tensor(file, handle, name) for name in handle.keys()}  # noqa: SIM118
+    tensors, start = read_header(file)
+    return {name: Tensor(file, handle, name, start + tensor["data_offsets"][0]) for name, tensor in tensors.items()}
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """(the description of each tensor, the byte at which the first begins). Raises Mistake on a damaged file."""
+    problem = f"{file} is truncated or damaged; fetch it again"
+    if not file.is_file():
+        raise Mistake(f"{file} is not a regular file; give a file")
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if length > min(HEADER_LIMIT, file.stat().st_size):
+            raise Mistake(problem)
+        header = parse_json(handle.read(length).decode(errors="replace"), str(file))
+    try:
+        tensors = {name: value for name, value in header.items() if name != "__metadata__"}
+        for value in tensors.values():
+            begin, end = value["data_offsets"]
+            if not (isinstance(value["dtype"], str) and 0 <= begin <= end):
+                raise Mistake(problem)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise Mistake(problem) from None
+    return tensors, 8 + length
 
 
 def read_file(file: Path) -> dict[str, np.ndarray]:
     """{name: array} of a small file, such as an adapter. Raises Mistake where it is damaged or not finite."""
     with contextlib.ExitStack() as stack:
         return {name: tensor.read() for name, tensor in open_file(file, stack).items()}
+
+
+def write_file(
+    file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, tensors: Iterable[np.ndarray]
+) -> None:
+    """Writes tensors of one dtype as they come, so that one of them is in memory at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        begin, at = at, at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SPELLED[dtype.name], "shape": list(shape), "data_offsets": [begin, at]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    with file.open("wb") as output:
+        output.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            output.write(np.ascontiguousarray(tensor, dtype).reshape(-1).view(np.uint8).data)
 
 
 def check_regular(file: Path) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
-from jaxalign.mistake import Mistake
 from jaxalign.models.files import huggingface
-from jaxalign.outside import parse_json, read_object
+from jaxalign.models.files.tensors import read_header
+from jaxalign.outside import read_object
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors and as we write them
-HEADER_LIMIT = 100_000_000  # bytes; that of the library safetensors
 # Bytes of a tensor that the fingerprint reads: all up to WHOLE, of a larger one PIECES pieces at equal distances.
 WHOLE, PIECES, PIECE = 2**20, 64, 4096
 DESCRIPTIONS = ("adapter_config.json", "reward.json")
@@ -24,7 +22,7 @@ def stored_dtype(source: str) -> str | None:
     """The dtype that holds most bytes of a folder's weights, "float32" if it is another than DTYPES; None: no files."""
     sizes: dict[str, int] = {}
     for file in _files(huggingface.folder(source)):
-        for tensor in _header(file)[0].values():
+        for tensor in read_header(file)[0].values():
             begin, end = tensor["data_offsets"]
             sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin
     return DTYPES.get(max(sizes, key=lambda name: sizes[name]), "float32") if sizes else None
@@ -66,30 +64,9 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for pattern in ("*.safetensors", "members/**/*.safetensors") for file in folder.glob(pattern))
 
 
-def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """(the description of each tensor, the byte at which the first begins). Raises Mistake on a damaged file."""
-    problem = f"{file} is truncated or damaged; fetch it again"
-    if not file.is_file():
-        raise Mistake(f"{file} is not a regular file; give a file")
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if length > min(HEADER_LIMIT, file.stat().st_size):
-            raise Mistake(problem)
-        header = parse_json(handle.read(length).decode(errors="replace"), str(file))
-    try:
-        tensors = {name: value for name, value in header.items() if name != "__metadata__"}
-        for value in tensors.values():
-            begin, end = value["data_offsets"]
-            if not (isinstance(value["dtype"], str) and 0 <= begin <= end):
-                raise Mistake(problem)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise Mistake(problem) from None
-    return tensors, 8 + length
-
-
 def _digests(file: Path, folder: Path, whole: bool) -> list[tuple[str, str]]:
     """(name, digest of its dtype, shape and bytes, of a sample of them unless `whole`) of each tensor of a file."""
-    tensors, start = _header(file)
+    tensors, start = read_header(file)
     place = str(file.parent.relative_to(folder))
     parts = []
     with file.open("rb") as handle:
