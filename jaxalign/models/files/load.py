@@ -149,10 +149,10 @@ def _fill(
     travelling: list[jax.Array] = []
     share = _Share(shardings)
 
-    def send(file: Tensor, tensor: TensorMap, layer: int | None, parts: tuple[np.ndarray, ...]) -> list[jax.Array]:
+    def send(tensor: TensorMap, layer: int | None, parts: tuple[np.ndarray, ...]) -> list[jax.Array]:
         sent = {}
         for leaf, part in zip(tensor.leaves, parts, strict=True):
-            put = functools.partial(share.put, file, part)
+            put = functools.partial(share.put, part)
             if layer is None:
                 filled[leaf] = sent[leaf] = _moved(put(abstract[leaf].dtype, shardings[leaf]), shardings[leaf])
                 continue
@@ -166,7 +166,7 @@ def _fill(
     for file, tensor, layer in plan:
         parts = tensor.to_ours(share.read(file))
         jax.block_until_ready(travelling)
-        travelling = send(file, tensor, layer, parts)
+        travelling = send(tensor, layer, parts)
         del parts
     share.agree()
     return filled
@@ -184,17 +184,18 @@ class _Share:
         self._error: Mistake | None = None
 
     def read(self, file: Tensor) -> np.ndarray:
-        """The tensor, or of several hosts a view of its file."""
-        return file.mapped() if self._several else file.read()
+        """The tensor, or of several hosts a view of its file, of which `put` reads parts."""
+        self._file, self._whole = file, file.mapped() if self._several else file.read()
+        return self._whole
 
-    def put(self, file: Tensor, x: np.ndarray, dtype: Any, sharding: Any) -> jax.Array:
-        """An array of the numbers of `x`, on the devices of a sharding; of several hosts cut along rows of the file."""
+    def put(self, x: np.ndarray, dtype: Any, sharding: Any) -> jax.Array:
+        """A part of what was read last on the devices of a sharding; of several hosts cut along rows of the file."""
         if not self._several:
             return _put(x, dtype, sharding)
 
         def part(index: Any) -> np.ndarray:
             try:
-                return np.array(file.checked(np.ascontiguousarray(x[index])), dtype)
+                return self._file.part(self._whole, x[index]).astype(dtype, order="C", copy=False)
             except Mistake as mistake:  # the other hosts wait for these rows, so they get some
                 self._error = self._error or mistake
                 return np.zeros(x[index].shape, dtype)

@@ -184,7 +184,7 @@ def _score(head: np.ndarray, width: int) -> dict[str, np.ndarray]:
 def _cast(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The tensor in a dtype. Raises Mistake where finite numbers are beyond its range, as float16's is small."""
     with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(tensor.astype(dtype))
+        cast = np.ascontiguousarray(tensor.astype(dtype, copy=False))
     if dtype == np.float16 and (np.isinf(cast) & np.isfinite(tensor)).any():
         largest = np.abs(tensor[np.isfinite(tensor)]).max()
         raise Mistake(

@@ -62,12 +62,30 @@ class Tensor(NamedTuple):
         return self.checked(self.handle.get_tensor(self.name))
 
     def mapped(self) -> np.ndarray:
-        """The array in the file: only what is looked at is read. What is copied from it must pass through `checked`."""
+        """The array in its file: nothing is read yet. `part` reads what is to be used."""
         self.check_dtype()
         dtype = next(np.dtype(name) for name, spelled in SPELLED.items() if spelled == self.dtype)
         if 0 in self.shape:
             return np.zeros(self.shape, dtype)
         return np.memmap(self.file, dtype, "r", self.begin, self.shape)
+
+    def part(self, whole: np.ndarray, view: np.ndarray) -> np.ndarray:
+        """A view of `mapped`'s array, read: numbers that lie in one piece with one call, and no others beside them.
+
+        Raises Mistake unless all of them are finite.
+        """
+        order = "C" if view.flags.c_contiguous else "F"
+        if not (view.flags[f"{order}_CONTIGUOUS"] and view.size and np.may_share_memory(whole, view)):
+            return self.checked(np.array(view))
+        numbers = np.empty(view.shape, view.dtype, order)
+        place = numbers.reshape(-1, order=order).view(np.uint8)
+        with self.file.open("rb", buffering=0) as handle:
+            handle.seek(self.begin + view.ctypes.data - whole.ctypes.data)
+            while place.size and (count := handle.readinto(place.data)):  # Linux reads 2 GiB at most
+                place = place[count:]
+        if place.size:
+            raise Mistake(f"{self.file}: it ends within tensor {brief(self.name)!r}; fetch it again")
+        return self.checked(numbers)
 
     def checked(self, array: np.ndarray) -> np.ndarray:
         """A part of the numbers, as it is. Raises Mistake unless all of them are finite."""
