@@ -6,6 +6,7 @@ warm-up, and falls again. Checkpoints hold it, so a continued run need not be to
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ import numpy as np
 
 from jaxalign.config.shared import TrainConfig
 from jaxalign.mistake import Mistake
+from jaxalign.outside import Fields, read_object
 from jaxalign.run.folder import read_run
-from jaxalign.training.checkpoint import newest_extras
+from jaxalign.training.checkpoint import EXTRAS
 from jaxalign.training.program import learning_rate
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ def earlier_ends(
         raise Mistake(f"`optimizer.extend` {extend}: a constant learning rate has no last step; leave it out")
     if extend != "refuse" and not exists:
         raise Mistake(f"`optimizer.extend` {extend}: {config.output} holds no run to extend; leave it out")
-    checkpoint = newest_extras(Path(config.output) / "checkpoints") if exists else None
+    checkpoint = _newest_extras(Path(config.output) / "checkpoints") if exists else None
     if checkpoint is None:
         return []
     done, extras = checkpoint
@@ -62,6 +64,14 @@ def earlier_ends(
     if done >= steps:
         return [step for step in planned[:-1] if step < steps]
     return _continued(config, steps, planned, done=done, updates=updates, logs=logs)
+
+
+def _newest_extras(directory: Path) -> tuple[int, Fields] | None:
+    """(step, extras) of the newest checkpoint whose extras can be read, without opening the folder for writing."""
+    for step in sorted((int(f.name) for f in directory.glob("*") if f.name.isdigit()), reverse=True):
+        with contextlib.suppress(Mistake):
+            return step, read_object(directory / str(step) / EXTRAS)
+    return None
 
 
 def _continued(

@@ -53,9 +53,10 @@ def _with_logps(run: Run, plan: Plan, responses: Responses) -> Responses:
     }
     path = Path(config.output) / FOLDER / f"{zlib.crc32(json.dumps(key).encode()):08x}.npz"
     shape = responses.groups.shape
-    if hosts.first_decides(lambda: read(path, key, shape) is not None):
+    stored = read(path, key, shape) if jax.process_index() == 0 else None
+    if hosts.first_decides(lambda: stored is not None):
         log.info("reference log-probabilities of %d groups: %s", len(responses), path)
-        values = read(path, key, shape)
+        values = hosts.run_on_first(lambda: stored, *shape)
     else:
         values = _compute(run, plan, responses, source)
         if jax.process_index() == 0:

@@ -308,14 +308,6 @@ class Checkpoints:
         return f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no earlier checkpoint"
 
 
-def newest_extras(directory: Path) -> tuple[int, Fields] | None:
-    """(step, extras) of the newest checkpoint whose extras can be read, without opening the folder for writing."""
-    for step in sorted((int(f.name) for f in directory.glob("*") if f.name.isdigit()), reverse=True):
-        with contextlib.suppress(Mistake):
-            return step, read_object(directory / str(step) / EXTRAS)
-    return None
-
-
 class _Block(NamedTuple):
     """A part of a file of a checkpoint, and its checksum."""
 
@@ -340,13 +332,12 @@ def _blocks(folder: Path, files: dict[str, Path]) -> list[_Block]:
         size, length = files[name].stat().st_size, BLOCK
         if isinstance(sums, int):  # of an older version: one of the whole file
             sums, length = [sums], max(size, 1)
-        if not isinstance(sums, list) or not sums or not all(isinstance(x, int) for x in sums):
+        if not isinstance(sums, list) or not all(isinstance(x, int) for x in sums):
             raise Mistake(f"no readable {CHECKSUMS}")
-        ends = [*(length * i for i in range(1, len(sums))), size]
-        begins = [0, *ends[:-1]]
-        if any(begin > end for begin, end in zip(begins, ends, strict=True)) or ends[-1] - begins[-1] > length:
+        if len(sums) != max(1, -(-size // length)):
             raise Mistake(f"{brief(name)} has another length")
-        blocks += [_Block(name, begin, end - begin, x) for begin, end, x in zip(begins, ends, sums, strict=True)]
+        begins = range(0, len(sums) * length, length)
+        blocks += [_Block(name, at, min(length, size - at), x) for at, x in zip(begins, sums, strict=True)]
     return blocks
 
 

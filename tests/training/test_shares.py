@@ -14,7 +14,7 @@ from jaxalign.models.files.save import save_pretrained
 from tests.shared import run_on_hosts
 
 HOST = """
-import json, resource, sys
+import json, resource, sys, time, types
 from pathlib import Path
 from jaxalign import hosts
 hosts.join()
@@ -24,10 +24,10 @@ from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.decoder import make_decoder
 from jaxalign.models.files import huggingface, tensors
 from jaxalign.models.files.load import load_params
-from jaxalign.models.files.save import save_pretrained
+from jaxalign.models.files.save import complete_folder, save_pretrained
 from jaxalign.models.places import make_mesh, shardings
+from jaxalign.run import final
 from jaxalign.training.checkpoint import Checkpoints
-from jaxalign.types import leaf_names
 folder, host, results = Path(sys.argv[1]), jax.process_index(), {}
 
 def told(run):
@@ -98,6 +98,13 @@ results["full disk"] = told(lambda: save_pretrained(folder / "full", params, con
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 places = shardings(abstract, mesh)
 results["not finite"] = told(lambda: load_params(str(folder / "nan"), config, shardings=places))
+# an older final/ that the first host, here the slower one, puts aside
+if host == 0:
+    time.sleep(0.5)
+with complete_folder(final.final_folder(types.SimpleNamespace(folder=folder / "run"))) as partial:
+    if host == 0:
+        (partial / "new").touch()
+results["run"] = sorted(str(path.relative_to(folder / "run")) for path in (folder / "run").rglob("*"))
 (folder / f"results.{host}").write_text(json.dumps(results))
 hosts.barrier("end")
 """
@@ -121,6 +128,8 @@ def shares(tmp_path_factory):
     broken = weights(folder / "model")
     broken["model.layers.1.mlp.up_proj.weight"][-1, -1] = np.nan  # in the share of the last host
     save_file(broken, folder / "nan" / "model.safetensors")
+    (folder / "run" / "final").mkdir(parents=True)
+    (folder / "run" / "final" / "jaxalign.json").write_text('{"trained_steps": 3}')
     statuses, _, errors = run_on_hosts([sys.executable, "-c", HOST, str(folder)])
     assert statuses == [0, 0], errors
     return folder, [json.loads((folder / f"results.{host}").read_text()) for host in (0, 1)]
@@ -165,3 +174,8 @@ def test_what_one_host_meets_at_reading_and_writing_is_told_on_all(shares):
     assert not (folder / "full").exists() and not (folder / "full.partial").exists()
     assert "model.layers.1.mlp.up_proj.weight' holds NaN" in second["not finite"]
     assert first["not finite"] == f"host 1 has failed: {second['not finite']}"
+
+
+def test_no_host_looks_at_a_folder_before_the_first_has_put_it_aside(shares):
+    for results in shares[1]:
+        assert results["run"] == ["final", "final-3", "final-3/jaxalign.json", "final/new"]
