@@ -91,7 +91,8 @@ class _Seen(NamedTuple):
         """None where the file is unfinished or damaged."""
         try:
             fields = Fields(parse_json(self.text, FILE), FILE)
-            return Holder(*(fields.get(name, int if name == "pid" else str) for name in Holder._fields))
+            texts = (fields.get(name, str) for name in ("started", "machine", "since"))
+            return Holder(fields.get("host", str), fields.get("pid", int), *texts)
         except Mistake:
             return None
 

@@ -53,14 +53,13 @@ def _with_logps(run: Run, plan: Plan, responses: Responses) -> Responses:
     }
     path = Path(config.output) / FOLDER / f"{zlib.crc32(json.dumps(key).encode()):08x}.npz"
     shape = responses.groups.shape
-    stored = read(path, key, shape) if jax.process_index() == 0 else None
-    if hosts.first_decides(lambda: stored is not None):
+    values = read(path, key, shape) if jax.process_index() == 0 else None
+    if hosts.first_decides(lambda: values is not None):
         log.info("reference log-probabilities of %d groups: %s", len(responses), path)
-        values = hosts.run_on_first(lambda: stored, *shape)
+        values = hosts.run_on_first(lambda: np.asarray(values), *shape)
     else:
-        values = _compute(run, plan, responses, source)
-        if jax.process_index() == 0:
-            write(path, key, values)
+        values = computed = _compute(run, plan, responses, source)
+        hosts.first_decides(lambda: write(path, key, computed) is None)
     return dataclasses.replace(responses, columns={**responses.columns, REF + LOGPS: values})
 
 
