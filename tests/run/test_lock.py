@@ -17,11 +17,12 @@ from jaxalign.training.metrics import Console
 from tests.shared import on_one_device
 
 HOLD = """
-import logging, sys, time
+import logging, signal, sys, time
 from pathlib import Path
 from jaxalign.mistake import Mistake
 from jaxalign.run import lock
 logging.basicConfig(format="%(message)s")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in background, which ignore it
 folder, begin, end = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 time.sleep(max(0.0, begin - time.time()))
 try:
@@ -40,10 +41,7 @@ if end == "release":
 def start(folder, *, begin=0.0, end="exit"):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", HOLD, str(folder), str(begin), end]
-    # Ctrl-C interrupts, also where the tests run in background, whose processes ignore it
-    return subprocess.Popen(
-        command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
-    )
+    return subprocess.Popen(command, **pipes)
 
 
 def holding(folder, **options):
