@@ -53,12 +53,16 @@ def final(output):
     return load_file(Path(output) / "final" / "model.safetensors")
 
 
-def run_on_hosts(command, *, count=2, devices=2, seconds=400):
+def run_on_hosts(command, *, count=2, devices=2, seconds=400, **variables):
     """Runs a command as `count` hosts, processes of `devices` fake devices each; (statuses, stdouts, stderrs)."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    joint = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PLATFORMS": "cpu"}
+    joint = variables | {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PLATFORMS": "cpu",
+    }
     flags = os.environ.get("XLA_FLAGS", "").split()
     flags = [flag for flag in flags if not flag.startswith("--xla_force_host_platform_device_count")]
     joint |= {"XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])}

@@ -34,7 +34,13 @@ REPORT = "this is a defect of jaxalign, or of a library under it: please report 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    status = _status_of(sys.argv[1:] if arguments is None else arguments)
+    joined = sys.modules.get("jaxalign.hosts")  # a heavy module, which a command that may join others has loaded
+    return status if joined is None else joined.leave(status)
+
+
+def _status_of(arguments: list[str]) -> int:
+    """Runs a command and prints its error; the exit status."""
     try:
         command, config = parse(arguments)
         limits.check(config)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from jax.sharding import Mesh
 
+from jaxalign import hosts
 from jaxalign.algorithms.pairwise import pairwise
 from jaxalign.commands import feedback
 from jaxalign.config.offline import DPOConfig
@@ -25,6 +26,7 @@ from jaxalign.training.program import Recipe, implementation
 log = logging.getLogger(__name__)
 
 
+@hosts.failing_together()
 def main(config: DPOConfig) -> int:
     """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
     loss = check(config)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign import hosts
 from jaxalign.algorithms.policy_gradient import check as check_algorithm
 from jaxalign.algorithms.policy_gradient import policy_gradient
 from jaxalign.commands import name_of, on_policy
@@ -41,6 +42,7 @@ ADVANTAGES: dict[str, Callable] = {
 }
 
 
+@hosts.failing_together()
 def main(config: GRPOConfig) -> int:
     """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
     check(config)

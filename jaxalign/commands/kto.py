@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign import hosts
 from jaxalign.algorithms.unpaired import unpaired
 from jaxalign.commands import feedback
 from jaxalign.config.offline import KTOConfig
@@ -27,6 +28,7 @@ from jaxalign.training.program import Recipe, implementation
 log = logging.getLogger(__name__)
 
 
+@hosts.failing_together()
 def main(config: KTOConfig) -> int:
     """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
     check(config)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign import hosts
 from jaxalign.algorithms.pairwise import pairwise
 from jaxalign.commands import on_policy
 from jaxalign.config.on_policy import OnlineDPOConfig
@@ -30,6 +31,7 @@ from jaxalign.training.program import Recipe, implementation
 from jaxalign.types import ResponseBatch
 
 
+@hosts.failing_together()
 def main(config: OnlineDPOConfig) -> int:
     """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
     check(config)

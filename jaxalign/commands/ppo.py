@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign import hosts
 from jaxalign.algorithms.follow import follow
 from jaxalign.algorithms.ppo import check as check_algorithm
 from jaxalign.algorithms.ppo import ppo
@@ -36,6 +37,7 @@ from jaxalign.types import RolloutBatch
 log = logging.getLogger(__name__)
 
 
+@hosts.failing_together()
 def main(config: PPOConfig) -> int:
     """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
     check(config)

@@ -54,6 +54,7 @@ OPTIONAL_COLUMNS = {
 REFERENCE_GROUPS, FEWEST_GROUPS = 512, 64
 
 
+@hosts.failing_together()
 def main(config: RewardConfig) -> int:
     """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
     check(config)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh
 
+from jaxalign import hosts
 from jaxalign.algorithms.supervised import supervised
 from jaxalign.config import limits
 from jaxalign.config.offline import SFTConfig
@@ -21,6 +22,7 @@ from jaxalign.training.program import Recipe, implementation
 from jaxalign.training.sharding import check_batch_size
 
 
+@hosts.failing_together()
 def main(config: SFTConfig) -> int:
     """Trains and exports; the exit status is 0, or 128 + the number of the signal that stopped the run."""
     limits.check(config)

@@ -52,7 +52,9 @@ class CheckpointConfig:
     """Checkpoints: when they are written, and how many stay."""
 
     every: Annotated[int, at_least(0)] = 200
-    """Number of steps between checkpoints. The last step is always saved; 0 saves only the last."""
+    """Number of steps between checkpoints. The last step is always saved; 0: checkpoints by the clock alone."""
+    minutes: Annotated[float, at_least(0)] = 30.0
+    """Minutes since a checkpoint after which the next step is saved too, whatever --checkpoint.every is; 0: never."""
     keep: Annotated[int, at_least(1)] = 2
     """Number of newest checkpoints that stay on disk."""
 

@@ -27,7 +27,7 @@ def start(*, distributed: bool = False) -> None:
     Raises:
       Mistake: JAX finds no device of the platforms that JAX_PLATFORMS names.
     """
-    if distributed:
+    if distributed or jax.distributed.is_initialized():
         hosts.join()
     _find_devices()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (folder := _cache_folder()) is not None:

@@ -282,6 +282,7 @@ class Run(Generic[ConfigT]):
                 progress=progress,
                 eval_every=config.eval_every,
                 save_every=config.checkpoint.every,
+                save_minutes=config.checkpoint.minutes,
                 profile=self.folder / "profile" if config.profile else None,
             )
             whole = True

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxalign import hosts
 from jaxalign.clock import elapsed
 from jaxalign.mistake import Mistake
 from jaxalign.outside import Fields
@@ -79,6 +80,7 @@ def fit(
     progress: Progress | None = None,
     eval_every: int = 0,
     save_every: int = 0,
+    save_minutes: float = 0,
     profile: Path | None = None,
 ) -> tuple[TrainState, int | None]:
     """Runs until `steps` and returns the state, and the signal that stopped it early, if one did.
@@ -87,20 +89,25 @@ def fit(
     that has metrics of its own needs the state of step n - 1 itself, so they are fetched at once. Row n is recorded
     before a checkpoint of step n is saved. A run that resumes records the same rows that it would have.
 
+    Hosts exchange a word twice a step, by the network and not by the devices: that each has its batch, without which
+    none begins the step, and whether to save or stop after it.
+
     Args:
       train_step: (state, frozen, batch) -> (state, metrics), jitted; it may donate the state.
-      source: gives the next batch; should it fail, what was trained is saved first.
+      source: gives the next batch; should it fail, on one host or on all, what was trained is saved first.
       hooks: where rows and checkpoints go, and what evaluates.
       eval_every: steps between evaluations; 0: before the first step and after the last only.
       save_every: steps between checkpoints; the last step is always saved.
+      save_minutes: minutes after which a checkpoint is due though those steps are not done; 0: never.
       profile: folder for a profiler trace of a few steps.
 
     Raises:
       NotFiniteError: several steps in a row were skipped; the last checkpoint is as it was.
+      HostError: another host has failed.
     """
     progress = progress or Progress()
-    clock = _Clock()
-    with StopRequest() as stop:
+    clock, saves = _Clock(), _Saves(save_every, save_minutes, steps)
+    with hosts.telling_others(), StopRequest() as stop:
         if progress.step == 0 and hooks.evaluate:
             hooks.record({"step": 0, **hooks.evaluate(state, 0)})
             clock.reset()
@@ -111,11 +118,13 @@ def fit(
             began = time.perf_counter()
             try:
                 batch, source_metrics = source(state)
-            except Exception:
-                if pending:
-                    hooks.record(unsaved := _finish(pending, progress, hooks, clock))
-                if unsaved:
-                    hooks.save(state, progress, unsaved)
+                hosts.exchange(step)
+            except Exception as error:
+                if hosts.stop_together(error):
+                    if pending:
+                        hooks.record(unsaved := _finish(pending, progress, hooks, clock))
+                    if unsaved:
+                        hooks.save(state, progress, unsaved)
                 raise
             if source_metrics:
                 source_metrics = source_metrics | {SOURCE_SECONDS: elapsed(began)}
@@ -125,13 +134,16 @@ def fit(
                 hooks.record(_finish(pending, progress, hooks, clock))
             pending = step, metrics, source_metrics
 
-            stopping = stop.agreed(step)
             evaluating = hooks.evaluate and _due(step, eval_every, steps)
-            saving = stopping or _due(step, save_every, steps)
             profiler.after(step, metrics)
-            if evaluating or saving or source_metrics or hooks.last_because:
-                row = unsaved = _finish(pending, progress, hooks, clock)
-                pending = None
+            row: Row | None = None
+            if evaluating or source_metrics or hooks.last_because:
+                row, pending = _finish(pending, progress, hooks, clock), None
+            signal, saving = saves.agreed(step, stop.signal)
+            if saving and row is None:
+                row, pending = _finish(pending, progress, hooks, clock), None
+            if row is not None:
+                unsaved = row
                 if evaluating:
                     row |= _joined(row, hooks.evaluate(state, step))
                 hooks.record(row)
@@ -140,12 +152,31 @@ def fit(
                     progress.ended = True
                 if saving or progress.ended:
                     hooks.save(state, progress, row)
+                    saves.done()
                     unsaved = None
                 if evaluating or saving:
                     clock.reset()
-            if stopping or progress.ended:
-                return state, stop.signal if stopping else None
+            if signal is not None or progress.ended:
+                return state, signal
     return state, None
+
+
+class _Saves:
+    """Checkpoints that are due: by steps, by minutes since the last one, and before a stop."""
+
+    def __init__(self, every: int, minutes: float, steps: int) -> None:
+        self._every, self._minutes, self._steps = every, minutes, steps
+        self.done()
+
+    def done(self) -> None:
+        self._last = time.monotonic()
+
+    def agreed(self, step: int, signal: int | None) -> tuple[int | None, bool]:
+        """(the signal that stops all hosts after `step`, whether all save): of any host's signal and host 0's clock."""
+        late = self._minutes > 0 and time.monotonic() - self._last > 60 * self._minutes
+        signals, are_late = zip(*hosts.exchange([signal or 0, late]), strict=True)
+        stopping = max(signals) or None
+        return stopping, stopping is not None or are_late[0] or _due(step, self._every, self._steps)
 
 
 def _due(step: int, every: int, steps: int) -> bool:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request to stop after the current step, at the same step on every host."""
+"""SIGTERM and SIGINT as a request to stop after the current step. The loop sees to it that all hosts obey at once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ import posix
 import signal
 import threading
 from types import FrameType, TracebackType
-
-import jax
-
-from jaxalign import hosts
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +66,3 @@ class StopRequest:
             if byte[0] in self.signals:
                 return byte[0]
         return 0
-
-    def agreed(self, step: int, *, every: int = 10) -> bool:
-        """Returns whether to stop after `step`. Several hosts compare signals every `every` steps, to stop together."""
-        if jax.process_count() == 1:
-            return self.signal is not None
-        if step % every:
-            return False
-        self.signal = hosts.largest(self.signal or 0) or None
-        return self.signal is not None

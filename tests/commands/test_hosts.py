@@ -1,6 +1,7 @@
-"""Several hosts train on the rows that one host trains on, also where a row's devices belong to two of them."""
+"""Several hosts train on the rows that one host trains on, and end together where one of them fails."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -54,3 +55,40 @@ def test_two_hosts_train_on_what_one_host_trains_on(tiny_model, tiny_data, pairs
         weights = final(tmp_path / "one" / name)
         for leaf, value in final(tmp_path / name).items():
             np.testing.assert_allclose(value, weights[leaf], atol=1e-5, err_msg=leaf)
+
+
+FAULTS = {  # host and fault -> (its exit status, its error, steps of the checkpoints that are left)
+    "1:data": (2, "rows.jsonl, line 3 is not JSON", []),
+    "1:source": (1, "RuntimeError: the rows are gone", [2, 3]),  # after three steps, which all save together
+    "0:logger": (2, "No space left on device", [3, 4]),
+    "1:space": (2, "has 0.0 MiB left", [3, 4]),
+    "1:memory": (1, "RESOURCE_EXHAUSTED: Out of memory", [3, 4]),
+}
+
+
+def test_a_failure_on_one_host_is_told_on_both_and_the_same_command_continues(tiny_model, tiny_data, tmp_path):
+    """One run meets one fault after another; the other host ends with status 3. Undisturbed, it is the same run."""
+
+    def flags(output):
+        more = ["--steps", "6", "--eval-share", "0", "--checkpoint.every", "2", "--distributed"]
+        return [*arguments("sft", tiny_model, tiny_data, tmp_path / output), *more]
+
+    commands = [*((fault, flags("run")) for fault in FAULTS), (":", flags("run")), (":", flags("undisturbed"))]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    planted = [sys.executable, "-W", "ignore:os.fork", "-m", "tests.commands.planted", json.dumps(commands)]
+    _, printed, errors = run_on_hosts(planted, devices=1, **cache)
+    assert all("results " in text for text in printed), errors
+    results = [json.loads(text.partition("results ")[2]) for text in printed]
+    for i, (fault, (status, error, steps)) in enumerate(FAULTS.items()):
+        host = int(fault[0])
+        (own, text, _), (others, line, _) = results[host][i], results[1 - host][i]
+        assert (own, others, results[0][i][2]) == (status, 3, steps), (text, line)
+        assert error in text
+        assert re.search(rf"^error: host {host} \(.+\) has failed: .*{re.escape(error)}", line, re.MULTILINE), line
+        assert "Traceback" not in line, line
+        assert ("Traceback" in text) == (status == 1), text
+    assert [status for result in results for status, *_ in result[len(FAULTS) :]] == [0, 0] * 2, results
+    assert rows(tmp_path / "run") == rows(tmp_path / "undisturbed")
+    expected = final(tmp_path / "undisturbed")
+    for leaf, value in final(tmp_path / "run").items():
+        np.testing.assert_array_equal(value, expected[leaf], err_msg=leaf)

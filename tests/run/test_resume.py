@@ -25,7 +25,14 @@ from tests.shared import final, on_one_device
 ROUNDING = {"microbatches", "mesh.data", "mesh.fsdp", "mesh.tensor", "remat", "attention", "implementation", "slots"}
 ROUNDING |= {"decode_layout", "offload_reference", "precompute_reference", "share_prompt"}
 SHOWN = {"output", "resume", "profile", "check_kernels", "samples", "distributed", "eval_every", "max_dropped"}
-SHOWN |= {"checkpoint.every", "checkpoint.keep", "checkpoint.keep_best", "log.tensorboard", "log.wandb"}
+SHOWN |= {
+    "checkpoint.every",
+    "checkpoint.minutes",
+    "checkpoint.keep",
+    "checkpoint.keep_best",
+    "log.tensorboard",
+    "log.wandb",
+}
 SHOWN |= {"steps", "epochs", "optimizer.extend", "engine", "engine_kind", "engine_reload", "reward_seconds"}
 SHOWN |= {"algorithm.reference", "fingerprints"}
 
