@@ -15,6 +15,7 @@ from typing import Any
 from jaxalign.config.inference import GenerateConfig
 from jaxalign.config.limits import check
 from jaxalign.data.read import sources
+from jaxalign.data.read.json_rows import repaired
 from jaxalign.data.sets import prompts as prompting
 from jaxalign.data.sets.prompts import Prompt
 from jaxalign.mistake import Mistake
@@ -197,7 +198,7 @@ def read_rows(
       elsewhere: True for a column that a reward reads.
     """
     if not _names_data(text):
-        return [sources.repaired(text)], {}
+        return [repaired(text)], {}
     prompts, others = [], []
     for source in sources.parse_unweighted(text, "prompts"):
         part, _, columns = prompting.read(_rows(source), source.name, elsewhere=elsewhere)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from jaxalign.data.read import sources
+from jaxalign.data.read import files, sources
 from jaxalign.data.read.sources import Source, load, parse, parse_unweighted
 from jaxalign.mistake import Mistake
 
@@ -197,7 +197,7 @@ def test_what_never_ends_is_refused_before_it_is_read(tmp_path, monkeypatch):
     for name in ("rows.jsonl", "zero.txt"):
         with pytest.raises(Mistake, match="is not a regular file"):
             load(Source(str(tmp_path / name)))
-    monkeypatch.setattr(sources, "UNPACKED", 1000)
+    monkeypatch.setattr(files, "UNPACKED", 1000)
     bomb = tmp_path / "bomb.jsonl.gz"
     bomb.write_bytes(gzip.compress(b" " * 1_000_000))
     with pytest.raises(Mistake, match=r"bomb.jsonl.gz unpacks to more than [\d,]+ bytes, 100 times its size"):
