@@ -7,6 +7,12 @@ import socket
 import socketserver
 import threading
 
+import jax
+
+from jaxalign.rollout.engine.engine import Request
+from jaxalign.rollout.engine.http import HttpEngine
+from jaxalign.rollout.engine.slots import Sampling
+
 
 class Hostile(socketserver.ThreadingTCPServer):
     """`with Hostile(answer) as server:` calls answer(request) for each request and sends its bytes, or each of them."""
@@ -60,3 +66,39 @@ def http(content, status="200 OK", **headers):
 
 
 MODELS = http({"data": [{"id": "tiny"}]})
+
+
+KEY = jax.random.key(3)
+SAMPLING = Sampling(8, terminators=(2,))
+REQUESTS = [Request(prompt, seed) for seed, prompt in enumerate([(1, 4, 6), (5,), (1, 4, 6), (9, 10, 11, 12)])]
+
+
+def engine_of(server, **options):
+    """An engine of the server that gives up soon."""
+    return HttpEngine(server.url, **{"concurrency": 3, "pause": 0.01, "seconds": 60, **options})
+
+
+def ask(server, **options):
+    """The responses of a hostile server to one request for four tokens out of twenty."""
+    return asking(engine_of(server, vocabulary=20, **options))
+
+
+def asking(engine):
+    """The same of an engine."""
+    return engine.generate(None, REQUESTS[:1], KEY, sampling=SAMPLING._replace(max_new_tokens=4))
+
+
+def drawn(kind, *, tokens=(5, 6, 2), logps=(-1.0, -0.5, 0.0), reason="stop"):
+    """A right answer, unless it is told otherwise."""
+    if kind == "vllm":
+        choice = {"token_ids": tokens, "logprobs": {"token_logprobs": logps}, "finish_reason": reason}
+        return {"choices": [choice]}
+    pairs = [[logp, token, None] for logp, token in zip(logps, tokens, strict=True)]
+    return {"meta_info": {"output_token_logprobs": pairs, "finish_reason": {"type": reason}}}
+
+
+def answering(answer):
+    """A server's function that answers every request for a response so."""
+    return lambda request: (
+        MODELS if request.startswith("GET") else answer if isinstance(answer, bytes) else http(answer)
+    )
