@@ -46,9 +46,9 @@ def test_help_lists_every_field_with_its_line(command, capsys):
         main([command, "--help"])
     assert end.value.code == 0
     shown = "".join(capsys.readouterr().out.replace("│", " ").split())
-    found = list(fields(COMMANDS[command].config))
-    assert found
-    for flag, kind, name in found:
+    names = list(fields(COMMANDS[command].config))
+    assert names
+    for flag, kind, name in names:
         told = help_line(kind, name)
         assert len(told) > 10 and "".join(told.split()) in shown, flag
         assert flag in shown, flag
@@ -68,8 +68,8 @@ def test_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])
     assert end.value.code == 0 and capsys.readouterr().out.strip() == jaxalign.__version__
-    said = subprocess.check_output([sys.executable, "-m", "jaxalign", "--version"], text=True)
-    assert said.strip() == jaxalign.__version__
+    output = subprocess.check_output([sys.executable, "-m", "jaxalign", "--version"], text=True)
+    assert output.strip() == jaxalign.__version__
 
 
 def test_help_and_a_wrong_flag_load_nothing_heavy():
@@ -97,13 +97,13 @@ def test_a_config_survives_json_and_every_command_has_one_that_is_complete(tmp_p
 
 @pytest.mark.parametrize("form", ["--from-config {run}/config.json", "--from-config={run}/config.json"])
 def test_other_flags_override_what_from_config_gives(form, tmp_path):
-    held = SFTConfig(model="m", data="d", output=tmp_path / "run", steps=3, optimizer=shared.OptimizerConfig(b2=0.5))
-    (tmp_path / "config.json").write_text(json.dumps({"command": "sft", "config": to_json(held)}))
-    given = form.format(run=tmp_path).split(" ")
-    assert parse(["sft", *given]) == ("sft", held)
-    _, chosen = parse(["sft", *given, "--steps", "5", "--optimizer.b1", "0.7"])
-    optimizer = dataclasses.replace(held.optimizer, b1=0.7)
-    assert chosen == dataclasses.replace(held, steps=5, optimizer=optimizer)
+    config = SFTConfig(model="m", data="d", output=tmp_path / "run", steps=3, optimizer=shared.OptimizerConfig(b2=0.5))
+    (tmp_path / "config.json").write_text(json.dumps({"command": "sft", "config": to_json(config)}))
+    flags = form.format(run=tmp_path).split(" ")
+    assert parse(["sft", *flags]) == ("sft", config)
+    _, chosen = parse(["sft", *flags, "--steps", "5", "--optimizer.b1", "0.7"])
+    optimizer = dataclasses.replace(config.optimizer, b1=0.7)
+    assert chosen == dataclasses.replace(config, steps=5, optimizer=optimizer)
 
 
 @pytest.mark.parametrize(

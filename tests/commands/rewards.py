@@ -12,7 +12,7 @@ import numpy as np
 
 def dogs(prompts, responses):
     """Share of words that are `dog`."""
-    return [said.split().count("dog") / max(len(said.split()), 1) for said in responses]
+    return [text.split().count("dog") / max(len(text.split()), 1) for text in responses]
 
 
 def chosen(prompts, responses):
@@ -31,15 +31,15 @@ def names_dog(prompt, response):
 
 
 def answered(prompts, responses, *, answer, worth=1.0):
-    return [worth * (right in said.split()) for said, right in zip(responses, answer, strict=True)]
+    return [worth * (right in text.split()) for text, right in zip(responses, answer, strict=True)]
 
 
 def needs(prompts, responses, *, solution):
-    return [float(said in right) for said, right in zip(responses, solution, strict=True)]
+    return [float(text in right) for text, right in zip(responses, solution, strict=True)]
 
 
 def raises(prompts, responses):
-    return [1 / len(said) for said in [*responses, ""]]
+    return [1 / len(text) for text in [*responses, ""]]
 
 
 def short(prompts, responses):
@@ -166,4 +166,4 @@ def first_host_only(prompts, responses):
     """As a service that the first host alone may ask."""
     if os.environ.get("JAX_PROCESS_ID", "0") != "0":
         raise RuntimeError("asked on another host")
-    return [float(len(said)) for said in responses]
+    return [float(len(text)) for text in responses]

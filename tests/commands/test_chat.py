@@ -68,14 +68,14 @@ def greedy(model, prompt):
 
 
 def test_a_conversation_is_what_the_model_answers_to_all_turns_before(chat_model, say):
-    said = say(chat_model, "the cat ?\n\na dog ?\n/reset\nthe cat ?\n/quit\nnot read\n")
+    output = say(chat_model, "the cat ?\n\na dog ?\n/reset\nthe cat ?\n/quit\nnot read\n")
     turns, expected = [], []
     for text in ("the cat ?", "a dog ?"):
         turns.append({"role": "user", "content": text})
         turns.append({"role": "assistant", "content": greedy(chat_model, turns)})
         expected.append(turns[-1]["content"])
-    assert said.out.splitlines() == [*expected, expected[0]]  # /reset makes the first question the first again
-    assert "the conversation is forgotten" in said.err and "(cut off after 6 tokens)" in said.err
+    assert output.out.splitlines() == [*expected, expected[0]]  # /reset makes the first question the first again
+    assert "the conversation is forgotten" in output.err and "(cut off after 6 tokens)" in output.err
 
 
 def test_the_system_message_stands_before_everything(chat_model, say):
@@ -84,21 +84,21 @@ def test_the_system_message_stands_before_everything(chat_model, say):
 
 
 def test_a_model_without_a_template_continues_the_text_and_says_so(plain_model, say):
-    said = say(plain_model, "the cat\na dog\n/nonsense\n")
-    assert "no chat template, so your text is continued" in said.err and "/nonsense is no command" in said.err
+    output = say(plain_model, "the cat\na dog\n/nonsense\n")
+    assert "no chat template, so your text is continued" in output.err and "/nonsense is no command" in output.err
     first = greedy(plain_model, "the cat").removeprefix(" ")  # on a line of its own
     assert len(first.split()) == 6
-    assert said.out.splitlines() == [first, greedy(plain_model, f"the cat {first}\na dog").removeprefix(" ")]
+    assert output.out.splitlines() == [first, greedy(plain_model, f"the cat {first}\na dog").removeprefix(" ")]
     assert "--system needs a chat template" in say(plain_model, "", "--system", "red", status=2).err
 
 
 def test_when_the_window_is_full_the_oldest_turns_are_forgotten(chat_model, say):
     """58 tokens are left for the prompt; what is too long for it alone is not said, and forgets nothing."""
     long = " ".join(["cat"] * 40)
-    said = say(chat_model, f"the dog ?\n{long}\na dog ?\n{long} {long}\na cat ?\n")
-    assert "the window is full: the 2 oldest turns are forgotten" in said.err
-    assert "that has 86 tokens and there is room for 58" in said.err
-    assert len(said.out.splitlines()) == 4
+    output = say(chat_model, f"the dog ?\n{long}\na dog ?\n{long} {long}\na cat ?\n")
+    assert "the window is full: the 2 oldest turns are forgotten" in output.err
+    assert "that has 86 tokens and there is room for 58" in output.err
+    assert len(output.out.splitlines()) == 4
 
 
 def test_what_is_dropped_is_the_oldest_and_never_the_system_message(chat_model):
@@ -186,5 +186,5 @@ def test_what_cannot_be_talked_to_is_told_in_one_line(chat_model, tmp_path, say)
     assert "random weights" in say(f"config:{chat_model}", "", status=2).err
     path = tmp_path / "refuses.jinja"
     path.write_text("{{ raise_exception('no system') if messages[0].role == 'system' }}{{ messages[0].content }}")
-    said = say(chat_model, "", "--chat-template", str(path), "--system", "red", status=2).err
-    assert "the chat template cannot render a conversation of system, user: no system" in said
+    output = say(chat_model, "", "--chat-template", str(path), "--system", "red", status=2).err
+    assert "the chat template cannot render a conversation of system, user: no system" in output

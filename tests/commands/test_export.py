@@ -144,8 +144,8 @@ def test_the_dtype_is_that_of_the_base_or_as_asked(run, tiny_model, tmp_path, ca
     ):
         output = tmp_path / str(number)
         assert export_of(folder, output, *flags) == 0
-        found = load_file(output / "model.safetensors")
-        assert all(np.array_equal(x, final[name].astype(dtype)) and x.dtype == dtype for name, x in found.items())
+        parameters = load_file(output / "model.safetensors")
+        assert all(np.array_equal(x, final[name].astype(dtype)) and x.dtype == dtype for name, x in parameters.items())
         assert json.loads((output / "config.json").read_text())["dtype"] == dtype
         assert f"The weights are {dtype}." in (output / "README.md").read_text()
     assert export_of(run.output, tmp_path / "no", "--adapter", "--export-dtype", "float16") == 2
@@ -207,8 +207,8 @@ def test_an_interrupted_run_gives_its_newest_whole_checkpoint(run, tmp_path):
     newest = stopped / "checkpoints" / "6"
     newest.rename(newest.with_name("6.orbax-checkpoint-tmp"))  # killed while it was written
     export.main(ExportConfig(run=stopped, output=tmp_path / "out"))
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert same(found, exported(run, tmp_path / "four", step=4)[0])
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert same(tensors, exported(run, tmp_path / "four", step=4)[0])
 
 
 def test_a_damaged_checkpoint_is_never_exported(run, tmp_path):

@@ -40,16 +40,16 @@ answers = functools.partial(rollout_answers, max_new_tokens=12, batch_size=4)
 def test_a_file_of_prompts_becomes_a_file_of_answers_in_the_same_order(tiny_model, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
     (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n")
-    found = []
+    outputs = []
     for name in ("prompts.jsonl", "prompts.txt"):
         output = tmp_path / "made" / f"{name}.out"
         config = GenerateConfig(str(tiny_model), str(tmp_path / name), output, max_new_tokens=12, temperature=0.0)
         assert generate.main(config) == 0
-        found.append([json.loads(line) for line in output.read_text().splitlines()])
-    assert found[0] == found[1]
-    assert [row["prompt"] for row in found[0]] == PROMPTS
+        outputs.append([json.loads(line) for line in output.read_text().splitlines()])
+    assert outputs[0] == outputs[1]
+    assert [row["prompt"] for row in outputs[0]] == PROMPTS
     alone = [answers(tiny_model, [prompt], temperature=0.0)[0] for prompt in PROMPTS]
-    assert [(row["response"], row["finished"]) for row in found[0]] == alone
+    assert [(row["response"], row["finished"]) for row in outputs[0]] == alone
 
 
 @pytest.mark.parametrize("flags", [[], ["--mesh.fsdp", "-1", "--mesh.tensor", "1"]], ids=["default", "fsdp"])
@@ -90,8 +90,8 @@ def test_what_a_pipe_cannot_say_is_written_as_its_number_and_messages_as_turns(c
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
     config = GenerateConfig(str(chat_model), str(tmp_path / "talks.jsonl"), max_new_tokens=12, temperature=0.0)
     assert generate.main(config) == 0
-    said = written.getvalue().decode("latin-1")
-    assert said.startswith("> system: é\n> user: \\u4e00\n") and "\n\n> the cat\n" in said
+    text = written.getvalue().decode("latin-1")
+    assert text.startswith("> system: é\n> user: \\u4e00\n") and "\n\n> the cat\n" in text
 
 
 def test_a_prompt_that_ends_with_the_assistants_turn_is_refused_continued_or_cut(chat_model, tmp_path, capsys):

@@ -35,8 +35,8 @@ def test_all_rows_of_all_files_are_prompts_unless_a_split_is_named(tmp_path):
     rows = [{"prompt": p, "split": "test" if p == "b" else "train"} for p in "abc"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "b.jsonl").write_text('{"prompt": "d", "answer": "e"}\n')
-    found, columns = generate.read_rows(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl")
-    assert found == ["a", "b", "c", "d"]
+    prompts, columns = generate.read_rows(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl")
+    assert prompts == ["a", "b", "c", "d"]
     assert columns == {"split": ["train", "test", "train", None], "answer": [None, None, None, "e"]}
     assert generate.read_rows(f"{tmp_path}/a.jsonl:test")[0] == ["b"]
     with pytest.raises(ValueError, match="has no split 'held'"):

@@ -27,7 +27,7 @@ def test_the_best_of_n_is_the_response_with_the_highest_score(tiny_model, tmp_pa
         "seed": 3,
         "reward": "tests.commands.rewards:answered + tests.commands.rewards:dogs",
     }
-    found = {}
+    results = {}
     for keep in ("all", "best"):
         output = tmp_path / f"{keep}.jsonl"
         assert (
@@ -36,11 +36,11 @@ def test_the_best_of_n_is_the_response_with_the_highest_score(tiny_model, tmp_pa
             )
             == 0
         )
-        found[keep] = [json.loads(line) for line in output.read_text().splitlines()]
-    assert len(found["all"]) == 12 and any(row["score"] > 1 for row in found["all"])
-    for number, row in enumerate(found["best"]):
-        assert row["prompt"] == PROMPTS[number] and row in found["all"]
-        assert row["score"] == max(other["score"] for other in found["all"][4 * number : 4 * number + 4])
+        results[keep] = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(results["all"]) == 12 and any(row["score"] > 1 for row in results["all"])
+    for number, row in enumerate(results["best"]):
+        assert row["prompt"] == PROMPTS[number] and row in results["all"]
+        assert row["score"] == max(other["score"] for other in results["all"][4 * number : 4 * number + 4])
     with pytest.raises(ValueError, match="`keep` 'best' has no effect without `reward`"):
         generate.main(GenerateConfig(str(tiny_model), "the cat", keep="best"))
 
@@ -55,9 +55,9 @@ def test_responses_that_could_not_be_scored_are_kept_without_scores(tiny_model, 
     assert [row["prompt"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(2)]
     assert [(row["response"], row["finished"]) for row in rows] == answers(tiny_model, PROMPTS, n=2)
     assert rows[0].keys() == {"prompt", "response", "finished"}
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "took longer than 0.2 s for 6 responses; --reward-seconds allows more" in said
-    assert said.endswith(f". The 6 responses are in {output}, all without scores")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "took longer than 0.2 s for 6 responses; --reward-seconds allows more" in message
+    assert message.endswith(f". The 6 responses are in {output}, all without scores")
     output.unlink()
     monkeypatch.setattr(generate, "scored", interrupted)
     assert main(["generate", *flags, "--output", str(output)]) == 130
@@ -82,11 +82,11 @@ def test_responses_are_scored_some_at_a_time_and_those_to_one_prompt_together(mo
     def rewards(prompts, responses, columns):
         calls.append(len(prompts))
         assert columns == {"answer": prompts, "finished": [True] * len(prompts)}
-        return [float(said) for said in responses]
+        return [float(message) for message in responses]
 
     monkeypatch.setattr(generate, "SCORED_TOGETHER", 8)
-    found = generate.scored(rows, rewards, {"answer": [row["prompt"] for row in rows]}, 3)
-    assert calls == [6, 6] and [row["score"] for row in found] == list(range(12))
+    results = generate.scored(rows, rewards, {"answer": [row["prompt"] for row in rows]}, 3)
+    assert calls == [6, 6] and [row["score"] for row in results] == list(range(12))
     generate.scored(rows, rewards, {"answer": [row["prompt"] for row in rows]}, 12)
     assert calls == [6, 6, 12]
 

@@ -74,8 +74,8 @@ def hidden(params, config, **options):
 
 def test_the_adapters_learn_and_the_merged_model_is_base_and_adapters(qlora, tiny_model):
     output, _ = qlora
-    held = [row["eval_loss"] for row in rows(output) if "eval_loss" in row]
-    assert held[-1] < held[0] - 0.3
+    losses = [row["eval_loss"] for row in rows(output) if "eval_loss" in row]
+    assert losses[-1] < losses[0] - 0.3
     config = read_config(str(tiny_model))
     lora, adapter = load_adapter(output / "adapter", config)
     assert lora == Lora(4, 8.0, resolve_targets("all-linear", config), dora=True)
@@ -111,13 +111,13 @@ def test_export_merges_or_writes_the_adapter(qlora, tmp_path):
     output, _ = qlora
     assert export.main(ExportConfig(run=output, output=tmp_path / "merged")) == 0
     assert export.main(ExportConfig(run=output, output=tmp_path / "adapter", adapter=True)) == 0
-    expected, found = (
+    expected, tensors = (
         load_file(output / "final" / "model.safetensors"),
         load_file(tmp_path / "merged/model.safetensors"),
     )
-    assert expected.keys() == found.keys()
+    assert expected.keys() == tensors.keys()
     for name, x in expected.items():
-        np.testing.assert_allclose(found[name], x, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(tensors[name], x, atol=1e-6, err_msg=name)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "adapter" / name).read_bytes() == (output / "adapter" / name).read_bytes()
 
@@ -131,8 +131,8 @@ def test_an_adapter_names_its_base_so_that_it_is_found_from_any_folder(tiny_mode
     config = config_of(tiny_model.name, "", "")
     run = Run(config, "sft", places.make_mesh(), model, load_vocabulary(config, model), lora, exists=False)
     final.save_lora(tmp_path / "a", run, adapter, step=1)
-    held = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert held["base_model_name_or_path"] == str(tiny_model.resolve())
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tiny_model.resolve())
 
 
 def test_a_base_with_its_adapter_answers_as_the_merged_model(tiny_model, tmp_path):
@@ -146,9 +146,9 @@ def test_a_base_with_its_adapter_answers_as_the_merged_model(tiny_model, tmp_pat
     save_pretrained(tmp_path / "weights", merged, config, read_hf_config(str(tiny_model)))
     shutil.copy(tmp_path / "weights" / "model.safetensors", tmp_path / "merged")
     prompts, greedy = ["the cat sees", "a dog ?"], {"max_new_tokens": 8, "temperature": 0.0}
-    found = answers(tiny_model, prompts, adapter=tmp_path / "adapter", **greedy)
-    assert found == answers(tmp_path / "merged", prompts, **greedy)
-    assert found != answers(tiny_model, prompts, **greedy)
+    texts = answers(tiny_model, prompts, adapter=tmp_path / "adapter", **greedy)
+    assert texts == answers(tmp_path / "merged", prompts, **greedy)
+    assert texts != answers(tiny_model, prompts, **greedy)
 
 
 @pytest.mark.parametrize(

@@ -52,16 +52,16 @@ def trained(tiny_model, prompts, tmp_path_factory):
 
 
 def test_scores_rise_and_the_screen_tells_the_truth(trained):
-    found = rows(trained.output)
-    scores = [row["score"] for row in found]
+    steps = rows(trained.output)
+    scores = [row["score"] for row in steps]
     assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.2
-    for row in found:  # sampling and scoring agree, at every step
+    for row in steps:  # sampling and scoring agree, at every step
         assert row["first/ratio"] == pytest.approx(1.0, abs=1e-4)
-    assert found[0]["kl"] == pytest.approx(0.0, abs=1e-3) and found[-1]["kl_k3"] > 0.01
-    assert found[0]["explained_variance"] == pytest.approx(0.0, abs=1e-5)  # the first values are 0
-    assert found[-1]["value_loss"] < found[0]["value_loss"]
-    assert found[-1]["kl_coef"] != found[0]["kl_coef"] == pytest.approx(0.05)
-    assert {"updates", "policy_loss", "rlhf_reward", "clip_fraction", "pretraining_loss"} <= found[0].keys()
+    assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-3) and steps[-1]["kl_k3"] > 0.01
+    assert steps[0]["explained_variance"] == pytest.approx(0.0, abs=1e-5)  # the first values are 0
+    assert steps[-1]["value_loss"] < steps[0]["value_loss"]
+    assert steps[-1]["kl_coef"] != steps[0]["kl_coef"] == pytest.approx(0.05)
+    assert {"updates", "policy_loss", "rlhf_reward", "clip_fraction", "pretraining_loss"} <= steps[0].keys()
     lines = [json.loads(line) for line in (trained.output / "metrics.jsonl").read_text().splitlines()]
     assert {"training_seconds", "generation_seconds", "reward_seconds", "trained_tokens_per_second"} <= lines[0].keys()
 
@@ -101,8 +101,8 @@ def test_the_critic_starts_from_the_reward_model(tiny_model, prompts, tmp_path, 
     name = f"reward_model(path={str(tmp_path / 'rm' / 'final')!r})"
     config = config_of(tiny_model, prompts, tmp_path / "run", reward=name, steps=2, algorithm=PPOAlgorithm(epochs=1))
     assert ppo.main(dataclasses.replace(config, pretraining_data=None)) == 0
-    found = rows(tmp_path / "run")[0]
-    assert found["explained_variance"] > 0.05
+    first_row = rows(tmp_path / "run")[0]
+    assert first_row["explained_variance"] > 0.05
 
 
 @pytest.mark.parametrize(
@@ -118,13 +118,13 @@ def test_other_critics_and_references(changes, kl, trained, tmp_path, one_device
     plain = PPOAlgorithm(kl_coef=0.05, epochs=2)
     config = dataclasses.replace(trained, output=tmp_path / "run", steps=3, pretraining_data=None, algorithm=plain)
     assert ppo.main(dataclasses.replace(config, **changes)) == 0
-    found = rows(tmp_path / "run")
-    assert [row["first/ratio"] for row in found] == pytest.approx([1.0] * 3, abs=1e-4)
+    steps = rows(tmp_path / "run")
+    assert [row["first/ratio"] for row in steps] == pytest.approx([1.0] * 3, abs=1e-4)
     if kl is None:  # the reference is the policy that draws
-        assert [row["kl_k3"] for row in found] == pytest.approx([0.0] * 3, abs=1e-4)
+        assert [row["kl_k3"] for row in steps] == pytest.approx([0.0] * 3, abs=1e-4)
     else:
-        assert found[0]["kl"] == pytest.approx(kl, abs=1e-3) and found[2]["kl_k3"] > 1e-5
-    assert found[2]["value_loss"] != found[0]["value_loss"]
+        assert steps[0]["kl"] == pytest.approx(kl, abs=1e-3) and steps[2]["kl_k3"] > 1e-5
+    assert steps[2]["value_loss"] != steps[0]["value_loss"]
 
 
 def test_a_reference_in_host_memory_changes_no_bit(trained, tmp_path, one_device):
@@ -142,11 +142,11 @@ def test_a_budget_of_kl_ends_the_run_and_the_same_command_finds_it_complete(trai
     config = dataclasses.replace(trained, output=tmp_path / "run", kl_budget=0.5, pretraining_data=None)
     config = dataclasses.replace(config, algorithm=PPOAlgorithm(kl_coef=0.0, epochs=2))
     assert ppo.main(config) == 0
-    found = rows(config.output)
-    assert len(found) < 12 and found[-1]["kl"] > 0.5 and all(row["kl"] <= 0.5 for row in found[:-1])
+    steps = rows(config.output)
+    assert len(steps) < 12 and steps[-1]["kl"] > 0.5 and all(row["kl"] <= 0.5 for row in steps[:-1])
     before = (config.output / "final" / "model.safetensors").stat().st_mtime_ns
     assert ppo.main(config) == 0
-    assert rows(config.output) == found
+    assert rows(config.output) == steps
     assert (config.output / "final" / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -171,12 +171,12 @@ def test_a_budget_of_kl_ends_the_run_and_the_same_command_finds_it_complete(trai
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, prompts, tmp_path, capsys):
-    given = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
-    given += ["--reward", "tests.commands.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
-    given += ["--batch-size", "8", "--mesh.fsdp", "8"]
-    assert main(["ppo", *given, *(str(prompts) if part == "PROMPTS" else part for part in flags)]) == 2
-    said = capsys.readouterr().err
-    assert message in said and "Traceback" not in said
+    common = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
+    common += ["--reward", "tests.commands.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
+    common += ["--batch-size", "8", "--mesh.fsdp", "8"]
+    assert main(["ppo", *common, *(str(prompts) if part == "PROMPTS" else part for part in flags)]) == 2
+    log = capsys.readouterr().err
+    assert message in log and "Traceback" not in log
     assert not (tmp_path / "run").exists()
 
 

@@ -40,11 +40,11 @@ def trained(tiny_model, pairs, tmp_path_factory):
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_held_out_loss_falls_and_rewards_part(trained, name):
     config, _ = trained(name)
-    found = rows(config.output)
-    held = {row["step"]: row for row in found if "eval_loss" in row}
-    assert held[0]["eval_loss"] == pytest.approx({"dpo": np.log(2), "kto": 0.5}[name], abs=1e-5)
-    assert held[8]["eval_loss"] < held[0]["eval_loss"] - 0.02
-    last = held[8]
+    steps = rows(config.output)
+    evaluations = {row["step"]: row for row in steps if "eval_loss" in row}
+    assert evaluations[0]["eval_loss"] == pytest.approx({"dpo": np.log(2), "kto": 0.5}[name], abs=1e-5)
+    assert evaluations[8]["eval_loss"] < evaluations[0]["eval_loss"] - 0.02
+    last = evaluations[8]
     assert last["eval_rewards/chosen"] > 0 > last["eval_rewards/rejected"]
     if name == "dpo":
         assert last["eval_rewards/accuracies"] > 0.9
@@ -60,8 +60,8 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_for_bit_the_same(trained,
     shutil.rmtree(again.output / "final")
     assert run(again) == 0
     assert rows(again.output) == rows(config.output)
-    expected, found = final(config.output), final(again.output)
-    assert all(expected[key].tobytes() == found[key].tobytes() for key in expected)
+    expected, tensors = final(config.output), final(again.output)
+    assert all(expected[key].tobytes() == tensors[key].tobytes() for key in expected)
 
 
 def test_running_means_and_a_reference_that_moves_go_on_from_a_checkpoint_bit_for_bit(trained, tmp_path, one_device):
@@ -75,8 +75,8 @@ def test_running_means_and_a_reference_that_moves_go_on_from_a_checkpoint_bit_fo
     shutil.rmtree(outputs[1] / "final")
     assert run(dataclasses.replace(config, output=outputs[1])) == 0
     assert rows(outputs[0]) == rows(outputs[1])
-    expected, found = map(final, outputs)
-    assert all(expected[key].tobytes() == found[key].tobytes() for key in expected)
+    expected, tensors = map(final, outputs)
+    assert all(expected[key].tobytes() == tensors[key].tobytes() for key in expected)
 
 
 def test_a_reference_that_was_run_once_before_changes_nothing(trained, tmp_path, one_device, caplog):
@@ -85,9 +85,9 @@ def test_a_reference_that_was_run_once_before_changes_nothing(trained, tmp_path,
     assert run(other) == 0
     for a, b in zip(rows(other.output), rows(config.output), strict=True):
         assert a["step"] == b["step"] and a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-5)
-    found, expected = final(other.output), final(config.output)
+    tensors, expected = final(other.output), final(config.output)
     for key in expected:
-        np.testing.assert_allclose(found[key], expected[key], atol=1e-5)
+        np.testing.assert_allclose(tensors[key], expected[key], atol=1e-5)
     files = sorted((other.output / "reference").glob("*.npz"))
     assert len(files) == 4  # training and held-out sets, each with its mismatched responses
     before = [file.stat().st_mtime_ns for file in files]
@@ -111,16 +111,16 @@ MESHES = [("dpo", []), ("dpo", ["--precompute-reference", "--share-prompt"]), ("
 @pytest.mark.parametrize(("name", "more"), MESHES, ids=str)
 def test_on_a_mesh_of_two_by_two_by_two_the_command_gives_the_model_of_one_device(name, more, trained, tmp_path):
     config, _ = trained(name)
-    given = ["--model", config.model, "--data", config.data, "--output", str(tmp_path / "run")]
-    given += ["--steps", "8", "--batch-size", "8", "--max-length", "16", "--remat", "none", "--samples", "1"]
-    given += ["--optimizer.learning-rate", "2e-3", "--checkpoint.every", "4"]
-    assert main([name, *given, "--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2", *more]) == 0
+    flags = ["--model", config.model, "--data", config.data, "--output", str(tmp_path / "run")]
+    flags += ["--steps", "8", "--batch-size", "8", "--max-length", "16", "--remat", "none", "--samples", "1"]
+    flags += ["--optimizer.learning-rate", "2e-3", "--checkpoint.every", "4"]
+    assert main([name, *flags, "--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2", *more]) == 0
     for a, b in zip(rows(tmp_path / "run"), rows(config.output), strict=True):
         for key in ("loss", "eval_loss", "grad_norm"):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-5)
-    found, expected = final(tmp_path / "run"), final(config.output)
+    tensors, expected = final(tmp_path / "run"), final(config.output)
     for key in expected:
-        np.testing.assert_allclose(found[key], expected[key], atol=1e-5)
+        np.testing.assert_allclose(tensors[key], expected[key], atol=1e-5)
 
 
 def test_with_lora_the_base_is_the_reference_and_the_adapter_alone_is_trained(
@@ -200,9 +200,9 @@ def test_mistakes_are_one_line_and_leave_nothing(
     command, flags, message, tiny_model, tiny_data, pairs, tmp_path, capsys
 ):
     start = time.perf_counter()
-    given = ["--model", str(tiny_model), "--data", str(pairs), "--output", str(tmp_path / "run")]
+    common = ["--model", str(tiny_model), "--data", str(pairs), "--output", str(tmp_path / "run")]
     flags = [flag.format(tiny_data=tiny_data) for flag in flags]
-    assert main([command, *given, "--mesh.fsdp", "8", *flags]) == 2
-    said = capsys.readouterr().err
-    assert message in said and "Traceback" not in said
+    assert main([command, *common, "--mesh.fsdp", "8", *flags]) == 2
+    log = capsys.readouterr().err
+    assert message in log and "Traceback" not in log
     assert not (tmp_path / "run").exists() and time.perf_counter() - start < 60

@@ -75,11 +75,11 @@ def test_scores_of_texts_are_those_that_transformers_reads_at_the_terminator_of_
     assert theirs.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     texts = [f"{prompt} {response} </s>" for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
     with torch.no_grad():
-        found = theirs(**tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)).logits[:, 0]
+        logits = theirs(**tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)).logits[:, 0]
     scale = json.loads((folder / "reward.json").read_text())
     ours = scorer.members(PROMPTS, RESPONSES) * np.array(scale["std"]) + np.array(scale["mean"])
     assert ours.shape == (4, 2) and np.ptp(ours.mean(axis=1)) > 0.1
-    np.testing.assert_allclose(found.numpy(), ours.mean(axis=1), atol=1e-4)
+    np.testing.assert_allclose(logits.numpy(), ours.mean(axis=1), atol=1e-4)
 
 
 def sequences_of(batch):
@@ -94,12 +94,12 @@ def test_scores_of_few_held_out_and_more_trained_responses_have_mean_0_and_varia
     data = reward.load_data(trained, Run.read(trained, "reward"))
     rows = [row for batch in (*data.held_out, *(data.batches[i] for i in range(6))) for row in sequences_of(batch)]
     assert len(sequences_of(data.held_out[0])) == 4 and len(rows) == 4 + 2 * 6 * 8
-    found = scorer.rows(rows)
-    np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-4)
-    np.testing.assert_allclose(found.std(axis=0), 1, atol=1e-4)
+    scores = scorer.rows(rows)
+    np.testing.assert_allclose(scores.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(scores.std(axis=0), 1, atol=1e-4)
     text = scorer.tokenizer.decode(rows[0], skip_special_tokens=True)
     prompt, _, response = text.partition("? ")
-    np.testing.assert_allclose(scorer.members([f"{prompt}?"], [response])[0], found[0], atol=1e-5)
+    np.testing.assert_allclose(scorer.members([f"{prompt}?"], [response])[0], scores[0], atol=1e-5)
 
 
 def test_the_least_member_is_below_the_mean_and_a_cut_response_is_read_without_a_terminator(scorer):
@@ -149,16 +149,16 @@ def test_a_reward_model_is_held_once_by_those_who_check_it_and_those_who_ask_it(
 
 def test_a_reward_model_in_few_bits_nearly_agrees_and_one_in_host_memory_agrees_to_the_bit(trained, scorer):
     folder = str(trained.output / "final")
-    prompts = [f"{count} {asked} ?" for count in ("one", "two") for asked in ("cat", "dog", "red", "the")]
+    prompts = [f"{count} {word} ?" for count in ("one", "two") for word in ("cat", "dog", "red", "the")]
     responses = ["cat the a", "dog", "red dog blue", "dog red blue a the", "cat", "the the dog", "a", "blue cat"]
     expected = scorer.members(prompts, responses)
     away = load_reward_model(folder, batch_size=4, offload=True)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(away.params)} == {"pinned_host"}
     np.testing.assert_array_equal(away.members(prompts, responses), expected)
     for kind, most in (("int8", 0.03), ("nf4", 0.3)):  # scores have a standard deviation of 1
-        found = load_reward_model(folder, batch_size=4, quantise=kind, offload=True).members(prompts, responses)
-        print(kind, np.abs(found - expected).max(), np.corrcoef(found.mean(axis=1), expected.mean(axis=1))[0, 1])
-        assert 0 < np.abs(found - expected).max() < most
+        members = load_reward_model(folder, batch_size=4, quantise=kind, offload=True).members(prompts, responses)
+        print(kind, np.abs(members - expected).max(), np.corrcoef(members.mean(axis=1), expected.mean(axis=1))[0, 1])
+        assert 0 < np.abs(members - expected).max() < most
     with pytest.raises(ValueError, match="quantise='int4' is not one of none, int8, nf4"):
         Rewards(f"reward_model(path={folder!r}, quantise='int4')")
 
@@ -186,8 +186,8 @@ def test_a_reward_model_in_half_precision_is_half_as_large(trained, scorer):
 def test_a_vocabulary_with_nothing_but_an_eos_token_pads_with_its_last_word(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model))
     tokenizer.bos_token = tokenizer.unk_token = None
-    found, pad = with_pad_token(Vocabulary(tokenizer, (2,)))
-    assert pad == found.pad_token_id == len(tokenizer) - 1 and tokenizer.pad_token_id == tokenizer.eos_token_id
+    vocabulary, pad = with_pad_token(Vocabulary(tokenizer, (2,)))
+    assert pad == vocabulary.pad_token_id == len(tokenizer) - 1 and tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
 def unreadable(*_):
@@ -285,10 +285,10 @@ def test_members_with_adapters_differ_and_are_read_with_their_base(
     evaluations = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
     assert evaluations[8]["eval_loss"] < evaluations[0]["eval_loss"] and evaluations[8]["eval_disagreement"] > 0
     folder = config.output / "final"
-    found = load_reward_model(str(folder), batch_size=4)
-    members = found.members(PROMPTS, RESPONSES)
+    model = load_reward_model(str(folder), batch_size=4)
+    members = model.members(PROMPTS, RESPONSES)
     assert members.shape == (4, 3) and np.abs(members[:, 0] - members[:, 1]).max() > 0.01
-    np.testing.assert_array_equal(found(PROMPTS, RESPONSES), members.min(axis=1))
+    np.testing.assert_array_equal(model(PROMPTS, RESPONSES), members.min(axis=1))
     described = json.loads((folder / "reward.json").read_text())
     monkeypatch.setattr(files, "fingerprint", lambda base: "another")
     with pytest.raises(ValueError, match=f"has adapters on {tiny_model}, whose weights or config have changed"):
@@ -317,8 +317,8 @@ def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tm
     rng, solutions = np.random.default_rng(0), []
     for _ in range(48):
         labels = (rng.random(rng.integers(1, 4)) < 0.5).tolist()
-        said = [" ".join(["cat" if right else "dog", *rng.choice(["the", "a"], 1)]) for right in labels]
-        solutions.append({"prompt": "one ?", "completions": said, "labels": labels})
+        answers = [" ".join(["cat" if right else "dog", *rng.choice(["the", "a"], 1)]) for right in labels]
+        solutions.append({"prompt": "one ?", "completions": answers, "labels": labels})
     path = tmp_path / "steps.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in solutions))
     more = OFFLINE | {
@@ -334,14 +334,14 @@ def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tm
     assert reward.main(config) == 0
     evaluations = {row["step"]: row for row in rows(config.output) if "eval_loss" in row}
     assert evaluations[16]["eval_accuracy"] == 1.0 and evaluations[16]["eval_loss"] < evaluations[0]["eval_loss"]
-    found = load_reward_model(str(config.output / "final"))
-    steps = found.steps("one ?", ["cat the", "dog a", "cat a"])
+    model = load_reward_model(str(config.output / "final"))
+    steps = model.steps("one ?", ["cat the", "dog a", "cat a"])
     assert steps.shape == (3, 1) and (steps[:, 0] > 0).tolist() == [True, False, True]
     np.testing.assert_allclose(
-        found.steps("one ?", ["cat the", "dog a"]), steps[:2], atol=1e-5
+        model.steps("one ?", ["cat the", "dog a"]), steps[:2], atol=1e-5
     )  # it sees no later step
     with pytest.raises(ValueError, match="17 tokens, and the model reads 16"):
-        found.steps("one ?", ["cat the"] * 5)
+        model.steps("one ?", ["cat the"] * 5)
 
 
 @pytest.mark.parametrize(
@@ -356,10 +356,10 @@ def test_a_process_reward_model_tells_right_steps_from_wrong_ones(tiny_model, tm
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, pairs, tmp_path, capsys):
-    given = ["--model", str(tiny_model), "--data", str(pairs), "--output", str(tmp_path / "run")]
-    assert main(["reward", *given, "--mesh.fsdp", "8", *flags]) == 2
-    said = capsys.readouterr().err
-    assert message in said and "Traceback" not in said
+    common = ["--model", str(tiny_model), "--data", str(pairs), "--output", str(tmp_path / "run")]
+    assert main(["reward", *common, "--mesh.fsdp", "8", *flags]) == 2
+    log = capsys.readouterr().err
+    assert message in log and "Traceback" not in log
     assert not (tmp_path / "run").exists()
 
 
@@ -368,8 +368,8 @@ def test_eval_data_that_lack_what_the_loss_asks_for_are_named_at_once(tiny_model
     told.write_text(
         "".join(json.dumps(json.loads(line) | {"margin": 1.0}) + "\n" for line in pairs.read_text().splitlines())
     )
-    given = ["--model", str(tiny_model), "--data", str(told), "--output", str(tmp_path / "run")]
+    flags = ["--model", str(tiny_model), "--data", str(told), "--output", str(tmp_path / "run")]
     more = ["--mesh.fsdp", "8", "--algorithm.loss", "graded_bradley_terry", "--eval-data", str(pairs)]
-    assert main(["reward", *given, *more]) == 2
+    assert main(["reward", *flags, *more]) == 2
     assert f"margin in every pair, and --eval-data {pairs} has none" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

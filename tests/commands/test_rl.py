@@ -73,21 +73,21 @@ def trained(tiny_model, prompts, tmp_path_factory):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_rewards_rise_and_the_screen_tells_the_truth(trained, name):
     config, _ = trained(name)
-    found = rows(config.output)
-    scores = [row["score"] for row in found]
+    steps = rows(config.output)
+    scores = [row["score"] for row in steps]
     assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.2
-    assert 0 < found[0]["length"] <= 8
+    assert 0 < steps[0]["length"] <= 8
     samples = [json.loads(line) for line in (config.output / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 0, 4, 4, 8, 8]
     assert samples[0].keys() == {"step", "prompt", "response", "score"}
     if name == "online-dpo":
-        assert found[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-5) and found[-1]["rewards/margins"] > 0
-        assert all(row["score_chosen"] > row["score"] > row["score_rejected"] for row in found)
-        assert found[0]["scores/dogs"] == pytest.approx(found[0]["score"], abs=1e-6)
+        assert steps[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-5) and steps[-1]["rewards/margins"] > 0
+        assert all(row["score_chosen"] > row["score"] > row["score_rejected"] for row in steps)
+        assert steps[0]["scores/dogs"] == pytest.approx(steps[0]["score"], abs=1e-6)
         return
-    assert found[0]["ratio"] == pytest.approx(1.0, abs=1e-4)  # sampling and scoring agree
-    assert found[0]["kl"] == pytest.approx(0.0, abs=1e-3) and found[-1]["kl_k3"] > 0.01
-    assert 0 < found[0]["entropy"] < np.log(32)
+    assert steps[0]["ratio"] == pytest.approx(1.0, abs=1e-4)  # sampling and scoring agree
+    assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-3) and steps[-1]["kl_k3"] > 0.01
+    assert 0 < steps[0]["entropy"] < np.log(32)
 
 
 @pytest.mark.parametrize(("advantages", "first"), [("batch", 0.9352), ("scores", 0.0418), ("global", -1.2119)])
@@ -104,13 +104,13 @@ def test_advantages_of_prompts_of_different_difficulty_are_those_that_are_named(
 
 def test_dynamic_sampling_learns_from_unequal_scores_alone_and_a_nucleus_weighs_its_mass(trained):
     config, _ = trained("dapo")
-    found = rows(config.output)
-    assert all(row["same_scores"] == 0 for row in found)
-    assert {row["sampling_rounds"] for row in found} <= {1, 2, 3} and found[0]["sampling_rounds"] > 1
-    assert 0 < min(row["kept_share"] for row in found) < 1
+    steps = rows(config.output)
+    assert all(row["same_scores"] == 0 for row in steps)
+    assert {row["sampling_rounds"] for row in steps} <= {1, 2, 3} and steps[0]["sampling_rounds"] > 1
+    assert 0 < min(row["kept_share"] for row in steps) < 1
     # every token of a nucleus of mass 0.9 or a little more weighs that mass
-    assert all(0.89 < row["importance_weight"] < 1 for row in found)
-    for row in found:
+    assert all(0.89 < row["importance_weight"] < 1 for row in steps)
+    for row in steps:
         assert row["score"] == pytest.approx(row["scores/names_dog"] + 0.1 * row["scores/overlong"], abs=1e-6)
 
 
@@ -179,12 +179,12 @@ def test_a_run_whose_reward_took_too_long_goes_on_with_more_time_for_it(tmp_path
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(flags, message, tiny_model, prompts, tmp_path, capsys):
-    given = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
-    given += ["--reward", "tests.commands.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
-    given += ["--batch-size", "4", "--mesh.fsdp", "8"]
-    assert main(["grpo", *given, *flags]) == 2
-    said = capsys.readouterr().err
-    assert message in said and "Traceback" not in said
+    common = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
+    common += ["--reward", "tests.commands.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
+    common += ["--batch-size", "4", "--mesh.fsdp", "8"]
+    assert main(["grpo", *common, *flags]) == 2
+    log = capsys.readouterr().err
+    assert message in log and "Traceback" not in log
     assert not (tmp_path / "run").exists()
 
 
@@ -205,8 +205,8 @@ def test_microbatches_change_no_step_of_online_dpo(trained, tmp_path, one_device
     ],
 )
 def test_mistakes_of_online_dpo_are_one_line(flags, message, tiny_model, prompts, tmp_path, capsys):
-    given = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
-    assert main(["online-dpo", *given, *flags]) == 2
+    common = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
+    assert main(["online-dpo", *common, *flags]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
@@ -219,8 +219,8 @@ def test_adapters_leave_the_reference_as_it_was(trained, tmp_path, one_device):
     """With LoRA the reference is the base: at the first step the policy is it, and then it is not."""
     config, run = trained("grpo")
     assert run(dataclasses.replace(config, output=tmp_path / "run", lora=LoraConfig(rank=2), steps=3)) == 0
-    found = rows(tmp_path / "run")
-    assert found[0]["kl"] == pytest.approx(0.0, abs=1e-3) and found[2]["kl_k3"] > 1e-5
+    steps = rows(tmp_path / "run")
+    assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-3) and steps[2]["kl_k3"] > 1e-5
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
 
 

@@ -53,10 +53,10 @@ def local(tiny_model, prompts, tmp_path_factory):
     return output
 
 
-def same_step(found, expected, **tolerance):
+def same_step(actual, expected, **tolerance):
     """The reward's own name aside, and what the other run says besides."""
     expected = {name: value for name, value in expected.items() if not name.startswith("scores/")}
-    assert {name: found[name] for name in expected} == pytest.approx(expected, **tolerance)
+    assert {name: actual[name] for name in expected} == pytest.approx(expected, **tolerance)
 
 
 @pytest.mark.usefixtures("one_device")
@@ -64,9 +64,9 @@ def test_a_run_through_a_server_is_the_run_without_one(local, tiny_model, prompt
     """The weights do arrive: else the second step's tokens were the first policy's."""
     config = config_of(tiny_model, prompts, tmp_path / "run", engine=server.url)
     assert grpo.main(config) == 0
-    found, expected = rows(config.output), rows(local)
-    same_step(found[0], expected[0], abs=1e-6)
-    for ours, theirs in zip(found, expected, strict=True):
+    steps, expected = rows(config.output), rows(local)
+    same_step(steps[0], expected[0], abs=1e-6)
+    for ours, theirs in zip(steps, expected, strict=True):
         assert [ours[name] for name in OF_TOKENS] == [theirs[name] for name in OF_TOKENS]
         assert ours["ratio"] == pytest.approx(1.0, abs=1e-5)
     assert server.seen.count("/collective_rpc") == server.seen.count("/reset_prefix_cache") == STEPS
@@ -109,9 +109,9 @@ def test_two_hosts_generate_and_learn_together_what_one_does(local, tiny_model, 
         "the judge has gone home" in errors[0]
         and "host 0 has failed: the reward fails_later raised RuntimeError: the judge has gone home" in errors[1]
     )
-    found, expected = rows(tmp_path / "run"), rows(local)[:2]
-    same_step(found[0], expected[0], abs=1e-4)
-    assert [row["ratio"] for row in found] == pytest.approx([1.0, 1.0], abs=1e-4)
+    steps, expected = rows(tmp_path / "run"), rows(local)[:2]
+    same_step(steps[0], expected[0], abs=1e-4)
+    assert [row["ratio"] for row in steps] == pytest.approx([1.0, 1.0], abs=1e-4)
     samples = [(run / "samples.jsonl").read_text().splitlines()[:2] for run in (tmp_path / "run", local)]
     assert samples[0] == samples[1]
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
@@ -119,8 +119,8 @@ def test_two_hosts_generate_and_learn_together_what_one_does(local, tiny_model, 
 
 def test_a_run_on_policy_is_exported_as_any_other(local, tmp_path):
     assert main(["export", "--run", str(local), "--output", str(tmp_path / "out")]) == 0
-    found, expected = load_file(tmp_path / "out" / "model.safetensors"), final(local)
-    assert found.keys() == expected.keys() and all(np.array_equal(found[k], expected[k]) for k in found)
+    tensors, expected = load_file(tmp_path / "out" / "model.safetensors"), final(local)
+    assert tensors.keys() == expected.keys() and all(np.array_equal(tensors[k], expected[k]) for k in tensors)
     assert f"after {STEPS} steps of `grpo`" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -149,8 +149,8 @@ def test_a_policy_that_never_ends_fills_its_window_and_pays_for_it(tiny_model, t
     [row] = rows(config.output)
     assert (row["ended"], row["length"], row["num_tokens"]) == (0.0, NEW, config.n * WINDOW)
     [sample] = [json.loads(line) for line in (config.output / "samples.jsonl").read_text().splitlines()]
-    said = sample["response"].split()
-    assert sample["score"] == pytest.approx(said.count("dog") / len(said) - 0.5)
+    words = sample["response"].split()
+    assert sample["score"] == pytest.approx(words.count("dog") / len(words) - 0.5)
 
 
 @pytest.mark.usefixtures("one_device")
@@ -169,25 +169,25 @@ def test_responses_that_all_end_at_once_teach_nothing_and_break_nothing(tiny_mod
 def test_adapters_are_merged_for_a_server(tiny_model, prompts, tmp_path, server):
     config = config_of(tiny_model, prompts, tmp_path / "run", steps=2, lora=LoraConfig(rank=2), engine=server.url)
     assert grpo.main(config) == 0
-    found = rows(config.output)
-    assert [row["ratio"] for row in found] == pytest.approx([1.0, 1.0], abs=1e-4)
-    assert found[1]["kl_k3"] > 1e-5  # there is something to merge
-    held = load_params(str(config.output / "policy"), server.config)
+    steps = rows(config.output)
+    assert [row["ratio"] for row in steps] == pytest.approx([1.0, 1.0], abs=1e-4)
+    assert steps[1]["kl_k3"] > 1e-5  # there is something to merge
+    params = load_params(str(config.output / "policy"), server.config)
     before = load_params(str(tiny_model), server.config)
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), held, before)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, before)
     assert max(jax.tree.leaves(moved["blocks"])) > 1e-4 and moved["embed"]["embedding"] == 0
 
 
 def test_generate_asks_a_server_for_the_answers(tiny_model, tmp_path, server):
-    asked = GenerateConfig(str(tiny_model), "the cat sees", max_new_tokens=8, n=4, batch_size=8)
-    found = []
+    settings = GenerateConfig(str(tiny_model), "the cat sees", max_new_tokens=8, n=4, batch_size=8)
+    outputs = []
     for name, engine in (("here", None), ("there", server.url)):
-        config = dataclasses.replace(asked, output=tmp_path / name, engine=engine)
+        config = dataclasses.replace(settings, output=tmp_path / name, engine=engine)
         assert generate.main(config) == 0
-        found.append([json.loads(line) for line in config.output.read_text().splitlines()])
-    assert found[0] == found[1] and len({row["response"] for row in found[0]}) > 1
+        outputs.append([json.loads(line) for line in config.output.read_text().splitlines()])
+    assert outputs[0] == outputs[1] and len({row["response"] for row in outputs[0]}) > 1
     with pytest.raises(ValueError, match="`adapter` adapter would be loaded here, and `engine` responds elsewhere"):
-        generate.main(dataclasses.replace(asked, engine=server.url, adapter="adapter"))
+        generate.main(dataclasses.replace(settings, engine=server.url, adapter="adapter"))
 
 
 @pytest.fixture(scope="module")
@@ -231,12 +231,12 @@ def test_log_probs_of_another_policy_or_temperature_are_refused(drawn):
     ],
 )
 def test_mistakes_are_one_line_before_device_work(flags, message, tiny_model, prompts, tmp_path, server, capsys):
-    given = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
-    given += ["--reward", "tests.commands.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
-    given += ["--batch-size", "4", "--mesh.fsdp", "8", "--engine", server.url]
-    assert main(["grpo", *given, *flags]) == 2
-    said = capsys.readouterr().err
-    assert message.replace("URL", server.url) in said and "Traceback" not in said and not (tmp_path / "run").exists()
+    common = ["--model", str(tiny_model), "--data", str(prompts), "--output", str(tmp_path / "run")]
+    common += ["--reward", "tests.commands.rewards:dogs", "--max-length", "16", "--max-new-tokens", "8"]
+    common += ["--batch-size", "4", "--mesh.fsdp", "8", "--engine", server.url]
+    assert main(["grpo", *common, *flags]) == 2
+    log = capsys.readouterr().err
+    assert message.replace("URL", server.url) in log and "Traceback" not in log and not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("one_device")

@@ -22,9 +22,9 @@ def config_of(tiny_model, tiny_data, output):
 
 def test_a_run_with_the_kernel_checks_it_on_the_first_batch_and_trains(tiny_model, tiny_data, tmp_path, capsys):
     assert sft.main(config_of(tiny_model, tiny_data, tmp_path / "run")) == 0
-    said = capsys.readouterr().err
-    assert "a CPU has no kernel; the TPU's is interpreted on the first 128 tokens" in said
-    assert "the log-probability kernel agrees with the chunked implementation: d_hidden " in said
+    log = capsys.readouterr().err
+    assert "a CPU has no kernel; the TPU's is interpreted on the first 128 tokens" in log
+    assert "the log-probability kernel agrees with the chunked implementation: d_hidden " in log
     (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")[-1:]
     assert row.get("skipped", 0.0) == 0.0
 
@@ -42,17 +42,17 @@ def test_a_kernel_that_is_a_little_wrong_is_refused_and_the_message_says_where(m
     keys = jax.random.split(jax.random.key(0), 3)
     hidden, weight = jax.random.normal(keys[0], (6, 8)), jax.random.normal(keys[1], (50, 8))
     targets = jax.random.randint(keys[2], (6,), 0, 50)
-    found = differences(hidden, Unembedding(weight), targets, jnp.ones(6, bool))
-    np.testing.assert_allclose(found["logps"].distance, 0.01, atol=1e-5)
-    assert float(found["entropy"].distance) < 1e-5 and float(found["d_weight"].distance) < 1e-5
+    measured = differences(hidden, Unembedding(weight), targets, jnp.ones(6, bool))
+    np.testing.assert_allclose(measured["logps"].distance, 0.01, atol=1e-5)
+    assert float(measured["entropy"].distance) < 1e-5 and float(measured["d_weight"].distance) < 1e-5
     with pytest.raises(
         ValueError, match=r"not to be trusted here: logps\[3\] is .* 0.01 apart, where 0.001 is allowed"
     ):
-        refuse(found)
+        refuse(measured)
 
 
 def test_a_kernel_that_says_nan_is_refused():
     hidden = jnp.ones((4, 8)).at[2, 0].set(jnp.nan)
-    found = differences(hidden, Unembedding(jnp.ones((50, 8))), jnp.zeros(4, jnp.int32), jnp.ones(4, bool))
+    measured = differences(hidden, Unembedding(jnp.ones((50, 8))), jnp.zeros(4, jnp.int32), jnp.ones(4, bool))
     with pytest.raises(ValueError, match=r"logps\[2\] is nan"):
-        refuse(found)
+        refuse(measured)

@@ -99,8 +99,8 @@ def test_transformers_and_peft_compute_the_logits_of_what_was_trained(exported):
     ]
     for model in models:
         with torch.no_grad():
-            found = model.eval()(torch.tensor(tokens)).logits.numpy()
-        np.testing.assert_allclose(found, expected, atol=2e-4)
+            logits = model.eval()(torch.tensor(tokens)).logits.numpy()
+        np.testing.assert_allclose(logits, expected, atol=2e-4)
 
 
 def test_both_folders_say_what_ends_a_text_how_turns_are_written_and_what_to_pad_with(exported):
@@ -139,9 +139,9 @@ def test_greedy_text_of_padded_prompts_is_ours(exported):
     inputs = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         ids = theirs.generate(**inputs, do_sample=False, max_new_tokens=10)
-    found = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    responses = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     ours = respond(load_model(str(merged), dtype="float32"), texts, Sampling(max_new_tokens=10, temperature=0.0))
-    assert [text.split() for text in found] == [text.split() for text, _ in ours]
+    assert [text.split() for text in responses] == [text.split() for text, _ in ours]
 
 
 def test_a_vocabulary_with_nothing_but_an_eos_token_generates_with_it_as_padding(tiny_model):

@@ -69,8 +69,8 @@ def check(tokenizer, template, system, exchanges, turns):
             assert ids[stop - 1] in encoder.terminators
             text = tokenizer.decode(ids[start:stop], skip_special_tokens=True)
             assert "".join(message["content"].split()) in "".join(text.split())
-    asked = messages[:-1]
-    assert tuple(encode(asked, tokenizer, "")) in expected or places[-1:] != [len(messages) - 1]
+    conversation = messages[:-1]
+    assert tuple(encode(conversation, tokenizer, "")) in expected or places[-1:] != [len(messages) - 1]
     if messages[-1]["content"].strip():
         assert count == (len(places) if turns == "all" else 1)
 

@@ -187,10 +187,10 @@ def test_a_template_that_changes_the_past_when_the_assistant_has_answered_is_lea
         "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
     )
     made = encoder(system)
-    asked = {"role": "system", "content": "S"}
-    assert shown(made, asked, *TALK[:2]) == ["[INST] S, hi[/INST]⟦ hello</s>⟧"]
-    assert shown(made, asked, *TALK)[1] == "[INST] hi[/INST] hello</s>[INST] S, bye[/INST]⟦ so long</s>⟧"
-    assert context(made.tokenizer, [asked, *TALK[:3]]).endswith("[INST] S, bye[/INST]")
+    instruction = {"role": "system", "content": "S"}
+    assert shown(made, instruction, *TALK[:2]) == ["[INST] S, hi[/INST]⟦ hello</s>⟧"]
+    assert shown(made, instruction, *TALK)[1] == "[INST] hi[/INST] hello</s>[INST] S, bye[/INST]⟦ so long</s>⟧"
+    assert context(made.tokenizer, [instruction, *TALK[:3]]).endswith("[INST] S, bye[/INST]")
 
 
 def test_a_template_that_writes_something_else_before_an_answer_once_there_is_one_is_refused():

@@ -60,8 +60,8 @@ def read(row, **options):
 
 def test_an_instruction_is_asked_with_its_input_and_its_context():
     row = {"instruction": "Repeat the word:", "input": "cat", "answer": "cat"}
-    asked = "Repeat the word:\n\ncat"
-    assert read(row) == (asked, asked, {"input": "cat", "answer": "cat"})
+    question = "Repeat the word:\n\ncat"
+    assert read(row) == (question, question, {"input": "cat", "answer": "cat"})
     assert read({"question": "who ?", "context": "a dog"})[0] == "who ?\n\na dog"
 
 
@@ -97,19 +97,19 @@ ANSWERED = [{"role": "user", "content": "the cat"}, {"role": "assistant", "conte
 
 
 @pytest.mark.parametrize(
-    ("last_turn", "end", "raw", "said"),
+    ("last_turn", "end", "raw", "message"),
     [
         ("continue", "Assistant : sees a", ANSWERED, "goes on with"),
         ("drop", "the cat \n Assistant :", ANSWERED[:1], "does without"),
     ],
 )
 def test_a_last_turn_of_the_assistant_is_continued_or_dropped(
-    chat_tokenizer, tmp_path, caplog, last_turn, end, raw, said
+    chat_tokenizer, tmp_path, caplog, last_turn, end, raw, message
 ):
     with caplog.at_level(logging.INFO, "jaxalign"):
         loaded = load(chat_tokenizer, tmp_path, [{"messages": ANSWERED}], max_length=30, last_turn=last_turn)
     assert chat_tokenizer.decode(loaded.ids[0]).endswith(end) and loaded.raw == [raw]
-    assert f"1 prompts end with a turn of the assistant, which the response {said}" in caplog.messages
+    assert f"1 prompts end with a turn of the assistant, which the response {message}" in caplog.messages
 
 
 def test_by_default_it_is_refused_with_its_row(chat_tokenizer, tmp_path):
