@@ -11,10 +11,10 @@ from flax import nnx
 
 from jaxalign.mistake import Mistake
 from jaxalign.models.decoder.decoder import make_decoder
-from jaxalign.models.files.families import FAMILIES, model_config
+from jaxalign.models.files.families import FAMILIES, MODEL_TYPES, model_config
 from jaxalign.models.files.huggingface import read_config
 from jaxalign.models.files.load import load_params
-from tests.models.tiny import ARCHITECTURES, TINY, hf_config
+from tests.models.tiny import TINY, hf_config
 
 NAMES = {TINY[name]["model_type"]: name for name in reversed(TINY)}  # the first of each family
 TOKENS = np.random.default_rng(0).integers(3, 67, (1, 12))
@@ -117,7 +117,7 @@ def theirs(values, folder=None):
 def family(kind, **changes):
     """(config.json of a tiny model, the same without its architecture)."""
     values = {**TINY[NAMES[kind]], **changes}
-    return {"architectures": [ARCHITECTURES[kind]], **values}, values
+    return {"architectures": [MODEL_TYPES[kind]], **values}, values
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -212,7 +212,7 @@ def test_keys_that_nothing_reads_are_logged(caplog):
 
 
 def test_all_families_are_tried():
-    assert {ARCHITECTURES[kind] for kind in NAMES} == set(FAMILIES) and set(CHANGED) == set(NAMES)
+    assert {MODEL_TYPES[kind] for kind in NAMES} == set(FAMILIES) and set(CHANGED) == set(NAMES)
 
 
 def test_a_model_type_of_another_family_is_refused():

@@ -11,10 +11,10 @@ from flax import nnx
 
 from jaxalign.models.decoder.cache import empty_cache
 from jaxalign.models.decoder.decoder import make_decoder
-from jaxalign.models.files.families import model_config
+from jaxalign.models.files.families import MODEL_TYPES, model_config
 from jaxalign.models.files.huggingface import read_config
 from jaxalign.models.files.load import load_params
-from tests.models.tiny import ARCHITECTURES, TINY, save_random
+from tests.models.tiny import TINY, hf_config, save_random
 
 GOLDEN = Path(__file__).parent / "golden"
 LENGTHS = (12, 7)
@@ -151,22 +151,24 @@ def test_a_llama_config_of_before_transformers_five_means_the_same():
     assert json.loads(json.dumps(old)) == old
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", MODEL_TYPES)
 def test_a_field_that_is_left_out_means_what_it_means_to_transformers(name):
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] == MODEL_TYPES[name]
     # as many heads as the largest default of key heads
     sizes = {"vocab_size": 151_936, "num_hidden_layers": 8, "num_attention_heads": 32}
     sizes |= {"hidden_size": 256, "intermediate_size": 96}
     if name == "gpt2":
         sizes = {"vocab_size": 151_936, "n_embd": 64, "n_layer": 8, "n_head": 16, "n_positions": 64}
     whole = AutoConfig.for_model(name, **sizes).to_dict()
-    named = {"architectures": [ARCHITECTURES[name]]}
+    named = {"architectures": [MODEL_TYPES[name]]}
     assert model_config(sizes | named) == model_config(whole | named)
 
 
 def test_a_decoder_refuses_what_it_would_get_wrong():
-    config = model_config({"architectures": ["LlamaForCausalLM"], **TINY["llama"]})
+    config = model_config(hf_config("llama"))
     with pytest.raises(ValueError, match="attention='flash' is not one of xla, splash, cudnn"):
         make_decoder(config, attention="flash")
     with pytest.raises(ValueError, match="remat='some' is not one of none, dots, blocks"):

@@ -20,9 +20,9 @@ from jaxalign.models.files.load import load_params
 from jaxalign.models.files.save import save_pretrained
 from jaxalign.models.places import make_mesh, shardings
 from jaxalign.types import leaf_names
-from tests.models.tiny import TINY, save_random
+from tests.models.tiny import TINY, hf_config, save_random
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], **TINY["llama"]}
+LLAMA = hf_config("llama")
 
 
 def write(path, hf=LLAMA, *, seed=0, dtype=jnp.float32, **options):
@@ -103,7 +103,7 @@ def test_the_host_holds_two_tensors_at_a_time(tmp_path):
 
 
 def test_a_checkpoint_without_the_base_prefix_loads(tmp_path):
-    hf = {"architectures": ["GPT2LMHeadModel"], **TINY["gpt2"]}
+    hf = hf_config("gpt2")
     config, params = write(tmp_path / "in", hf)
     bare = {k.removeprefix("transformer."): v for k, v in tensors_in(tmp_path / "in").items()}
     bare |= {f"h.{i}.attn.bias": np.ones((1, 1, 8, 8), np.float32) for i in range(3)}

@@ -34,11 +34,11 @@ from jaxalign.training.sharding import jit_step, put_batch
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import make_train_step
 from jaxalign.types import TokenBatch
-from tests.models.tiny import TINY
+from tests.models.tiny import TINY, hf_config
 
 LLAMA = model_config({"architectures": ["LlamaForCausalLM"], **TINY["llama"], "initializer_range": 0.2})
-PHI3 = model_config({"architectures": ["Phi3ForCausalLM"], **TINY["phi3"]})
-GPT2 = model_config({"architectures": ["GPT2LMHeadModel"], **TINY["gpt2"]})
+PHI3 = model_config(hf_config("phi3"))
+GPT2 = model_config(hf_config("gpt2"))
 TOKENS = np.random.default_rng(0).integers(3, 67, (2, 11))
 PLAIN = Lora(4, 8.0, resolve_targets("all-linear", LLAMA))
 DORA = Lora(4, 8.0, resolve_targets("q_proj,mlp/.*", LLAMA), rslora=True, dora=True)

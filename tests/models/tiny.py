@@ -1,5 +1,7 @@
 """Tiny Hugging Face configs, one for every family and every variant that changes the numbers."""
 
+from jaxalign.models.files.families import MODEL_TYPES
+
 BASE = {
     "vocab_size": 67,
     "hidden_size": 32,
@@ -93,23 +95,9 @@ TINY: dict[str, dict] = {
 }
 
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "gpt_neox": "GPTNeoXForCausalLM",
-}
-
-
 def hf_config(name: str) -> dict:
     """config.json of a tiny model."""
-    return {"architectures": [ARCHITECTURES[TINY[name]["model_type"]]], **TINY[name]}
+    return {"architectures": [MODEL_TYPES[TINY[name]["model_type"]]], **TINY[name]}
 
 
 def save_random(name: str, directory, *, dtype: str = "float32", seed: int = 0, **changes) -> None:

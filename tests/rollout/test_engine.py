@@ -20,7 +20,7 @@ from jaxalign.rollout.engine import slots as device
 from jaxalign.rollout.engine.engine import LocalEngine, Request
 from jaxalign.rollout.engine.slots import Sampling
 from jaxalign.rollout.respond import generate_ids
-from tests.models.tiny import TINY
+from tests.models.tiny import TINY, hf_config
 
 KEY = jax.random.key(0)
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14), (3, 4), (3, 4), tuple(range(3, 43)), (20, 21), (22,)]
@@ -29,7 +29,7 @@ REQUESTS = [Request(prompt, seed, 3 + 5 * (seed % 4)) for seed, prompt in enumer
 
 @pytest.fixture(scope="module")
 def model():
-    config = model_config({"architectures": ["LlamaForCausalLM"], **TINY["llama"]})
+    config = model_config(hf_config("llama"))
     graphdef, _ = make_decoder(config)
     return graphdef, init_params(config, jax.random.key(0))
 
@@ -242,7 +242,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(model, layout, monkeypatch):
     expected = ids(generate(model, sampling))
     monkeypatch.setattr(engine_module, "FIRST_RING", 9)
     mesh = places.make_mesh(fsdp=8) if layout == "auto" else places.make_mesh(data=2, fsdp=2, tensor=2)
-    config = model_config({"architectures": ["LlamaForCausalLM"], **TINY["llama"]})
+    config = model_config(hf_config("llama"))
     wide = places.decoding_mesh(mesh, config.num_kv_heads)
     assert wide.shape["tensor"] == 2
     graphdef, abstract = make_decoder(config, layout=Layout(wide))
