@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -24,6 +24,8 @@ from jaxalign.mistake import Mistake
 from jaxalign.models.decoder import decoder
 from jaxalign.rollout.engine import choice
 from jaxalign.rollout.engine.engine import Response, Stats
+from jaxalign.rollout.rewards import rewards
+from jaxalign.rollout.rewards.worker import Worker
 from jaxalign.run import devices, final, reference_logps, run, samples
 from jaxalign.training import part, program
 
@@ -230,8 +232,23 @@ def _replace(patch: Any, observed: Observation) -> None:
     patch.setattr(final, "_first_member", lambda params, run_: None)
     patch.setattr(final, "read_rows", lambda path: [])
     patch.setattr(reward, "_reference_scores", lambda run_, data, params: np.ones((2, run_.config.members)))
+    patch.setattr(rewards, "Worker", SharedWorker)
     patch.setattr(choice, "LocalEngine", functools.partial(Engine, note))
     patch.setattr(choice, "HttpEngine", functools.partial(Engine, note))
+
+
+class SharedWorker(Worker):
+    """The one process of a reward function in all runs: to start it takes as long as to observe a run."""
+
+    all: ClassVar[dict[str, Worker]] = {}
+
+    def __new__(cls, text: str) -> Worker:
+        return cls.all.get(text) or super().__new__(cls)
+
+    def __init__(self, text: str):
+        if text not in self.all:
+            super().__init__(text)
+            self.all[text] = self
 
 
 class Engine:

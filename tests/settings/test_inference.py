@@ -127,7 +127,7 @@ def test_every_setting_of_export_changes_what_it_hands_on(files, monkeypatch, tm
                 note("restored", prefix, step)
                 return like, step or 2
 
-            def close(self):
+            def close(self, **options):
                 pass
 
         patch.setattr(export, "Checkpoints", Checkpoints)
