@@ -22,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from jaxalign import hosts
 from jaxalign.mistake import Mistake
 from jaxalign.outside import Fields, brief, parse_json
 
@@ -123,6 +122,8 @@ def acquire(folder: Path) -> None:
     except OSError as error:
         raise Mistake(f"`output` {folder} cannot be written ({error.strerror}); name another folder") from None
     if not _held:
+        from jaxalign import hosts  # which loads JAX, and the command line reads this module
+
         atexit.register(release_all)
         hosts.at_end(release_all)
     _held[folder] = _Lock(path, text)
