@@ -20,6 +20,7 @@ The reference is frozen: neither it nor its logits have a gradient.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from jaxalign.kernels import kl_gpu, kl_tpu
+from jaxalign.kernels.front import on_first, tall
 from jaxalign.kernels.kl_tile import Options, Row, empty, finish, gradient, merge, of_tile, squash
 from jaxalign.kernels.products import times
 from jaxalign.kernels.runtime import Target
@@ -55,7 +57,6 @@ def kl(
     temperature: float = 1.0,
     chunk: int | None = None,
     target: Target = XLA,
-    axis: str | None = None,
 ) -> Float[Array, "N"]:
     """KL(π‖π_ref) in nats of the first `count` rows; 0, and no gradient, after them.
 
@@ -64,19 +65,15 @@ def kl(
       unembedding: the policy's unembedding; V must not differ.
       ref_hidden: the reference's hidden states.
       ref_unembedding: the reference's unembedding.
-      count: number of rows that count. Kernels skip the others; XLA computes them and drops the result.
+      count: number of rows that count. Kernels skip the others, XLA most of them.
       temperature: divisor of both logits.
       chunk: columns of the vocabulary at a time; by default about 4M logits in XLA, 64M in the kernels' backward.
       target: the chip whose kernel runs; `XLA` is the implementation in XLA, on any platform.
-      axis: the mesh axis of a surrounding shard_map whose devices hold consecutive parts of both vocabularies.
     """
-    rows, vocabulary = hidden.shape[0], unembedding.weight.shape[0]
-    largest = 2**22 if target.body == "cpu" else SLAB_ELEMENTS
-    chunk = min(chunk or max(512, largest // max(rows, 1) // 512 * 512), vocabulary)
-    options = Options(unembedding.softcap, ref_unembedding.softcap, temperature, chunk, target, axis)
-    bias, ref_bias = (None if u.bias is None else u.bias.astype(jnp.float32) for u in (unembedding, ref_unembedding))
-    frozen = ref_hidden, ref_unembedding.weight, ref_bias, count
-    return _kl(options, hidden, unembedding.weight, bias, *jax.lax.stop_gradient(frozen))
+    options = Options(unembedding.softcap, ref_unembedding.softcap, temperature, chunk, target, None)
+    bias, ref_bias = unembedding.bias, ref_unembedding.bias
+    frozen = jax.lax.stop_gradient((ref_hidden, ref_unembedding.weight, ref_bias, count))
+    return _kl(options, hidden, unembedding.weight, bias, *frozen)
 
 
 def kl_of_logits(
@@ -90,30 +87,66 @@ def kl_of_logits(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _kl(options, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, count):
-    return _forward(options, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, count)[0]
+    return forward(options, (hidden, weight, bias, ref_hidden, ref_weight, ref_bias), count)[0]
 
 
-def _forward(options, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, count):
-    sides = hidden, weight, bias, ref_hidden, ref_weight, ref_bias
-    stats = {"cpu": _xla_stats, "tpu": kl_tpu.stats, "gpu": kl_gpu.stats}[options.target.body](options, sides, count)
-    if options.axis is not None:
-        parts = jax.lax.all_gather(stats, options.axis)
-        stats = functools.reduce(merge, [jax.tree.map(lambda x, i=i: x[i], parts) for i in range(parts.peak.shape[0])])
-    value, log_z, ref_log_z = finish(stats)
-    counts = jnp.arange(hidden.shape[0]) < count
-    return jnp.where(counts, value, 0.0), (sides, count, value, log_z, ref_log_z)
+def _forward(options, *arguments):
+    sides, count = arguments[:-1], arguments[-1]
+    row = forward(options, sides, count)
+    return row[0], (sides, count, row)
 
 
 def _backward(options, residuals, cotangent):
-    sides, count, value, log_z, ref_log_z = residuals
-    hidden, weight, bias = sides[:3]
+    sides, count, row = residuals
+    weight, bias = sides[1:3]
+    d_hidden, d_weight, d_bias = backward(options, sides, count, row, cotangent, weight_dtype=weight.dtype)
+    return d_hidden, d_weight, None if bias is None else d_bias.astype(bias.dtype), None, None, None, None
+
+
+_kl.defvjp(_forward, _backward)
+
+
+def forward(options: Options, sides: tuple, count: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(KL, log Σ exp z, log Σ exp y), [N] each, 0 after the first `count` rows.
+
+    Args:
+      options: static settings; with an axis V is cut over it, in a surrounding shard_map.
+      sides: hidden [N D], weight [V D], bias [V] or None, and the same of the reference.
+      count: number of rows that count.
+    """
+    options = _with_chunk(options, sides)
+    stats = {"cpu": _xla_stats, "tpu": kl_tpu.stats, "gpu": kl_gpu.stats}[options.target.body](
+        options, _wide_biases(sides), count
+    )
     if options.axis is not None:
-        # every device of the axis returned the same KL; shard_map gave each its share of the cotangent
-        cotangent = jax.lax.psum(cotangent, options.axis)
-    counts = jnp.arange(hidden.shape[0]) < count
-    row = Row(*(jnp.where(counts, x, 0.0)[:, None] for x in (log_z, ref_log_z, value, cotangent)))
+        parts = jax.lax.all_gather(stats, options.axis)
+        stats = functools.reduce(merge, [jax.tree.map(lambda x, i=i: x[i], parts) for i in range(parts.peak.shape[0])])
+    counts = jnp.arange(len(sides[0])) < count
+    value, log_z, ref_log_z = (jnp.where(counts, x, 0.0) for x in finish(stats))
+    return value, log_z, ref_log_z
+
+
+def backward(
+    options: Options, sides: tuple, count: jax.Array, values: tuple, cotangent: jax.Array, *, weight_dtype: Any
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(dhidden, dweight, dbias) from the values of `forward`; of a shard of V, the contributions of its logits."""
+    options, sides = _with_chunk(options, sides), _wide_biases(sides)
+    value, log_z, ref_log_z = values
+    cotangent = jnp.where(jnp.arange(len(cotangent)) < count, cotangent, 0.0)
+    row = Row(*(x[:, None] for x in (log_z, ref_log_z, value, cotangent)))
+    of_first = functools.partial(_gradients, options, sides, count, weight_dtype)
+    of_rows = sides[0], sides[3], row
+    if options.target.body != "cpu":
+        return of_first(len(cotangent), *of_rows)
+    return on_first(of_first, count, sides[1].shape[0], *of_rows)
+
+
+def _gradients(options, sides, count, weight_dtype, height, hidden, ref_hidden, row):
+    rows, (vocabulary, _), size = len(hidden), sides[1].shape, options.chunk
+    hidden, ref_hidden, row = jax.tree.map(lambda x: x[:height], (hidden, ref_hidden, row))
+    weight, bias = sides[1:3]
+    sides = hidden, weight, bias, ref_hidden, *sides[4:]
     make = {"cpu": _xla_dz, "tpu": kl_tpu.dz, "gpu": kl_gpu.dz}[options.target.body]
-    vocabulary, size = weight.shape[0], options.chunk
 
     def back(carry, i):
         d_hidden, d_weight, d_bias = carry
@@ -126,12 +159,26 @@ def _backward(options, residuals, cotangent):
         d_bias = None if bias is None else _add(d_bias, jnp.sum(dz, axis=0, dtype=jnp.float32), start)
         return (d_hidden, d_weight, d_bias), None
 
-    zeros = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(weight), None if bias is None else jnp.zeros_like(bias)
+    zeros = (
+        jnp.zeros(hidden.shape, jnp.float32),
+        jnp.zeros(weight.shape, weight_dtype),
+        None if bias is None else jnp.zeros_like(bias),
+    )
     (d_hidden, d_weight, d_bias), _ = jax.lax.scan(back, zeros, jnp.arange(pl.cdiv(vocabulary, size)))
-    return d_hidden.astype(hidden.dtype), d_weight, d_bias, None, None, None, None
+    return tall(d_hidden.astype(hidden.dtype), rows), d_weight, d_bias
 
 
-_kl.defvjp(_forward, _backward)
+def _with_chunk(options: Options, sides: tuple) -> Options:
+    """The options with the columns of a tile, or of a slab of a kernel's backward, of these rows and this shard."""
+    largest = 2**22 if options.target.body == "cpu" else SLAB_ELEMENTS
+    chunk = options.chunk or max(512, largest // max(len(sides[0]), 1) // 512 * 512)
+    return options._replace(chunk=min(chunk, sides[1].shape[0]))
+
+
+def _wide_biases(sides: tuple) -> tuple:
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = sides
+    bias, ref_bias = (None if x is None else x.astype(jnp.float32) for x in (bias, ref_bias))
+    return hidden, weight, bias, ref_hidden, ref_weight, ref_bias
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -182,17 +229,23 @@ def _raw(hidden: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Ar
 
 
 def _xla_stats(options, sides, count):
-    rows, vocabulary, size = sides[0].shape[0], sides[1].shape[0], options.chunk
+    (rows, _), (vocabulary, _), size = sides[0].shape, sides[1].shape, options.chunk
 
-    def see(stats, i):
-        start = jnp.minimum(i * size, vocabulary - size)
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias = _slab(sides, start, size)
-        z, _ = squash(_raw(hidden, weight, bias), options.softcap, options.temperature)
-        y, _ = squash(_raw(ref_hidden, ref_weight, ref_bias), options.ref_softcap, options.temperature)
-        fresh = (jnp.arange(size) >= i * size - start)[None, :]
-        return merge(stats, of_tile(z, y, fresh)), None
+    def of_first(height, hidden, ref_hidden):
+        first = hidden[:height], *sides[1:3], ref_hidden[:height], *sides[4:]
 
-    return jax.lax.scan(see, empty(rows), jnp.arange(pl.cdiv(vocabulary, size)))[0]
+        def see(stats, i):
+            start = jnp.minimum(i * size, vocabulary - size)
+            hidden, weight, bias, ref_hidden, ref_weight, ref_bias = _slab(first, start, size)
+            z, _ = squash(_raw(hidden, weight, bias), options.softcap, options.temperature)
+            y, _ = squash(_raw(ref_hidden, ref_weight, ref_bias), options.ref_softcap, options.temperature)
+            fresh = (jnp.arange(size) >= i * size - start)[None, :]
+            return merge(stats, of_tile(z, y, fresh)), None
+
+        stats = jax.lax.scan(see, empty(height), jnp.arange(pl.cdiv(vocabulary, size)))[0]
+        return jax.tree.map(lambda x: tall(x, rows), stats)
+
+    return on_first(of_first, count, vocabulary, sides[0], sides[3])
 
 
 def _xla_logits(options, logits, ref_logits):

@@ -36,7 +36,7 @@ class Options(NamedTuple):
     softcap: float | None
     ref_softcap: float | None
     temperature: float
-    chunk: int  # columns of a tile of "chunked", or of a slab of the kernel's backward
+    chunk: int | None  # columns of a tile of "chunked", or of a slab of the kernel's backward; None: by their rows
     target: Target  # body "cpu": no kernel, XLA on any platform
     axis: str | None  # the mesh axis that cuts the vocabulary, inside a shard_map
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from jaxalign.kernels import kl as kernel
 from jaxalign.mistake import Mistake
-from jaxalign.ops.mesh import kernel_target, row_axes
+from jaxalign.ops.mesh import Shards, kernel_target, row_axes
 from jaxalign.types import Unembedding
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas")
@@ -69,9 +69,7 @@ def token_kl(
     temperature: float = 1.0,
     implementation: str | None = None,
     vocabulary_chunk: int | None = None,
-    mesh: Mesh | None = None,
-    rows: tuple[str, ...] = ("data", "fsdp"),
-    vocabulary: str = "tensor",
+    shards: Shards | None = None,
 ) -> Float[Array, "*batch"]:
     """KL(π‖π_ref) = Σ_v π(v) log π(v)/π_ref(v) of each position's next token, exact, with its gradient to the policy.
 
@@ -84,12 +82,11 @@ def token_kl(
       ref_unembedding: the reference's unembedding, with the same V.
       mask: positions that count. Elsewhere the KL and all gradients are 0, and hidden states may be anything.
       temperature: divisor of both logits.
-      implementation: "reference" computes all logits at once; "chunked" one tile of each at a time; "pallas" keeps the
-        tiles on the chip and skips other positions, forward and for dz; None is "chunked".
+      implementation: "reference" computes all logits at once; "chunked" one tile of each at a time, and skips most
+        other positions; "pallas" keeps the tiles on the chip and skips them as well; None is "chunked".
       vocabulary_chunk: columns of a tile, or of a slab of the kernel's backward.
-      mesh: the mesh of the arrays, which only "pallas" reads; XLA partitions the others.
-      rows: the mesh axes that cut the first axis of hidden.
-      vocabulary: the mesh axis that cuts V, if it divides V. The other axes of a weight are gathered.
+      shards: the mesh of the program, whose devices each take their own tokens and share of the vocabulary. None: one
+        device, or "reference", which XLA partitions.
 
     Returns:
       Nats, float32, never negative; 0 where both distributions agree.
@@ -105,17 +102,18 @@ def token_kl(
     if implementation == "reference":
         logits = _logits(flat, unembedding, temperature)
         value = kernel.kl_reference(logits, _logits(ref_flat, ref_unembedding, temperature))
-    elif implementation == "pallas":
-        options = {"temperature": temperature, "chunk": vocabulary_chunk, "target": kernel_target(mesh)}
-        run = functools.partial(_kernel, **options)
-        if mesh is not None:
-            run = _on_mesh(run, mesh, rows, vocabulary, unembedding, ref_unembedding, flat.shape[0])
-        value = run(flat, unembedding, ref_flat, ref_unembedding, flat_mask)
     else:
-        everything = jnp.asarray(flat_mask.size, jnp.int32)
-        value = kernel.kl(
-            flat, unembedding, ref_flat, ref_unembedding, everything, temperature=temperature, chunk=vocabulary_chunk
-        )
+        target = kernel_target(None if shards is None else shards.mesh) if implementation == "pallas" else kernel.XLA
+        caps = unembedding.softcap, ref_unembedding.softcap
+        options = kernel.Options(*caps, temperature, vocabulary_chunk, target, None)
+        parts = _dividing(shards, flat.shape[0], implementation)
+        if shards is not None and parts is None:  # XLA would take tokens from device to device to put some first
+            chunk, everything = vocabulary_chunk, jnp.asarray(flat.shape[0], jnp.int32)
+            arguments = flat, unembedding, ref_flat, ref_unembedding, everything
+            value = kernel.kl(*arguments, temperature=temperature, chunk=chunk)
+        else:
+            sides = flat, unembedding.weight, unembedding.bias, ref_flat, ref_unembedding.weight, ref_unembedding.bias
+            value = _exact(options, parts, *sides, flat_mask)
     return jnp.where(flat_mask, value, 0.0).reshape(shape)
 
 
@@ -164,28 +162,90 @@ def _logits(hidden: jax.Array, unembedding: Unembedding, temperature: float) -> 
     return kernel.squash(raw, unembedding.softcap, temperature)[0]
 
 
-def _kernel(hidden, unembedding, ref_hidden, ref_unembedding, mask, *, axis=None, **options):
-    """The kernel on rows in another order: those that count first, so that it skips whole blocks of others."""
-    order = jnp.argsort(~mask)  # stable
-    count = jnp.sum(mask, dtype=jnp.int32)
-    hidden, ref_hidden = (x.at[order].get(unique_indices=True, mode="promise_in_bounds") for x in (hidden, ref_hidden))
-    value = kernel.kl(hidden, unembedding, ref_hidden, ref_unembedding, count, axis=axis, **options)
-    return jnp.zeros_like(value).at[order].set(value, unique_indices=True, mode="promise_in_bounds")
+def _dividing(shards: Shards | None, tokens: int, implementation: str | None) -> Shards | None:
+    """The shards if they divide the tokens. Otherwise XLA partitions the chunks, which it cannot do with a kernel."""
+    if shards is not None and implementation == "pallas":
+        row_axes(shards.mesh, shards.rows, tokens)
+    return None if shards is None or shards.local(tokens, 1) is None else shards
 
 
-def _on_mesh(run, mesh, rows, vocabulary, unembedding, ref_unembedding, length):
-    """`run` on each device's rows, and on its part of the vocabulary if the mesh divides it."""
-    rows = row_axes(mesh, rows, length)
-    parts = mesh.shape.get(vocabulary, 1)
-    axis = vocabulary if parts > 1 and unembedding.weight.shape[0] % parts == 0 else None
-    of_policy, of_reference = (
-        Unembedding(P(axis, None), None if u.bias is None else P(axis), u.softcap)
-        for u in (unembedding, ref_unembedding)
+# custom_vjp is around the map over devices, not inside it: forward and backward each write out their own sums.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _exact(options, shards, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask):
+    return _forward(options, shards, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask)[0]
+
+
+def _forward(options, shards, *inputs):
+    def local(*inputs, axis=None):
+        *sides, mask = inputs
+        move, back = _counting_first(mask)
+        sides[0], sides[3] = move(sides[0]), move(sides[3])
+        return jax.tree.map(back, kernel.forward(options._replace(axis=axis), tuple(sides), jnp.sum(mask)))
+
+    if shards is None:
+        values = local(*inputs)
+    else:
+        axis = shards.axis(inputs[1].shape[0])
+        mapped = functools.partial(local, axis=axis)
+        specs = {"in_specs": _specs(shards, axis), "out_specs": P(shards.rows)}
+        values = jax.shard_map(mapped, mesh=shards.mesh, **specs, check_vma=False)(*_narrow(inputs))
+    return values[0], (inputs, values)
+
+
+def _backward(options, shards, residuals, cotangent):
+    inputs, values = residuals
+    weight, bias = inputs[1:3]
+    place = None if shards is None else shards.of_weight(weight.shape)
+
+    def local(values, cotangent, *inputs, axis=None, weight_dtype=jnp.float32):
+        *sides, mask = inputs
+        move, back = _counting_first(mask)
+        sides[0], sides[3] = move(sides[0]), move(sides[3])
+        rows = jax.tree.map(move, (values, cotangent))
+        d_hidden, d_weight, d_bias = kernel.backward(
+            options._replace(axis=axis), tuple(sides), jnp.sum(mask), *rows, weight_dtype=weight_dtype
+        )
+        d_hidden = back(d_hidden)
+        if axis is not None:
+            d_hidden = jax.lax.psum(d_hidden.astype(jnp.float32), axis).astype(d_hidden.dtype)
+        if shards is not None:
+            d_weight = shards.summed(d_weight, place)
+            d_bias = None if d_bias is None else jax.lax.psum(d_bias, shards.rows)
+        return d_hidden, d_weight, d_bias
+
+    if shards is None:
+        gradients = local(values, cotangent, *inputs, weight_dtype=weight.dtype)
+    else:
+        axis = shards.axis(weight.shape[0])
+        rows, mapped = P(shards.rows), functools.partial(local, axis=axis)
+        specs = {"in_specs": (rows, rows, *_specs(shards, axis)), "out_specs": (P(shards.rows, None), place, P(axis))}
+        gradients = jax.shard_map(mapped, mesh=shards.mesh, **specs, check_vma=False)(
+            values, cotangent, *_narrow(inputs)
+        )
+    d_hidden, d_weight, d_bias = gradients
+    d_bias = None if bias is None else d_bias.astype(bias.dtype)
+    return d_hidden, d_weight.astype(weight.dtype), d_bias, None, None, None, None
+
+
+_exact.defvjp(_forward, _backward)
+
+
+def _counting_first(mask: jax.Array) -> tuple[Callable, Callable]:
+    """(rows in the order that puts those of the mask first, the order of before)."""
+    order = jnp.argsort(~mask, stable=True)
+    options = {"unique_indices": True, "mode": "promise_in_bounds"}
+    return (
+        lambda x: x.at[order].get(**options),
+        lambda x: jnp.zeros_like(x).at[order].set(x, **options),
     )
-    return jax.shard_map(
-        functools.partial(run, axis=axis),
-        mesh=mesh,
-        in_specs=(P(rows, None), of_policy, P(rows, None), of_reference, P(rows)),
-        out_specs=P(rows),
-        check_vma=False,  # a kernel declares no axes over which its outputs vary
-    )
+
+
+def _narrow(inputs: tuple) -> tuple:
+    """The inputs with weights in the dtype of compute, in which they are gathered."""
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask = inputs
+    return hidden, weight.astype(hidden.dtype), bias, ref_hidden, ref_weight.astype(ref_hidden.dtype), ref_bias, mask
+
+
+def _specs(shards: Shards, axis: str | None) -> tuple[P, ...]:
+    side = P(shards.rows, None), P(axis, None), P(axis)
+    return *side, *side, P(shards.rows)

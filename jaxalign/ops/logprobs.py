@@ -17,7 +17,8 @@ from jaxalign.kernels import logprob, runtime
 from jaxalign.mistake import Mistake
 from jaxalign.ops import logprobs_chunked, logprobs_sharded
 from jaxalign.ops.logprobs_chunked import Chunked
-from jaxalign.ops.logprobs_sharded import Kernel, Shards
+from jaxalign.ops.logprobs_sharded import Kernel
+from jaxalign.ops.mesh import Shards
 from jaxalign.types import Unembedding
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,7 @@ then through temperature and soft-cap to the raw logits, dhidden += draw W_tile 
 Memory besides inputs and gradients: one tile in float32 with a few elementwise copies of it, and dhidden in float32.
 
 Most tokens where the mask is False (prompts, padding) get no logits: the others move to the front of a device's rows,
-and the tiles are as tall as a quarter, a half, three quarters or all of the rows, the least that holds them. Shapes are
-static, so each height is a program of its own, and the count picks one.
+and the tiles are as tall as a part of the rows that holds them (`kernels/front.py`).
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxalign.kernels import front
 from jaxalign.kernels.logprob_tile import Statistics, merge, start
 from jaxalign.kernels.products import times
 from jaxalign.ops.logits import largest
 
 TILE_LOGITS = 2**22  # 16 MiB in float32
-HEIGHTS, WORTH_A_CHOICE = 4, 2**20  # parts of the tokens; number of logits below which all are computed
 
 
 class Chunked(NamedTuple):
@@ -59,14 +58,14 @@ class Chunked(NamedTuple):
           targets: Int32[N], ids of the whole vocabulary.
           mask: Bool[N]; elsewhere the values are undefined.
         """
-        front, first = _Front.of(self, len(targets), weight, mask), _first(weight, axis)
+        front_rows, first = _Front.of(self, weight, mask), _first(weight, axis)
 
         def of_first(height: int, hidden: jax.Array, targets: jax.Array) -> Statistics:
             stats = _statistics(self, hidden[:height], weight, bias, targets[:height])
-            return jax.tree.map(lambda x: _tall(x, len(mask)), stats)
+            return jax.tree.map(lambda x: front.tall(x, len(mask)), stats)
 
-        stats = front.run(of_first, front.move(hidden), front.move(targets - first))
-        stats = Statistics(*map(front.back, stats))
+        stats = front_rows.run(of_first, front_rows.move(hidden), front_rows.move(targets - first))
+        stats = Statistics(*map(front_rows.back, stats))
         vocabulary = weight.shape[0]
         if axis is not None:
             stats = stats._replace(best=stats.best + first)
@@ -97,32 +96,32 @@ class Chunked(NamedTuple):
         weight_dtype: Any = jnp.float32,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """(dhidden, dweight, dbias); of a shard of V, the contributions of its logits."""
-        front, first = _Front.of(self, len(targets), weight, mask), _first(weight, axis)
+        front_rows, first = _Front.of(self, weight, mask), _first(weight, axis)
         vocabulary = weight.shape[0] * (1 if axis is None else jax.lax.axis_size(axis))
 
         def of_first(height: int, *rows: Any) -> tuple:
             cut = jax.tree.map(lambda x: x[:height], rows)
             d_hidden, d_weight, d_bias = _gradients(self, weight, bias, weight_dtype, vocabulary, *cut)
-            return _tall(d_hidden, len(mask)), d_weight, d_bias
+            return front.tall(d_hidden, len(mask)), d_weight, d_bias
 
-        rows = jax.tree.map(front.move, (hidden, targets - first, *saved, gradients))
-        d_hidden, d_weight, d_bias = front.run(of_first, *rows)
-        return front.back(d_hidden), d_weight, d_bias
+        rows = jax.tree.map(front_rows.move, (hidden, targets - first, *saved, gradients))
+        d_hidden, d_weight, d_bias = front_rows.run(of_first, *rows)
+        return front_rows.back(d_hidden), d_weight, d_bias
 
 
 class _Front(NamedTuple):
-    """The tokens that count, moved before the others, and the number of rows that holds them."""
+    """The tokens that count, moved before the others."""
 
-    heights: tuple[int, ...]  # numbers of rows, one of which is computed
-    which: jax.Array | None  # index of that number; None: there is one
-    order: jax.Array | None  # Int[N], the token at each place; None: they stay where they are
+    count: jax.Array | None  # their number; None: all, and they stay where they are
+    order: jax.Array | None  # Int[N], the token at each place
+    vocabulary: int
 
     @classmethod
-    def of(cls, options: Chunked, rows: int, weight: jax.Array, mask: jax.Array) -> _Front:
-        if not options.skips or rows * weight.shape[0] < WORTH_A_CHOICE:
-            return cls((rows,), None, None)
-        heights = tuple(sorted({-(-rows * part // HEIGHTS) for part in range(1, HEIGHTS + 1)}))
-        return cls(heights, jnp.searchsorted(jnp.array(heights), jnp.sum(mask)), jnp.argsort(~mask, stable=True))
+    def of(cls, options: Chunked, weight: jax.Array, mask: jax.Array) -> _Front:
+        vocabulary = weight.shape[0]
+        if not options.skips or len(mask) * vocabulary < front.WORTH_A_CHOICE:
+            return cls(None, None, vocabulary)
+        return cls(jnp.sum(mask), jnp.argsort(~mask, stable=True), vocabulary)
 
     def move(self, x: jax.Array) -> jax.Array:
         return x if self.order is None else x.at[self.order].get(unique_indices=True)
@@ -132,9 +131,7 @@ class _Front(NamedTuple):
 
     def run(self, of_first: Callable[..., Any], *rows: Any) -> Any:
         """`of_first` of the number of rows and the rows."""
-        if self.which is None:
-            return of_first(self.heights[0], *rows)
-        return jax.lax.switch(self.which, [functools.partial(of_first, height) for height in self.heights], *rows)
+        return front.on_first(of_first, self.count, self.vocabulary, *rows)
 
 
 def default_chunk(tokens: int, vocabulary: int) -> int:
@@ -175,10 +172,6 @@ token_logps.defvjp(_forward, _backward)
 def _first(weight: jax.Array, axis: str | None) -> jax.Array | int:
     """Id of the first logit of this shard of the vocabulary."""
     return 0 if axis is None else jax.lax.axis_index(axis) * weight.shape[0]
-
-
-def _tall(x: jax.Array, rows: int) -> jax.Array:
-    return jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1)))
 
 
 def _statistics(

@@ -14,34 +14,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.kernels import logprob
 from jaxalign.kernels.runtime import Target
-
-
-class Shards(NamedTuple):
-    """The mesh, its axes that cut tokens, and the one that cuts the vocabulary. Hashable, so it can be static."""
-
-    mesh: Mesh
-    rows: tuple[str, ...] = ("data", "fsdp")  # the last of them also cuts the width of the weight
-    vocabulary: str | None = "tensor"
-
-    def axis(self, vocabulary: int) -> str | None:
-        """The axis over which a vocabulary of this size is cut; None if it is whole on every device."""
-        size = 1 if self.vocabulary is None else self.mesh.shape[self.vocabulary]
-        return self.vocabulary if size > 1 and vocabulary % size == 0 else None
-
-    def local(self, tokens: int, vocabulary: int) -> tuple[int, int] | None:
-        """(tokens, vocabulary) of a device; None if the tokens cannot be cut into equal parts."""
-        parts = 1
-        for name in self.rows:
-            parts *= self.mesh.shape[name]
-        if tokens % parts:
-            return None
-        axis = self.axis(vocabulary)
-        return tokens // parts, vocabulary // (1 if axis is None else self.mesh.shape[axis])
+from jaxalign.ops.mesh import Shards
 
 
 @runtime_checkable
@@ -102,24 +79,21 @@ def _forward(body, shards, hidden, weight, bias, targets, mask):
 def _backward(body, shards, residuals, gradients):
     hidden, weight, bias, targets, mask, saved = residuals
     gradients = {name: g for name, g in gradients.items() if name != "correct"}
-    axis, last = shards.axis(weight.shape[0]), shards.rows[-1]
-    cut = weight.shape[1] % shards.mesh.shape[last] == 0
+    axis = shards.axis(weight.shape[0])
+    place = shards.of_weight(weight.shape)
 
     def local(*arguments):
         d_hidden, d_weight, d_bias = body.backward(*arguments, axis=axis)
         if axis is not None:
             d_hidden = jax.lax.psum(d_hidden.astype(jnp.float32), axis).astype(d_hidden.dtype)
-        if cut:
-            d_weight = jax.lax.psum_scatter(d_weight, last, scatter_dimension=1, tiled=True)
-        d_weight = jax.lax.psum(d_weight, shards.rows[:-1] if cut else shards.rows)
-        return d_hidden, d_weight, None if d_bias is None else jax.lax.psum(d_bias, shards.rows)
+        return d_hidden, shards.summed(d_weight, place), None if d_bias is None else jax.lax.psum(d_bias, shards.rows)
 
     rows = P(shards.rows)
     d_hidden, d_weight, d_bias = jax.shard_map(
         local,
         mesh=shards.mesh,
         in_specs=(*_specs(shards, axis), rows, rows),
-        out_specs=(P(shards.rows, None), P(axis, last if cut else None), P(axis)),
+        out_specs=(P(shards.rows, None), place, P(axis)),
         check_vma=False,
     )(hidden, weight.astype(hidden.dtype), bias, targets, mask, saved, gradients)
     d_bias = None if bias is None else d_bias.astype(bias.dtype)

@@ -5,7 +5,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.kernels import front
+from jaxalign.models.places import make_mesh
 from jaxalign.ops.kl import k1, k2, k3, token_kl, token_kl_of_logits
+from jaxalign.ops.mesh import Shards
 from jaxalign.types import Unembedding
 
 B, T, D, R, V = 2, 8, 16, 12, 48
@@ -128,18 +131,19 @@ def test_of_logits_agrees_with_of_hidden_states(implementation):
 
 @pytest.mark.parametrize(
     "implementation, sizes",
-    [("chunked", (2, 2, 2)), ("pallas", (2, 4, 1)), ("pallas", (2, 2, 2)), ("pallas", (1, 2, 4))],
+    [("chunked", (2, 2, 2)), ("chunked", (1, 4, 2)), ("pallas", (2, 4, 1)), ("pallas", (1, 2, 4))],
 )
-def test_rows_and_vocabulary_cut_over_eight_devices_change_nothing(implementation, sizes):
-    mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+def test_rows_and_vocabulary_cut_over_eight_devices_change_nothing(implementation, sizes, monkeypatch):
+    monkeypatch.setattr(front, "WORTH_A_CHOICE", 0)
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     keys = jax.random.split(jax.random.key(7), 6)
     hidden, ref_hidden = jax.random.normal(keys[0], (8, 5, D)), jax.random.normal(keys[1], (8, 5, R))
     weight, ref_weight = jax.random.normal(keys[2], (V, D)), jax.random.normal(keys[3], (V, R))
     mask, bias = jax.random.bernoulli(keys[4], 0.6, (8, 5)), jax.random.normal(keys[5], (V,))
     weights = jnp.arange(40.0).reshape(8, 5)
 
-    def loss(hidden, ref_hidden, weight, ref_weight, mesh=None, implementation="reference"):
-        options = {"mask": mask, "mesh": mesh, "implementation": implementation, "vocabulary_chunk": 16}
+    def loss(hidden, ref_hidden, weight, ref_weight, shards=None, implementation="reference"):
+        options = {"mask": mask, "shards": shards, "implementation": implementation, "vocabulary_chunk": 16}
         value = token_kl(hidden, Unembedding(weight, bias), ref_hidden, Unembedding(ref_weight, None, 4.0), **options)
         return jnp.vdot(weights, value) / 100
 
@@ -147,7 +151,7 @@ def test_rows_and_vocabulary_cut_over_eight_devices_change_nothing(implementatio
     plain = jax.value_and_grad(loss, argnums=(0, 2))(*arrays)
     specs = [P(("data", "fsdp"))] * 2 + [P("tensor", "fsdp")] * 2
     placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)]
-    sharded = jax.jit(jax.value_and_grad(lambda *a: loss(*a, mesh, implementation), argnums=(0, 2)))(*placed)
+    sharded = jax.jit(jax.value_and_grad(lambda *a: loss(*a, Shards(mesh), implementation), argnums=(0, 2)))(*placed)
     for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(sharded), strict=True):
         np.testing.assert_allclose(two, one, atol=2e-5)
 
@@ -160,6 +164,6 @@ def test_wrong_choices_are_named():
         token_kl(hidden, unembedding, hidden, unembedding, temperature=0.0)
     with pytest.raises(ValueError, match="48 tokens and the reference's 50"):
         token_kl(hidden, unembedding, ref_hidden, Unembedding(jnp.zeros((50, R))))
-    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-    with pytest.raises(ValueError, match=r"6 rows cannot be cut over the 8 devices of the mesh axes \('fsdp',\)"):
-        token_kl(hidden[:, :3], unembedding, hidden[:, :3], unembedding, implementation="pallas", mesh=mesh)
+    shards = Shards(make_mesh(fsdp=8))
+    with pytest.raises(ValueError, match=r"6 rows cannot be cut over the 8 devices of the mesh axes"):
+        token_kl(hidden[:, :3], unembedding, hidden[:, :3], unembedding, implementation="pallas", shards=shards)

@@ -5,6 +5,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.kernels import front
 from jaxalign.ops import logprobs_chunked
 from jaxalign.ops.logprobs import next_token_logps, token_logps
 from jaxalign.ops.logprobs_chunked import default_chunk
@@ -83,7 +84,7 @@ def test_tokens_that_nobody_asks_about_are_left_out_and_change_nothing(monkeypat
     mask = jnp.zeros(N, bool).at[jax.random.permutation(jax.random.key(count), N)[:count]].set(True)
     weights, outcomes = jax.random.normal(jax.random.key(9), (4, N)), []
     for worth in (0, 2**62):
-        monkeypatch.setattr(logprobs_chunked, "WORTH_A_CHOICE", worth)
+        monkeypatch.setattr(front, "WORTH_A_CHOICE", worth)
         options = {"entropy": True, "log_normalizer": True, "mean_logit": True, "vocabulary_chunk": 16}
         values = token_logps(hidden, unembedding, targets, mask=mask, correct=True, **options)
 
@@ -96,7 +97,7 @@ def test_tokens_that_nobody_asks_about_are_left_out_and_change_nothing(monkeypat
 
 
 def test_half_of_the_tokens_have_half_of_the_logits(monkeypatch):
-    monkeypatch.setattr(logprobs_chunked, "WORTH_A_CHOICE", 0)
+    monkeypatch.setattr(front, "WORTH_A_CHOICE", 0)
     seen = []
     monkeypatch.setattr(
         logprobs_chunked, "logits_tile", lambda *a, real=logprobs_chunked.logits_tile: seen.append(a) or real(*a)

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.kernels import front
 from jaxalign.models import places
-from jaxalign.ops import logprobs_chunked
 from jaxalign.ops.logprobs import Shards, token_logps
 from jaxalign.types import Unembedding
 
@@ -51,7 +51,7 @@ def outcome(implementation, shards, cotangents, hidden, weight, bias, targets, m
 def test_any_cut_of_tokens_width_and_vocabulary_gives_the_same_values_and_gradients(
     sizes, vocabulary, implementation, monkeypatch
 ):
-    monkeypatch.setattr(logprobs_chunked, "WORTH_A_CHOICE", 0)
+    monkeypatch.setattr(front, "WORTH_A_CHOICE", 0)
     hidden, weight, bias, targets, mask, cotangents = problem(vocabulary)
     mesh = places.make_mesh(**sizes)
     rows = P(("data", "fsdp"))
