@@ -2,13 +2,15 @@
 
 The mesh has three axes: `data` (replicas), `fsdp` (parameters, gradients and optimizer state in equal shares, gathered
 layer by layer) and `tensor` (heads, hidden units and vocabulary in equal shares). Rows of a batch are cut over `data`
-and `fsdp`. `RULES` maps a leaf's path to its PartitionSpec; `Layout` gives activations theirs; `offloaded` and
-`fetched` move frozen parameters to the hosts' pinned memory, and to the devices while something computes with them.
+and `fsdp`, and between blocks their tokens over `tensor`. `RULES` maps a leaf's path to its PartitionSpec; `Layout`
+gives activations theirs; `offloaded` and `fetched` move frozen parameters to the hosts' pinned memory, and to the
+devices while something computes with them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import re
@@ -171,9 +173,46 @@ class Layout:
     rows: tuple[str, ...] = ("data", "fsdp")
     heads: str = "tensor"
 
-    def constrain_hidden(self, x: jax.Array) -> jax.Array:
+    def tokens(self, length: int) -> str | None:
+        """The axis that cuts the tokens of rows between blocks, where it divides them."""
+        size = self.mesh.shape[self.heads]
+        return self.heads if size > 1 and length % size == 0 else None
+
+    def whole(self, x: jax.Array) -> jax.Array:
         """[B T D] with rows cut and width whole: so weights, not activations, travel under fsdp."""
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(self.rows, None, None)))
+        return self._constrained(x, None)
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """`whole` with tokens cut over the axis of heads too, if it divides them (sequence parallelism).
+
+        Reference: Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.2.
+        """
+        return self._constrained(x, self.tokens(x.shape[1]))
+
+    def of_kernel(self, shape: tuple[int, int], *, inputs: bool) -> NamedSharding:
+        """Place of a kernel [I O] while products use it: I or O is cut over heads, and nothing over rows."""
+        size = self.mesh.shape[self.heads]
+        axis = self.heads if shape[0 if inputs else 1] % size == 0 else None
+        return NamedSharding(self.mesh, P(axis, None) if inputs else P(None, axis))
+
+    def _constrained(self, x: jax.Array, tokens: str | None) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(self.rows, tokens, None)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gathered(layout: Layout, x: jax.Array) -> jax.Array:
+    """`layout.whole` of hidden states that are cut; the gradient's shares are summed as it is cut again."""
+    return layout.whole(x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scattered(layout: Layout, x: jax.Array) -> jax.Array:
+    """`layout.cut` of hidden states whose shares are summed as they are cut; the gradient is gathered."""
+    return layout.cut(x)
+
+
+gathered.defvjp(lambda layout, x: (layout.whole(x), None), lambda layout, _, g: (layout.cut(g),))
+scattered.defvjp(lambda layout, x: (layout.cut(x), None), lambda layout, _, g: (layout.whole(g),))
 
 
 HOST = "pinned_host"

@@ -7,18 +7,41 @@ gradient of a weight or bias leaves the matrix unit in float32, and is summed an
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from jaxalign.kernels.products import precision_of, times
 
 
-def product(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
-    """x W in the dtype of x; dx = g Wᵀ in that dtype, dW = xᵀ g in float32, then in the dtype of W."""
+def product(
+    x: Float[Array, "*rows I"], kernel: Float[Array, "I O"], place: NamedSharding | None = None
+) -> Float[Array, "*rows O"]:
+    """x W in the dtype of x; dx = g Wᵀ in that dtype, dW = xᵀ g in float32, then in the dtype of W.
+
+    Args:
+      x: tokens in the dtype of compute.
+      kernel: W, in a dtype at least as wide.
+      place: sharding of W while it is used. Without one the partitioner may gather W in two layouts, one of them for
+        the backward pass.
+    """
     if jnp.dtype(x.dtype).itemsize >= jnp.dtype(kernel.dtype).itemsize:
-        return jnp.matmul(x, kernel.astype(x.dtype), precision=precision_of(x.dtype))
-    return _product(x, kernel)
+        narrow = kernel.astype(x.dtype)
+        kernel = narrow if place is None else _placed(place, narrow)
+        return jnp.matmul(x, kernel, precision=precision_of(x.dtype))
+    return _product(place, x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _placed(place: NamedSharding, kernel: jax.Array) -> jax.Array:
+    """The kernel there; its gradient has no place, so that it can be scattered at once."""
+    return jax.lax.with_sharding_constraint(kernel, place)
+
+
+_placed.defvjp(lambda place, kernel: (_placed(place, kernel), None), lambda place, _, g: (g,))
 
 
 def shifted(x: Float[Array, "*rows O"], bias: Float[Array, "O"]) -> Float[Array, "*rows O"]:
@@ -28,20 +51,25 @@ def shifted(x: Float[Array, "*rows O"], bias: Float[Array, "O"]) -> Float[Array,
     return _shifted(x, bias)
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return x @ kernel.astype(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(place: NamedSharding | None, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ _narrow(kernel, x, place)
 
 
-def _product_forward(x: jax.Array, kernel: jax.Array) -> tuple:
-    return _product(x, kernel), (x, kernel)
+def _product_forward(place: NamedSharding | None, x: jax.Array, kernel: jax.Array) -> tuple:
+    return _product(place, x, kernel), (x, kernel)
 
 
-def _product_backward(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _product_backward(place: NamedSharding | None, residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     tokens, slopes = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     d_kernel = times("ni,no->io", tokens, slopes)
-    return g @ kernel.astype(x.dtype).T, d_kernel.astype(kernel.dtype)
+    return g @ _narrow(kernel, x, place).T, d_kernel.astype(kernel.dtype)
+
+
+def _narrow(kernel: jax.Array, x: jax.Array, place: NamedSharding | None) -> jax.Array:
+    narrow = kernel.astype(x.dtype)
+    return narrow if place is None else _placed(place, narrow)
 
 
 _product.defvjp(_product_forward, _product_backward)

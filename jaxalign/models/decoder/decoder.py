@@ -30,7 +30,7 @@ from jaxalign.models.decoder.attention import IMPLEMENTATIONS, Coordinates
 from jaxalign.models.decoder.cache import Cache, LayerCache
 from jaxalign.models.decoder.config import LayerKind, ModelConfig
 from jaxalign.models.decoder.layers import MLP, Attention, Compute, Embedding, Norm, rotate
-from jaxalign.models.places import Layout
+from jaxalign.models.places import Layout, gathered, scattered
 from jaxalign.types import PyTree, Unembedding
 
 REMAT = ("none", "dots", "blocks")
@@ -43,20 +43,20 @@ class Block(nnx.Module):
         def norm(*places: str) -> Norm | None:
             return Norm(config, config.hidden_size, compute) if config.norm_places in places else None
 
-        self.config = config
+        self.config, self.layout = config, compute.layout
         self.attention_norm, self.attention_post_norm = norm("pre", "both"), norm("post", "both")
         self.mlp_norm, self.mlp_post_norm = norm("pre", "both"), norm("post", "both")
         self.attention = Attention(config, compute, rngs)
         self.mlp = MLP(config, compute, rngs)
 
     def __call__(self, x: jax.Array, coordinates: Coordinates, kind: jax.Array) -> jax.Array:
-        query, key, value = self.attention.project(_maybe(self.attention_norm, x))
+        query, key, value = self.attention.project(self._gathered(_maybe(self.attention_norm, x)))
         attend = [
             functools.partial(self._attend, coordinates=coordinates, kind=layer_kind)
             for layer_kind in self.config.kinds
         ]
         mixed = attend[0](query, key, value) if len(attend) == 1 else jax.lax.switch(kind, attend, query, key, value)
-        return self._add(x, mixed)
+        return self._add(x, self._scattered(mixed))
 
     def _attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, coordinates: Coordinates, kind: LayerKind
@@ -69,19 +69,29 @@ class Block(nnx.Module):
         self, x: jax.Array, coordinates: Coordinates, kind: LayerKind, cache: LayerCache, index: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
         """(output, filled cache) of tokens that also see the cached ones, and fill the slots from `index` on."""
-        query, key, value = self.attention.project(_maybe(self.attention_norm, x))
+        query, key, value = self.attention.project(self._gathered(_maybe(self.attention_norm, x)))
         positions = coordinates.positions
         query, key = rotate(query, positions, kind.rope), rotate(key, positions, kind.rope)
         cache = cache.write(index, key, value)
         mixed = self.attention.attend_cached(query, *cache.read(query.dtype), coordinates, kind)
-        return self._add(x, mixed), cache
+        return self._add(x, self._scattered(mixed)), cache
 
     def _add(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
         mixed = _maybe(self.attention_post_norm, mixed)
         if self.config.parallel:
-            return x + mixed + self.mlp(_maybe(self.mlp_norm, x))
+            return x + mixed + self._mlp(x)
         x = x + mixed
-        return x + _maybe(self.mlp_post_norm, self.mlp(_maybe(self.mlp_norm, x)))
+        return x + _maybe(self.mlp_post_norm, self._mlp(x))
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        return self._scattered(self.mlp(self._gathered(_maybe(self.mlp_norm, x))))
+
+    # Norms and sums see a chip's share of the tokens, products all tokens and a share of the width.
+    def _gathered(self, x: jax.Array) -> jax.Array:
+        return x if self.layout is None else gathered(self.layout, x)
+
+    def _scattered(self, x: jax.Array) -> jax.Array:
+        return x if self.layout is None else scattered(self.layout, x)
 
 
 def _maybe(norm: Norm | None, x: jax.Array) -> jax.Array:
@@ -134,14 +144,15 @@ class Decoder(nnx.Module):
             if cache is not None:
                 raise Mistake("with a cache the positions of the new tokens must be given")
             positions = positions_in(segment_ids)
-        x = self.embed(tokens)
+        x = self.embed(tokens, on_mesh=cache is None)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.embed_positions is not None:
-            x = x + self.embed_positions(positions)
+            x = x + self.embed_positions(positions, on_mesh=cache is None)
         if cache is None:
             coordinates = Coordinates(positions, segment_ids, positions, segment_ids, prefix_ids)
-            return self.norm(self._run_blocks(x, coordinates))
+            hidden, layout = self.norm(self._run_blocks(x, coordinates)), self.compute.layout
+            return hidden if layout is None else gathered(layout, hidden)
         cache = cache.place(positions, segment_ids)
         coordinates = Coordinates(positions, segment_ids, cache.positions, cache.segment_ids, prefix_ids)
         x, filled = self._run_with_cache(x, coordinates, cache, self.layers() if layers is None else layers)
@@ -159,7 +170,7 @@ class Decoder(nnx.Module):
         filled = []
         for block, kind, layer_cache in zip(layers, self.config.layer_kinds, cache.layers, strict=True):
             if self.compute.layout is not None:
-                x = self.compute.layout.constrain_hidden(x)
+                x = self.compute.layout.cut(x)
             x, layer_cache = block.with_cache(x, coordinates, self.config.kinds[kind], layer_cache, cache.index)
             filled.append(layer_cache)
         return x, tuple(filled)
@@ -171,7 +182,7 @@ class Decoder(nnx.Module):
         def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
             params, kind = layer
             if layout is not None:
-                x = layout.constrain_hidden(x)
+                x = layout.cut(x)
             return nnx.merge(graphdef, params)(x, coordinates, kind), None
 
         layers = nnx.to_pure_dict(state), jnp.asarray(self.config.layer_kinds, jnp.int32)

@@ -7,10 +7,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from jaxalign.models.decoder.attention import Coordinates, attention, attention_of_one
 from jaxalign.models.decoder.config import LayerKind, ModelConfig, Rope
 from jaxalign.models.places import Layout
+from jaxalign.ops.embedding import rows_of
+from jaxalign.ops.mesh import Shards
 from jaxalign.ops.product import product, shifted
 
 ACTIVATIONS = {
@@ -38,10 +41,14 @@ class Embedding(nnx.Module):
 
     def __init__(self, size: int, width: int, *, std: float, compute: Compute, rngs: nnx.Rngs):
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (size, width), compute.param_dtype))
-        self.dtype = compute.dtype
+        self.compute = compute
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
+    def __call__(self, ids: jax.Array, *, on_mesh: bool = True) -> jax.Array:
+        """[B T D]; `on_mesh` as `Layout.cut` places it, otherwise as XLA does."""
+        layout = self.compute.layout if on_mesh else None
+        shards = None if layout is None else Shards(layout.mesh, layout.rows, layout.heads)
+        cut = None if layout is None else layout.tokens(ids.shape[1])
+        return rows_of(self.embedding[...], ids, self.compute.dtype, shards=shards, cut=cut)
 
 
 class Norm(nnx.Module):
@@ -89,7 +96,7 @@ class Attention(nnx.Module):
         self.query = linear(config.hidden_size, width, config.qkv_bias, config.initializer_range, compute, rngs)
         self.key = linear(config.hidden_size, kv_width, config.qkv_bias, config.initializer_range, compute, rngs)
         self.value = linear(config.hidden_size, kv_width, config.qkv_bias, config.initializer_range, compute, rngs)
-        self.output = linear(width, config.hidden_size, config.output_bias, out, compute, rngs)
+        self.output = linear(width, config.hidden_size, config.output_bias, out, compute, rngs, cut_inputs=True)
         normed, whole = config.qk_norm != "none", config.qk_norm == "full"
         self.query_norm = Norm(config, width if whole else config.head_dim, compute) if normed else None
         self.key_norm = Norm(config, kv_width if whole else config.head_dim, compute) if normed else None
@@ -155,7 +162,8 @@ class MLP(nnx.Module):
         self.activation = config.activation
         self.gate = linear(width, inner, config.mlp_bias, std, compute, rngs) if config.gated_mlp else None
         self.up = linear(width, inner, config.mlp_bias, std, compute, rngs)
-        self.down = linear(inner, width, config.mlp_bias, std / (2 * config.num_layers) ** 0.5, compute, rngs)
+        out = std / (2 * config.num_layers) ** 0.5
+        self.down = linear(inner, width, config.mlp_bias, out, compute, rngs, cut_inputs=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.activation]
@@ -169,7 +177,8 @@ class Linear(nnx.Module):
     `make_decoder` may replace the kernel by a `quantise.QuantisedKernel` and add a `lora.Adapter`.
     """
 
-    def __init__(self, kernel: jax.Array, bias: jax.Array | None):
+    def __init__(self, kernel: jax.Array, bias: jax.Array | None, place: NamedSharding | None = None):
+        self.place = place  # of the kernel while it is used, on a mesh
         self.kernel = nnx.Param(kernel)
         self.bias = None if bias is None else nnx.Param(bias)
         self.adapter = nnx.data(None)
@@ -177,15 +186,30 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         plain = isinstance(self.kernel, nnx.Param)
         # With tokens on one axis the gradient of W contracts one axis, not two: twice as fast with XLA on a CPU.
-        tokens = x.reshape(-1, x.shape[-1])
-        y = product(tokens, self.kernel[...]) if plain else self.kernel.product(tokens)
+        # On a mesh rows and tokens of y may be cut over two of its axes, which one axis could not be.
+        tokens = x.reshape(-1, x.shape[-1]) if self.place is None else x
+        y = product(tokens, self.kernel[...], self.place) if plain else self.kernel.product(tokens)
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         if self.adapter is not None:
             y = self.adapter(x, y, self.kernel[...])
         return y if self.bias is None else shifted(y, self.bias[...])
 
 
-def linear(inputs: int, outputs: int, bias: bool, std: float, compute: Compute, rngs: nnx.Rngs) -> Linear:
-    """A Linear with normal weights of standard deviation `std` and a bias of zeros."""
-    kernel = std * jax.random.normal(rngs.params(), (inputs, outputs), compute.param_dtype)
-    return Linear(kernel, jnp.zeros(outputs, compute.param_dtype) if bias else None)
+def linear(
+    inputs: int,
+    outputs: int,
+    bias: bool,
+    std: float,
+    compute: Compute,
+    rngs: nnx.Rngs,
+    *,
+    cut_inputs: bool = False,
+) -> Linear:
+    """A Linear with normal weights of standard deviation `std` and a bias of zeros.
+
+    On a mesh its outputs are cut over the axis of heads, or with `cut_inputs` its inputs.
+    """
+    shape, layout = (inputs, outputs), compute.layout
+    kernel = std * jax.random.normal(rngs.params(), shape, compute.param_dtype)
+    place = None if layout is None else layout.of_kernel(shape, inputs=cut_inputs)
+    return Linear(kernel, jnp.zeros(outputs, compute.param_dtype) if bias else None, place)
