@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import shutil
 from typing import Any
 
@@ -88,6 +89,12 @@ def device(name: str) -> Any:
 def like(device: Any, *shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype and device of an array, for `jax.jit(f).lower`."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of arrays on one of their devices; the tree has ShapeDtypeStructs with shardings. Without random keys."""
+    arrays = [x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
 
 
 # jaxlib cannot print a program in which libtpu runs a gather on the SparseCores, so tests that read it turn that off.

@@ -14,29 +14,44 @@ from jaxalign.models.files.families import model_config
 from jaxalign.training import sharding
 from jaxalign.training.program import compile_step
 from jaxalign.types import ResponseBatch, TokenBatch
-from tests.absent import device
+from tests.absent import GPUS, bytes_of, device
 from tests.shared import experiment
 
 GIB = 2**30
 
 
-def memory(chip, **changes):
-    """(GiB of arguments, GiB of temporaries) of a step whose rows are full, as many rows as pairs."""
+def program(chip, **changes):
+    """A step, and its batch, whose rows are full, as many rows as pairs."""
     config = dataclasses.replace(experiment("dpo_lora_llama3_8b").RUN, **changes)
     model = model_config(experiment("sft_llama3_8b").LLAMA_3_1_8B)
     mesh = places.make_mesh(data=1, fsdp=1, tensor=1, devices=[device(chip)])
-    program = compile_step(config, recipe(config, model, mesh), mesh, steps=1000)
+    step = compile_step(config, recipe(config, model, mesh), mesh, steps=1000)
     rows = NamedSharding(mesh, sharding.ROWS)
 
     def column(dtype, *shape):
         return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)
 
     tokens = [column(dtype, 2, config.max_length) for dtype in (jnp.int32, jnp.bool_, jnp.int32, jnp.int32)]
-    batch = ResponseBatch(TokenBatch(*tokens), column(jnp.int32, 8, 2), {}, stride=17)
-    analysis = program.step.lower(program.like, program.frozen, batch).compile().memory_analysis()
-    arguments, temporary = analysis.argument_size_in_bytes / GIB, analysis.temp_size_in_bytes / GIB
-    print(f"{chip} {changes}: {arguments:.2f} GiB of base, adapters, Adam's state; {temporary:.2f} GiB of temporaries")
-    return arguments, temporary
+    return step, ResponseBatch(TokenBatch(*tokens), column(jnp.int32, 8, 2), {}, stride=17)
+
+
+def compile_program(chip, **changes):
+    step, batch = program(chip, **changes)
+    return step.step.lower(step.like, step.frozen, batch).compile()
+
+
+def memory(chip, **changes):
+    """(GiB of arguments, GiB of temporaries); of a TPU from the optimised program, before it is machine code."""
+    if chip in GPUS:
+        analysis = compile_program(chip, **changes).memory_analysis()
+        arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    else:
+        step, batch = program(chip, **changes)
+        arguments = bytes_of((step.like, step.frozen, batch))
+        code = f"from tests.test_compile_dpo import *; compile_program({chip!r}, **{changes!r})"
+        temporary = experiment("benchmarks/collectives").optimised("-c", code).bytes - arguments
+    print(f"{chip} {changes}: {arguments / GIB:.2f} GiB of arguments, {temporary / GIB:.2f} GiB of temporaries")
+    return arguments / GIB, temporary / GIB
 
 
 def test_lora_dpo_of_llama_8b_in_four_bits_fits_one_v5e_chip():
