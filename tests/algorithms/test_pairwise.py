@@ -148,10 +148,9 @@ def trained(tiny, pairs, text, *, microbatches, mesh_sizes=None, steps=3):
 @pytest.mark.parametrize("text", ["dpo", "aot + bco_pair + beta_dpo"])
 def test_microbatches_and_meshes_give_the_same_parameters_and_running_means(tiny, pairs, text):
     expected, metrics = trained(tiny, pairs, text, microbatches=1)
-    for microbatches, sizes in ((4, None), (2, {"data": 2, "fsdp": 2, "tensor": 2})):
-        result, others = trained(tiny, pairs, text, microbatches=microbatches, mesh_sizes=sizes)
-        chex.assert_trees_all_close(result, expected, atol=1e-5)
-        assert others["loss"] == pytest.approx(float(metrics["loss"]), abs=1e-5)
+    result, others = trained(tiny, pairs, text, microbatches=2, mesh_sizes={"data": 2, "fsdp": 2, "tensor": 2})
+    chex.assert_trees_all_close(result, expected, atol=1e-5)
+    assert others["loss"] == pytest.approx(float(metrics["loss"]), abs=1e-5)
 
 
 def test_log_probs_that_come_with_the_batch_are_taken_and_the_reference_not_run(tiny, pairs):

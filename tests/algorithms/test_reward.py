@@ -105,9 +105,8 @@ def test_microbatches_and_meshes_give_the_same_parameters(tiny, params, pairs):
     expected, _ = trained(tiny[0], params, pairs)
     moved = jax.tree.map(lambda new, old: float(np.abs(new - np.asarray(old)).max()), expected, params)
     assert min(moved["head"], moved["model"]["blocks"]["mlp"]["gate"]["kernel"]) > 1e-3
-    for microbatches, sizes in ((4, None), (2, {"data": 2, "fsdp": 2, "tensor": 2})):
-        result, _ = trained(tiny[0], params, pairs, microbatches=microbatches, sizes=sizes)
-        chex.assert_trees_all_close(result, expected, atol=1e-5)
+    result, _ = trained(tiny[0], params, pairs, microbatches=2, sizes={"data": 2, "fsdp": 2, "tensor": 2})
+    chex.assert_trees_all_close(result, expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
