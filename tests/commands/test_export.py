@@ -1,6 +1,7 @@
 """`jaxalign export`: which checkpoint of a run becomes a folder, and that the folder is that checkpoint."""
 
 import dataclasses
+import errno
 import json
 import shutil
 
@@ -8,7 +9,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxalign import hosts
@@ -154,10 +154,10 @@ def test_the_dtype_is_that_of_the_base_or_as_asked(run, tiny_model, tmp_path, ca
 
 def test_a_full_disk_at_the_end_is_one_line_and_leaves_nothing_half_done(run, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.numpy.save_file", full)
+        patch.setattr("jaxalign.models.files.save.write_file", full)
         assert export_of(run.output, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert f"{tmp_path / 'out'} cannot be written (" in error and "make room there" in error
