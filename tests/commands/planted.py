@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from jaxalign.mistake import Mistake
@@ -69,7 +70,7 @@ def memory():
 
 
 def main():
-    """Runs commands, [[HOST:FAULT, arguments], ...]; prints of each the status, stderr and checkpoints.
+    """Runs commands, [[HOST:FAULT, arguments], ...]; prints of each the status, stderr, checkpoints and seconds.
 
     Each runs in a child of this process, which imports the libraries once for all.
     """
@@ -83,13 +84,14 @@ def main():
     results = []
     for fault, arguments in commands:
         with tempfile.TemporaryFile() as errors:
+            start = time.monotonic()
             child = os.fork()
             if not child:
                 os.dup2(errors.fileno(), 2)
                 sys.exit(run(fault, arguments))
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             errors.seek(0)
-            results.append([status, errors.read().decode(), checkpoints(arguments)])
+            results.append([status, errors.read().decode(), checkpoints(arguments), time.monotonic() - start])
     print("results", json.dumps(results))
 
 

@@ -1,6 +1,7 @@
 """Two real processes score responses: each scores its share with a reward model, the first alone calls a function."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -30,6 +31,7 @@ for prompts, responses, reward in json.loads(sys.argv[1]):
         scores = on_hosts.scores_by_function(rewards.Rewards(reward), prompts, responses, columns)
         result = [{name: values.tolist() for name, values in scores.items()}, read]
     except Exception as error:
+        hosts.stop_together(error)  # as the loop does
         result = f"{type(error).__name__}: {error}"
     print("result", json.dumps(result))
 """
@@ -82,7 +84,7 @@ def test_a_host_that_fails_ends_all_with_its_message(results):
     first, second = results["failure"]
     message = "the reward reward_model raised Mistake: a prompt fills all 64 tokens"
     assert second.startswith(f"RewardError: {message}")
-    assert first == second.replace("RewardError: ", "Mistake: host 1 has failed: ")
+    assert re.fullmatch(r"HostError: host 1 \(.+\) has failed: (.*)", first)[1] == second.removeprefix("RewardError: ")
 
 
 def test_the_time_limit_is_that_of_functions_not_of_reward_models(folder, monkeypatch):

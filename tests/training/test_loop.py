@@ -65,6 +65,13 @@ def test_every_step_has_one_row_and_a_checkpoint_comes_after_its_row():
     np.testing.assert_allclose([row["loss"] for row in recorder.rows], [1, 0, 0, 0, 0])
 
 
+@pytest.mark.parametrize("minutes, saved", [(1e-9, [1, 2, 3]), (60, [3]), (0, [3])])
+def test_a_checkpoint_is_due_when_so_many_minutes_have_passed_since_the_last(minutes, saved):
+    recorder = Recorder()
+    run([1.0] * 3, recorder, steps=3, save_minutes=minutes)
+    assert recorder.saved == saved and [row["step"] for row in recorder.rows] == [1, 2, 3]
+
+
 def test_held_out_metrics_come_before_the_first_step_and_join_the_row_of_theirs():
     recorder = Recorder()
     hooks = recorder.hooks(
