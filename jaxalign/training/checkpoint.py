@@ -277,7 +277,7 @@ class Checkpoints:
                     worst = max(worst, len(blocks) - number)
         except OSError as error:
             worst, problem = UNREADABLE, f"{error.filename}: {error.strerror}"
-        worst = hosts.largest(worst)
+        worst = max(hosts.exchange(worst))
         if worst == UNREADABLE:
             raise Mistake(
                 f"the checkpoint of step {step} in {self.directory} cannot be read "
