@@ -48,7 +48,7 @@ class Embedding(nnx.Module):
         layout = self.compute.layout if on_mesh else None
         shards = None if layout is None else Shards(layout.mesh, layout.rows, layout.heads)
         cut = None if layout is None else layout.tokens(ids.shape[1])
-        return rows_of(self.embedding[...], ids, self.compute.dtype, shards=shards, cut=cut)
+        return rows_of(self.embedding[...], jnp.asarray(ids), self.compute.dtype, shards=shards, cut=cut)
 
 
 class Norm(nnx.Module):
