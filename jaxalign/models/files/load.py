@@ -185,7 +185,9 @@ class _Share:
 
     def read(self, file: Tensor) -> np.ndarray:
         """The tensor, or of several hosts a view of its file, of which `put` reads parts."""
-        self._file, self._whole = file, file.mapped() if self._several else file.read()
+        if not self._several:
+            return file.read()
+        self._file, self._whole = file, file.mapped()
         return self._whole
 
     def put(self, x: np.ndarray, dtype: Any, sharding: Any) -> jax.Array:
