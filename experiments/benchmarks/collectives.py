@@ -317,7 +317,7 @@ def account(moved: list[Moved], *, tensor: int, microbatches: int = 1) -> Accoun
 
 
 class Passes(NamedTuple):
-    """What a step runs in each microbatch."""
+    """Work of a step in each microbatch."""
 
     forward: int  # trunks without a gradient
     trained: int  # trunks forward, and backward with the forward again

@@ -56,7 +56,7 @@ def join() -> None:
 
 
 def _place() -> tuple[Place, Any]:
-    """Where the hosts meet, and the devices of this process, by the environment. Raises Mistake."""
+    """Meeting place of the hosts, and the devices of this process, by the environment. Raises Mistake."""
     from jax._src.clusters import ClusterEnv  # JAX has no public function that returns what it would join
 
     names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -87,7 +87,7 @@ def _place() -> tuple[Place, Any]:
 
 
 def _place_of_joined() -> Place:
-    """Where hosts that JAX has joined already meet: at host 0, and a port that is free there."""
+    """Meeting place of hosts that JAX has joined already: host 0, and a port that is free there."""
     import socket
 
     from jax._src.distributed import global_state

@@ -27,7 +27,7 @@ PORT_SECONDS = 20.0  # for which an earlier run may still have the port
 
 
 class Place(NamedTuple):
-    """Where the hosts meet, and which of them this is."""
+    """Meeting place of the hosts, and the number of this one."""
 
     address: str  # host:port of host 0
     count: int  # of hosts

@@ -1,4 +1,4 @@
-"""What a user is told of a mistake: one line on stderr, exit status 2, no traceback, and no run folder left behind."""
+"""Report of a mistake to its user: one line on stderr, exit status 2, no traceback, and no run folder left behind."""
 
 import functools
 import gzip

@@ -112,7 +112,7 @@ def test_a_vector_that_no_rule_fits_is_replicated():
     ids=str,
 )
 def test_generation_cuts_heads_over_all_devices_that_it_can_use(devices, heads, given, shape):
-    """What is given stays; `tensor` divides devices and key heads, and no device is left out."""
+    """Sizes that are given stay; `tensor` divides devices and key heads, and no device is left out."""
     mesh = inference_mesh(heads, **given, devices=jax.devices()[:devices])
     assert tuple(mesh.shape.values()) == shape
     assert decoding_tensor(256, 32) == 8  # more shares would wait for each other longer than for their weights

@@ -53,7 +53,7 @@ def folder(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """What each host has of each job, by the job's name: the hosts take one after the other, the failure last."""
+    """Results of each host for each job, by the job's name: the hosts take one after the other, the failure last."""
     model = f"reward_model(path={str(folder)!r})"
     jobs = {
         "share": (PROMPTS, RESPONSES, f"{model} + 0.5*tests.commands.rewards:first_host_only"),

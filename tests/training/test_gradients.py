@@ -35,7 +35,7 @@ ROWS, LENGTH = 16, 32
 
 @functools.cache
 def gradient(dtype, **sizes):
-    """Of the summed loss of sixteen rows, on a mesh of so many devices; without sizes on one."""
+    """Gradient of the summed loss of sixteen rows, on a mesh of these sizes; without sizes on one device."""
     mesh = make_mesh(**sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
     graphdef, _ = make_decoder(CONFIG, compute_dtype=dtype, layout=Layout(mesh) if sizes else None)
     params = init_params(CONFIG, jax.random.key(0))
