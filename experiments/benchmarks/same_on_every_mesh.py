@@ -1,15 +1,15 @@
 """Training on several hosts and meshes beside one device: are the tokens the same, and the weights?
 
-    python experiments/same_on_every_mesh.py
+    python experiments/benchmarks/same_on_every_mesh.py
 
 Each layout is a job of its own: that many processes with that many devices each (fake ones, on the CPU), joined over
 gloo as the hosts of a pod are. Every job runs six commands by the command line, two steps of 8 rows in 2 microbatches
-each: a random Llama of 2 layers (hidden 32, 4 heads, 2 of keys, vocabulary 64), float32, AdamW at 1e-3. The table has,
-beside one process with one device and the same seed, the tokens trained on (equal, or not) and the largest difference
-of a weight of the final model. AdamW divides a gradient by its size, so rounding of a gradient near zero moves its
-weight by up to the learning rate.
+each: a random Llama of 2 layers (hidden 32, 4 heads, 2 of keys, vocabulary 8,192), float32, AdamW at 1e-3. The table
+has, beside one process with one device and the same seed, the tokens trained on (equal, or not) and the largest
+difference of a weight of the final model. AdamW divides a gradient by its size, so rounding of a gradient near zero
+moves its weight by up to the learning rate.
 
-Observed:  (one layout so far, and with a learning rate of 1e-2, which makes differences ten times as large)
+Observed:  (one layout so far, with a vocabulary of 64, and a learning rate of 1e-2, which makes differences larger)
 
                             sft        dpo        kto        reward     ppo        grpo
     2 hosts, tensor=4       5.4e-07    5.8e-07    4.3e-05    7.5e-06    8.5e-06    6.0e-07    (tokens equal in all)
@@ -29,24 +29,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from beside_commit import MODEL
+from side_by_side import VOCABULARY, word_tokenizer
 
-VOCABULARY, STEPS = 64, 2
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.1,
-}
+STEPS = 2
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_key_value_heads": 2}
+SIZES |= {"tie_word_embeddings": True, "initializer_range": 0.1}
 RESPONSES = ["--max-new-tokens=8", "--reward=length(target=5)", "--slots=8", "--samples=0"]
 COMMANDS = {  # command -> (its data, flags of its own)
     "sft": ("sft", ["--batch-size=8", "--eval-share=0", "--samples=0"]),
@@ -92,24 +80,14 @@ def main() -> None:
 
 def write_inputs(folder: Path) -> None:
     """Three data files, and the model: random weights, written by a step at learning rate 0."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    names = [*special, *(f"w{i}" for i in range(len(special), VOCABULARY))]
-    words = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "config.json").write_text(json.dumps(MODEL))
+    word_tokenizer(PreTrainedTokenizerFast).save_pretrained(folder / "tokenizer")
+    (folder / "config.json").write_text(json.dumps(MODEL | SIZES))
     draw = random.Random(0)
 
     def text(least: int, most: int) -> str:
-        return " ".join(draw.choices(names[4:], k=draw.randint(least, most)))
+        return " ".join(f"w{draw.randrange(4, VOCABULARY)}" for _ in range(draw.randint(least, most)))
 
     rows = {
         "sft": [{"prompt": text(2, 6), "completion": " " + text(1, 8)} for _ in range(32)],
